@@ -1,0 +1,98 @@
+"""python tests/benchmark.py: how fast the scripts are, each figure as a ratio to a plain reference in the same run."""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fire
+from common import detect_device, has_bfloat16
+
+
+def seconds(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def report(name, unit, count, mine, reference_name, reference):
+    """One line: speeds from the seconds that `count` things took here and in the reference, and their ratio."""
+    speeds = f"{name:16} {count / mine:12,.0f} {unit:9}   {reference_name:12} {count / reference:12,.0f}"
+    print(f"{speeds}   ratio {reference / mine:.2f}")
+
+
+def fire_training(repeats=5, steps=12, batch_size=256):
+    """Windows per second of train_transformer, and of a bare loop over the same model with its batches ready."""
+    args = fire.parse_args(["--sample-per-area", "8000", "--epochs", "1", "--batch-size", str(batch_size)])
+    data, device = fire.load_data(args), detect_device()
+    starts = np.tile(fire.window_starts(data.segments["train"], 60, 60), 20)[: steps * batch_size]
+    model = fire.OptimizedFireTransformer().to(device)
+    readings, weights = torch.from_numpy(data.readings).to(device), torch.ones(3, device=device)
+    areas, labels = (torch.from_numpy(array).long().to(device) for array in (data.areas, data.labels))
+    batches = [(fire.gather_windows(readings, rows, 60).contiguous(), areas[rows], labels[rows + 59])
+               for rows in torch.from_numpy(starts).to(device).split(batch_size)]
+
+    def bare():
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        model.train()
+        for x, area, label in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+                logits, risk = model(x, area)
+            loss = fire.fire_loss(logits.float(), risk.float(), label, weights)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        loss.item()
+
+    def ours():
+        with tempfile.TemporaryDirectory() as folder:
+            history = fire.train_transformer(model, data, starts, starts[:1], args, Path(folder))
+        return history[0]["seconds"]
+
+    bare()
+    times = [(ours(), seconds(bare)) for _ in range(repeats)]  # side by side, since the machine's speed drifts
+    mine, reference = np.median(times, axis=0)
+    report("fire training", "windows/s", len(starts), mine, "bare loop", reference)
+
+
+def fire_generator(rows=500_000):
+    """Rows per second of the generator, and of the noise alone that it draws for them."""
+    mine = seconds(lambda: fire.generate_area("basement", rows, 0))
+    noise = seconds(lambda: np.random.default_rng(0).standard_normal((rows, 6), dtype=np.float32))
+    report("fire generator", "rows/s", rows, mine, "noise alone", noise)
+
+
+def fire_csv(rows=1_000_000):
+    """Rows per second from a CSV file to readings and labels, and of pyarrow.csv alone on the same file."""
+    readings, labels, _ = fire.generate_area("basement", rows, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "basement.csv"
+        table = {name: readings[:, i] for i, name in enumerate(fire.SENSORS["basement"])} | {"label": labels}
+        pa.csv.write_csv(pa.table(table), path)
+        keep = np.ones(rows, bool)
+
+        def alone():
+            for _ in pa.csv.open_csv(path):
+                pass
+
+        alone()
+        mine = seconds(lambda: fire.file_areas([path], None)[0]["basement"].read(keep))
+        reference = seconds(alone)
+    report("fire CSV", "rows/s", rows, mine, "pyarrow.csv", reference)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    benchmarks = {function.__name__: function for function in (fire_training, fire_generator, fire_csv)}
+    parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
+    for name in parser.parse_args().names or benchmarks:
+        benchmarks[name]()
