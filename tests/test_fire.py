@@ -1,4 +1,4 @@
-"""What users of fire.py rely on: offline, on the CPU. Real files are read where ../shared/data is beside the checkout."""
+"""What users of fire.py rely on: offline, on the CPU. Real files are read where ../shared/data lies beside."""
 
 import json
 import signal
@@ -432,6 +432,14 @@ def test_several_runs_give_mean_and_interval(folder, tmp_path):
         mean, width = np.mean(values), 12.706 * np.std(values, ddof=1) / np.sqrt(2)  # Student's t with one degree
         assert [float(x) for x in row["accuracy %"].split(" ± ")] == pytest.approx([mean, width], abs=0.1)
     assert "±" in (tmp_path / "fire/run-001/summary.md").read_text()
+    # As if killed in the second seed: the first is not run again, the second goes on, the table is the same.
+    top, first, second = (tmp_path / "fire/run-001" / name for name in ("", "seed-5", "seed-6"))
+    written = (first / "results.json").stat().st_mtime_ns
+    (top / "results.json").write_text(json.dumps(results | {"finished": False}))
+    (second / "results.json").unlink()
+    again = fire.main(["--resume", "--output-dir", str(tmp_path)])
+    accuracies = [{row["model"]: row["accuracy %"] for row in table["table"]} for table in (results, again)]
+    assert accuracies[0] == accuracies[1] and (first / "results.json").stat().st_mtime_ns == written
 
 
 def test_pasted_into_a_notebook_in_an_empty_folder(tmp_path):
@@ -446,7 +454,7 @@ def test_pasted_into_a_notebook_in_an_empty_folder(tmp_path):
     outputs = book.cells[1].outputs
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 9  # the pictures are shown in place
-    assert PICTURES < {path.name for path in (tmp_path / "outputs/fire/run-001").iterdir()}
+    assert {path.name for path in (tmp_path / "outputs/fire/run-001").iterdir()} > PICTURES
 
 
 def test_flags(capsys):
