@@ -146,7 +146,8 @@ def plot_history(axes, history, step_losses=None):
         ax.set(xlabel="epoch", ylabel="accuracy [%]" if scale == 100 else "loss")
         ax.xaxis.get_major_locator().set_params(integer=True)
     if step_losses is not None:
-        at, width = np.linspace(0, len(history), len(step_losses) + 1)[1:], max(1, len(step_losses) // 50)
+        at = np.linspace(0, len(history), len(step_losses) + 1)[1:]
+        width = min(len(step_losses), max(5, len(step_losses) // 50))
         mean = np.convolve(step_losses, np.ones(width) / width, "valid")
         axes[0].plot(at, step_losses, color="0.8", linewidth=0.7, zorder=0, label="train, each step")
         axes[0].plot(at[width - 1 :], mean, ":", color="0.2", label=f"moving average of {width} steps")

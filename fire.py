@@ -46,7 +46,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 import joblib
@@ -154,7 +154,7 @@ def generate_block(area, block, seed):
     answers [3600] int8: the class by the noise-free intensity and the usual limits.
     """
     number = list(SENSORS).index(area)
-    rng = np.random.default_rng([seed, number, block])
+    rng = np.random.default_rng([seed, number, 1 + block])
     level, swing, drift, noise, rise, lag, false_rise = np.array(list(SENSORS[area].values())).T[:, :, None]
     t = np.arange(BLOCK_ROWS)
     hours = block + t / 3600
@@ -207,7 +207,8 @@ def list_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; --data takes CSV and Parquet files")
-        found = sorted(p for p in path.iterdir() if p.suffix in (".csv", ".parquet")) if path.is_dir() else [path]
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        found = [p for p in inside if p.suffix.lower() in (".csv", ".parquet")] if path.is_dir() else [path]
         if not found:
             raise UserError(f"{path}: no .csv or .parquet file in this folder")
         files += found
@@ -225,7 +226,7 @@ def file_errors(where, names=()):
 
     try:
         yield
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, OSError) as error:
         text = " ".join(str(error).split())
         cell = re.search(r"In CSV column #(\d+): Row #(\d+): CSV conversion error to (\w+).*?: (.*)", text)
         ragged = re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", text)
@@ -246,7 +247,7 @@ def open_table(path, columns=None, types=None):
     import pyarrow.csv
     import pyarrow.parquet
 
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         table = pa.parquet.ParquetFile(path)
         return table.schema_arrow, table.iter_batches(columns=columns)
     # With threads the errors would have no row numbers, and this reader is no faster with them.
@@ -273,23 +274,38 @@ def scan_file(path, label_column=None):
     if left_out:
         columns = ", ".join(map(repr, left_out))
         note(f"{path}: column {columns} left out, since a row index or a second label gives the answer away")
-    sensors = [name for name in names if name not in (label, *left_out) and name.lower() != "timestamp"]
+    stamp = [name for name in names if name.lower() == "timestamp"]
+    sensors = [name for name in names if name not in (label, *left_out, *stamp)]
     if not 1 <= len(sensors) <= MAX_SENSORS:
         raise UserError(f"{path}: {len(sensors)} sensor columns ({', '.join(sensors)}), must be 1 to {MAX_SENSORS}")
-    codes, rows = [], 0
+    codes, rows, before = [], 1 if path.suffix.lower() == ".parquet" else 2, None  # in a CSV the header is row 1
     with file_errors(path, names):
-        for batch in open_table(path, [label], {label: pa.string()})[1]:
+        for batch in open_table(path, [label, *stamp], {label: pa.string()})[1]:
             text = pc.utf8_lower(pc.utf8_trim_whitespace(batch.column(0).cast(pa.string())))
             codes.append(pc.index_in(text, pa.array(LABEL_CODES)).fill_null(-1).to_numpy(zero_copy_only=False))
             if codes[-1].min(initial=0) < 0:
                 bad = int(np.argmin(codes[-1]))
-                row = rows + bad + (1 if path.suffix == ".parquet" else 2)  # in a CSV the header is row 1
-                raise UserError(f"{path}: row {row}, column {label!r}: {batch.column(0)[bad].as_py()!r} is no label, "
-                                "which are 0, 1, 2 or normal, warning, fire")
+                raise UserError(f"{path}: row {rows + bad}, column {label!r}: {batch.column(0)[bad].as_py()!r} is no "
+                                "label, which are 0, 1, 2 or normal, warning, fire")
+            if stamp and not pa.types.is_string(batch.column(1).type):
+                times = batch.column(1).to_numpy(zero_copy_only=False)
+                back = np.flatnonzero(times < np.append(times[:1] if before is None else before, times[:-1]))
+                if len(back):
+                    where = f"{path}: row {rows + back[0]}, column {stamp[0]!r}"
+                    raise UserError(f"{where}: earlier than the row above; sort the file by time")
+                before = times[-1:]
             rows += batch.num_rows
-    if not rows:
+    if not sum(map(len, codes)):
         raise UserError(f"{path}: no rows")
     return sensors, label, np.concatenate(codes).astype(np.int8)
+
+
+def to_number(text, where):
+    """A cell of a text column as float, NaN where empty; UserError where it is no number."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        raise UserError(f"{where}: {text!r}, a number is needed") from None
 
 
 def read_rows(path, sensors, keep):
@@ -308,6 +324,9 @@ def read_rows(path, sensors, keep):
             rows += batch.num_rows
             blocks.append(np.zeros((wanted.sum(), MAX_SENSORS), np.float32))
             for i, column in enumerate(batch.columns):
+                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):  # in Parquet
+                    column = pa.array([to_number(text, f"{path}: row {rows - len(wanted) + row}, column {sensors[i]!r}")
+                                       for row, text in enumerate(column.to_pylist(), start=1)], pa.float32())
                 with file_errors(f"{path}: column {sensors[i]!r}"):
                     blocks[-1][:, i] = column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)[wanted]
     readings = np.concatenate(blocks)
@@ -355,17 +374,27 @@ def file_areas(paths, label_column):
     return areas, files
 
 
+def calm_row(labels, row, gap):
+    """The first row from `row` on that begins `gap` normal rows; `row` itself where there is none within 5 % of all."""
+    incidents = np.append(0, np.cumsum(labels > 0))
+    calm = np.flatnonzero(incidents[row + gap :] == incidents[row : len(incidents) - gap])
+    return row + int(calm[0]) if len(calm) and calm[0] <= 0.05 * len(labels) else row
+
+
 def split_rows(labels, gap, by_run=False):
     """{part: [(start, stop), …]} of one area: 70, 15 and 15 % in order of time, `gap` rows apart.
 
-    With `by_run` each run of one label is split so (all of a short one is for training): every class gets into every
-    part, but parts of one incident lie on both sides, which is optimistic.
+    A cut waits for the next `gap` normal rows, if they are near, so that no incident is on both sides. With `by_run`
+    each run of one label is split so (all of a short one is for training): every class gets into every part, but parts
+    of one incident are on both sides, which is optimistic.
     """
     edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist() * by_run, len(labels) + gap]
     parts = {part: [] for part in PARTS}
     for start, stop in pairwise(edges):
         stop -= gap  # from the next run, too
         first, second = (start + int(share * (stop - start)) for share in np.cumsum(list(PARTS.values()))[:2])
+        if not by_run:
+            first, second = calm_row(labels, first, gap), calm_row(labels, second, gap)
         ranges = [(start, first), (first + gap, second), (second + gap, stop)]
         if by_run and stop - second < 2 * gap:
             ranges = [(start, stop)]
@@ -380,41 +409,12 @@ def window_starts(segments, seq_len, stride):
     return np.concatenate([np.zeros(0, np.int64), *starts])
 
 
-def choose_split(areas, seq_len, stride):
-    """({area: {part: [(start, stop), …]}}, name of the split): in order of time, or by label run where that fails.
-
-    Raises UserError where there are too few rows, or one class only.
-    """
-    needed = math.ceil(2 * seq_len / PARTS["test"]) + 1
-    for name, area in areas.items():
-        if len(area.labels) < needed:
-            raise UserError(f"area {name!r} has {len(area.labels)} rows, --seq-len {seq_len} needs {needed} or more")
-    present = np.unique(np.concatenate([np.unique(area.labels) for area in areas.values()]))
-    if len(present) < 2:
-        raise UserError(f"every row has the label {CLASSES[present[0]]!r}, there is nothing to tell apart")
-    splits, lacking = [], []
-    for by_run in (False, True):
-        splits.append({name: split_rows(area.labels, seq_len, by_run) for name, area in areas.items()})
-        lacking.append([])
-        for part in PARTS:
-            labels = [area.labels[window_starts(splits[-1][name][part], seq_len, stride) + seq_len - 1]
-                      for name, area in areas.items()]
-            counts = np.bincount(np.concatenate(labels), minlength=len(CLASSES))
-            lacking[-1] += [f"{CLASSES[c]} in {part}" for c in present if counts[c] < MIN_WINDOWS]
-    by_run = bool(lacking[0]) and not lacking[1]
-    if lacking[0]:
-        note(f"split in order of time, there are fewer than {MIN_WINDOWS} windows of {', '.join(lacking[0])}: " + (
-            "each label run is split instead, parts of one incident are on both sides, all figures are optimistic"
-            if by_run else "figures that need them say little"))
-    return splits[by_run], "by label run (optimistic)" if by_run else "chronological"
-
-
 def sample_blocks(ranges, labels, rows, block_rows, rng=None):
-    """About `rows` rows of `ranges` [(start, stop), …] in whole blocks of `block_rows`; all, where there are no more.
+    """About `rows` rows of `ranges` [(start, stop), …] in blocks of `block_rows`; all, where there are hardly more.
 
     Evenly spaced; with `rng` at random instead, and so that the classes come near TARGET_MIX.
     """
-    if sum(stop - start for start, stop in ranges) <= rows:
+    if sum(stop - start for start, stop in ranges) <= 1.1 * rows:
         return ranges
     blocks = [(begin, min(begin + block_rows, stop)) for start, stop in ranges
               for begin in range(start, stop, block_rows)]
@@ -434,13 +434,59 @@ def sample_blocks(ranges, labels, rows, block_rows, rng=None):
     return [blocks[i] for i in np.flatnonzero(chosen)]
 
 
+def sample_parts(labels, split, args, rng):
+    """{part: [(start, stop), …]} of one area, about --sample-per-area rows in all, out of a `split` of that form."""
+    sampled = {}
+    for part, share in PARTS.items():
+        rows = int(share * args.sample_per_area)
+        # Training takes many short blocks, for the mix of classes; the others few long ones, which leave fires whole.
+        block_rows = max(args.seq_len, min(50 * args.seq_len, rows // 10) if part == "train" else rows // 4)
+        sampled[part] = sample_blocks(split[part], labels, rows, block_rows, rng if part == "train" else None)
+    return sampled
+
+
+def choose_split(areas, args):
+    """({area: {part: [(start, stop), …]}}, name of the split): sampled in order of time, or by label run if that helps.
+
+    Raises UserError where there are too few rows, or one class only.
+    """
+    needed = math.ceil(2 * args.seq_len / PARTS["test"]) + 1
+    for name, area in areas.items():
+        if len(area.labels) < needed:
+            raise UserError(f"area {name!r} has {len(area.labels)} rows, --seq-len {args.seq_len} needs {needed}")
+    present = np.unique(np.concatenate([np.unique(area.labels) for area in areas.values()]))
+    splits, lacking = [], []
+    for by_run in (False, True):
+        split, windows = {}, {part: [] for part in PARTS}
+        for number, (name, area) in enumerate(areas.items()):
+            rng = np.random.default_rng([args.seed, number])
+            split[name] = sample_parts(area.labels, split_rows(area.labels, args.seq_len, by_run), args, rng)
+            for part, ranges in split[name].items():
+                windows[part].append(area.labels[window_starts(ranges, args.seq_len, args.stride) + args.seq_len - 1])
+        counts = {part: np.bincount(np.concatenate(labels), minlength=3) for part, labels in windows.items()}
+        splits.append((split, counts))
+        lacking.append([f"{CLASSES[c]} in {part}" for part in PARTS for c in present if counts[part][c] < MIN_WINDOWS])
+    by_run = len(lacking[1]) < len(lacking[0])
+    if lacking[0]:
+        note(f"in order of time there are fewer than {MIN_WINDOWS} windows of {', '.join(lacking[0])}")
+    if by_run:
+        note("each label run is split instead: parts of one incident are on both sides, all figures are optimistic")
+    if lacking[by_run]:
+        note(f"figures about {', '.join(lacking[by_run])} say little")
+    split, counts = splits[by_run]
+    if np.count_nonzero(counts["train"]) < 2 or not all(part.any() for part in counts.values()):
+        raise UserError(f"the training part has {counts['train'].tolist()} windows of {', '.join(CLASSES)}: nothing to "
+                        "tell apart; take more rows, or a shorter --seq-len or --stride")
+    return split, "by label run (optimistic)" if by_run else "chronological"
+
+
 @dataclass
 class SensorData:
     """The sampled rows of all areas end to end; a window is seq_len of them from its first row on."""
 
     readings: np.ndarray  # [rows, 6] float32, normalized with mean and std, NaN where missing
     labels: np.ndarray  # [rows] int8
-    areas: np.ndarray  # [rows] int8, number of the area
+    areas: np.ndarray  # [rows] int16, number of the area
     oracle: np.ndarray | None  # [rows] int8, what the oracle answers
     segments: dict  # part: [(start, stop), …], unbroken in time
     mean: np.ndarray  # [areas, 6] of the training part
@@ -460,7 +506,8 @@ def normalize(readings, areas, train):
         mean[area] = np.nansum(known, axis=0, dtype=np.float64) / count
         std[area] = np.sqrt(np.nansum((known - mean[area]) ** 2, axis=0) / count)
         std[area][std[area] <= 1e-6 * np.abs(mean[area])] = 1  # a constant column
-        readings[areas == area] = (readings[areas == area] - mean[area]) / std[area]
+        unknown = ~np.isfinite(known).any(axis=0)  # no training row has this sensor: it stays missing
+        readings[areas == area] = np.where(unknown, np.nan, (readings[areas == area] - mean[area]) / std[area])
     return mean, std
 
 
@@ -471,23 +518,19 @@ def load_data(args):
     else:
         note("no --data: the embedded generator makes the readings, all figures are about synthetic sensors")
         areas, files = embedded_areas(args.sample_per_area, args.seed), []
-    split, split_name = choose_split(areas, args.seq_len, args.stride)
+    split, split_name = choose_split(areas, args)
     readings, labels, numbers, oracle, segments, offset = [], [], [], [], {part: [] for part in PARTS}, 0
     for number, (name, area) in enumerate(areas.items()):
-        keep, chosen = np.zeros(len(area.labels), bool), {}
-        for part, share in PARTS.items():
-            rows = int(share * args.sample_per_area)
-            block_rows = max(args.seq_len, min(50 * args.seq_len, rows // 10))
-            rng = np.random.default_rng([args.seed, number]) if part == "train" else None
-            chosen[part] = sample_blocks(split[name][part], area.labels, rows, block_rows, rng)
-            for start, stop in chosen[part]:
-                keep[start:stop] = True
+        keep = np.zeros(len(area.labels), bool)
+        for start, stop in chain.from_iterable(split[name].values()):
+            keep[start:stop] = True
         place = np.cumsum(keep) - 1 + offset  # where a kept row comes to lie
         for part in PARTS:
-            segments[part] += [(int(place[start]), int(place[start]) + stop - start) for start, stop in chosen[part]]
+            ranges = split[name][part]
+            segments[part] += [(int(place[start]), int(place[start]) + stop - start) for start, stop in ranges]
         readings.append(area.read(keep))
         labels.append(area.labels[keep])
-        numbers.append(np.full(len(labels[-1]), number, np.int8))
+        numbers.append(np.full(len(labels[-1]), number, np.int16))
         oracle.append(None if area.oracle is None else area.oracle[keep])
         offset += len(labels[-1])
     readings, labels, numbers = map(np.concatenate, (readings, labels, numbers))
@@ -614,9 +657,9 @@ def majority_vote(votes):
 
 
 def class_weights(labels, power):
-    """Weights [3] proportional to (1 / share of the class) ** power, 1 on average; 0 for an absent class."""
+    """Weights [3] proportional to (1 / share of the class) ** power, 1 on average over `labels`."""
     counts = np.bincount(labels, minlength=len(CLASSES))
-    weights = np.where(counts > 0, (len(labels) / counts.clip(1)) ** power, 0)
+    weights = (len(labels) / counts.clip(1)) ** power
     return weights * len(labels) / (weights @ counts)
 
 
@@ -652,12 +695,14 @@ def train_transformer(model, data, validation, args, run_dir):
     weights = class_weights(data.labels[grid + last], args.class_weight_power)
     weights = torch.tensor(weights, dtype=torch.float32, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(  # warm-up, then half a cosine down to zero at the last epoch
-        optimizer, args.learning_rate, args.epochs * math.ceil(len(grid) / args.batch_size), pct_start=0.05,
-        cycle_momentum=False, final_div_factor=1e6)
+    steps = args.epochs * math.ceil(len(grid) / args.batch_size)
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # half a cosine, down to zero at the last step, after a warm-up
+        optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
     saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
     history, best = load_checkpoint(run_dir / "checkpoint.pt", saved, data) or ([], {"accuracy": -1.0, "epoch": 0})
 
+    first = len(history) + 1
     while len(history) < args.epochs and len(history) - best["epoch"] < args.patience:
         began, losses, correct = time.perf_counter(), [], torch.zeros((), device=device)
         model.train()
@@ -680,10 +725,10 @@ def train_transformer(model, data, validation, args, run_dir):
             if len(losses) % 20 == 1:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
         losses = torch.stack(losses)
-        if not losses.isfinite().all():
+        logits, risk = predict(model, readings, areas, validation, args.seq_len)
+        if not (losses.isfinite().all() and logits.isfinite().all()):
             raise UserError(f"the loss in epoch {len(history) + 1} is not finite; lower the --learning-rate")
 
-        logits, risk = predict(model, readings, areas, validation, args.seq_len)
         accuracy = (logits.argmax(1) == validation_labels).float().mean().item()
         history.append({
             "train_loss": losses.mean().item(),
@@ -697,21 +742,33 @@ def train_transformer(model, data, validation, args, run_dir):
         })
         if accuracy > best["accuracy"]:
             best = {"accuracy": accuracy, "epoch": len(history), "model": copy.deepcopy(model.state_dict())}
-        save_atomically({name: part.state_dict() for name, part in saved.items()} | {
-            "history": history, "best": best, "data": data.info["sha256"], "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state_all()}, run_dir / "checkpoint.pt")
-        plot_dashboard(history, args, run_dir / "dashboard.png")
+        state = {name: part.state_dict() for name, part in saved.items()} | model_card(data, args)
+        state |= {"history": history, "best": best, "data": data.info["sha256"], "random": torch.get_rng_state(),
+                  "cuda_random": torch.cuda.get_rng_state_all()}
+        with whole_file(run_dir / "checkpoint.pt") as file:
+            torch.save(state, file)
+        plot_dashboard(history, args, run_dir / "dashboard.png", update=len(history) > first)
         note(f"epoch {len(history)}: loss {losses.mean():.3f}, validation accuracy {accuracy:.2%} "
              f"(best {best['accuracy']:.2%})")
     model.load_state_dict(best["model"])
     return history
 
 
-def save_atomically(state, path):
-    """torch.save to another name, then rename: a run that is killed while it writes leaves the older file whole."""
-    with open(f"{path}.part", "wb") as file:  # by its own means torch hides a full disk behind a RuntimeError
-        torch.save(state, file)
-    os.replace(f"{path}.part", path)
+@contextlib.contextmanager
+def whole_file(path):
+    """Open `path` to write under another name, and rename at the end: a killed run leaves the older file whole."""
+    try:
+        with open(f"{path}.part", "wb") as file:
+            yield file
+        os.replace(f"{path}.part", path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; make room, or take another --output-dir") from None
+
+
+def model_card(data, args):
+    """What a checkpoint needs to be used: arguments, areas with their sensors, classes, normalization."""
+    return {"arguments": vars(args), "areas": data.info["areas"], "classes": CLASSES,
+            "mean": torch.from_numpy(data.mean), "std": torch.from_numpy(data.std)}
 
 
 def load_checkpoint(path, saved, data):
@@ -720,16 +777,16 @@ def load_checkpoint(path, saved, data):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["data"] != data.info["sha256"]:
+            raise UserError(f"{path}: the run began with other data; bring the files back or start a new run")
         for name, part in saved.items():
             part.load_state_dict(state[name])
-    except (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        torch.set_rng_state(state["random"])
+        torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
+        return state["history"], state["best"]
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged, or of another model ({why}); without it the run begins anew") from None
-    if state["data"] != data.info["sha256"]:
-        raise UserError(f"{path}: the run began with other data; bring the files back or start a new run")
-    torch.set_rng_state(state["random"])
-    torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
-    return state["history"], state["best"]
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -758,6 +815,8 @@ def classification_metrics(true, predicted):
     scores = precision_recall_fscore_support(true, predicted, labels=present, zero_division=0)
     return {
         "accuracy": np.mean(true == predicted),
+        "macro_precision": np.mean(scores[0]),
+        "macro_recall": np.mean(scores[1]),
         "macro_f1": np.mean(scores[2]),
         "false_alarm_rate": None if fire.all() else np.mean(alarm[~fire]),
         "missed_fire_rate": np.mean(~alarm[fire]) if fire.any() else None,
@@ -770,13 +829,13 @@ def classification_metrics(true, predicted):
 def fire_windows(data, seq_len):
     """First rows of windows, one a second, that end in the fires of the test part, and how many each fire has [fires].
 
-    The first window of a fire ends at its onset. At most MAX_FIRES fires, evenly chosen among those with a whole window
-    of the test part before them.
+    The first window of a fire ends at its onset. At most MAX_FIRES fires, evenly chosen among those that lie whole in
+    an unbroken stretch, with a window before them.
     """
     fires = []
     for start, stop in data.segments["test"]:
         edges = np.flatnonzero(np.diff(data.labels[start:stop] == 2, prepend=False, append=False)) + start
-        fires += [(onset, end) for onset, end in edges.reshape(-1, 2) if onset - start >= seq_len]
+        fires += [(onset, end) for onset, end in edges.reshape(-1, 2) if onset - start >= seq_len and end < stop]
     fires = fires[:: math.ceil(len(fires) / MAX_FIRES) or 1]
     starts = [np.arange(onset, end) - seq_len + 1 for onset, end in fires]
     return np.concatenate([np.zeros(0, np.int64), *starts]), [len(windows) for windows in starts]
@@ -793,15 +852,15 @@ def detection_delay(predicted, lengths):
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def plot_dashboard(history, args, path):
-    """Loss, accuracy, learning rate and memory; drawn again after every epoch, in a notebook in place."""
+def plot_dashboard(history, args, path, update):
+    """Loss, accuracy, learning rate and memory; drawn again after every epoch, in a notebook in place with `update`."""
     fig, axes = new_figure(f"Training: epoch {len(history)} of {args.epochs}", 2, 2, (10, 6.5))
     plot_history(axes[:2], history)
     for axis, name, label in zip(axes[2:], ("learning_rate", "memory_mib"), ("learning rate", "resident memory [MiB]")):
         plot_curve(axis, range(1, len(history) + 1), [epoch[name] or np.nan for epoch in history], name, marker="o")
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    save_figure(fig, path, display_id="dashboard", update=len(history) > 1)
+    save_figure(fig, path, display_id=str(path.resolve()), update=update)
 
 
 def animate_history(history, path):
@@ -821,7 +880,7 @@ def animate_history(history, path):
     plt.close(fig)
 
 
-def plot_results(results, history, importance, monitor, run_dir):
+def plot_results(results, history, monitor, run_dir):
     """Every picture but the dashboard."""
     models, windows = results["models"], results["data"]["windows"]
     learned = ["logistic regression", *VOTERS, "ensemble"]
@@ -837,7 +896,7 @@ def plot_results(results, history, importance, monitor, run_dir):
     fig, axes = new_figure("Test accuracy by area", size=(11, 4.5))
     by_area = {name: [100 * scores["accuracy"] for scores in models[name]["per_area"].values()] for name in learned}
     plot_bars(axes[0], list(models["ensemble"]["per_area"]), by_area)
-    axes[0].set(ylabel="accuracy [%]", ylim=(max(0, min(map(min, by_area.values())) - 5), 105))
+    axes[0].set(ylabel="accuracy [%]", ylim=(max(0, min(map(min, by_area.values())) - 5), 102.5))
     save_figure(fig, run_dir / "area_performance.png")
 
     fig, axes = new_figure("Test windows by true and predicted class", 1, 2, (10, 4.6))
@@ -846,7 +905,7 @@ def plot_results(results, history, importance, monitor, run_dir):
     save_figure(fig, run_dir / "confusion_matrices.png")
 
     fig, axes = new_figure("The twelve most important window features of each tree model", 1, 3, (14, 5))
-    for axis, (name, values) in zip(axes, importance.items()):
+    for axis, (name, values) in zip(axes, results["importance"].items()):
         plot_ranking(axis, {feature: values[feature] for feature in sorted(values, key=values.get)[-12:]}, "{:.3f}")
         what = "accuracy lost by shuffling it" if name == "gradient boosting" else "share of the decrease of impurity"
         axis.set(title=name, xlabel=what)
@@ -889,13 +948,16 @@ th:first-child, td:first-child {text-align: left} th {cursor: pointer; border-bo
 .bar {position: relative; width: 20em} .bar i {display: block; height: 1.1em; background: #0072B2}
 .bar b {position: absolute; top: 0; height: 1.1em; border-left: 2px dashed}
 </style><h1>fire.py: models on the same test windows</h1>
-<p>Click a heading to sort by it; point at a bar for its values. Dashed: the target accuracy.</p><table></table><script>
+<p>Click a heading to sort by it; point at a bar for its values. Bold: the best that learned. Dashed: the target.</p>
+<table></table><script>
 const rows = ROWS, columns = Object.keys(rows[0]), table = document.querySelector("table");
+const best = Math.max(...rows.filter(row => row.model !== "oracle").map(row => row[columns[1]]));
 let by = columns[1], down = true;
 const text = value => value ?? "–";
 function draw() {
   rows.sort((a, b) => (down ? -1 : 1) * ((a[by] ?? -1) > (b[by] ?? -1) ? 1 : -1));
-  table.innerHTML = "<tr>" + columns.map(c => `<th>${c}</th>`).join("") + "</tr>" + rows.map(row => "<tr>" +
+  table.innerHTML = "<tr>" + columns.map(c => `<th>${c}</th>`).join("") + "</tr>" + rows.map(row =>
+    `<tr ${row[columns[1]] === best ? 'style="font-weight: bold"' : ""}>` +
     columns.map(c => `<td>${text(row[c])}</td>`).join("") +
     `<td><div class="bar" title="${columns.map(c => `${c}: ${text(row[c])}`).join("&#10;")}">
      <i style="width: ${row[columns[1]]}%"></i><b style="left: TARGET%"></b></div></td></tr>`).join("");
@@ -950,10 +1012,10 @@ class Monitor(threading.Thread):
 
 
 def write_results(results, path):
-    """Write plain JSON under another name, then rename; returns the results as they are read back."""
+    """Write plain JSON; returns the results as they are read back."""
     text = json.dumps(results, indent=1, allow_nan=False, default=lambda array: array.tolist())
-    Path(f"{path}.part").write_text(text + "\n")
-    os.replace(f"{path}.part", path)
+    with whole_file(path) as file:
+        file.write(text.encode())
     return json.loads(text)
 
 
@@ -989,6 +1051,7 @@ def summary(results):
 {markdown_table([*results['table'], SEED_CLAIM])}
 
 False alarms: windows called fire among those that are not. Delay: median seconds from the onset of a fire.
+The ensemble is the majority of transformer and trees; a tie goes to the most dangerous of the tied classes.
 Risk head, 0 to 100: mean absolute error {risk['mean_absolute_error']:.1f}, of a constant {risk['of_a_constant']:.1f}.
 
 ## Classes [%]
@@ -1021,7 +1084,7 @@ def find_run(output_dir, name):
     """(folder, arguments) of the unfinished run called `name`, or of the newest one."""
     parent = Path(output_dir) / "fire"
     newest_first = sorted(parent.glob("run-*"), key=lambda run: (len(run.name), run.name), reverse=True)
-    for run_dir in newest_first if name == "newest" else [parent / Path(name).name]:
+    for run_dir in newest_first if name == "newest" else [Path(name) if os.sep in name else parent / name]:
         with contextlib.suppress(OSError, ValueError):
             results = json.loads((run_dir / "results.json").read_text())
             if not results["finished"]:
@@ -1060,7 +1123,7 @@ def between(kind, low, high=math.inf):
 
     def number(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -1095,8 +1158,8 @@ def parse_args(argv):
     add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/fire/run-001, run-002, …")
     add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with an unfinished run, the newest or the "
         "one named, with its own arguments")
-    add("--seed", type=between(int, 0), default=42, metavar="N", help="of the generator, the sampling and every model")
-    add("--runs", type=between(int, 1), default=1, metavar="N", help="repeat with the next seeds: mean ± 95 %% CI")
+    add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of the generator, the sampling, every model")
+    add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="so many seeds: mean ± 95 %% interval")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
     if "--quick" in argv:
         parser.set_defaults(sample_per_area=30_000, epochs=3, num_trees=30)
@@ -1134,9 +1197,8 @@ def run_experiment(args, run_dir):
                                          len(CLASSES), len(areas), args.dropout, args.patch_len).to(device)
         history = train_transformer(model, data, starts["validation"], args, run_dir)
         seconds = {"transformer": round(sum(epoch["seconds"] for epoch in history), 1)}
-        made_of = {"arguments": vars(args), "areas": areas, "classes": CLASSES,
-                   "mean": torch.from_numpy(data.mean), "std": torch.from_numpy(data.std)}
-        save_atomically({"model": model.state_dict()} | made_of, run_dir / "transformer.pt")
+        with whole_file(run_dir / "transformer.pt") as file:
+            torch.save({"model": model.state_dict()} | model_card(data, args), file)
 
     with monitor.part("trees"):
         baselines, features = make_baselines(args), window_features(data, starts["train"], args.seq_len)
@@ -1146,8 +1208,9 @@ def run_experiment(args, run_dir):
             key = "logisticregression__sample_weight" if name == "logistic regression" else "sample_weight"
             baseline.fit(features, labels["train"], **{key: weights})
             seconds[name] = round(time.perf_counter() - began, 1)
-        joblib.dump({"models": baselines} | made_of, run_dir / "trees.joblib")
-        importance = feature_importance(baselines, data, starts["validation"], args)
+        with whole_file(run_dir / "trees.joblib") as file:
+            joblib.dump({"models": baselines} | model_card(data, args), file)
+        results["importance"] = feature_importance(baselines, data, starts["validation"], args)
 
     with monitor.part("evaluation"):
         test, owners = labels["test"], data.areas[starts["test"]]
@@ -1169,7 +1232,7 @@ def run_experiment(args, run_dir):
 
     with monitor.part("pictures"):
         results["seconds"] = {name: round(end - begin, 1) for name, (begin, end) in monitor.parts.items()}
-        plot_results(results, history, importance, monitor, run_dir)
+        plot_results(results, history, monitor, run_dir)
         html = HTML.replace("ROWS", json.dumps(results["table"])).replace("TARGET", str(100 * TARGET_ACCURACY))
         (run_dir / "model_comparison.html").write_text(html)
     monitor.done.set()
@@ -1198,8 +1261,12 @@ def combine_runs(args, all_results, run_dir):
             mean, width = mean_and_interval(values) if values else (None, None)
             table[-1][column] = mean if mean is None or len(values) < 2 else f"{mean:.2f} ± {width:.2f}"
     seeds = [results["seed"] for results in all_results]
-    results = describe_run(args) | {"finished": True, "seeds": seeds, "table": table}
-    text = f"# fire.py, {len(seeds)} runs, seeds {seeds[0]} to {seeds[-1]}: mean ± 95 % interval (Student's t)\n\n"
+    results = describe_run(args) | {key: all_results[0][key] for key in ("data", "device", "parameters")}
+    results |= {"finished": True, "seeds": seeds, "table": table,
+                "seconds": [one["seconds"] for one in all_results],
+                "peak_memory_mib": max(one["peak_memory_mib"] or 0 for one in all_results)}
+    text = (f"# fire.py, {results['data']['source']} data, {results['data']['rows']:,} rows, split "
+            f"{results['data']['split']}, seeds {seeds[0]} to {seeds[-1]}: mean ± 95 % interval (Student's t)\n\n")
     (run_dir / "summary.md").write_text(text + markdown_table([*table, SEED_CLAIM]) + "\n")
     return write_results(results, run_dir / "results.json")
 

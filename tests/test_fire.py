@@ -106,6 +106,14 @@ def test_parts_are_in_order_of_time_and_a_window_apart(by_run):
         assert parts["train"] == [(0, 11480)] and parts["validation"][0][1] == 13940 and parts["test"][0][1] == 16400
 
 
+def test_a_cut_does_not_go_through_an_incident():
+    labels = np.repeat([0, 1, 2, 1, 0], [65_000, 3000, 3000, 1500, 27_500]).astype(np.int8)
+    parts = fire.split_rows(labels, 60)
+    assert parts["train"] == [(0, 72_500)] and parts["validation"] == [(72_560, 85_000)]
+    busy = np.ones(10_000, np.int8)  # without a quiet stretch the cut stays
+    assert fire.split_rows(busy, 60)["train"] == [(0, 7000)]
+
+
 def test_windows_of_sampled_rows_are_unbroken_and_never_on_two_sides(folder):
     # The reading is the row number, so that the rows of a window can be told after sampling and normalization.
     rows = 40_000
@@ -137,6 +145,29 @@ def test_sampling_brings_the_training_part_near_the_target_mix():
     np.testing.assert_allclose(np.bincount(chosen) / len(chosen), fire.TARGET_MIX, atol=0.07)
     plain = fire.sample_blocks([(0, 400_000)], labels, 40_000, 500)  # validation and test are left as they are
     assert np.mean(np.concatenate([labels[a:b] for a, b in plain]) == 2) < 0.04
+
+
+def test_a_class_that_sampling_loses_is_noticed(tmp_path, capsys):
+    labels = np.zeros(400_000, int)
+    labels[100_000:130_000], labels[350_000:350_400] = 2, 2  # one fire in the test part, too short for every sample
+    rng = np.random.default_rng(0)
+    pa.csv.write_csv(pa.table({"reading": rng.normal(size=len(labels)), "label": labels // 2}), tmp_path / "a.csv")
+    data = fire.load_data(fire.parse_args(["--data", str(tmp_path), "--sample-per-area", "20000"]))
+    assert "fewer than 5 windows of fire in validation, fire in test" in capsys.readouterr().err
+    assert data.info["split"] == "by label run (optimistic)"
+    for ranges in data.segments.values():
+        assert set(data.labels[fire.window_starts(ranges, 60, 60) + 59]) == {0, 2}
+
+
+def test_a_sensor_that_training_never_sees_stays_missing(tmp_path):
+    readings, labels, _ = fire.generate_area("arc", 20_000, seed=3)
+    readings[:16_000, 1] = np.nan
+    table = {f"f{i}": readings[:, i] for i in range(4)} | {"label": labels}
+    pa.csv.write_csv(pa.table(table), tmp_path / "arc.csv")
+    data = fire.load_data(fire.parse_args(["--data", str(tmp_path)]))
+    assert np.isnan(data.readings[:, 1]).all()
+    features = fire.window_features(data, fire.window_starts(data.segments["test"], 60, 60), 60)
+    assert np.isfinite(features).all() and (features[:, 7 * 6 + 1] == 1).all()  # all of it is missing
 
 
 def test_normalization_knows_the_training_part_alone(tmp_path):
@@ -230,10 +261,13 @@ def bad_files(tmp_path):
         "many sensors": (file("many.csv", "a,b,c,d,e,f,g,label\n1,2,3,4,5,6,7,0\n"), ["many.csv", "7 sensor columns"]),
         "twice the same column": (file("twice.csv", "a,a,label\n1,2,0\n"), ["twice.csv", "same name"]),
         "few rows": (file("short.csv", good[: good.index("\n500,")]), ["'short'", "rows", "801"]),
-        "one class": (file("one.csv", "a,label\n" + "1,0\n" * 3000), ["'normal'", "nothing to tell apart"]),
+        "one class": (file("one.csv", "a,label\n" + "1,0\n" * 3000), ["windows of normal", "nothing to tell apart"]),
+        "one class in training": (file("late.csv", "a,label\n" + "1,0\n" * 3400 + "1,1\n" * 100), ["nothing to tell"]),
+        "order of time": (file("order.csv", "timestamp," + good.replace("\n", "\n2024-01-01,", 3000).replace(
+            "2024-01-01,7,", "2023-12-31,7,")), ["order.csv", "row 9", "'timestamp'", "sort"]),
         "encoding": (file("latin.csv", good.replace("\n7,1,0", "\n7,ß,0"), "latin-1"), ["latin.csv", "row 9", "'b'"]),
         "torn parquet": (["--data", str(tmp_path / "torn.parquet")], ["torn.parquet"]),
-        "text in parquet": (["--data", str(tmp_path / "text.parquet")], ["text.parquet", "'a'", "'x'"]),
+        "text in parquet": (["--data", str(tmp_path / "text.parquet")], ["text.parquet", "row 1,", "'a'", "'x'"]),
         "patch": (["--patch-len", "7"], ["--patch-len 7", "--seq-len 60"]),
         "heads": (["--num-heads", "5"], ["--num-heads 5", "--d-model 128"]),
         "range": (["--epochs", "0"], ["--epochs", "0 is not between 1"]),
@@ -296,9 +330,8 @@ def test_window_features_against_numpy():
     for row, start in zip(features, starts):
         x = data.readings[start : start + 60].astype(np.float64)
         missing = np.isnan(x).mean(axis=0)
-        x = np.where(np.isnan(x), np.nanmean(x, axis=0) if not (missing == 1).any() else 0, x)
-        if (missing == 1).any():
-            continue
+        x[:, missing == 1] = 0
+        x = np.where(np.isnan(x), np.nanmean(x, axis=0), x)
         slope = np.polyfit(np.arange(60), x, 1)[0]
         step = np.abs(np.diff(x, axis=0)).mean(axis=0)
         plain = [x.mean(0), x.std(0, ddof=1), x.min(0), x.max(0), x[-1], slope, step, missing]
@@ -317,7 +350,7 @@ def test_class_weights():
     np.testing.assert_allclose(fire.class_weights(labels, 1), 1000 / 3 / np.array([700, 200, 100]))
     np.testing.assert_allclose(fire.class_weights(labels, 0), 1)
     assert fire.class_weights(labels, 0.5)[labels].mean() == pytest.approx(1)
-    assert fire.class_weights(np.repeat([0, 2], 5), 1).tolist() == [1, 0, 1]
+    assert fire.class_weights(np.repeat([0, 2], 5), 1)[[0, 2]].tolist() == [1, 1]
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -331,7 +364,7 @@ def test_detection_delay_of_windows_one_second_apart():
     for first in np.split(starts, np.cumsum(lengths)[:-1]):
         ends = first + 59
         assert data.labels[ends[0] - 1] != 2 and (data.labels[ends] == 2).all()  # from the onset on, all of it
-        assert ends[-1] + 1 not in inside or data.labels[ends[-1] + 1] != 2
+        assert ends[-1] + 1 in inside and data.labels[ends[-1] + 1] != 2  # a fire that is cut off does not count
         assert set(range(first[0], ends[-1] + 1)) <= set(inside)
     assert fire.detection_delay(np.array([0, 1, 2, 2, 1, 1, 2]), [4, 2, 1]) == {
         "fires": 3, "never_detected": 1, "median_s": 1.0, "p90_s": 1.8}
@@ -391,8 +424,10 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, capsys
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run_dir / "transformer.pt").exists(), "it was too quick to be killed"
-    results = fire.main(["--resume", "--output-dir", str(tmp_path / "killed")])
+    results = fire.main(["--resume", str(run_dir)])
     assert len(results["history"]) == 4 and results["finished"]
+    whole = json.loads((tmp_path / "whole/fire/run-001/results.json").read_text())
+    assert results["models"] == whole["models"] and results["risk"] == whole["risk"]
     for name, weight in weights_of(tmp_path / "whole/fire/run-001").items():
         assert torch.equal(weight, weights_of(run_dir)[name]), name
     with pytest.raises(SystemExit):
@@ -401,7 +436,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, capsys
 
 
 def test_ctrl_c_says_how_to_go_on_and_bad_checkpoints_are_refused(folder, tmp_path, monkeypatch, capsys):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     copy = tmp_path / "basement_copy.csv"
@@ -427,6 +462,7 @@ def test_ctrl_c_says_how_to_go_on_and_bad_checkpoints_are_refused(folder, tmp_pa
 def test_several_runs_give_mean_and_interval(folder, tmp_path):
     results = fire.main(["--data", str(folder), "--output-dir", str(tmp_path), *SMALL, "--runs", "2", "--seed", "5"])
     single = [json.loads((tmp_path / f"fire/run-001/seed-{seed}/results.json").read_text()) for seed in (5, 6)]
+    assert results["data"]["rows"] == single[0]["data"]["rows"] and len(results["seconds"]) == 2
     for row in results["table"]:
         values = [100 * one["models"][row["model"]]["accuracy"] for one in single]
         mean, width = np.mean(values), 12.706 * np.std(values, ddof=1) / np.sqrt(2)  # Student's t with one degree
@@ -453,7 +489,7 @@ def test_pasted_into_a_notebook_in_an_empty_folder(tmp_path):
     nbclient.NotebookClient(book, timeout=200, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = book.cells[1].outputs
     assert not [output for output in outputs if output.output_type == "error"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 9  # the pictures are shown in place
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 9  # the dashboard is redrawn in place
     assert {path.name for path in (tmp_path / "outputs/fire/run-001").iterdir()} > PICTURES
 
 
