@@ -1158,8 +1158,8 @@ def parse_args(argv):
     add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/fire/run-001, run-002, …")
     add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with an unfinished run, the newest or the "
         "one named, with its own arguments")
-    add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of the generator, the sampling, every model")
-    add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="so many seeds: mean ± 95 %% interval")
+    add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of generator, sampling and models")
+    add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds in a row: mean ± 95 %% CI")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
     if "--quick" in argv:
         parser.set_defaults(sample_per_area=30_000, epochs=3, num_trees=30)
