@@ -5,8 +5,8 @@ fire at their last second. A transformer with an area embedding is trained on th
 trees and gradient boosting on summary statistics of the same windows; a majority vote joins the four. All of them,
 logistic regression and the majority class are scored on the same later, unseen part of every area.
 
-    python fire.py                                        # embedded sensors, 100,000 rows an area: a few minutes
-    python fire.py --sample-per-area 1000000              # the full job, 5 M rows: @@FULL@@ on 2 cores
+    python fire.py                                        # embedded sensors, 100,000 rows an area: 2 minutes
+    python fire.py --sample-per-area 1000000              # the full job, 5 M rows: 20 minutes on 2 cores
     python fire.py --quick                                # everything, small: under a minute
     python fire.py --data FOLDER --label-column alarm     # your own CSV or Parquet files, one an area
     python fire.py --resume                               # go on with the newest unfinished run
@@ -17,10 +17,13 @@ model_comparison.html.
 
 Without --data the sensors are synthetic. Their labels follow the hidden intensity of an incident, with limits that
 differ a little from incident to incident as annotators do, so nothing can be perfect: an oracle that knows the
-intensity itself, without noise, reaches @@ORACLE@@ % (measured, 5 M rows, seed 42).
+intensity itself, without noise, reaches 98.3 % (measured, 5 M rows, seed 42).
 
 The risk head (0 to 100) is trained towards 0, 50 and 100 for normal, warning and fire at the last row. The loss is
 the class-weighted cross-entropy plus RISK_WEIGHT times the squared error of risk / 100.
+
+Measured so, test accuracy: gradient boosting 95.7, ensemble 95.6, transformer 94.6 (95.1 with --patch-len 5, in a
+third of the time), logistic regression 94.3, always "normal" 71.3 %.
 
 Sources: a plan to train a "Fire Detection AI" on 5 M of 50 M rows (its bucket is not public), which sampled single
 rows and let windows of one incident fall on both sides of its split; neither is done here. Transformer: Vaswani et

@@ -1,6 +1,8 @@
 """python tests/benchmark.py: how fast the scripts are, each figure as a ratio to a plain reference in the same run."""
 
 import argparse
+import contextlib
+import io
 import sys
 import tempfile
 import time
@@ -95,4 +97,5 @@ if __name__ == "__main__":
     benchmarks = {function.__name__: function for function in (fire_training, fire_generator, fire_csv)}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:
-        benchmarks[name]()
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bars
+            benchmarks[name]()
