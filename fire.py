@@ -26,8 +26,9 @@ Measured so, test accuracy: gradient boosting 95.7, ensemble 95.6, transformer 9
 third of the time), logistic regression 94.3, always "normal" 71.3 %.
 
 Sources: a plan to train a "Fire Detection AI" on 5 M of 50 M rows (its bucket is not public), which sampled single
-rows and let windows of one incident fall on both sides of its split; neither is done here. Transformer: Vaswani et
-al. 2017, pre-norm after Xiong et al. 2020. Trees: Breiman 2001, Geurts et al. 2006, Ke et al. 2017.
+rows and let windows of one incident fall on both sides of its split; the first is not done here, the second only where
+a class would be missing otherwise, and then it says so. Transformer: Vaswani et al. 2017, pre-norm after Xiong et al.
+2020. Trees: Breiman 2001, Geurts et al. 2006, Ke et al. 2017.
 """
 
 import argparse
