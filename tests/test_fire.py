@@ -7,6 +7,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -367,6 +368,10 @@ def test_detection_delay_of_windows_one_second_apart():
         assert data.labels[ends[0] - 1] != 2 and (data.labels[ends] == 2).all()  # from the onset on, all of it
         assert ends[-1] + 1 in inside and data.labels[ends[-1] + 1] != 2  # a fire that is cut off does not count
         assert set(range(first[0], ends[-1] + 1)) <= set(inside)
+    labels = np.zeros(600, np.int8)
+    labels[20:40] = labels[100:150] = labels[570:] = 2  # too early for a window before it, whole, cut off
+    starts, lengths = fire.fire_windows(SimpleNamespace(labels=labels, segments={"test": [(0, 600)]}), 60)
+    assert lengths == [50] and starts[0] == 100 - 59
     assert fire.detection_delay(np.array([0, 1, 2, 2, 1, 1, 2]), [4, 2, 1]) == {
         "fires": 3, "never_detected": 1, "median_s": 1.0, "p90_s": 1.8}
     assert fire.detection_delay(None, [])["median_s"] is None
@@ -411,7 +416,10 @@ def test_the_same_command_gives_the_same_numbers_and_a_new_folder(finished, fold
 
 
 def weights_of(run_dir):
-    return torch.load(run_dir / "transformer.pt", weights_only=True)["model"]
+    """The best weights and those of the last epoch, which need not be the same."""
+    names = "transformer.pt", "checkpoint.pt"
+    best, last = (torch.load(run_dir / name, weights_only=True)["model"] for name in names)
+    return {f"best {name}": weight for name, weight in best.items()} | last
 
 
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, capsys):
