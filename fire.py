@@ -36,6 +36,7 @@ import contextlib
 import copy
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -749,8 +750,7 @@ def train_transformer(model, data, validation, args, run_dir):
         state = {name: part.state_dict() for name, part in saved.items()} | model_card(data, args)
         state |= {"history": history, "best": best, "data": data.info["sha256"], "random": torch.get_rng_state(),
                   "cuda_random": torch.cuda.get_rng_state_all()}
-        with whole_file(run_dir / "checkpoint.pt") as file:
-            torch.save(state, file)
+        save_checkpoint(state, run_dir / "checkpoint.pt")
         plot_dashboard(history, args, run_dir / "dashboard.png", update=len(history) > first)
         note(f"epoch {len(history)}: loss {losses.mean():.3f}, validation accuracy {accuracy:.2%} "
              f"(best {best['accuracy']:.2%})")
@@ -767,6 +767,13 @@ def whole_file(path):
         os.replace(f"{path}.part", path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; make room, or take another --output-dir") from None
+
+
+def save_checkpoint(state, path):
+    buffer = io.BytesIO()  # writing to the disk itself, torch hides a full one behind a RuntimeError
+    torch.save(state, buffer)
+    with whole_file(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def model_card(data, args):
@@ -1201,8 +1208,7 @@ def run_experiment(args, run_dir):
                                          len(CLASSES), len(areas), args.dropout, args.patch_len).to(device)
         history = train_transformer(model, data, starts["validation"], args, run_dir)
         seconds = {"transformer": round(sum(epoch["seconds"] for epoch in history), 1)}
-        with whole_file(run_dir / "transformer.pt") as file:
-            torch.save({"model": model.state_dict()} | model_card(data, args), file)
+        save_checkpoint({"model": model.state_dict()} | model_card(data, args), run_dir / "transformer.pt")
 
     with monitor.part("trees"):
         baselines, features = make_baselines(args), window_features(data, starts["train"], args.seq_len)
