@@ -868,7 +868,8 @@ def plot_dashboard(history, args, path, update):
     fig, axes = new_figure(f"Training: epoch {len(history)} of {args.epochs}", 2, 2, (10, 6.5))
     plot_history(axes[:2], history)
     for axis, name, label in zip(axes[2:], ("learning_rate", "memory_mib"), ("learning rate", "resident memory [MiB]")):
-        plot_curve(axis, range(1, len(history) + 1), np.array([epoch[name] for epoch in history], float), name, marker="o")
+        values = np.array([epoch[name] for epoch in history], float)  # None becomes NaN
+        plot_curve(axis, range(1, len(history) + 1), values, name, marker="o")
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
     save_figure(fig, path, display_id=str(path.resolve()), update=update)
