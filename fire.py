@@ -27,8 +27,8 @@ third of the time), logistic regression 94.3, always "normal" 71.3 %.
 
 Sources: a plan to train a "Fire Detection AI" on 5 M of 50 M rows (its bucket is not public), which sampled single
 rows and let windows of one incident fall on both sides of its split; the first is not done here, the second only where
-a class would be missing otherwise, and then it says so. Transformer: Vaswani et al. 2017, pre-norm after Xiong et al.
-2020. Trees: Breiman 2001, Geurts et al. 2006, Ke et al. 2017.
+a class would be missing otherwise (it says so) or no quiet stretch is near the cut. Transformer: Vaswani et al. 2017,
+pre-norm after Xiong et al. 2020. Trees: Breiman 2001, Geurts et al. 2006, Ke et al. 2017.
 """
 
 import argparse
@@ -212,8 +212,9 @@ def list_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; --data takes CSV and Parquet files")
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        found = [p for p in inside if p.suffix.lower() in (".csv", ".parquet")] if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = sorted(inside for inside in path.iterdir() if inside.suffix.lower() in (".csv", ".parquet"))
         if not found:
             raise UserError(f"{path}: no .csv or .parquet file in this folder")
         files += found
@@ -283,23 +284,23 @@ def scan_file(path, label_column=None):
     sensors = [name for name in names if name not in (label, *left_out, *stamp)]
     if not 1 <= len(sensors) <= MAX_SENSORS:
         raise UserError(f"{path}: {len(sensors)} sensor columns ({', '.join(sensors)}), must be 1 to {MAX_SENSORS}")
-    codes, rows, before = [], 1 if path.suffix.lower() == ".parquet" else 2, None  # in a CSV the header is row 1
+    codes, row, before = [], 1 if path.suffix.lower() == ".parquet" else 2, None  # in a CSV the header is row 1
     with file_errors(path, names):
         for batch in open_table(path, [label, *stamp], {label: pa.string()})[1]:
             text = pc.utf8_lower(pc.utf8_trim_whitespace(batch.column(0).cast(pa.string())))
             codes.append(pc.index_in(text, pa.array(LABEL_CODES)).fill_null(-1).to_numpy(zero_copy_only=False))
             if codes[-1].min(initial=0) < 0:
                 bad = int(np.argmin(codes[-1]))
-                raise UserError(f"{path}: row {rows + bad}, column {label!r}: {batch.column(0)[bad].as_py()!r} is no "
+                raise UserError(f"{path}: row {row + bad}, column {label!r}: {batch.column(0)[bad].as_py()!r} is no "
                                 "label, which are 0, 1, 2 or normal, warning, fire")
             if stamp and not pa.types.is_string(batch.column(1).type):
                 times = batch.column(1).to_numpy(zero_copy_only=False)
                 back = np.flatnonzero(times < np.append(times[:1] if before is None else before, times[:-1]))
                 if len(back):
-                    where = f"{path}: row {rows + back[0]}, column {stamp[0]!r}"
+                    where = f"{path}: row {row + back[0]}, column {stamp[0]!r}"
                     raise UserError(f"{where}: earlier than the row above; sort the file by time")
                 before = times[-1:]
-            rows += batch.num_rows
+            row += batch.num_rows
     if not sum(map(len, codes)):
         raise UserError(f"{path}: no rows")
     return sensors, label, np.concatenate(codes).astype(np.int8)
@@ -471,7 +472,9 @@ def choose_split(areas, args):
         counts = {part: np.bincount(np.concatenate(labels), minlength=3) for part, labels in windows.items()}
         splits.append((split, counts))
         lacking.append([f"{CLASSES[c]} in {part}" for part in PARTS for c in present if counts[part][c] < MIN_WINDOWS])
-    by_run = len(lacking[1]) < len(lacking[0])
+        if not lacking[-1]:
+            break
+    by_run = len(lacking[-1]) < len(lacking[0])
     if lacking[0]:
         note(f"in order of time there are fewer than {MIN_WINDOWS} windows of {', '.join(lacking[0])}")
     if by_run:
@@ -770,6 +773,7 @@ def whole_file(path):
 
 
 def save_checkpoint(state, path):
+    """torch.save to a whole file."""
     buffer = io.BytesIO()  # writing to the disk itself, torch hides a full one behind a RuntimeError
     torch.save(state, buffer)
     with whole_file(path) as file:
