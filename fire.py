@@ -42,23 +42,25 @@ import math
 import os
 import pickle
 import platform
+import random
 import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import uuid
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 
 import joblib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from common import (detect_device, has_bfloat16, in_notebook, mean_and_interval, new_figure, plot_bars, plot_confusion,
@@ -69,10 +71,12 @@ try:
 except ImportError:  # Windows: memory is then not reported
     resource = None
 
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 CLASSES = ["normal", "warning", "fire"]
 TARGET_MIX = np.array([0.70, 0.20, 0.10])  # the seed's aim for its sample
 TARGET_ACCURACY = 0.94  # the seed expects 94 to 96 %
 SEED_CLAIM = {"model": "the seed's plan, a claim", "accuracy %": "94 to 96"}
+SEED_REFERENCE = {"run": "the seed's 50M model, a claim", "rows": "50,000,000", "training h": 43.0, "$ per h": 3.825}
 MAX_SENSORS = 6
 PARTS = {"train": 0.70, "validation": 0.15, "test": 0.15}
 MIN_WINDOWS = 5  # a part with fewer windows of a class cannot measure it
@@ -127,7 +131,8 @@ class UserError(Exception):
 
 
 def note(text):
-    print(f"fire.py: {text}", file=sys.stderr)
+    if RANK == 0:
+        print(f"fire.py: {text}", file=sys.stderr)
 
 
 # --- Data: the embedded generator -----------------------------------------------------------------------------------
@@ -198,7 +203,7 @@ def generate_area(area, rows, seed):
     return tuple(np.concatenate(arrays)[:rows] for arrays in zip(*blocks))
 
 
-# --- Data: CSV and Parquet files ------------------------------------------------------------------------------------
+# --- Data: CSV and Parquet files, on this machine or in S3 ------------------------------------------------------------
 
 
 LABEL_COLUMNS = ("label", "is_anomaly")
@@ -206,23 +211,17 @@ LABEL_CODES = {"normal": 0, "warning": 1, "fire": 2, "0": 0, "1": 1, "2": 2, "0.
                "false": 0, "true": 1}
 
 
-def list_files(paths):
-    """{area: file} of files and folders; an area is a stem up to the first underscore, or whole where those clash."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder; --data takes CSV and Parquet files")
-        found = [path]
-        if path.is_dir():
-            found = sorted(inside for inside in path.iterdir() if inside.suffix.lower() in (".csv", ".parquet"))
-        if not found:
-            raise UserError(f"{path}: no .csv or .parquet file in this folder")
-        files += found
-    for name in (lambda path: path.stem.split("_")[0], lambda path: path.stem):
-        areas = {name(path): path for path in files}
-        if len(areas) == len(files):
-            return areas
-    raise UserError(f"two --data files have the same name, rename one: {', '.join(map(str, files))}")
+def open_address(address):
+    """(pyarrow filesystem, path in it) of a path or of s3://bucket/key, with the usual AWS_… variables and profiles."""
+    from pyarrow import fs
+
+    if not str(address).startswith("s3://"):
+        return fs.LocalFileSystem(), os.path.abspath(address)
+    path = str(address).removeprefix("s3://").strip("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # not read by pyarrow
+    if endpoint:
+        return fs.S3FileSystem(endpoint_override=endpoint), path
+    return fs.FileSystem.from_uri("s3://" + path.split("/")[0])[0], path  # finds the bucket's region
 
 
 @contextlib.contextmanager
@@ -244,7 +243,37 @@ def file_errors(where, names=()):
         raise UserError(f"{where}: {text}") from None
 
 
-def open_table(path, columns=None, types=None):
+def file_sha256(address):
+    filesystem, path = open_address(address)
+    with file_errors(address), filesystem.open_input_stream(path, compression=None) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def list_files(addresses):
+    """{area: address} of files and folders; an area is a stem up to the first _, or whole where those clash."""
+    from pyarrow import fs
+
+    files = []
+    for address in addresses:
+        filesystem, path = open_address(address)
+        with file_errors(address):
+            found = [filesystem.get_file_info(path)]
+            if found[0].type == fs.FileType.NotFound:
+                raise UserError(f"{address}: no such file, folder or bucket; CSV and Parquet files are read")
+            if found[0].type == fs.FileType.Directory:
+                found = [info for info in filesystem.get_file_info(fs.FileSelector(path))
+                         if info.extension.lower() in ("csv", "parquet")]
+        if not found:
+            raise UserError(f"{address}: no .csv or .parquet file in this folder")
+        files += sorted(("s3://" if str(address).startswith("s3://") else "") + info.path for info in found)
+    for name in (lambda file: Path(file).stem.split("_")[0], lambda file: Path(file).stem):
+        areas = {name(file): file for file in files}
+        if len(areas) == len(files):
+            return areas
+    raise UserError(f"two --data files have the same name, rename one: {', '.join(files)}")
+
+
+def open_table(address, columns=None, types=None):
     """(schema, iterator of record batches of a few MB in the order of the rows) of a CSV or Parquet file.
 
     `columns` are the ones to read (default all); `types` {column: pyarrow type} holds for a CSV.
@@ -253,91 +282,86 @@ def open_table(path, columns=None, types=None):
     import pyarrow.csv
     import pyarrow.parquet
 
-    if path.suffix.lower() == ".parquet":
-        table = pa.parquet.ParquetFile(path)
+    filesystem, path = open_address(address)
+    if path.lower().endswith(".parquet"):
+        table = pa.parquet.ParquetFile(filesystem.open_input_file(path))
         return table.schema_arrow, table.iter_batches(columns=columns)
     # With threads the errors would have no row numbers, and this reader is no faster with them.
     read = pa.csv.ReadOptions(use_threads=False, block_size=4 << 20)
     convert = pa.csv.ConvertOptions(include_columns=columns, column_types=types)
-    table = pa.csv.open_csv(path, read, convert_options=convert)
+    table = pa.csv.open_csv(filesystem.open_input_stream(path), read, convert_options=convert)
     return table.schema, table
 
 
-def scan_file(path, label_column=None):
-    """First pass over a file, of the labels alone: (sensor columns, label column, position in LABEL_CODES [rows])."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def column_names(address):
+    """The columns of a file, each of them once."""
+    with file_errors(address):
+        names = open_table(address)[0].names
+    if len(set(names)) < len(names):
+        raise UserError(f"{address}: two columns have the same name: {', '.join(names)}")
+    return names
 
-    with file_errors(path):
-        names = open_table(path)[0].names
+
+def choose_columns(address, label_column=None):
+    """(sensor columns, label column) of a file with labels."""
+    names = column_names(address)
     label = label_column or next((name for name in LABEL_COLUMNS if name in names), "label")
     if label not in names:
-        raise UserError(f"{path}: no column {label!r}, only {', '.join(names)}; --label-column names the label")
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: two columns have the same name: {', '.join(names)}")
+        raise UserError(f"{address}: no column {label!r}, only {', '.join(names)}; --label-column names the label")
     left_out = [name for name in names if re.fullmatch(r"|Unnamed: \d+|__index_level_\d+__", name)]
     left_out += [name for name in LABEL_COLUMNS if name in names and name != label]
     if left_out:
         columns = ", ".join(map(repr, left_out))
-        note(f"{path}: column {columns} left out, since a row index or a second label gives the answer away")
-    stamp = [name for name in names if name.lower() == "timestamp"]
-    sensors = [name for name in names if name not in (label, *left_out, *stamp)]
+        note(f"{address}: column {columns} left out, since a row index or a second label gives the answer away")
+    sensors = [name for name in names if name not in (label, *left_out) and name.lower() != "timestamp"]
     if not 1 <= len(sensors) <= MAX_SENSORS:
-        raise UserError(f"{path}: {len(sensors)} sensor columns ({', '.join(sensors)}), must be 1 to {MAX_SENSORS}")
-    codes, row, before = [], 1 if path.suffix.lower() == ".parquet" else 2, None  # in a CSV the header is row 1
-    with file_errors(path, names):
-        for batch in open_table(path, [label, *stamp], {label: pa.string()})[1]:
-            text = pc.utf8_lower(pc.utf8_trim_whitespace(batch.column(0).cast(pa.string())))
-            codes.append(pc.index_in(text, pa.array(LABEL_CODES)).fill_null(-1).to_numpy(zero_copy_only=False))
-            if codes[-1].min(initial=0) < 0:
-                bad = int(np.argmin(codes[-1]))
-                raise UserError(f"{path}: row {row + bad}, column {label!r}: {batch.column(0)[bad].as_py()!r} is no "
-                                "label, which are 0, 1, 2 or normal, warning, fire")
-            if stamp and not pa.types.is_string(batch.column(1).type):
-                times = batch.column(1).to_numpy(zero_copy_only=False)
-                back = np.flatnonzero(times < np.append(times[:1] if before is None else before, times[:-1]))
-                if len(back):
-                    where = f"{path}: row {row + back[0]}, column {stamp[0]!r}"
-                    raise UserError(f"{where}: earlier than the row above; sort the file by time")
-                before = times[-1:]
-            row += batch.num_rows
-    if not sum(map(len, codes)):
-        raise UserError(f"{path}: no rows")
-    return sensors, label, np.concatenate(codes).astype(np.int8)
+        raise UserError(f"{address}: {len(sensors)} sensor columns ({', '.join(sensors)}), must be 1 to {MAX_SENSORS}")
+    return sensors, label
 
 
-def to_number(text, where):
-    """A cell of a text column as float, NaN where empty; UserError where it is no number."""
-    try:
-        return float(text or "nan")
-    except ValueError:
-        raise UserError(f"{where}: {text!r}, a number is needed") from None
+def read_batches(address, sensors, label=None):
+    """Read a file batch by batch, each time (readings, codes, times).
 
-
-def read_rows(path, sensors, keep):
-    """Second pass over a file: readings [kept rows, 6] float32, NaN where missing, 0 in the columns beyond `sensors`.
-
-    `keep` [rows] bool says which rows are wanted, so memory is that of the wanted rows and of one batch.
+    Yields readings [rows, 6] float32, NaN where missing and 0 in the columns beyond `sensors`; positions in LABEL_CODES
+    [rows] int8, None without `label`; the column "timestamp", None where there is none.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    with file_errors(path):
-        names = open_table(path)[0].names
-    blocks, rows = [], 0
-    with file_errors(path, names):
-        for batch in open_table(path, sensors, dict.fromkeys(sensors, pa.float32()))[1]:
-            wanted = keep[rows : rows + batch.num_rows]
-            rows += batch.num_rows
-            blocks.append(np.zeros((wanted.sum(), MAX_SENSORS), np.float32))
-            for i, column in enumerate(batch.columns):
+    names = column_names(address)
+    stamp = next((name for name in names if name.lower() == "timestamp"), None)
+    columns = [*sensors, *filter(None, (label, stamp))]
+    types = dict.fromkeys(sensors, pa.float32()) | ({label: pa.string()} if label else {})
+    row, before = 1 if address.lower().endswith(".parquet") else 2, None  # in a CSV the header is row 1
+    with file_errors(address, names):
+        for batch in open_table(address, columns, types)[1]:
+            readings, codes = np.zeros((batch.num_rows, MAX_SENSORS), np.float32), None
+            for i, name in enumerate(sensors):
+                column = batch.column(name)
                 if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):  # in Parquet
-                    column = pa.array([to_number(text, f"{path}: row {rows - len(wanted) + row}, column {sensors[i]!r}")
-                                       for row, text in enumerate(column.to_pylist(), start=1)], pa.float32())
-                with file_errors(f"{path}: column {sensors[i]!r}"):
-                    blocks[-1][:, i] = column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)[wanted]
-    readings = np.concatenate(blocks)
-    readings[~np.isfinite(readings)] = np.nan
-    return readings
+                    text = f"row {row}, column {name!r}: {column[0].as_py()!r} is text, numbers are needed"
+                    raise UserError(f"{address}: {text}")
+                with file_errors(f"{address}: column {name!r}"):
+                    readings[:, i] = column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+            readings[~np.isfinite(readings)] = np.nan
+            if label:
+                column = batch.column(label)
+                text = pc.utf8_lower(pc.utf8_trim_whitespace(column.cast(pa.string())))
+                codes = pc.index_in(text, pa.array(LABEL_CODES)).fill_null(-1).to_numpy(zero_copy_only=False)
+                codes = codes.astype(np.int8)
+                if codes.min(initial=0) < 0:
+                    bad = int(np.argmin(codes))
+                    raise UserError(f"{address}: row {row + bad}, column {label!r}: {column[bad].as_py()!r} is no "
+                                    "label, which are 0, 1, 2 or normal, warning, fire")
+            if stamp and not pa.types.is_string(batch.column(stamp).type):
+                times = batch.column(stamp).to_numpy(zero_copy_only=False)
+                back = np.flatnonzero(times < np.append(times[:1] if before is None else before, times[:-1]))
+                if len(back):
+                    raise UserError(f"{address}: row {row + back[0]}, column {stamp!r}: earlier than the row above; "
+                                    "sort the file by time")
+                before = times[-1:]
+            row += batch.num_rows
+            yield readings, codes, batch.column(stamp) if stamp else None
 
 
 # --- Data: areas, split, sample, windows -----------------------------------------------------------------------------
@@ -345,11 +369,11 @@ def read_rows(path, sensors, keep):
 
 @dataclass
 class Area:
-    """One area before sampling: all its labels, and a way to the wanted ones of its readings."""
+    """One area before sampling."""
 
     sensors: list  # names
     labels: np.ndarray  # [rows] int8
-    read: Callable  # bool [rows] of the wanted rows -> their readings [wanted rows, 6], NaN where missing
+    readings: np.ndarray  # [rows, 6] float32, NaN where missing
     oracle: np.ndarray | None = None  # [rows] int8, in the embedded generator
 
 
@@ -359,24 +383,28 @@ def embedded_areas(rows, seed):
     for area, sensors in SENSORS.items():
         readings, labels, oracle = generate_area(area, rows, seed)
         readings = np.pad(readings, ((0, 0), (0, MAX_SENSORS - len(sensors))))
-        areas[area] = Area(list(sensors), labels, readings.__getitem__, oracle)
+        areas[area] = Area(list(sensors), labels, readings, oracle)
     return areas
 
 
-def file_areas(paths, label_column):
+def file_areas(addresses, label_column):
     """{area: Area} of CSV and Parquet files, and [{path, area, rows, sha256}, …]."""
-    paths = list_files(paths)
-    scans = {area: scan_file(path, label_column) for area, path in paths.items()}
+    addresses, read = list_files(addresses), {}
+    for area, address in addresses.items():
+        sensors, label = choose_columns(address, label_column)
+        batches = [(readings, codes) for readings, codes, _ in read_batches(address, sensors, label)]
+        if not sum(len(codes) for _, codes in batches):
+            raise UserError(f"{address}: no rows")
+        read[area] = sensors, label, *map(np.concatenate, zip(*batches))
     texts, areas, files = np.array(list(LABEL_CODES)), {}, []
-    for area, (sensors, label, codes) in scans.items():
+    for area, (sensors, label, readings, codes) in read.items():
         classes = np.array(list(LABEL_CODES.values()), np.int8)
-        alike = [other for _, column, other in scans.values() if column == label]  # a column means the same everywhere
+        alike = [other for _, column, _, other in read.values() if column == label]  # it means the same everywhere
         if not {"2", "2.0", *CLASSES} & {text for other in alike for text in texts[np.unique(other)]}:
             classes[classes == 1] = 2  # 0 and 1 alone are normal and fire
-        areas[area] = Area(sensors, classes[codes], partial(read_rows, paths[area], sensors))
-        with open(paths[area], "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files.append({"path": str(paths[area]), "area": area, "rows": len(codes), "sha256": digest})
+        areas[area] = Area(sensors, classes[codes], readings)
+        address = addresses[area]
+        files.append({"path": address, "area": area, "rows": len(codes), "sha256": file_sha256(address)})
     return areas, files
 
 
@@ -505,17 +533,16 @@ class SensorData:
 def normalize(readings, areas, train):
     """Scale `readings` [rows, 6] in place, each of `areas` [rows] by its rows in `train` [rows] bool.
 
-    Returns mean and std [areas, 6].
+    Returns mean and std [areas, 6]. The mean of a sensor that no training row has is NaN, so that it stays missing.
     """
     mean, std = (np.zeros((areas[-1] + 1, MAX_SENSORS)) for _ in range(2))
     for area in range(len(mean)):
         known = readings[train & (areas == area)]
-        count = np.isfinite(known).sum(axis=0).clip(1)
-        mean[area] = np.nansum(known, axis=0, dtype=np.float64) / count
-        std[area] = np.sqrt(np.nansum((known - mean[area]) ** 2, axis=0) / count)
+        count = np.isfinite(known).sum(axis=0)
+        mean[area] = np.where(count, np.nansum(known, axis=0, dtype=np.float64) / count.clip(1), np.nan)
+        std[area] = np.sqrt(np.nansum((known - mean[area]) ** 2, axis=0) / count.clip(1))
         std[area][std[area] <= 1e-6 * np.abs(mean[area])] = 1  # a constant column
-        unknown = ~np.isfinite(known).any(axis=0)  # no training row has this sensor: it stays missing
-        readings[areas == area] = np.where(unknown, np.nan, (readings[areas == area] - mean[area]) / std[area])
+        readings[areas == area] = (readings[areas == area] - mean[area]) / std[area]
     return mean, std
 
 
@@ -527,21 +554,25 @@ def load_data(args):
         note("no --data: the embedded generator makes the readings, all figures are about synthetic sensors")
         areas, files = embedded_areas(args.sample_per_area, args.seed), []
     split, split_name = choose_split(areas, args)
-    readings, labels, numbers, oracle, segments, offset = [], [], [], [], {part: [] for part in PARTS}, 0
-    for number, (name, area) in enumerate(areas.items()):
-        keep = np.zeros(len(area.labels), bool)
+    kept = {}
+    for name, area in areas.items():
+        kept[name] = np.zeros(len(area.labels), bool)
         for start, stop in chain.from_iterable(split[name].values()):
-            keep[start:stop] = True
-        place = np.cumsum(keep) - 1 + offset  # where a kept row comes to lie
+            kept[name][start:stop] = True
+    rows = sum(map(np.count_nonzero, kept.values()))
+    readings, labels = np.empty((rows, MAX_SENSORS), np.float32), np.empty(rows, np.int8)
+    oracle, numbers = np.empty(rows, np.int8), np.empty(rows, np.int16)
+    available, segments, offset = sum(map(len, kept.values())), {part: [] for part in PARTS}, 0
+    for number, (name, area) in enumerate(areas.items()):
+        place = np.cumsum(kept[name]) - 1 + offset  # where a kept row comes to lie
         for part in PARTS:
             ranges = split[name][part]
             segments[part] += [(int(place[start]), int(place[start]) + stop - start) for start, stop in ranges]
-        readings.append(area.read(keep))
-        labels.append(area.labels[keep])
-        numbers.append(np.full(len(labels[-1]), number, np.int16))
-        oracle.append(None if area.oracle is None else area.oracle[keep])
-        offset += len(labels[-1])
-    readings, labels, numbers = map(np.concatenate, (readings, labels, numbers))
+        own = slice(offset, int(place[-1]) + 1)
+        readings[own], labels[own], numbers[own] = area.readings[kept[name]], area.labels[kept[name]], number
+        if area.oracle is not None:
+            oracle[own] = area.oracle[kept[name]]
+        area.readings, offset = None, own.stop  # its memory is needed
     train = np.zeros(len(labels), bool)
     for start, stop in segments["train"]:
         train[start:stop] = True
@@ -550,10 +581,9 @@ def load_data(args):
     digest.update(labels)
     info = {"source": "real" if args.data else "embedded", "files": files, "split": split_name,
             "areas": {name: area.sensors for name, area in areas.items()},
-            "rows_available": sum(len(area.labels) for area in areas.values()), "rows": len(labels),
+            "rows_available": available, "rows": rows,
             "sha256": digest.hexdigest()}
-    oracle = None if args.data else np.concatenate(oracle)
-    return SensorData(readings, labels, numbers, oracle, segments, mean, std, info)
+    return SensorData(readings, labels, numbers, None if args.data else oracle, segments, mean, std, info)
 
 
 def gather_windows(readings, starts, seq_len):
@@ -588,6 +618,12 @@ class OptimizedFireTransformer(nn.Module):
             nn.Linear(d_model // 2, num_classes))
         self.risk_predictor = nn.Sequential(
             nn.LayerNorm(d_model), nn.Linear(d_model, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
+
+    @classmethod
+    def from_arguments(cls, arguments, areas):
+        """The model that a run with `arguments` {name: value} trains on so many `areas`."""
+        names = "seq_len", "d_model", "num_heads", "num_layers", "dropout", "patch_len"
+        return cls(num_areas=areas, **{name: arguments[name] for name in names})
 
     def forward(self, x, area):
         x = torch.nan_to_num(x).unflatten(1, (-1, self.patch_len)).flatten(2)  # [batch, tokens, patch_len * input_dim]
@@ -671,9 +707,29 @@ def class_weights(labels, power):
     return weights * len(labels) / (weights @ counts)
 
 
-def fire_loss(logits, risk, labels, weights):
-    """Class-weighted cross-entropy plus RISK_WEIGHT times the squared error of risk / 100, aimed at 0, ½ and 1."""
-    return F.cross_entropy(logits, labels, weights) + RISK_WEIGHT * F.mse_loss(risk / 100, labels / 2)
+def fire_loss(logits, risk, labels, weights, batch_labels):
+    """Class-weighted cross-entropy plus RISK_WEIGHT times the squared error of risk / 100, aimed at 0, ½ and 1.
+
+    The means are over `batch_labels`, of which `labels` may be the part of one process: the losses of the parts add up.
+    """
+    cross_entropy = F.cross_entropy(logits, labels, weights, reduction="sum") / weights[batch_labels].sum()
+    squared_error = F.mse_loss(risk / 100, labels / 2, reduction="sum") / len(batch_labels)
+    return cross_entropy + RISK_WEIGHT * squared_error
+
+
+def from_rank_0(value):
+    """What the first process of torchrun has as `value`, in all of them."""
+    box = [value]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def sum_over_processes(*tensors):
+    """Each of `tensors`, summed in place over the processes of torchrun."""
+    for tensor in tensors if PROCESSES > 1 else ():
+        dist.all_reduce(tensor)
+    return tensors
 
 
 @torch.inference_mode()
@@ -682,8 +738,9 @@ def predict(model, readings, areas, starts, seq_len, batch_size=1024):
     model.eval()
     device, outputs = readings.device, []
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-        for batch in torch.as_tensor(starts, device=device).split(batch_size):
-            outputs.append(model(gather_windows(readings, batch, seq_len), areas[batch]))
+        batches = torch.as_tensor(starts, device=device).split(batch_size)
+        for batch in tqdm(batches, "predicting", unit="batch", leave=False, disable=RANK > 0):
+            outputs.append(model(gather_windows(readings, batch, seq_len), areas[batch].long()))
     return tuple(torch.cat(parts).float() for parts in zip(*outputs))
 
 
@@ -696,8 +753,10 @@ def train_transformer(model, data, validation, args, run_dir):
     """
     device = next(model.parameters()).device
     readings, areas, labels = (torch.from_numpy(array).to(device) for array in (data.readings, data.areas, data.labels))
-    areas, labels, last = areas.long(), labels.long(), args.seq_len - 1
-    validation_labels = labels[torch.from_numpy(validation).to(device) + last]
+    last, network = args.seq_len - 1, DistributedDataParallel(model) if PROCESSES > 1 else model
+    own_validation = validation[RANK::PROCESSES]
+    own_labels, validation_labels = (labels[torch.from_numpy(rows).to(device) + last].long()
+                                     for rows in (own_validation, validation))
     segments = data.segments["train"]
     grid = window_starts(segments, args.seq_len, args.stride)
     weights = class_weights(data.labels[grid + last], args.class_weight_power)
@@ -708,40 +767,46 @@ def train_transformer(model, data, validation, args, run_dir):
     schedule = torch.optim.lr_scheduler.LambdaLR(  # half a cosine, down to zero at the last step, after a warm-up
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
     saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if RANK:
+        torch.manual_seed(args.seed + RANK)  # other dropout than in the first process
     history, best = load_checkpoint(run_dir / "checkpoint.pt", saved, data) or ([], {"accuracy": -1.0, "epoch": 0})
 
     first = len(history) + 1
     while len(history) < args.epochs and len(history) - best["epoch"] < args.patience:
-        began, losses, correct = time.perf_counter(), [], torch.zeros((), device=device)
+        began, losses, correct = time.perf_counter(), [], torch.zeros((), dtype=torch.long, device=device)
         model.train()
         offsets = torch.randint(args.stride, (len(segments),)).tolist()
         cut = [(start + offset, stop) for (start, stop), offset in zip(segments, offsets)]
         train = torch.from_numpy(window_starts(cut, args.seq_len, args.stride))
-        batches = train[torch.randperm(len(train))].to(device).split(args.batch_size)
-        bar = tqdm(batches, f"epoch {len(history) + 1}/{args.epochs}", unit="batch", leave=False)
-        for starts in bar:
+        batches = from_rank_0(train[torch.randperm(len(train))]).to(device).split(args.batch_size)
+        bar = tqdm(batches, f"epoch {len(history) + 1}/{args.epochs}", unit="batch", leave=False, disable=RANK > 0)
+        for batch in bar:
+            starts = batch[RANK::PROCESSES]  # each process takes its share of the batch
+            true = labels[starts + last].long()
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-                logits, risk = model(gather_windows(readings, starts, args.seq_len), areas[starts])
-            loss = fire_loss(logits.float(), risk.float(), labels[starts + last], weights)
+                logits, risk = network(gather_windows(readings, starts, args.seq_len), areas[starts].long())
+            loss = fire_loss(logits.float(), risk.float(), true, weights, labels[batch + last].long())
             optimizer.zero_grad()
-            loss.backward()
+            (loss * PROCESSES).backward()  # DistributedDataParallel takes the mean of the gradients, wanted is the sum
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())
-            correct += (logits.argmax(1) == labels[starts + last]).sum()
+            correct += (logits.argmax(1) == true).sum()
             if len(losses) % 20 == 1:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-        losses = torch.stack(losses)
-        logits, risk = predict(model, readings, areas, validation, args.seq_len)
-        if not (losses.isfinite().all() and logits.isfinite().all()):
+                bar.set_postfix(loss=f"{PROCESSES * loss.item():.3f}")
+        logits, risk = predict(model, readings, areas, own_validation, args.seq_len)
+        losses, loss, correct, right = sum_over_processes(
+            torch.stack(losses), fire_loss(logits, risk, own_labels, weights, validation_labels), correct,
+            (logits.argmax(1) == own_labels).sum())
+        if not (losses.isfinite().all() and loss.isfinite()):
             raise UserError(f"the loss in epoch {len(history) + 1} is not finite; lower the --learning-rate")
 
-        accuracy = (logits.argmax(1) == validation_labels).float().mean().item()
+        accuracy = right.item() / len(validation)
         history.append({
             "train_loss": losses.mean().item(),
-            "validation_loss": fire_loss(logits, risk, validation_labels, weights).item(),
-            "train_accuracy": correct.item() / len(train),
+            "validation_loss": loss.item(),
+            "train_accuracy": correct.item() / sum(map(len, batches)),
             "validation_accuracy": accuracy,
             "learning_rate": schedule.get_last_lr()[0],
             "memory_mib": memory_mib(),
@@ -750,6 +815,8 @@ def train_transformer(model, data, validation, args, run_dir):
         })
         if accuracy > best["accuracy"]:
             best = {"accuracy": accuracy, "epoch": len(history), "model": copy.deepcopy(model.state_dict())}
+        if RANK:
+            continue
         state = {name: part.state_dict() for name, part in saved.items()} | model_card(data, args)
         state |= {"history": history, "best": best, "data": data.info["sha256"], "random": torch.get_rng_state(),
                   "cuda_random": torch.cuda.get_rng_state_all()}
@@ -786,22 +853,38 @@ def model_card(data, args):
             "mean": torch.from_numpy(data.mean), "std": torch.from_numpy(data.std)}
 
 
+def read_checkpoint(address):
+    """The dictionary in a checkpoint, wherever it lies."""
+    filesystem, path = open_address(address)
+    with file_errors(address), filesystem.open_input_stream(path, compression=None) as stream:
+        whole = io.BytesIO(stream.read())
+    with checkpoint_errors(address):
+        return torch.load(whole, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def checkpoint_errors(address):
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{address}: damaged, or no checkpoint of this model ({why})") from None
+
+
 def load_checkpoint(path, saved, data):
     """Restore the parts in `saved` and the random states; returns (history, best), or None where there is no file."""
-    if not path.exists():
+    state = from_rank_0(read_checkpoint(path) if RANK == 0 and path.exists() else None)
+    if state is None:
         return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with checkpoint_errors(path):
         if state["data"] != data.info["sha256"]:
             raise UserError(f"{path}: the run began with other data; bring the files back or start a new run")
         for name, part in saved.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
-        torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
+        if RANK == 0:
+            torch.set_rng_state(state["random"])
+            torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
         return state["history"], state["best"]
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: damaged, or of another model ({why}); without it the run begins anew") from None
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -810,7 +893,7 @@ def load_checkpoint(path, saved, data):
 def predict_classes(model, baselines, data, starts, majority, args):
     """({name: class [windows]}, risk [windows]): transformer, baselines, vote, `majority` class and, if any, oracle."""
     device = next(model.parameters()).device
-    readings, areas = torch.from_numpy(data.readings).to(device), torch.from_numpy(data.areas).to(device).long()
+    readings, areas = torch.from_numpy(data.readings).to(device), torch.from_numpy(data.areas).to(device)
     features = window_features(data, starts, args.seq_len)
     answers = {name: baseline.predict(features) for name, baseline in baselines.items()}
     logits, risk = predict(model, readings, areas, starts, args.seq_len)
@@ -1049,7 +1132,7 @@ def model_table(models, seconds):
 
 def markdown_table(rows):
     """Rows [{column: value}] as a Markdown table; a value that is missing or None is a dash."""
-    columns = list(rows[0])
+    columns = list(dict.fromkeys(chain.from_iterable(rows)))
     cells = [[("–" if row.get(column) is None else str(row[column])) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *cells])
 
@@ -1120,6 +1203,156 @@ def describe_run(args):
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}}
 
 
+# --- Saving versions, predicting, comparing runs ----------------------------------------------------------------------
+
+
+def claim_version(filesystem, root):
+    """(folder of the next version v0001, v0002, … under `root`, the claim in it), which no other writer has or gets.
+
+    Neither pyarrow nor every S3 server can create a file only if it is not there. So each writer puts a claim of its
+    own name into the folder and then looks: who sees nothing else owns it, since whoever comes later sees that claim;
+    who sees something else takes the claim back and tries again. The claim of a writer that died stays: the version is
+    incomplete, and skipped.
+    """
+    from pyarrow import fs
+
+    while True:
+        files = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
+        below = [info.path.removeprefix(root).strip("/").split("/") for info in files if info.is_file]
+        taken = [int(path[0][1:]) for path in below if re.fullmatch(r"v\d{4,}", path[0])]
+        folder = f"{root}/v{max(taken, default=0) + 1:04d}"
+        claim = f"{folder}/writer-{uuid.uuid4().hex}"
+        filesystem.create_dir(folder)
+        with filesystem.open_output_stream(claim) as stream:
+            stream.write(b"being written")
+        if [info.path for info in filesystem.get_file_info(fs.FileSelector(folder))] == [claim]:
+            return folder, claim
+        filesystem.delete_file(claim)
+        time.sleep(random.random())  # lest two writers meet again and again
+
+
+def save_version(results, run_dir, address):
+    """Copy the models and tables of a finished run to the next version under `address`: the new folder's address.
+
+    metadata.json (metrics, arguments, versions, commit, sha256 of each file) comes last: a folder without it is not
+    complete.
+    """
+    from pyarrow import fs
+
+    filesystem, root = open_address(address)
+    with file_errors(f"--save-to {address}"):
+        folder, claim = claim_version(filesystem, root)
+        files = {}
+        for name in ("transformer.pt", "trees.joblib", "summary.md"):
+            fs.copy_files(str(run_dir / name), f"{folder}/{name}", fs.LocalFileSystem(), filesystem)
+            files[name] = {"bytes": (run_dir / name).stat().st_size, "sha256": file_sha256(run_dir / name)}
+        about = {name: results[name] for name in ("experiment", "arguments", "seed", "versions", "git_commit", "data")}
+        metadata = about | {"metrics": results["models"], "parameters": results["parameters"], "files": files}
+        with filesystem.open_output_stream(f"{folder}/metadata.json.part") as stream:
+            stream.write(json.dumps(metadata, indent=1, default=lambda array: array.tolist()).encode())
+        filesystem.move(f"{folder}/metadata.json.part", f"{folder}/metadata.json")
+        filesystem.delete_file(claim)
+    return f"{str(address).rstrip('/')}/{folder.rsplit('/')[-1]}"
+
+
+def predict_file(args, run_dir):
+    """Class, probabilities and risk of each window of the readings in --predict, as `run_dir`/predictions.csv.
+
+    Columns are found by name, and normalized as the checkpoint's training part was. Returns the results dictionary.
+    """
+    import pyarrow as pa
+    import pyarrow.csv
+
+    device, began = choose_device(args.device), time.perf_counter()
+    state = read_checkpoint(args.checkpoint)
+    with checkpoint_errors(args.checkpoint):
+        kept, areas = state["arguments"], state["areas"]
+        model = OptimizedFireTransformer.from_arguments(kept, len(areas)).to(device)
+        model.load_state_dict(state.get("best", state)["model"])
+        mean, std = state["mean"], state["std"]
+    name = args.area or Path(args.predict).stem.split("_")[0]
+    if name not in areas:
+        raise UserError(f"{args.predict}: the checkpoint has no area {name!r}; --area takes {', '.join(areas)}")
+    number, sensors, names = list(areas).index(name), areas[name], column_names(args.predict)
+    missing = [sensor for sensor in sensors if sensor not in names]
+    if missing:
+        raise UserError(f"{args.predict}: area {name!r} needs column {', '.join(missing)}; it has {', '.join(names)}")
+    unused = [column for column in names if column not in sensors and column.lower() != "timestamp"]
+    if unused:
+        note(f"{args.predict}: column {', '.join(map(repr, unused))} not used")
+    batches = list(read_batches(args.predict, sensors))
+    rows, seq_len = sum(len(readings) for readings, _, _ in batches), kept["seq_len"]
+    if rows < seq_len:
+        raise UserError(f"{args.predict}: {rows} rows, a window needs {seq_len}")
+    readings = torch.from_numpy(np.concatenate([readings for readings, _, _ in batches]))
+    readings = ((readings.double() - mean[number]) / std[number]).float().to(device)
+    starts = np.arange(0, rows - seq_len + 1, args.stride or kept["stride"])
+    logits, risk = predict(model, readings, torch.full((rows,), number, device=device), starts, seq_len)
+
+    classes, last = logits.argmax(1).cpu().numpy(), starts + seq_len - 1
+    columns = {"area": pa.repeat(name, len(starts)), "first row": starts + 1, "last row": last + 1}
+    if batches[0][2] is not None:
+        columns["timestamp"] = pa.chunked_array([times for _, _, times in batches]).take(pa.array(last))
+    columns["class"] = pa.array(CLASSES).take(pa.array(classes))
+    columns |= dict(zip(CLASSES, logits.softmax(1).cpu().numpy().T)) | {"risk": risk.cpu().numpy()}
+    with whole_file(run_dir / "predictions.csv") as file:
+        pa.csv.write_csv(pa.table(columns), file)
+    counts = dict(zip(CLASSES, np.bincount(classes, minlength=len(CLASSES)).tolist()))
+    results = describe_run(args) | {
+        "finished": True, "device": device.type, "rows": rows, "windows": len(starts), "counts": counts,
+        "sha256": {address: file_sha256(address) for address in (args.predict, args.checkpoint)},
+        "seconds": round(time.perf_counter() - began, 2), "peak_memory_mib": memory_mib(peak=True)}
+    text = (f"# fire.py: {len(starts):,} windows of {seq_len} rows, one each {args.stride or kept['stride']} rows, of "
+            f"{args.predict}, area {name!r}\n\n")
+    rows = [{"class": c, "windows": n, "share %": round(100 * n / len(starts), 2)} for c, n in counts.items()]
+    (run_dir / "summary.md").write_text(text + markdown_table(rows) + "\n")
+    return write_results(results, run_dir / "results.json")
+
+
+def compare_runs(args, run_dir):
+    """Accuracy, training time, cost and savings of finished runs beside the seed's reference; returns the results."""
+    hours, price = SEED_REFERENCE["training h"], SEED_REFERENCE["$ per h"]
+    reference = SEED_REFERENCE | {"cost $": round(hours * price, 2)}
+    rows = []
+    for address in args.compare:
+        filesystem, path = open_address(address)
+        with file_errors(address), filesystem.open_input_stream(path) as stream:
+            text = stream.read()
+        try:
+            results = json.loads(text)
+            table = [row for row in results["table"] if row["model"] != "oracle"]
+            scores = {row["model"]: row["accuracy %"] for row in table}
+            parts = results["seconds"] if "seeds" in results else [results["seconds"]]
+            hours = np.mean([part["transformer"] + part["trees"] for part in parts]) / 3600
+            best, name = table[0], "/".join(Path(address).parts[-2:-1]) or address
+            rows.append({"run": name, "rows": f"{results['data']['rows']:,}", "best model": best["model"],
+                         "accuracy %": best["accuracy %"], "transformer %": scores["transformer"],
+                         "majority class %": scores["majority class"], "training h": round(hours, 4),
+                         "$ per h": args.price_per_hour, "cost $": round(hours * args.price_per_hour, 4)})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{address}: not the results.json of a finished training run of fire.py") from None
+    for row in rows:
+        row["saved $"] = round(reference["cost $"] - row["cost $"], 2)
+        row["saved %"] = round(100 * row["saved $"] / reference["cost $"], 2)
+    table = [*rows, reference]
+    fig, axes = new_figure("Runs compared (orange: the seed's claim, which gives no accuracy)", 1, 3,
+                           (14, 1.6 + 0.4 * len(table)))
+    labels = [f"{i}. {row['run']}" for i, row in enumerate(table, start=1)]
+    for axis, column, unit in zip(axes, ("accuracy %", "training h", "cost $"),
+                                  ("accuracy of the best model [%]", "training time [h]", "cost of the training [$]")):
+        values = {label: float(str(row[column]).split()[0]) for label, row in zip(labels, table) if column in row}
+        plot_ranking(axis, values, "{:.4g}", highlight=labels[-1])
+        axis.set(xlabel=unit)
+        if column != "accuracy %":
+            axis.set(xscale="log", xlim=(min(values.values()) / 2, 20 * max(values.values())))
+    save_figure(fig, run_dir / "cost_comparison.png")
+    text = (f"# fire.py: {len(rows)} runs at ${args.price_per_hour} per hour, and the seed's claim\n\n"
+            f"{markdown_table(table)}\n\nTraining: transformer and trees. Saved: against the seed's claim, which we "
+            "did not check; its data and machine are others.\n")
+    (run_dir / "summary.md").write_text(text)
+    return write_results(describe_run(args) | {"finished": True, "table": table}, run_dir / "results.json")
+
+
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
@@ -1155,6 +1388,12 @@ def parse_args(argv):
         "columns, a label (0/1/2, 0/1 for normal/fire, or normal/warning/fire) and perhaps a timestamp, which is not "
         "used; rows in order of time (default: the embedded generator)")
     add("--label-column", metavar="NAME", help="(default: label, else is_anomaly)")
+    add("--predict", metavar="FILE", help="classify the windows of new readings (CSV or Parquet)")
+    add("--checkpoint", metavar="CKPT", help="for --predict: transformer.pt or checkpoint.pt of a run")
+    add("--area", metavar="NAME", help="of the checkpoint, for --predict (default: the file's name up to a _)")
+    add("--compare", nargs="+", metavar="RESULTS.json", help="accuracy, hours and cost of finished runs, side by side")
+    add("--price-per-hour", type=between(float, 0), default=1.624, metavar="$", help="of the machine, for --compare")
+    add("--save-to", metavar="FOLDER", help="put the models and metadata.json under its next version, v0001, v0002, …")
     add("--sample-per-area", type=between(int, 1), default=100_000, metavar="ROWS", help="rows of each area to use")
     add("--seq-len", type=between(int, 2), default=60, metavar="ROWS", help="window length; at 1 Hz, seconds")
     add("--stride", type=between(int, 1), metavar="ROWS", help="from window to window (default: --seq-len, no overlap)")
@@ -1180,9 +1419,20 @@ def parse_args(argv):
     if "--quick" in argv:
         parser.set_defaults(sample_per_area=30_000, epochs=3, num_trees=30)
     args = parser.parse_args(argv)
-    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.resume and changed - {"resume", "output_dir", "device"}:
-        raise UserError("--resume goes with --output-dir and --device only; a run keeps its own arguments")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    goes_with = {"resume": {"output_dir", "device", "save_to"}, "compare": {"output_dir", "price_per_hour"},
+                 "predict": {"output_dir", "device", "checkpoint", "area", "stride"}}
+    mode = next((mode for mode in goes_with if mode in given), None)
+    alone = {"checkpoint", "area", "price_per_hour"} if mode is None else given - goes_with[mode] - {mode}
+    if given & alone:
+        names = ", ".join(f"--{name}".replace("_", "-") for name in sorted(given & alone))
+        raise UserError(f"{names} cannot be given " + (f"with --{mode}" if mode else "without --predict or --compare"))
+    if PROCESSES > 1 and given & {"predict", "compare", "runs"}:
+        raise UserError("several processes (torchrun) train one model; --predict, --compare and --runs go without it")
+    if mode == "predict":
+        if not args.checkpoint:
+            raise UserError("--predict needs --checkpoint, the transformer.pt of a run")
+        return args
     args.stride = args.stride or args.seq_len
     for part, whole in (("patch_len", "seq_len"), ("num_heads", "d_model")):
         if getattr(args, whole) % getattr(args, part):
@@ -1191,16 +1441,27 @@ def parse_args(argv):
     return args
 
 
-def run_experiment(args, run_dir):
-    """One seed from data to pictures, written to `run_dir`; returns the results dictionary."""
+def choose_device(name):
+    """The device called `name`; under torchrun each process of a machine has its own GPU."""
     try:
-        device = detect_device(args.device)
+        device = detect_device(name)
     except ValueError as problem:
         raise UserError(f"--device: {problem}") from None
+    if PROCESSES > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def run_experiment(args, run_dir):
+    """One seed from data to pictures, written to `run_dir`; returns the results dictionary."""
+    device = choose_device(args.device)
     seed_everything(args.seed)
     monitor, results = Monitor(), describe_run(args)
     with monitor.part("data"):
         data = load_data(args)
+        if data.info["sha256"] != from_rank_0(data.info["sha256"]):
+            raise UserError(f"process {RANK} has read other data than process 0; give every machine the same files")
         areas = data.info["areas"]
         starts = {part: window_starts(data.segments[part], args.seq_len, args.stride) for part in PARTS}
         labels = {part: data.labels[rows + args.seq_len - 1] for part, rows in starts.items()}
@@ -1209,9 +1470,10 @@ def run_experiment(args, run_dir):
         note(f"{len(data.labels):,} rows; windows: " + ", ".join(f"{n.sum():,} {part}" for part, n in counts.items()))
 
     with monitor.part("transformer"):
-        model = OptimizedFireTransformer(MAX_SENSORS, args.seq_len, args.d_model, args.num_heads, args.num_layers,
-                                         len(CLASSES), len(areas), args.dropout, args.patch_len).to(device)
+        model = OptimizedFireTransformer.from_arguments(vars(args), len(areas)).to(device)
         history = train_transformer(model, data, starts["validation"], args, run_dir)
+        if RANK:
+            return None  # the first process does the rest
         seconds = {"transformer": round(sum(epoch["seconds"] for epoch in history), 1)}
         save_checkpoint({"model": model.state_dict()} | model_card(data, args), run_dir / "transformer.pt")
 
@@ -1262,7 +1524,27 @@ def run_experiment(args, run_dir):
         "peak_gpu_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
     }
     (run_dir / "summary.md").write_text(summary(results))
+    if args.save_to:
+        results["saved_to"] = save_version(results, run_dir, args.save_to)
     return write_results(results, run_dir / "results.json")
+
+
+def run_seeds(args, run_dir):
+    """The experiment once, or with --runs seeds; returns the results dictionary."""
+    if args.save_to and RANK == 0:  # whether it can be written, before hours of training and not after them
+        filesystem, root = open_address(args.save_to)
+        with file_errors(f"--save-to {args.save_to}"):
+            filesystem.delete_file(claim_version(filesystem, root)[1])
+    if args.runs == 1:
+        return run_experiment(args, run_dir)
+    all_results = []
+    for seed in range(args.seed, args.seed + args.runs):
+        seed_dir = run_dir / f"seed-{seed}"
+        seed_dir.mkdir(exist_ok=True)
+        done = seed_dir / "results.json"
+        one = argparse.Namespace(**vars(args) | {"seed": seed})
+        all_results.append(json.loads(done.read_text()) if done.exists() else run_experiment(one, seed_dir))
+    return combine_runs(args, all_results, run_dir)
 
 
 def combine_runs(args, all_results, run_dir):
@@ -1295,23 +1577,18 @@ def main(argv=None):
     try:
         args = parse_args(([] if in_notebook() else sys.argv[1:]) if argv is None else argv)
         resumed = args.resume is not None
-        if resumed:
-            given = {"output_dir": args.output_dir} | ({} if args.device == "auto" else {"device": args.device})
-            run_dir, kept = find_run(args.output_dir, args.resume)
-            args = argparse.Namespace(**vars(kept) | given)
-        run_dir = run_dir or new_run(args.output_dir)
-        write_results(describe_run(args), run_dir / "results.json")
-        if args.runs == 1:
-            results = run_experiment(args, run_dir)
-        else:
-            all_results = []
-            for seed in range(args.seed, args.seed + args.runs):
-                seed_dir = run_dir / f"seed-{seed}"
-                seed_dir.mkdir(exist_ok=True)
-                done = seed_dir / "results.json"
-                one = argparse.Namespace(**vars(args) | {"seed": seed})
-                all_results.append(json.loads(done.read_text()) if done.exists() else run_experiment(one, seed_dir))
-            results = combine_runs(args, all_results, run_dir)
+        if PROCESSES > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if RANK == 0:
+            if resumed:
+                given = {name: getattr(args, name) for name in ("output_dir", "device", "save_to")}
+                given = {name: value for name, value in given.items() if value not in ("auto", None)}
+                run_dir, kept = find_run(args.output_dir, args.resume)
+                args = argparse.Namespace(**vars(kept) | given)
+            run_dir = run_dir or new_run(args.output_dir)
+            write_results(describe_run(args), run_dir / "results.json")
+        args, run_dir = from_rank_0((args, run_dir))
+        results = (predict_file if args.predict else compare_runs if args.compare else run_seeds)(args, run_dir)
     except KeyboardInterrupt:
         go_on = f"; to go on: python fire.py --resume {run_dir.name} --output-dir {args.output_dir}" if run_dir else ""
         note(f"stopped{go_on}")
@@ -1323,11 +1600,17 @@ def main(argv=None):
     except OSError as problem:
         error = f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)
     else:
-        print((run_dir / "summary.md").read_text())
-        print(f"Everything is in {run_dir}")
+        if RANK == 0:
+            print((run_dir / "summary.md").read_text())
+            print(f"Everything is in {run_dir}")
         return results
-    if run_dir and not resumed and not list(run_dir.rglob("checkpoint.pt")):  # leave no empty run behind
+    finally:
+        if PROCESSES > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+    if RANK == 0 and run_dir and not resumed and not list(run_dir.rglob("checkpoint.pt")):  # leave no empty run behind
         shutil.rmtree(run_dir)
+    if RANK:
+        time.sleep(2)  # torchrun ends all processes with the first that fails: let that be the one that cleans up
     print(f"fire.py: error: {error}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -49,7 +49,7 @@ def fire_training(repeats=5):
         for x, area, label in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 logits, risk = model(x, area)
-            loss = fire.fire_loss(logits.float(), risk.float(), label, weights)
+            loss = fire.fire_loss(logits.float(), risk.float(), label, weights, label)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -80,21 +80,46 @@ def fire_csv(rows=1_000_000):
         path = Path(folder) / "basement.csv"
         table = {name: readings[:, i] for i, name in enumerate(fire.SENSORS["basement"])} | {"label": labels}
         pa.csv.write_csv(pa.table(table), path)
-        keep = np.ones(rows, bool)
 
         def alone():
             for _ in pa.csv.open_csv(path):
                 pass
 
         alone()
-        mine = seconds(lambda: fire.file_areas([path], None)[0]["basement"].read(keep))
+        mine = seconds(lambda: fire.file_areas([path], None))
         reference = seconds(alone)
     report("fire CSV", "rows/s", rows, mine, "pyarrow.csv", reference)
 
 
+def fire_predict(rows=1_000_000):
+    """Rows per second of --predict, from a CSV file to a CSV file, and of the model alone on ready windows of them."""
+    readings, device = fire.generate_area("basement", rows, 0)[0], detect_device()
+    model = fire.OptimizedFireTransformer(dropout=0.0).to(device).eval()
+    areas = {area: list(sensors) for area, sensors in fire.SENSORS.items()}
+    state = {"model": model.state_dict(), "arguments": vars(fire.parse_args([])), "areas": areas,
+             "mean": torch.zeros(5, 6), "std": torch.ones(5, 6)}
+    windows = torch.from_numpy(readings[: rows // 60 * 60]).view(-1, 60, 6).to(device)
+
+    def alone():
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+            for batch in windows.split(1024):
+                logits, _ = model(batch, torch.zeros(len(batch), dtype=torch.long, device=device))
+        logits.sum().item()
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = {name: readings[:, i] for i, name in enumerate(fire.SENSORS["basement"])}
+        pa.csv.write_csv(pa.table(table), f"{folder}/basement.csv")
+        torch.save(state, f"{folder}/model.pt")
+        argv = ["--predict", f"{folder}/basement.csv", "--checkpoint", f"{folder}/model.pt", "--output-dir", folder]
+        alone()
+        with contextlib.redirect_stdout(io.StringIO()):
+            mine = seconds(lambda: fire.main(argv))
+    report("fire predict", "rows/s", rows, mine, "model alone", seconds(alone))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    benchmarks = {function.__name__: function for function in (fire_training, fire_generator, fire_csv)}
+    benchmarks = {function.__name__: function for function in (fire_training, fire_generator, fire_csv, fire_predict)}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bars

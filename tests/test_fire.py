@@ -1,10 +1,14 @@
 """What users of fire.py rely on: offline, on the CPU. Real files are read where ../shared/data lies beside."""
 
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 import torch
+from pyarrow import fs
 
 import fire
 
@@ -228,11 +233,10 @@ def test_is_anomaly_is_the_label_and_index_and_second_label_are_left_out(tmp_pat
 
 def test_csv_and_parquet_give_the_same_readings_with_nan_and_padding(tmp_path):
     truth = fire.generate_area("voc", 6000, seed=1)[0]
-    keep = np.arange(6000) % 3 > 0
     for kind in ("csv", "parquet"):
         path = write_area(tmp_path / f"voc_x.{kind}", "voc")
-        readings = fire.file_areas([path], None)[0]["voc"].read(keep)
-        np.testing.assert_allclose(readings[:, :4], truth[keep], rtol=1e-6)
+        readings = fire.file_areas([path], None)[0]["voc"].readings
+        np.testing.assert_allclose(readings[:, :4], truth, rtol=1e-6)
         assert np.isnan(readings).any() and not readings[:, 4:].any()
 
 
@@ -277,7 +281,7 @@ def bad_files(tmp_path):
         "unknown flag": (["--epoch", "3"], ["--epoch"]),
         "device": (["--device", "tpu"], ["'tpu'"]),
         "nothing to resume": (["--resume"], ["no unfinished run"]),
-        "resume another": (["--resume", "--epochs", "3"], ["--resume", "own arguments"]),
+        "resume another": (["--resume", "--epochs", "3"], ["--epochs cannot", "--resume"]),
         "diverged": (["--learning-rate", "1e30", *SMALL], ["not finite", "--learning-rate"]),
     }
 
@@ -485,6 +489,244 @@ def test_several_runs_give_mean_and_interval(folder, tmp_path):
     again = fire.main(["--resume", "--output-dir", str(tmp_path)])
     accuracies = [{row["model"]: row["accuracy %"] for row in table["table"]} for table in (results, again)]
     assert accuracies[0] == accuracies[1] and (first / "results.json").stat().st_mtime_ns == written
+
+
+# --- S3, saved versions, new readings, compared runs, several processes -----------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def s3(folder):
+    """A moto server on this machine that holds the files of `folder` under s3://areas/data.
+
+    Yields a namespace: how many `writes` it still lets through, and pyarrow's `client` of it.
+    """
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    moto, state = DomainDispatcherApplication(create_backend_app), SimpleNamespace(writes=math.inf)
+
+    def gate(environ, start_response):
+        state.writes -= environ["REQUEST_METHOD"] in ("PUT", "POST", "DELETE")
+        if state.writes >= 0:
+            return moto(environ, start_response)
+        start_response("403 Forbidden", [("Content-Length", "0")])
+        return []
+
+    handler = type("Quiet", (WSGIRequestHandler,), {"log": lambda *_: None})
+    server = make_server("127.0.0.1", 0, gate, threaded=True, request_handler=handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ENDPOINT_URL": f"http://127.0.0.1:{server.port}", "ACCESS_KEY_ID": "test",
+                            "SECRET_ACCESS_KEY": "test", "EC2_METADATA_DISABLED": "true"}.items():
+            patch.setenv(f"AWS_{name}", value)
+        state.client = fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
+        state.client.create_dir("areas")
+        fs.copy_files(str(folder), "areas/data", fs.LocalFileSystem(), state.client)
+        yield state
+    server.shutdown()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def models(request, s3, tmp_path):
+    """An empty place for versions, on this machine and in S3."""
+    return str(tmp_path / "models") if request.param == "folder" else f"s3://areas/{tmp_path.name}"
+
+
+def error_of(argv, capsys):
+    """The one line with which main(argv) stops."""
+    with pytest.raises(SystemExit) as stopped:
+        fire.main(argv)
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "fire.py: error: " in line]
+    assert stopped.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def test_s3_gives_the_same_data_as_the_folder(s3, folder):
+    here, there = (fire.load_data(fire.parse_args(["--data", address])) for address in (str(folder), "s3://areas/data"))
+    assert here.info["sha256"] == there.info["sha256"] and here.info["areas"] == there.info["areas"]
+    assert [file["sha256"] for file in here.info["files"]] == [file["sha256"] for file in there.info["files"]]
+    assert there.info["files"][0]["path"] == "s3://areas/data/basement_data_cleaned.csv"
+
+
+def test_s3_errors(s3, tmp_path, capsys):
+    import boto3
+
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    client.create_bucket(Bucket="closed")
+    client.put_object(Bucket="closed", Key="data/basement.csv", Body=b"a,label\n1,0\n")
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:*", "Resource": ["arn:aws:s3:::closed/*"]}
+    client.put_bucket_policy(Bucket="closed", Policy=json.dumps({"Version": "2012-10-17", "Statement": [deny]}))
+    client.put_object(Bucket="areas", Key="empty/readme.txt", Body=b"")
+    output = ["--output-dir", str(tmp_path)]
+    for address, word in (("s3://nowhere/data", "no such file, folder or bucket"), ("s3://areas/dat", "no such file"),
+                          ("s3://areas/empty", "no .csv or .parquet"), ("s3://closed/data", "ACCESS_DENIED")):
+        line = error_of(["--data", address, *output], capsys)
+        assert address in line and word in line
+    line = error_of(["--save-to", "s3://nowhere/models", *SMALL, *output], capsys)
+    assert "--save-to s3://nowhere/models" in line and not list(tmp_path.rglob("results.json"))  # before any training
+
+
+def whole_versions(address):
+    """Names of the versions under `address` that have metadata, whose files must be as it says."""
+    filesystem, root = fire.open_address(address)
+    names = []
+    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True)):
+        if info.base_name == "metadata.json":
+            names.append(Path(info.path).parent.name)
+            metadata = json.loads(filesystem.open_input_stream(info.path).read())
+            assert set(metadata["files"]) == {"transformer.pt", "trees.joblib", "summary.md"}
+            for name, about in metadata["files"].items():
+                assert fire.file_sha256(f"{address}/{names[-1]}/{name}") == about["sha256"]
+    return sorted(names)
+
+
+def test_a_finished_run_is_saved_as_the_next_version(folder, models, tmp_path):
+    results = fire.main(["--data", str(folder), "--output-dir", str(tmp_path), "--save-to", models, *SMALL])
+    assert results["saved_to"] == f"{models}/v0001" and whole_versions(models) == ["v0001"]
+    filesystem, path = fire.open_address(f"{models}/v0001/metadata.json")
+    before = filesystem.get_file_info(path).mtime_ns
+    metadata = json.loads(filesystem.open_input_stream(path).read())
+    assert metadata["metrics"] == results["models"] and metadata["arguments"] == results["arguments"]
+    assert metadata["versions"]["torch"] and "git_commit" in metadata
+    fire.save_version(results, tmp_path / "fire/run-001", models)
+    assert whole_versions(models) == ["v0001", "v0002"] and filesystem.get_file_info(path).mtime_ns == before
+    names = {info.base_name for info in filesystem.get_file_info(fs.FileSelector(path.removesuffix("/metadata.json")))}
+    assert names == {*metadata["files"], "metadata.json"}
+
+
+def test_an_upload_that_breaks_off_anywhere_does_not_look_complete(finished, s3):
+    run_dir, results = finished
+    for writes in range(100):
+        s3.writes, whole = writes, whole_versions("s3://areas/broken")
+        try:
+            fire.save_version(results, run_dir, "s3://areas/broken")
+        except fire.UserError as error:
+            assert "--save-to s3://areas/broken" in str(error)
+        else:
+            break
+        finally:
+            s3.writes = math.inf
+    assert writes > 15 and len(whole_versions("s3://areas/broken")) == len(whole) + 1
+
+
+def test_two_writers_at_once_get_two_versions(finished, models):
+    run_dir, results = finished
+    filesystem, root = fire.open_address(models)
+
+    class Meeting:
+        """The file system, but a second writer comes between what the first one does: before or after its claim."""
+
+        def __init__(self, method):
+            self.method = method
+
+        def __getattr__(self, name):
+            if name == self.method:
+                self.method = None
+                self.other = fire.claim_version(filesystem, root)[0]
+            return getattr(filesystem, name)
+
+    for method in ("create_dir", "open_output_stream", "get_file_info"):
+        meeting = Meeting(method)
+        mine = fire.claim_version(meeting, root)[0]
+        assert mine != meeting.other
+    with ThreadPoolExecutor(4) as pool:
+        saved = list(pool.map(lambda _: fire.save_version(results, run_dir, models), range(4)))
+    assert len(set(saved)) == 4 and whole_versions(models) == sorted(address[-5:] for address in saved)
+
+
+def test_prediction_equals_evaluation_on_the_same_windows(folder, tmp_path, capsys):
+    argv = ["--data", str(folder), *SMALL, "--sample-per-area", "6000"]
+    data, run_dir = fire.load_data(fire.parse_args(argv)), tmp_path / "trained/fire/run-001"
+    fire.main([*argv, "--output-dir", str(tmp_path / "trained")])
+    table = pa.csv.read_csv(folder / "basement_data_cleaned.csv")
+    shuffled = table.select(table.column_names[::-1]).append_column("extra", table["label"])
+    pa.csv.write_csv(shuffled, tmp_path / "basement_new.csv")
+    argv = ["--predict", str(tmp_path / "basement_new.csv"), "--output-dir", str(tmp_path), "--stride", "1"]
+    results = fire.main([*argv, "--checkpoint", str(run_dir / "transformer.pt")])
+    assert "'label', 'extra' not used" in capsys.readouterr().err
+    answers = pa.csv.read_csv(tmp_path / "fire/run-001/predictions.csv").to_pydict()
+    assert results["rows"] == 6000 and results["windows"] == len(answers["class"]) == 5971
+    assert results["counts"] == {name: answers["class"].count(name) for name in fire.CLASSES}
+
+    state = torch.load(run_dir / "transformer.pt", weights_only=True)
+    model = fire.OptimizedFireTransformer.from_arguments(state["arguments"], 2)
+    model.load_state_dict(state["model"])
+    starts = fire.window_starts(data.segments["test"], 30, 30)
+    starts = starts[data.areas[starts] == 0]
+    logits, risk = fire.predict(model, torch.from_numpy(data.readings), torch.from_numpy(data.areas), starts, 30)
+    labels = table["label"].to_numpy().astype(np.int8)
+    rows = starts - starts[0] + fire.split_rows(labels, 30)["test"][0][0]  # of the file
+    np.testing.assert_array_equal([fire.CLASSES[c] for c in logits.argmax(1)], np.array(answers["class"])[rows])
+    for c, name in enumerate(fire.CLASSES):
+        np.testing.assert_allclose(np.array(answers[name])[rows], logits.softmax(1)[:, c], atol=0.02)
+    np.testing.assert_allclose(np.array(answers["risk"])[rows], risk, atol=1)
+    assert answers["first row"][0] == 1 and answers["last row"][-1] == 6000
+    assert str(answers["timestamp"][7]) == "1970-01-01 00:00:36"  # of the last row of the eighth window
+
+
+def test_prediction_errors(finished, tmp_path, capsys):
+    checkpoint = str(finished[0] / "checkpoint.pt")
+    good = "temperature_c,humidity_pct,co_ppm,smoke_pct_m,methane_ppm,co2_ppm\n" + "1,2,3,4,5,6\n" * 40
+    texts = {"basement": good, "cellar": good, "basement_short": good[: 66 + 12 * 11],
+             "basement_less": good.replace("co_ppm", "co"), "basement_text": good[:-2] + "x\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    output = ["--output-dir", str(tmp_path / "outputs")]
+    for name, ckpt, words in (("cellar.csv", checkpoint, ["'cellar'", "--area", "basement, voc"]),
+                              ("basement_short.csv", checkpoint, ["11 rows", "30"]),
+                              ("basement_less.csv", checkpoint, ["co_ppm", "it has", "co,"]),
+                              ("basement_text.csv", checkpoint, ["row 41", "'co2_ppm'", "a number"]),
+                              ("nowhere.csv", checkpoint, ["nowhere.csv"]),
+                              ("basement.csv", str(tmp_path / "nowhere.pt"), ["nowhere.pt"]),
+                              ("basement.csv", str(tmp_path / "basement.csv"), ["basement.csv", "no checkpoint"]),
+                              ("basement.csv", str(tmp_path / "foreign.pt"), ["foreign.pt", "no checkpoint"])):
+        line = error_of(["--predict", str(tmp_path / name), "--checkpoint", ckpt, *output], capsys)
+        assert all(word in line for word in words), line
+    assert not list(tmp_path.rglob("predictions.csv"))
+    fire.main(["--predict", str(tmp_path / "cellar.csv"), "--area", "basement", "--checkpoint", checkpoint, *output])
+    for argv, words in ((["--predict", "x.csv"], ["--checkpoint"]), (["--area", "voc"], ["--area", "--predict"]),
+                        (["--predict", "x.csv", "--checkpoint", "y", "--epochs", "3"], ["--epochs", "--predict"])):
+        line = error_of([*argv, *output], capsys)
+        assert all(word in line for word in words), line
+
+
+def test_runs_are_compared_at_their_price_beside_the_claim(finished, tmp_path, capsys):
+    run_dir, results = finished
+    path, output = run_dir / "results.json", ["--output-dir", str(tmp_path)]
+    table = fire.main(["--compare", str(path), str(path), "--price-per-hour", "3600", *output])["table"]
+    seconds = results["seconds"]["transformer"] + results["seconds"]["trees"]
+    for row in table[:2]:
+        assert row["accuracy %"] == max(row["accuracy %"] for row in results["table"]) and row["run"] == "run-001"
+        assert row["cost $"] == pytest.approx(seconds, abs=0.01)
+        assert row["saved $"] == pytest.approx(43 * 3.825 - seconds, abs=0.02)
+    assert "claim" in table[2]["run"] and "accuracy %" not in table[2]
+    assert table[2]["cost $"] == pytest.approx(43 * 3.825, abs=0.01)
+    assert {path.name for path in (tmp_path / "fire/run-001").iterdir()} == {
+        "results.json", "summary.md", "cost_comparison.png"}
+    (tmp_path / "other.json").write_text("[1]")
+    for name, word in (("other.json", "finished"), ("nowhere.json", "nowhere.json")):
+        assert word in error_of(["--compare", str(path), str(tmp_path / name), *output], capsys)
+    (tmp_path / "begun.json").write_text(json.dumps(fire.describe_run(fire.parse_args([]))))
+    assert "finished" in error_of(["--compare", str(tmp_path / "begun.json"), *output], capsys)
+
+
+def test_two_processes_train_as_one_and_the_first_alone_writes(folder, tmp_path, finished):
+    run_dir, results = finished  # its dropout is 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    argv = [*torchrun, ROOT / "fire.py", "--data", str(folder), *SMALL, "--output-dir", "outputs"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Everything is in") == done.stderr.count("epoch 2: loss") == 1
+    assert [path.name for path in (tmp_path / "outputs/fire").iterdir()] == ["run-001"]
+    both = json.loads((tmp_path / "outputs/fire/run-001/results.json").read_text())
+    assert both["data"] == results["data"]
+    steps = [torch.load(folder / "checkpoint.pt", weights_only=True)["history"][-1]["step_losses"]
+             for folder in (run_dir, tmp_path / "outputs/fire/run-001")]
+    np.testing.assert_allclose(*steps, atol=1e-3)  # the tolerance that the README states
+    for one, two in zip(results["history"], both["history"]):
+        assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-3)
+        assert two["train_accuracy"] == pytest.approx(one["train_accuracy"], abs=0.01)
 
 
 def test_pasted_into_a_notebook_in_an_empty_folder(tmp_path):
