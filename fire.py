@@ -9,11 +9,15 @@ logistic regression and the majority class are scored on the same later, unseen 
     python fire.py --sample-per-area 1000000              # the full job, 5 M rows: 20 minutes on 2 cores
     python fire.py --quick                                # everything, small: under a minute
     python fire.py --data FOLDER --label-column alarm     # your own CSV or Parquet files, one an area
+    python fire.py --data s3://bucket/prefix --save-to s3://bucket/models    # versions v0001, v0002, …
     python fire.py --resume                               # go on with the newest unfinished run
+    python fire.py --predict NEW.csv --area voc --checkpoint outputs/fire/run-001/transformer.pt
+    python fire.py --compare outputs/fire/*/results.json  # accuracy, hours, cost
+    torchrun --nproc-per-node 2 fire.py                   # two processes; more machines: see the README
 
 Written to outputs/fire/run-001/ (the next free number): results.json, summary.md, transformer.pt (weights, arguments,
 normalization), trees.joblib, checkpoint.pt (for --resume), nine pictures, training_progress.gif and
-model_comparison.html.
+model_comparison.html; or predictions.csv; or cost_comparison.png.
 
 Without --data the sensors are synthetic. Their labels follow the hidden intensity of an incident, with limits that
 differ a little from incident to incident as annotators do, so nothing can be perfect: an oracle that knows the
@@ -273,30 +277,27 @@ def list_files(addresses):
     raise UserError(f"two --data files have the same name, rename one: {', '.join(files)}")
 
 
-def open_table(address, columns=None, types=None):
-    """(schema, iterator of record batches of a few MB in the order of the rows) of a CSV or Parquet file.
+def is_parquet(address):
+    return str(address).lower().endswith(".parquet")
 
-    `columns` are the ones to read (default all); `types` {column: pyarrow type} holds for a CSV.
-    """
+
+def is_text(column):
     import pyarrow as pa
+
+    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+
+
+def column_names(address):
+    """The columns of a CSV or Parquet file, each of them once."""
     import pyarrow.csv
     import pyarrow.parquet
 
     filesystem, path = open_address(address)
-    if path.lower().endswith(".parquet"):
-        table = pa.parquet.ParquetFile(filesystem.open_input_file(path))
-        return table.schema_arrow, table.iter_batches(columns=columns)
-    # With threads the errors would have no row numbers, and this reader is no faster with them.
-    read = pa.csv.ReadOptions(use_threads=False, block_size=4 << 20)
-    convert = pa.csv.ConvertOptions(include_columns=columns, column_types=types)
-    table = pa.csv.open_csv(filesystem.open_input_stream(path), read, convert_options=convert)
-    return table.schema, table
-
-
-def column_names(address):
-    """The columns of a file, each of them once."""
     with file_errors(address):
-        names = open_table(address)[0].names
+        if is_parquet(address):
+            names = pyarrow.parquet.ParquetFile(filesystem.open_input_file(path)).schema_arrow.names
+        else:
+            names = pyarrow.csv.open_csv(filesystem.open_input_stream(path)).schema.names
     if len(set(names)) < len(names):
         raise UserError(f"{address}: two columns have the same name: {', '.join(names)}")
     return names
@@ -319,49 +320,54 @@ def choose_columns(address, label_column=None):
     return sensors, label
 
 
-def read_batches(address, sensors, label=None):
-    """Read a file batch by batch, each time (readings, codes, times).
+def read_file(address, sensors, label=None):
+    """(readings, codes, times) of a CSV or Parquet file.
 
-    Yields readings [rows, 6] float32, NaN where missing and 0 in the columns beyond `sensors`; positions in LABEL_CODES
-    [rows] int8, None without `label`; the column "timestamp", None where there is none.
+    Readings [rows, 6] float32 are NaN where missing and 0 in the columns beyond `sensors`; codes [rows] int8 are
+    positions in LABEL_CODES, None without `label`; times are the column "timestamp", None where there is none.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
+    import pyarrow.csv
+    import pyarrow.parquet
 
-    names = column_names(address)
+    names, codes, times = column_names(address), None, None
     stamp = next((name for name in names if name.lower() == "timestamp"), None)
     columns = [*sensors, *filter(None, (label, stamp))]
-    types = dict.fromkeys(sensors, pa.float32()) | ({label: pa.string()} if label else {})
-    row, before = 1 if address.lower().endswith(".parquet") else 2, None  # in a CSV the header is row 1
+    first = 1 if is_parquet(address) else 2  # in a CSV the header is row 1
+    filesystem, path = open_address(address)
     with file_errors(address, names):
-        for batch in open_table(address, columns, types)[1]:
-            readings, codes = np.zeros((batch.num_rows, MAX_SENSORS), np.float32), None
-            for i, name in enumerate(sensors):
-                column = batch.column(name)
-                if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):  # in Parquet
-                    text = f"row {row}, column {name!r}: {column[0].as_py()!r} is text, numbers are needed"
-                    raise UserError(f"{address}: {text}")
-                with file_errors(f"{address}: column {name!r}"):
-                    readings[:, i] = column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-            readings[~np.isfinite(readings)] = np.nan
-            if label:
-                column = batch.column(label)
-                text = pc.utf8_lower(pc.utf8_trim_whitespace(column.cast(pa.string())))
-                codes = pc.index_in(text, pa.array(LABEL_CODES)).fill_null(-1).to_numpy(zero_copy_only=False)
-                codes = codes.astype(np.int8)
-                if codes.min(initial=0) < 0:
-                    bad = int(np.argmin(codes))
-                    raise UserError(f"{address}: row {row + bad}, column {label!r}: {column[bad].as_py()!r} is no "
-                                    "label, which are 0, 1, 2 or normal, warning, fire")
-            if stamp and not pa.types.is_string(batch.column(stamp).type):
-                times = batch.column(stamp).to_numpy(zero_copy_only=False)
-                back = np.flatnonzero(times < np.append(times[:1] if before is None else before, times[:-1]))
-                if len(back):
-                    raise UserError(f"{address}: row {row + back[0]}, column {stamp!r}: earlier than the row above; "
-                                    "sort the file by time")
-                before = times[-1:]
-            row += batch.num_rows
-            yield readings, codes, batch.column(stamp) if stamp else None
+        if is_parquet(address):
+            table = pa.parquet.read_table(filesystem.open_input_file(path), columns=columns)
+        else:
+            types = dict.fromkeys(sensors, pa.float32()) | ({label: pa.string()} if label else {})
+            convert = pa.csv.ConvertOptions(include_columns=columns, column_types=types)
+            read = pa.csv.ReadOptions(use_threads=False)  # with threads the errors would have no row numbers
+            table = pa.csv.read_csv(filesystem.open_input_stream(path), read, convert_options=convert)
+    if not table.num_rows:
+        raise UserError(f"{address}: no rows")
+    readings = np.zeros((table.num_rows, MAX_SENSORS), np.float32)
+    for i, name in enumerate(sensors):
+        if is_text(table[name]):  # in Parquet
+            text = f"row {first}, column {name!r}: {table[name][0].as_py()!r} is text, numbers are needed"
+            raise UserError(f"{address}: {text}")
+        with file_errors(f"{address}: column {name!r}"):
+            readings[:, i] = table[name].cast(pa.float32(), safe=False)
+    readings[~np.isfinite(readings)] = np.nan
+    if label:
+        text = pc.utf8_lower(pc.utf8_trim_whitespace(table[label].cast(pa.string())))
+        codes = pc.index_in(text, pa.array(LABEL_CODES)).fill_null(-1).to_numpy().astype(np.int8)
+        if codes.min() < 0:
+            bad = int(codes.argmin())
+            raise UserError(f"{address}: row {first + bad}, column {label!r}: {table[label][bad].as_py()!r} is no "
+                            "label, which are 0, 1, 2 or normal, warning, fire")
+    if stamp:
+        times = table[stamp].combine_chunks()
+        back = [] if is_text(times) else pc.indices_nonzero(pc.less(times[1:], times[:-1]))
+        if len(back):
+            where = f"{address}: row {first + 1 + back[0].as_py()}, column {stamp!r}"
+            raise UserError(f"{where}: earlier than the row above; sort the file by time")
+    return readings, codes, times
 
 
 # --- Data: areas, split, sample, windows -----------------------------------------------------------------------------
@@ -392,10 +398,7 @@ def file_areas(addresses, label_column):
     addresses, read = list_files(addresses), {}
     for area, address in addresses.items():
         sensors, label = choose_columns(address, label_column)
-        batches = [(readings, codes) for readings, codes, _ in read_batches(address, sensors, label)]
-        if not sum(len(codes) for _, codes in batches):
-            raise UserError(f"{address}: no rows")
-        read[area] = sensors, label, *map(np.concatenate, zip(*batches))
+        read[area] = sensors, label, *read_file(address, sensors, label)[:2]
     texts, areas, files = np.array(list(LABEL_CODES)), {}, []
     for area, (sensors, label, readings, codes) in read.items():
         classes = np.array(list(LABEL_CODES.values()), np.int8)
@@ -1110,12 +1113,16 @@ class Monitor(threading.Thread):
         self.parts[name] = began, self.seconds()
 
 
+def to_json(results):
+    """Plain JSON, without NaN, in bytes."""
+    return json.dumps(results, indent=1, allow_nan=False, default=lambda array: array.tolist()).encode()
+
+
 def write_results(results, path):
-    """Write plain JSON; returns the results as they are read back."""
-    text = json.dumps(results, indent=1, allow_nan=False, default=lambda array: array.tolist())
+    """Write JSON; returns the results as they are read back."""
     with whole_file(path) as file:
-        file.write(text.encode())
-    return json.loads(text)
+        file.write(to_json(results))
+    return json.loads(to_json(results))
 
 
 def model_table(models, seconds):
@@ -1144,7 +1151,6 @@ def summary(results):
                                   for key in ("precision", "recall", "f1")} for name, model in models.items()]
     areas = [{"model": name} | {area: f"{100 * scores['accuracy']:.2f}" for area, scores in model["per_area"].items()}
              for name, model in models.items()]
-    delays = [{"model": name} | model["detection_delay"] for name, model in models.items()]
     return f"""# fire.py, {data['source']} data, {data['rows']:,} rows, split {data['split']}, seed {results['seed']}
 
 {markdown_table([*results['table'], SEED_CLAIM])}
@@ -1160,10 +1166,6 @@ Risk head, 0 to 100: mean absolute error {risk['mean_absolute_error']:.1f}, of a
 ## Accuracy by area [%]
 
 {markdown_table(areas)}
-
-## Detection delay, one window a second
-
-{markdown_table(delays)}
 """
 
 
@@ -1249,10 +1251,10 @@ def save_version(results, run_dir, address):
         about = {name: results[name] for name in ("experiment", "arguments", "seed", "versions", "git_commit", "data")}
         metadata = about | {"metrics": results["models"], "parameters": results["parameters"], "files": files}
         with filesystem.open_output_stream(f"{folder}/metadata.json.part") as stream:
-            stream.write(json.dumps(metadata, indent=1, default=lambda array: array.tolist()).encode())
+            stream.write(to_json(metadata))
         filesystem.move(f"{folder}/metadata.json.part", f"{folder}/metadata.json")
         filesystem.delete_file(claim)
-    return f"{str(address).rstrip('/')}/{folder.rsplit('/')[-1]}"
+    return f"{address.rstrip('/')}/{Path(folder).name}"
 
 
 def predict_file(args, run_dir):
@@ -1280,19 +1282,18 @@ def predict_file(args, run_dir):
     unused = [column for column in names if column not in sensors and column.lower() != "timestamp"]
     if unused:
         note(f"{args.predict}: column {', '.join(map(repr, unused))} not used")
-    batches = list(read_batches(args.predict, sensors))
-    rows, seq_len = sum(len(readings) for readings, _, _ in batches), kept["seq_len"]
+    readings, _, times = read_file(args.predict, sensors)
+    rows, seq_len = len(readings), kept["seq_len"]
     if rows < seq_len:
         raise UserError(f"{args.predict}: {rows} rows, a window needs {seq_len}")
-    readings = torch.from_numpy(np.concatenate([readings for readings, _, _ in batches]))
-    readings = ((readings.double() - mean[number]) / std[number]).float().to(device)
+    readings = ((torch.from_numpy(readings).double() - mean[number]) / std[number]).float().to(device)
     starts = np.arange(0, rows - seq_len + 1, args.stride or kept["stride"])
     logits, risk = predict(model, readings, torch.full((rows,), number, device=device), starts, seq_len)
 
     classes, last = logits.argmax(1).cpu().numpy(), starts + seq_len - 1
     columns = {"area": pa.repeat(name, len(starts)), "first row": starts + 1, "last row": last + 1}
-    if batches[0][2] is not None:
-        columns["timestamp"] = pa.chunked_array([times for _, _, times in batches]).take(pa.array(last))
+    if times is not None:
+        columns["timestamp"] = times.take(pa.array(last))
     columns["class"] = pa.array(CLASSES).take(pa.array(classes))
     columns |= dict(zip(CLASSES, logits.softmax(1).cpu().numpy().T)) | {"risk": risk.cpu().numpy()}
     with whole_file(run_dir / "predictions.csv") as file:
@@ -1311,45 +1312,44 @@ def predict_file(args, run_dir):
 
 def compare_runs(args, run_dir):
     """Accuracy, training time, cost and savings of finished runs beside the seed's reference; returns the results."""
-    hours, price = SEED_REFERENCE["training h"], SEED_REFERENCE["$ per h"]
-    reference = SEED_REFERENCE | {"cost $": round(hours * price, 2)}
-    rows = []
+    reference = SEED_REFERENCE | {"cost $": round(SEED_REFERENCE["training h"] * SEED_REFERENCE["$ per h"], 2)}
+    table = []
     for address in args.compare:
         filesystem, path = open_address(address)
         with file_errors(address), filesystem.open_input_stream(path) as stream:
             text = stream.read()
         try:
             results = json.loads(text)
-            table = [row for row in results["table"] if row["model"] != "oracle"]
-            scores = {row["model"]: row["accuracy %"] for row in table}
-            parts = results["seconds"] if "seeds" in results else [results["seconds"]]
+            scores = {row["model"]: row["accuracy %"] for row in results["table"] if row["model"] != "oracle"}
+            parts = results["seconds"] if "seeds" in results else [results["seconds"]]  # of several seeds the mean
             hours = np.mean([part["transformer"] + part["trees"] for part in parts]) / 3600
-            best, name = table[0], "/".join(Path(address).parts[-2:-1]) or address
-            rows.append({"run": name, "rows": f"{results['data']['rows']:,}", "best model": best["model"],
-                         "accuracy %": best["accuracy %"], "transformer %": scores["transformer"],
-                         "majority class %": scores["majority class"], "training h": round(hours, 4),
-                         "$ per h": args.price_per_hour, "cost $": round(hours * args.price_per_hour, 4)})
-        except (ValueError, KeyError, TypeError, AttributeError):
+            best = next(iter(scores))
+            row = {"run": Path(address).parent.name, "rows": f"{results['data']['rows']:,}", "best model": best,
+                   "accuracy %": scores[best], "transformer %": scores["transformer"],
+                   "majority class %": scores["majority class"], "training h": round(hours, 4)}
+        except (ValueError, LookupError, TypeError):
             raise UserError(f"{address}: not the results.json of a finished training run of fire.py") from None
-    for row in rows:
-        row["saved $"] = round(reference["cost $"] - row["cost $"], 2)
-        row["saved %"] = round(100 * row["saved $"] / reference["cost $"], 2)
-    table = [*rows, reference]
-    fig, axes = new_figure("Runs compared (orange: the seed's claim, which gives no accuracy)", 1, 3,
-                           (14, 1.6 + 0.4 * len(table)))
+        cost = hours * args.price_per_hour
+        saved = reference["cost $"] - cost
+        table.append(row | {"$ per h": args.price_per_hour, "cost $": round(cost, 4), "saved $": round(saved, 2),
+                            "saved %": round(100 * saved / reference["cost $"], 2)})
+    table.append(reference)
+
+    size = 14, 1.6 + 0.4 * len(table)
+    fig, axes = new_figure("Runs compared (orange: the seed's claim, which gives no accuracy)", 1, 3, size)
     labels = [f"{i}. {row['run']}" for i, row in enumerate(table, start=1)]
-    for axis, column, unit in zip(axes, ("accuracy %", "training h", "cost $"),
-                                  ("accuracy of the best model [%]", "training time [h]", "cost of the training [$]")):
+    for axis, (column, what) in zip(axes, (("accuracy %", "accuracy of the best model [%]"),
+                                           ("training h", "training time [h]"), ("cost $", "training cost [$]"))):
         values = {label: float(str(row[column]).split()[0]) for label, row in zip(labels, table) if column in row}
         plot_ranking(axis, values, "{:.4g}", highlight=labels[-1])
-        axis.set(xlabel=unit)
+        axis.set(xlabel=what)
         if column != "accuracy %":
             axis.set(xscale="log", xlim=(min(values.values()) / 2, 20 * max(values.values())))
     save_figure(fig, run_dir / "cost_comparison.png")
-    text = (f"# fire.py: {len(rows)} runs at ${args.price_per_hour} per hour, and the seed's claim\n\n"
-            f"{markdown_table(table)}\n\nTraining: transformer and trees. Saved: against the seed's claim, which we "
-            "did not check; its data and machine are others.\n")
-    (run_dir / "summary.md").write_text(text)
+    (run_dir / "summary.md").write_text(
+        f"# fire.py: {len(table) - 1} runs at ${args.price_per_hour} per hour, and the seed's claim\n\n"
+        f"{markdown_table(table)}\n\nTraining: transformer and trees. Saved: against the seed's claim, which we did "
+        "not check; its data and machine are others.\n")
     return write_results(describe_run(args) | {"finished": True, "table": table}, run_dir / "results.json")
 
 
@@ -1384,16 +1384,17 @@ def parse_args(argv):
                     formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="everything, small: 30,000 rows an area, 3 epochs, 30 trees, under 60 s")
-    add("--data", nargs="+", metavar="PATH", help="a folder, or CSV or Parquet files, one an area, with 1 to 6 numeric "
-        "columns, a label (0/1/2, 0/1 for normal/fire, or normal/warning/fire) and perhaps a timestamp, which is not "
-        "used; rows in order of time (default: the embedded generator)")
+    add("--data", nargs="+", metavar="PATH", help="a folder, or CSV or Parquet files, one an area, here or at "
+        "s3://bucket/prefix, with 1 to 6 numeric columns, a label (0/1/2, 0/1 for normal/fire, or normal/warning/fire) "
+        "and perhaps a timestamp; rows in order of time (default: the embedded generator)")
     add("--label-column", metavar="NAME", help="(default: label, else is_anomaly)")
     add("--predict", metavar="FILE", help="classify the windows of new readings (CSV or Parquet)")
     add("--checkpoint", metavar="CKPT", help="for --predict: transformer.pt or checkpoint.pt of a run")
     add("--area", metavar="NAME", help="of the checkpoint, for --predict (default: the file's name up to a _)")
     add("--compare", nargs="+", metavar="RESULTS.json", help="accuracy, hours and cost of finished runs, side by side")
     add("--price-per-hour", type=between(float, 0), default=1.624, metavar="$", help="of the machine, for --compare")
-    add("--save-to", metavar="FOLDER", help="put the models and metadata.json under its next version, v0001, v0002, …")
+    add("--save-to", metavar="FOLDER", help="copy the models with metadata.json to its next version, v0001, v0002, …; "
+        "also s3://bucket/prefix")
     add("--sample-per-area", type=between(int, 1), default=100_000, metavar="ROWS", help="rows of each area to use")
     add("--seq-len", type=between(int, 2), default=60, metavar="ROWS", help="window length; at 1 Hz, seconds")
     add("--stride", type=between(int, 1), metavar="ROWS", help="from window to window (default: --seq-len, no overlap)")
