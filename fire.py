@@ -1324,7 +1324,8 @@ def compare_runs(args, run_dir):
             parts = results["seconds"] if "seeds" in results else [results["seconds"]]  # of several seeds the mean
             hours = np.mean([part["transformer"] + part["trees"] for part in parts]) / 3600
             best = next(iter(scores))
-            row = {"run": Path(address).parent.name, "rows": f"{results['data']['rows']:,}", "best model": best,
+            row = {"run": Path(address).parent.name, "rows": f"{results['data']['rows']:,}",
+                   "training windows": sum(results["data"]["windows"]["train"]), "best model": best,
                    "accuracy %": scores[best], "transformer %": scores["transformer"],
                    "majority class %": scores["majority class"], "training h": round(hours, 4)}
         except (ValueError, LookupError, TypeError):

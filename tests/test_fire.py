@@ -699,6 +699,7 @@ def test_runs_are_compared_at_their_price_beside_the_claim(finished, tmp_path, c
     for row in table[:2]:
         assert row["accuracy %"] == max(row["accuracy %"] for row in results["table"]) and row["run"] == "run-001"
         assert row["cost $"] == pytest.approx(seconds, abs=0.01)
+        assert row["training windows"] == sum(results["data"]["windows"]["train"])
         assert row["saved $"] == pytest.approx(43 * 3.825 - seconds, abs=0.02)
     assert "claim" in table[2]["run"] and "accuracy %" not in table[2]
     assert table[2]["cost $"] == pytest.approx(43 * 3.825, abs=0.01)
