@@ -215,19 +215,6 @@ LABEL_CODES = {"normal": 0, "warning": 1, "fire": 2, "0": 0, "1": 1, "2": 2, "0.
                "false": 0, "true": 1}
 
 
-def open_address(address):
-    """(pyarrow filesystem, path in it) of a path or of s3://bucket/key, with the usual AWS_… variables and profiles."""
-    from pyarrow import fs
-
-    if not str(address).startswith("s3://"):
-        return fs.LocalFileSystem(), os.path.abspath(address)
-    path = str(address).removeprefix("s3://").strip("/")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # not read by pyarrow
-    if endpoint:
-        return fs.S3FileSystem(endpoint_override=endpoint), path
-    return fs.FileSystem.from_uri("s3://" + path.split("/")[0])[0], path  # finds the bucket's region
-
-
 @contextlib.contextmanager
 def file_errors(where, names=()):
     """Turn what pyarrow says about a bad file into one line with file, row and column (`names`: those of a CSV)."""
@@ -245,6 +232,20 @@ def file_errors(where, names=()):
         elif ragged:
             text = f"row {ragged[1]}: {ragged[3]} cells, the header has {ragged[2]}"
         raise UserError(f"{where}: {text}") from None
+
+
+def open_address(address):
+    """(pyarrow filesystem, path in it) of a path or of s3://bucket/key, with the usual AWS_… variables and profiles."""
+    from pyarrow import fs
+
+    if not str(address).startswith("s3://"):
+        return fs.LocalFileSystem(), os.path.abspath(address)
+    path = str(address).removeprefix("s3://").strip("/")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    with file_errors(address):
+        if endpoint:
+            return fs.S3FileSystem(endpoint_override=endpoint), path
+        return fs.FileSystem.from_uri("s3://" + path.split("/")[0])[0], path  # finds the bucket's region
 
 
 def file_sha256(address):
@@ -266,7 +267,7 @@ def list_files(addresses):
                 raise UserError(f"{address}: no such file, folder or bucket; CSV and Parquet files are read")
             if found[0].type == fs.FileType.Directory:
                 found = [info for info in filesystem.get_file_info(fs.FileSelector(path))
-                         if info.extension.lower() in ("csv", "parquet")]
+                         if info.is_file and info.extension.lower() in ("csv", "parquet")]
         if not found:
             raise UserError(f"{address}: no .csv or .parquet file in this folder")
         files += sorted(("s3://" if str(address).startswith("s3://") else "") + info.path for info in found)
@@ -297,7 +298,8 @@ def column_names(address):
         if is_parquet(address):
             names = pyarrow.parquet.ParquetFile(filesystem.open_input_file(path)).schema_arrow.names
         else:
-            names = pyarrow.csv.open_csv(filesystem.open_input_stream(path)).schema.names
+            read = pyarrow.csv.ReadOptions(use_threads=False)  # with threads the errors would have no row numbers
+            names = pyarrow.csv.open_csv(filesystem.open_input_stream(path), read).schema.names
     if len(set(names)) < len(names):
         raise UserError(f"{address}: two columns have the same name: {', '.join(names)}")
     return names
@@ -342,7 +344,7 @@ def read_file(address, sensors, label=None):
         else:
             types = dict.fromkeys(sensors, pa.float32()) | ({label: pa.string()} if label else {})
             convert = pa.csv.ConvertOptions(include_columns=columns, column_types=types)
-            read = pa.csv.ReadOptions(use_threads=False)  # with threads the errors would have no row numbers
+            read = pa.csv.ReadOptions(use_threads=False)
             table = pa.csv.read_csv(filesystem.open_input_stream(path), read, convert_options=convert)
     if not table.num_rows:
         raise UserError(f"{address}: no rows")
@@ -363,7 +365,8 @@ def read_file(address, sensors, label=None):
                             "label, which are 0, 1, 2 or normal, warning, fire")
     if stamp:
         times = table[stamp].combine_chunks()
-        back = [] if is_text(times) else pc.indices_nonzero(pc.less(times[1:], times[:-1]))
+        with file_errors(f"{address}: column {stamp!r}"):
+            back = [] if is_text(times) else pc.indices_nonzero(pc.less(times[1:], times[:-1]))
         if len(back):
             where = f"{address}: row {first + 1 + back[0].as_py()}, column {stamp!r}"
             raise UserError(f"{where}: earlier than the row above; sort the file by time")
@@ -770,14 +773,14 @@ def train_transformer(model, data, validation, args, run_dir):
     schedule = torch.optim.lr_scheduler.LambdaLR(  # half a cosine, down to zero at the last step, after a warm-up
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
     saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if RANK:
-        torch.manual_seed(args.seed + RANK)  # other dropout than in the first process
     history, best = load_checkpoint(run_dir / "checkpoint.pt", saved, data) or ([], {"accuracy": -1.0, "epoch": 0})
 
     first = len(history) + 1
     while len(history) < args.epochs and len(history) - best["epoch"] < args.patience:
         began, losses, correct = time.perf_counter(), [], torch.zeros((), dtype=torch.long, device=device)
         model.train()
+        if RANK:
+            torch.manual_seed(args.seed + RANK + PROCESSES * len(history))  # other dropout than in the first process
         offsets = torch.randint(args.stride, (len(segments),)).tolist()
         cut = [(start + offset, stop) for (start, stop), offset in zip(segments, offsets)]
         train = torch.from_numpy(window_starts(cut, args.seq_len, args.stride))
@@ -1202,6 +1205,7 @@ def describe_run(args):
         git = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or None
     return {"experiment": "fire", "finished": False, "arguments": vars(args), "seed": args.seed, "git_commit": commit,
+            "processes": PROCESSES,
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}}
 
 
@@ -1209,26 +1213,27 @@ def describe_run(args):
 
 
 def claim_version(filesystem, root):
-    """(folder of the next version v0001, v0002, … under `root`, the claim in it), which no other writer has or gets.
+    """(next version v0001, v0002, … under `root`, the claim on it), which no other writer has or gets.
 
-    Neither pyarrow nor every S3 server can create a file only if it is not there. So each writer puts a claim of its
-    own name into the folder and then looks: who sees nothing else owns it, since whoever comes later sees that claim;
-    who sees something else takes the claim back and tries again. The claim of a writer that died stays: the version is
-    incomplete, and skipped.
+    Neither pyarrow nor every S3 server can create a file only if it is not there. So each writer leaves a claim of its
+    own name and then looks: who sees no other claim and no such version owns it, since whoever comes later sees that
+    claim; else it takes the claim back and tries again. The claim of a writer that died stays: its version is skipped.
     """
     from pyarrow import fs
 
+    def names():  # claims first: a claim that is gone by then has its version in the second listing
+        folders = [fs.FileSelector(folder, allow_not_found=True) for folder in (f"{root}/claims", root)]
+        return [info.base_name for folder in folders for info in filesystem.get_file_info(folder)]
+
     while True:
-        files = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
-        below = [info.path.removeprefix(root).strip("/").split("/") for info in files if info.is_file]
-        taken = [int(path[0][1:]) for path in below if re.fullmatch(r"v\d{4,}", path[0])]
-        folder = f"{root}/v{max(taken, default=0) + 1:04d}"
-        claim = f"{folder}/writer-{uuid.uuid4().hex}"
-        filesystem.create_dir(folder)
+        taken = [int(name.split("-")[0][1:]) for name in names() if re.fullmatch(r"v\d{4,}(-.*)?", name)]
+        version = f"v{max(taken, default=0) + 1:04d}"
+        claim = f"{root}/claims/{version}-{uuid.uuid4().hex}"
+        filesystem.create_dir(f"{root}/claims")
         with filesystem.open_output_stream(claim) as stream:
             stream.write(b"being written")
-        if [info.path for info in filesystem.get_file_info(fs.FileSelector(folder))] == [claim]:
-            return folder, claim
+        if sum(name.split("-")[0] == version for name in names()) == 1:
+            return version, claim
         filesystem.delete_file(claim)
         time.sleep(random.random())  # lest two writers meet again and again
 
@@ -1242,19 +1247,23 @@ def save_version(results, run_dir, address):
     from pyarrow import fs
 
     filesystem, root = open_address(address)
-    with file_errors(f"--save-to {address}"):
-        folder, claim = claim_version(filesystem, root)
-        files = {}
+    with file_errors(f"{run_dir} is kept, and --resume saves it again; --save-to {address}"):
+        version, claim = claim_version(filesystem, root)
+        folder, files = f"{root}/{version}", {}
+        filesystem.create_dir(folder)
         for name in ("transformer.pt", "trees.joblib", "summary.md"):
             fs.copy_files(str(run_dir / name), f"{folder}/{name}", fs.LocalFileSystem(), filesystem)
             files[name] = {"bytes": (run_dir / name).stat().st_size, "sha256": file_sha256(run_dir / name)}
         about = {name: results[name] for name in ("experiment", "arguments", "seed", "versions", "git_commit", "data")}
         metadata = about | {"metrics": results["models"], "parameters": results["parameters"], "files": files}
-        with filesystem.open_output_stream(f"{folder}/metadata.json.part") as stream:
+        part = ".part" if filesystem.type_name == "local" else ""  # in S3 an object appears whole or not at all
+        with filesystem.open_output_stream(f"{folder}/metadata.json{part}") as stream:
             stream.write(to_json(metadata))
-        filesystem.move(f"{folder}/metadata.json.part", f"{folder}/metadata.json")
+        if part:
+            filesystem.move(f"{folder}/metadata.json{part}", f"{folder}/metadata.json")
+    with contextlib.suppress(OSError):  # a claim that stays does no harm
         filesystem.delete_file(claim)
-    return f"{address.rstrip('/')}/{Path(folder).name}"
+    return f"{address.rstrip('/')}/{version}"
 
 
 def predict_file(args, run_dir):
@@ -1320,20 +1329,23 @@ def compare_runs(args, run_dir):
             text = stream.read()
         try:
             results = json.loads(text)
-            scores = {row["model"]: row["accuracy %"] for row in results["table"] if row["model"] != "oracle"}
-            parts = results["seconds"] if "seeds" in results else [results["seconds"]]  # of several seeds the mean
-            hours = np.mean([part["transformer"] + part["trees"] for part in parts]) / 3600
-            best = next(iter(scores))
+            models = {row["model"]: row for row in results["table"] if row["model"] != "oracle"}
+            accuracy = {name: float(str(row["accuracy %"]).split()[0]) for name, row in models.items()}
+            best = max(accuracy, key=accuracy.get)
+            hours = sum(float(str(row["training s"] or 0).split()[0]) for row in models.values()) / 3600
             row = {"run": Path(address).parent.name, "rows": f"{results['data']['rows']:,}",
                    "training windows": sum(results["data"]["windows"]["train"]), "best model": best,
-                   "accuracy %": scores[best], "transformer %": scores["transformer"],
-                   "majority class %": scores["majority class"], "training h": round(hours, 4)}
+                   "accuracy %": models[best]["accuracy %"], "transformer %": models["transformer"]["accuracy %"],
+                   "majority class %": models["majority class"]["accuracy %"], "training h": round(hours, 4)}
         except (ValueError, LookupError, TypeError):
-            raise UserError(f"{address}: not the results.json of a finished training run of fire.py") from None
+            note(f"{address}: left out, since it is not of a finished training run")
+            continue
         cost = hours * args.price_per_hour
         saved = reference["cost $"] - cost
         table.append(row | {"$ per h": args.price_per_hour, "cost $": round(cost, 4), "saved $": round(saved, 2),
                             "saved %": round(100 * saved / reference["cost $"], 2)})
+    if not table:
+        raise UserError(f"{', '.join(args.compare)}: not the results.json of a finished training run of fire.py")
     table.append(reference)
 
     size = 14, 1.6 + 0.4 * len(table)
@@ -1349,8 +1361,8 @@ def compare_runs(args, run_dir):
     save_figure(fig, run_dir / "cost_comparison.png")
     (run_dir / "summary.md").write_text(
         f"# fire.py: {len(table) - 1} runs at ${args.price_per_hour} per hour, and the seed's claim\n\n"
-        f"{markdown_table(table)}\n\nTraining: transformer and trees. Saved: against the seed's claim, which we did "
-        "not check; its data and machine are others.\n")
+        f"{markdown_table(table)}\n\nTraining: of all models. Saved: against the seed's claim, which we did not "
+        "check; its data and machine are others.\n")
     return write_results(describe_run(args) | {"finished": True, "table": table}, run_dir / "results.json")
 
 
@@ -1393,7 +1405,7 @@ def parse_args(argv):
     add("--checkpoint", metavar="CKPT", help="for --predict: transformer.pt or checkpoint.pt of a run")
     add("--area", metavar="NAME", help="of the checkpoint, for --predict (default: the file's name up to a _)")
     add("--compare", nargs="+", metavar="RESULTS.json", help="accuracy, hours and cost of finished runs, side by side")
-    add("--price-per-hour", type=between(float, 0), default=1.624, metavar="$", help="of the machine, for --compare")
+    add("--price-per-hour", type=between(float, 1e-6), default=1.624, metavar="$", help="of all machines (--compare)")
     add("--save-to", metavar="FOLDER", help="copy the models with metadata.json to its next version, v0001, v0002, …; "
         "also s3://bucket/prefix")
     add("--sample-per-area", type=between(int, 1), default=100_000, metavar="ROWS", help="rows of each area to use")
@@ -1429,8 +1441,6 @@ def parse_args(argv):
     if given & alone:
         names = ", ".join(f"--{name}".replace("_", "-") for name in sorted(given & alone))
         raise UserError(f"{names} cannot be given " + (f"with --{mode}" if mode else "without --predict or --compare"))
-    if PROCESSES > 1 and given & {"predict", "compare", "runs"}:
-        raise UserError("several processes (torchrun) train one model; --predict, --compare and --runs go without it")
     if mode == "predict":
         if not args.checkpoint:
             raise UserError("--predict needs --checkpoint, the transformer.pt of a run")
@@ -1449,8 +1459,11 @@ def choose_device(name):
         device = detect_device(name)
     except ValueError as problem:
         raise UserError(f"--device: {problem}") from None
-    if PROCESSES > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if PROCESSES > 1 and device.type != "cpu":
+        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= there:
+            raise UserError(f"--nproc-per-node takes up to {there} processes with {there} GPUs; or take --device cpu")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     return device
 
@@ -1590,7 +1603,10 @@ def main(argv=None):
             run_dir = run_dir or new_run(args.output_dir)
             write_results(describe_run(args), run_dir / "results.json")
         args, run_dir = from_rank_0((args, run_dir))
-        results = (predict_file if args.predict else compare_runs if args.compare else run_seeds)(args, run_dir)
+        job = predict_file if args.predict is not None else compare_runs if args.compare else run_seeds
+        if PROCESSES > 1 and (job is not run_seeds or args.runs > 1):
+            raise UserError("several processes (torchrun) train one model; --predict, --compare and --runs go without")
+        results = job(args, run_dir)
     except KeyboardInterrupt:
         go_on = f"; to go on: python fire.py --resume {run_dir.name} --output-dir {args.output_dir}" if run_dir else ""
         note(f"stopped{go_on}")
