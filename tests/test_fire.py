@@ -739,6 +739,12 @@ def test_two_processes_train_as_one_and_the_first_alone_writes(folder, tmp_path,
         assert two["train_accuracy"] == pytest.approx(one["train_accuracy"], abs=0.01)
 
 
+def test_a_process_that_is_not_the_first_writes_nothing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fire, "RANK", 1)
+    assert fire.run_experiment(fire.parse_args(["--data", str(folder), *SMALL]), tmp_path) is None
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
 def test_pasted_into_a_notebook_in_an_empty_folder(tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     script = (ROOT / "fire.py").read_text()
