@@ -47,9 +47,11 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -70,12 +72,13 @@ PARTS = ["train", "validation", "test"]
 DEFAULT_MODEL = "prajjwal1/bert-tiny"
 TINY = {"vocab_size": 30522, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 512}
-SCRATCH_GIANT = TINY | {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+SCRATCH_GIANT = TINY | {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SEED_WEIGHTS = [0.52, 11.01]  # of the seed's class-weighted loss
 SEED_CLAIM = {"model": "the seed, a claim (other data)", "F1": 0.36, "recall": 0.71, "accuracy": 0.785}
 ARMS = ["dendrites", "baseline", "same budget", "wider"]
 RATE_FROM_SCRATCH = 5e-4
+LABELS = {"pr_auc": "PR AUC", "roc_auc": "ROC AUC", "f1": "F1"}
 TIERS = ["allow", "monitor", "review", "remove"]
 INFERENCE_BATCH = 64  # texts
 
@@ -90,15 +93,15 @@ def note(text):
 
 # --- Data: the embedded generator -------------------------------------------------------------------------------------
 
-INSULTS = "idiot moron clown loser fool liar coward imbecile parasite disgrace".split()
+INSULTS = ["idiot", "moron", "clown", "loser", "fool", "liar", "coward", "imbecile", "parasite", "disgrace"]
 SUBJECTS = ["the new bus lane", "this budget", "the school plan", "your last post", "the referee", "the mayor's speech",
             "that recipe", "the tax reform", "the concert", "this article", "the housing vote", "the weather report",
             "the software update", "our team", "the museum", "the hospital merger", "the bike path", "this movie"]
 GROUPS = ["voters", "drivers", "neighbours", "tourists", "reporters", "teachers", "fans", "readers", "students"]
 OPENERS = ["", "", "", "Honestly, ", "Well, ", "Look, ", "As for {s}: ", "About {s}, ", "I read the piece twice. ",
            "Sorry, but ", "After ten years here, ", "OK. "]
-CLOSERS = ["", "", "", " Just my view.", " That is all.", " Think about it.", " And {s} changes nothing.", " Good night.",
-           " Thanks for the article.", " We talked about {s} before.", " Again.", " Ask the {g}."]
+CLOSERS = ["", "", "", " Just my view.", " That is all.", " Think about it.", " And {s} changes nothing.", " Again.",
+           " Thanks for the article.", " We talked about {s} before.", " Good night.", " Ask the {g}."]
 # Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject, {g} group.
 COMMENTS = {
     "insult": (0.024, True, [
@@ -111,7 +114,7 @@ COMMENTS = {
         "the {g} should be beaten for {s}", "one day you will pay for this with blood"]),
     "sarcasm": (0.018, True, [
         "wow, did you need both brain cells for {s}?", "congratulations, you can almost read",
-        "do not strain yourself thinking, it is clearly new to you", "your mother must be so proud of a mind like yours",
+        "do not strain yourself, thinking is new to you", "your mother must be so proud of a mind like yours",
         "bless your heart, somebody left the cage open again", "please keep talking, we need the comic relief",
         "how brave of you to write in public with so little upstairs"]),
     "negation": (0.07, False, [
@@ -120,7 +123,7 @@ COMMENTS = {
         "I will not beat you up for {s}, I only disagree"]),
     "quoted": (0.06, False, [
         'he called me a "{i}" and nobody said a word', 'being told "you are a {i}" at work hurts',
-        'the {g} shouted "{i}" at her, which is a shame', "they wrote that only a {i} would defend {s}, I find that sad",
+        'the {g} shouted "{i}" at her, what a shame', "they wrote that only a {i} would defend {s}, I find that sad",
         'somebody sent him "I will find you", he went to the police']),
     "looks bad": (0.09, False, [
         "this joke killed me, thank you", "kill the process and start {s} again", "the {s} cake is to die for",
@@ -147,8 +150,11 @@ def generate_comments(count, seed):
     kinds = list(COMMENTS.values())
     chosen = rng.choice(len(kinds), count, p=[share for share, _, _ in kinds])
     errors, draws = rng.random(count), rng.random((count, 6))
-    pick = lambda items, draw: items[int(draw * len(items))]  # noqa: E731
     texts, labels = [], np.zeros(count, bool)
+
+    def pick(items, draw):
+        return items[int(draw * len(items))]
+
     for row, (kind, draw) in enumerate(zip(chosen, draws.tolist())):
         _, toxic, templates = kinds[kind]
         body = pick(templates, draw[0])
@@ -257,15 +263,15 @@ def hub_in_reach():
 
 
 def read_civil_comments(args):
-    """{part: (texts, labels)} of Civil Comments: of each part the first texts, streamed; all with --sample-size 0.
+    """(texts, labels, {part: rows}) of Civil Comments, whose own parts are kept: the first texts of each, streamed.
 
-    They are kept in --data-dir; a file already there is used as it is.
+    All of them with --sample-size 0. They are kept in --data-dir; a file already there is used as it is.
     """
     import pyarrow as pa
     import pyarrow.parquet
 
-    parts = {}
-    for part, size in zip(PARTS, part_sizes(args.sample_size)):
+    texts, labels, parts, seen = [], [], {}, set()
+    for part, size in reversed(list(zip(PARTS, part_sizes(args.sample_size)))):
         path = Path(args.data_dir) / f"civil_comments-{part}-{size or 'all'}.parquet"
         if not path.exists():
             if not hub_in_reach():
@@ -282,11 +288,13 @@ def read_civil_comments(args):
             with whole_file(path) as file:
                 pa.parquet.write_table(pa.Table.from_pylist(rows), file)
         table = read_table(path, ["text", "toxicity"])
-        labels = read_labels(path, "toxicity", table["toxicity"], args)
-        texts = table["text"].to_pylist()
-        kept = [row for row, text in enumerate(texts) if (text or "").strip()]
-        parts[part] = [texts[row] for row in kept], labels[kept]
-    return parts
+        first, own = len(texts), [same_text(text or "") for text in table["text"].to_pylist()]
+        texts += table["text"].to_pylist()
+        labels.append(read_labels(path, "toxicity", table["toxicity"], args))
+        # Without empty texts, and those of a later part: the same text is never on two sides.
+        parts[part] = np.array([row for row, key in enumerate(own, first) if key and key not in seen], np.int64)
+        seen.update(own)
+    return texts, np.concatenate(labels), {part: parts[part] for part in PARTS}
 
 
 def part_sizes(sample_size):
@@ -302,13 +310,15 @@ def same_text(text):
 def split_texts(texts, labels, sample_size, seed):
     """{part: rows} stratified by label, the same text never on two sides.
 
-    `sample_size` rows for training and a fifth of it for each other part; 0, or a file too small: 80, 10 and 10 %.
+    `sample_size` texts, each once, for training and a fifth of it for each other part; 0, or a file too small: all
+    rows, 80, 10 and 10 % of the different texts.
     """
     from sklearn.model_selection import train_test_split
 
     _, first, group = np.unique([same_text(text) for text in texts], return_index=True, return_inverse=True)
     sizes = part_sizes(sample_size)
-    if not sample_size or sum(sizes) > len(first):
+    sampled = sample_size and sum(sizes) <= len(first)
+    if not sampled:
         held_out = len(first) // 10
         sizes = len(first) - 2 * held_out, held_out, held_out
     strata = labels[first]
@@ -321,7 +331,7 @@ def split_texts(texts, labels, sample_size, seed):
             groups, chosen = train_test_split(groups, test_size=size, random_state=seed, stratify=strata[groups])
         else:
             chosen = groups
-        parts[part] = np.flatnonzero(np.isin(group, chosen))
+        parts[part] = first[chosen] if sampled else np.flatnonzero(np.isin(group, chosen))
     return {part: parts[part] for part in PARTS}
 
 
@@ -333,22 +343,13 @@ def load_data(args):
     if args.data:
         name = str(args.data)
         texts, labels = read_file(args)
-    elif args.dataset or (not args.quick and hub_in_reach()):
-        name = "civil_comments"
-        own = read_civil_comments(args)
-        texts = [text for part in PARTS for text in own[part][0]]
-        labels = np.concatenate([own[part][1] for part in PARTS])
-        edges = np.cumsum([0, *(len(own[part][0]) for part in PARTS)])
-        parts, seen = {}, set()
-        for part, start, stop in list(zip(PARTS, edges, edges[1:]))[::-1]:  # a text in two parts leaves the earlier one
-            keys = [same_text(text) for text in texts[start:stop]]
-            parts[part] = np.array([row for row, key in enumerate(keys, start) if key not in seen], np.int64)
-            seen.update(keys)
-        parts = {part: parts[part] for part in PARTS}
+    elif args.dataset == "civil_comments" or (args.dataset is None and hub_in_reach()):
+        args.dataset = name = "civil_comments"
+        texts, labels, parts = read_civil_comments(args)
     else:
-        if not args.quick:
-            note("civil_comments is out of reach: embedded comments instead, all figures are about synthetic texts")
-        source, name = "embedded", "embedded"
+        if args.dataset is None:
+            note("warning: civil_comments is out of reach; embedded comments instead, all figures are about those")
+        source, args.dataset, name = "embedded", "embedded", "embedded comments"
         texts, labels = generate_comments(sum(part_sizes(args.sample_size or 5000)) * 3 // 2, args.seed)
     labels = labels.astype(np.int64)
     parts = parts or split_texts(texts, labels, args.sample_size, args.seed)
@@ -532,7 +533,7 @@ class DendriticLinear(nn.Module):
 
 
 def grow_dendrites(model, dendrites):
-    """Replace all Linear layers of a plain BERT, in place, by DendriticLinear layers with so many dendrites (0: none)."""
+    """Give each neuron of a plain BERT's Linear layers so many dendrites (0: none), in place; returns the model."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] if dendrites else []
     for name in names:
         linear = model.get_submodule(name)
@@ -555,7 +556,8 @@ def confined_library(folder):
     pdb.set_trace = builtins.input = refuse
     os.chdir(folder)
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # numpy's, about the library
             yield
     except SystemExit:
         raise UserError("perforatedai gave up: " + " / ".join(said.getvalue().split("\n")[-6:-1])) from None
@@ -620,11 +622,12 @@ def count_live(model):
 
 
 @torch.inference_mode()
-def predict_logits(logits_of, tokens, batch_size=INFERENCE_BATCH):
-    """Logits [texts, 2] of `logits_of`(ids, mask), computed in length buckets, in the order of the texts."""
+def predict_logits(model, tokens, batch_size=INFERENCE_BATCH):
+    """Logits [texts, 2] of a model in evaluation mode, computed in length buckets, in the order of the texts."""
     logits = torch.empty(len(tokens.lengths), 2, device=tokens.ids.device)
     for rows in bucket_batches(tokens.lengths, batch_size, shuffle=False):
-        logits[rows] = logits_of(*pad_batch(tokens, rows)).float()
+        ids, mask = pad_batch(tokens, rows)
+        logits[rows] = model(input_ids=ids, attention_mask=mask).logits.float()
     return logits
 
 
@@ -714,7 +717,7 @@ def train_classifier(model, tokenizer, data, args, arm, path, learning_rate):
                 losses.append(loss.detach())
                 if len(losses) % 20 == 1:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
-            logits = predict_logits(eager(model), validation)
+            logits = predict_logits(model.eval(), validation)
             train_loss = torch.stack(losses).mean().item()
             if not (math.isfinite(train_loss) and logits.isfinite().all()):
                 raise UserError(f"the loss in epoch {epoch} is not finite; lower the --learning-rate")
@@ -840,9 +843,17 @@ class Classifier:
     arguments: dict  # of the run that trained it
     name: str
     dendrites: int  # on each neuron
+    parameters: int
     threshold: float  # tuned on the validation part
-    kind: str = "float32"  # or int8
+    kind: str = "float32"  # or int8, ONNX
     megabytes: float = math.nan  # of its file
+
+    def tokens(self, texts):
+        return tokenize(self.tokenizer, texts, self.arguments["max_length"]).to(self.model.device)
+
+    def scores(self, texts):
+        """Probability [texts] that each of the texts is toxic."""
+        return predict_logits(self.model, self.tokens(texts)).softmax(1)[:, 1].cpu().numpy()
 
     def save(self, path):
         """Write the checkpoint; `megabytes` is then the size of the file."""
@@ -863,11 +874,12 @@ class Classifier:
             if state["format"] != "toxicity.py 1":
                 raise KeyError("format")
             model = grow_dendrites(build_bert(state["config"]), state["dendrites"])
+            parameters = count_parameters(model)
             if state["kind"] == "int8":
                 make_int8(model)
             model.load_state_dict(state["model"])
             return cls(model.to(device).eval(), Tokenizer.from_str(state["tokenizer"]), state["arguments"],
-                       state["name"], state["dendrites"], state["threshold"], state["kind"],
+                       state["name"], state["dendrites"], parameters, state["threshold"], state["kind"],
                        Path(path).stat().st_size / 1e6)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -875,28 +887,11 @@ class Classifier:
 
     @property
     def label(self):
-        return f"{self.name}{' + dendrites' if self.dendrites else ''}{', int8' if self.kind == 'int8' else ''}"
+        return self.name + " + dendrites" * bool(self.dendrites) + f", {self.kind}" * (self.kind != "float32")
 
-    @property
-    def parameters(self):
-        return sum(tensor.numel() for name, tensor in self.model.state_dict().items() if not name.endswith("scale"))
 
 
 BERT_SIZES = (*TINY, "max_position_embeddings", "type_vocab_size", "pad_token_id", "layer_norm_eps", "hidden_act")
-
-
-def eager(model):
-    """ids, mask [batch, longest] -> logits [batch, 2] of a model in evaluation mode."""
-    model.eval()
-    return lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits
-
-
-def score_texts(classifier, texts, logits_of=None):
-    """Probability [texts] that each text is toxic."""
-    device = next(classifier.model.buffers()).device
-    tokens = tokenize(classifier.tokenizer, texts, classifier.arguments["max_length"]).to(device)
-    logits = predict_logits(logits_of or eager(classifier.model), tokens)
-    return logits.softmax(1)[:, 1].cpu().numpy()
 
 
 # --- int8 and ONNX ----------------------------------------------------------------------------------------------------
@@ -949,39 +944,37 @@ def make_int8(model):
     return model
 
 
-def export_onnx(classifier, path):
-    """Write the model as ONNX with free batch size and length; returns its logits_of and the size in MB."""
-    try:
-        import onnx  # noqa: F401  torch.onnx needs it
+class OnnxModel:
+    """An ONNX file that is called as a BertForSequenceClassification is."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, path):
         import onnxruntime
-    except ImportError as error:
-        raise UserError(f"--export-onnx needs the package {error.name}: pip install onnx onnxruntime") from None
-    import warnings
 
-    class Logits(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-        def forward(self, ids, mask):
-            return self.model(input_ids=ids, attention_mask=mask).logits
+    def __call__(self, input_ids, attention_mask):
+        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        return SimpleNamespace(logits=torch.from_numpy(self.session.run(None, inputs)[0]))
 
-    example = torch.ones(2, 8, dtype=torch.long)
-    axes = {0: "batch", 1: "length"}
-    with whole_file(path) as file, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+
+def export_onnx(classifier, path):
+    """Write the model as ONNX with free batch size and length, and tokenizer.json beside it: the Classifier of both."""
+    missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f"--export-onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    model, example, buffer = copy.deepcopy(classifier.model).cpu(), torch.ones(2, 8, dtype=torch.long), io.BytesIO()
+    model.config.return_dict = False
+    axes, names = {0: "batch", 1: "length"}, ["input_ids", "attention_mask"]
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older exporter is on its way out; the newer one fails on dendrites
-        buffer = io.BytesIO()
-        torch.onnx.export(Logits(copy.deepcopy(classifier.model).cpu()), (example, example), buffer, dynamo=False,
-                          input_names=["input_ids", "attention_mask"], output_names=["logits"],
-                          dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": {0: "batch"}})
+        torch.onnx.export(model, (example, example), buffer, dynamo=False, input_names=names, output_names=["logits"],
+                          dynamic_axes=dict.fromkeys(names, axes) | {"logits": {0: "batch"}})
+    with whole_file(path) as file:
         file.write(buffer.getbuffer())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def logits_of(ids, mask):
-        inputs = {"input_ids": ids.cpu().numpy(), "attention_mask": mask.cpu().numpy()}
-        return torch.from_numpy(session.run(None, inputs)[0]).to(ids.device)
-
-    return logits_of, path.stat().st_size / 1e6
+    classifier.tokenizer.save(str(path.with_name("tokenizer.json")))
+    return replace(classifier, kind="ONNX", megabytes=buffer.tell() / 1e6, model=OnnxModel(path))
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -1076,28 +1069,23 @@ def evaluate(scorers, data, seed):
     return results
 
 
-def benchmark(classifier, texts, logits_of=None, repeats=200):
-    """Latency of one text [ms] and throughput [texts/s] over real text lengths, with and without tokenization."""
-    logits_of = logits_of or eager(classifier.model)
-    device = next(classifier.model.buffers()).device
+def benchmark(classifier, texts, repeats=200):
+    """Latency of one text [ms] and throughput [texts/s] over real text lengths, both from text to score.
 
-    def run(some):
-        tokens = tokenize(classifier.tokenizer, some, classifier.arguments["max_length"]).to(device)
+    The last entry is the throughput of the model alone, on texts that are tokens already.
+    """
+    def seconds(function, some):
         began = time.perf_counter()
-        predict_logits(logits_of, tokens).cpu()
+        function(some)
         return time.perf_counter() - began
 
-    def whole(some):
-        began = time.perf_counter()
-        alone = run(some)
-        return time.perf_counter() - began, alone
-
-    run(texts[:INFERENCE_BATCH])
-    single = [whole(texts[i % len(texts) : i % len(texts) + 1])[0] for i in range(repeats)]
-    best, alone = np.min([whole(texts) for _ in range(3)], axis=0)
+    classifier.scores(texts[:INFERENCE_BATCH])
+    single = [seconds(classifier.scores, [texts[i % len(texts)]]) for i in range(repeats)]
+    tokens, best = classifier.tokens(texts), min(seconds(classifier.scores, texts) for _ in range(3))
+    alone = min(seconds(lambda ready: predict_logits(classifier.model, ready).cpu(), tokens) for _ in range(3))
     median, p95, p99 = 1000 * np.percentile(single, (50, 95, 99))
-    return {"latency_ms": median, "latency_p95_ms": p95, "latency_p99_ms": p99, "texts_per_s": len(texts) / best,
-            "texts_per_s_model_alone": len(texts) / alone}
+    return {"latency ms": median, "p95 ms": p95, "p99 ms": p99, "texts/s": len(texts) / best,
+            "texts/s, model alone": len(texts) / alone}
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -1114,7 +1102,7 @@ def plot_learning(training, path):
             plot_curve(ax, epochs, [epoch[kind] for epoch in history],
                        kind.replace("_", " ").replace("pr auc", "PR AUC").replace("f1", "F1"), i, "os"[i])
         for i, switch in enumerate(switches):
-            ax.axvline(switch["epoch"] + 0.5, linestyle=":", color="0.3", label=None if i else "switch: dendrites added")
+            ax.axvline(switch["epoch"] + 0.5, linestyle=":", color="0.3", label=None if i else "switch")
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9)
@@ -1165,15 +1153,15 @@ def plot_evaluation(results, data, run_dir):
 
 def plot_deployments(rows, run_dir):
     """Size against F1, and latency and throughput bars, of the deployable models."""
-    rows = [row for row in rows if row.get("MB")]
-    fig, axes = new_figure("Size on disk and quality", size=(8, 5))
-    for i, row in enumerate(row for row in rows if row.get("F1") is not None):
-        axes[0].plot(row["MB"], row["F1"], "osD^vPX*"[i % 8], color=COLORS[i % 8], markersize=9, label=row["model"])
-    axes[0].axvline(25, linestyle=":", color="0.3", label="the seed's limit, 25 MB")
-    axes[0].set(xlabel="size on disk [MB]", ylabel="F1 of the toxic class (tuned threshold, test part)", xscale="log",
-                ylim=(0, 1))
-    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=9)
-    save_figure(fig, run_dir / "size_f1.png")
+    if rows[0]["F1"] is not None:
+        fig, axes = new_figure("Size on disk and quality", size=(8, 5))
+        for i, row in enumerate(rows):
+            axes[0].plot(row["MB"], row["F1"], "osD^vPX*"[i % 8], color=COLORS[i % 8], markersize=9, label=row["model"])
+        axes[0].axvline(25, linestyle=":", color="0.3", label="the seed's limit, 25 MB")
+        axes[0].set(xlabel="size on disk [MB]", ylabel="F1 of the toxic class (tuned, test part)", xscale="log",
+                    ylim=(0, 1))
+        axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=9)
+        save_figure(fig, run_dir / "size_f1.png")
 
     fig, axes = new_figure("Speed on this machine, tokenization included", 1, 2, (13, 0.6 * len(rows) + 3))
     names = [row["model"] for row in rows]
@@ -1199,7 +1187,7 @@ def plot_arms(scores, run_dir):
     """Test PR AUC and F1 of each arm of --compare-dendrites with its 95 % interval."""
     fig, axes = new_figure("What dendrites add: mean and 95 % interval over seeds", size=(9, 4.8))
     series, errors = {}, {}
-    for key, label in (("pr_auc", "PR AUC"), ("f1", "F1"), ("roc_auc", "ROC AUC")):
+    for key, label in LABELS.items():
         both = [mean_and_interval(values[key]) for values in scores.values()]
         series[label], errors[label] = ([float(pair[i]) for pair in both] for i in (0, 1))
     plot_bars(axes[0], list(scores), series, "{:.3f}", errors)
@@ -1343,7 +1331,7 @@ def parse_args(argv):
     add("--data", metavar="FILE", help="your own CSV, JSON lines or Parquet file instead")
     add("--text-column", default="text", metavar="NAME", help="of --data")
     add("--label-column", default="toxicity", metavar="NAME", help="of --data")
-    add("--positive-label", metavar="VALUE", help="the label that is toxic (default: numbers from --label-threshold on)")
+    add("--positive-label", metavar="VALUE", help="the toxic label (default: numbers from --label-threshold on)")
     add("--label-threshold", type=between(float, 0, 1), default=0.5, metavar="P", help="toxic from this label on")
     add("--sample-size", type=between(int, 0), default=5000, metavar="N", help="training texts; validation and test "
         "get a fifth of it each; 0 is everything, 80, 10 and 10 %%")
@@ -1459,7 +1447,9 @@ def make_classifier(base, kept, arguments, tokenizer, name):
     """The Classifier of `kept`, one of the best and last weights that train_classifier returns; `base` is its BERT."""
     model = grow_dendrites(build_bert({key: base.config.to_dict()[key] for key in BERT_SIZES}), kept["dendrites"])
     model.load_state_dict(kept["weights"])
-    return Classifier(model.eval(), tokenizer, arguments, name, kept["dendrites"], kept["threshold"])
+    device, parameters = choose_device(arguments["device"]), count_parameters(model)
+    return Classifier(model.to(device).eval(), tokenizer, arguments, name, kept["dendrites"], parameters,
+                      kept["threshold"])
 
 
 def train_tiny(args, data, arm, run_dir):
@@ -1492,7 +1482,7 @@ def train_giant(args, data, run_dir):
     return giant.save(run_dir / "giant.pt"), training
 
 
-def giant_killer(rows, tiny, giant):
+def giant_killer(tiny, giant):
     """The seed's list for a giant-killer, as measured: [{criterion, asked, measured, met}]."""
     ratio, speed = tiny["F1"] / max(giant["F1"], 1e-12), tiny["texts/s"] / giant["texts/s"]
     return [
@@ -1513,11 +1503,10 @@ def run_experiment(args, run_dir, arm="dendrites"):
     seed_everything(args.seed)
     results, began, seconds = describe_run(args) | {"arm": arm}, time.perf_counter(), {}
     if args.mode:
-        path = find_checkpoint(args)
-        tiny, training = Classifier.load(path, device), None
-        kept = {name: tiny.arguments[name] for name in DATA_ARGUMENTS if name not in args.given}
+        tiny, training = Classifier.load(args.checkpoint, device), None
+        own = {"data", "dataset", *args.given} if {"data", "dataset"} & set(args.given) else args.given
+        kept = {name: tiny.arguments[name] for name in DATA_ARGUMENTS if name not in own}
         args = argparse.Namespace(**vars(args) | kept)
-        results["checkpoint"] = str(path)
     data = load_data(args)
     note(f"{data.info['name']}: " + ", ".join(
         f"{sum(counts.values()):,} {part} ({counts['toxic'] / sum(counts.values()):.1%} toxic)"
@@ -1525,60 +1514,46 @@ def run_experiment(args, run_dir, arm="dendrites"):
     seconds["data"] = time.perf_counter() - began
     if not args.mode:
         tiny, training = train_tiny(args, data, arm, run_dir)
-        tiny.model.to(device)
         seconds["training"] = training["seconds"]
         results["training"] = {key: training[key] for key in ("history", "switches", "class_weights", "seconds")}
         results["best_epoch"], results["dendrites"] = training["best"]["epoch"], tiny.dendrites
-    everything = args.quick and not args.mode
-    models = {tiny.label: (tiny, eager(tiny.model))}
+    everything, models, giant = args.quick and not args.mode, [tiny], None
     if args.quantize or everything:
-        small = Classifier(make_int8(copy.deepcopy(tiny.model).cpu()), tiny.tokenizer, tiny.arguments, tiny.name,
-                           tiny.dendrites, tiny.threshold, "int8").save(run_dir / "model_int8.pt")
-        models[small.label] = small, eager(small.model)
+        small = replace(tiny, model=make_int8(copy.deepcopy(tiny.model).cpu()), kind="int8")
+        models.append(small.save(run_dir / "model_int8.pt"))
     if args.export_onnx or (everything and importlib.util.find_spec("onnxruntime")):
-        logits_of, megabytes = export_onnx(tiny, run_dir / "model.onnx")
-        tiny.tokenizer.save(str(run_dir / "tokenizer.json"))
-        exported = copy.copy(tiny)
-        exported.megabytes = megabytes
-        models[f"{tiny.label}, ONNX"] = exported, logits_of
-    giant = None
+        models.append(export_onnx(tiny, run_dir / "model.onnx"))
     if args.compare_base or everything:
         giant, giant_training = train_giant(args, data, run_dir)
-        giant.model.to(device)
-        models[giant.label] = giant, eager(giant.model)
+        models.append(giant)
         seconds["giant training"] = giant_training["seconds"]
         results["giant_training"] = giant_training["history"]
+    if args.benchmark_only:
+        base = build_bert({"vocab_size": TINY["vocab_size"]}).to(device).eval()
+        parameters = count_parameters(base)
+        models.append(Classifier(base, tiny.tokenizer, tiny.arguments, "BERT-Base, random weights", 0, parameters, 0.5,
+                                 megabytes=4e-6 * parameters))
 
-    train_texts, train_labels = data.part("train")
     test_texts = data.part("test")[0]
-    rows = []
     if not args.benchmark_only:
         began = time.perf_counter()
-        scorers = {name: lambda texts, own=own: score_texts(own[0], texts, own[1]) for name, own in models.items()}
-        results["models"] = evaluate(scorers | {"TF-IDF": fit_tfidf(train_texts, train_labels)}, data, args.seed)
+        scorers = {own.label: own.scores for own in models} | {"TF-IDF": fit_tfidf(*data.part("train"))}
+        results["models"] = evaluate(scorers, data, args.seed)
         seconds["evaluation"] = time.perf_counter() - began
-    began = time.perf_counter()
-    speed_texts = (test_texts + data.part("validation")[0] + train_texts)[:2000]
-    if args.benchmark_only:
-        base = Classifier(build_bert({"vocab_size": 30522}).to(device).eval(), tiny.tokenizer, tiny.arguments,
-                          "BERT-Base, random weights", 0, 0.5, megabytes=437.9)
-        models[base.label] = base, eager(base.model)
-    for name, (own, logits_of) in models.items():
-        some = speed_texts if count_parameters(own.model) < 1e7 else speed_texts[::10]
-        speed = benchmark(own, some, logits_of, 200 if own is tiny else 50)
-        tuned = results["models"][name]["tuned"] if "models" in results else {"f1": None}
-        rows.append({"model": name, "parameters": own.parameters, "MB": own.megabytes, "F1": tuned["f1"],
-                     "latency ms": speed["latency_ms"], "p95 ms": speed["latency_p95_ms"],
-                     "p99 ms": speed["latency_p99_ms"], "texts/s": speed["texts_per_s"],
-                     "texts/s, model alone": speed["texts_per_s_model_alone"]})
-        if name != tiny.label and own.tokenizer is tiny.tokenizer and not args.benchmark_only:
-            tokens = tokenize(tiny.tokenizer, test_texts, args.max_length).to(device)
-            difference = predict_logits(eager(tiny.model), tokens) - predict_logits(logits_of, tokens)
-            rows[-1]["largest logit difference"] = difference.abs().max().item()
+    began, rows = time.perf_counter(), []
+    some = (test_texts + data.part("validation")[0] + data.part("train")[0])[:2000]
+    for own in models:
+        large = own.parameters > 1e7
+        f1 = results["models"][own.label]["tuned"]["f1"] if "models" in results else None
+        rows.append({"model": own.label, "parameters": own.parameters, "MB": own.megabytes, "F1": f1}
+                    | benchmark(own, some[::10] if large else some, 50 if large else 200))
+        if own.kind != "float32":
+            logits = [predict_logits(one.model, one.tokens(test_texts)).cpu() for one in (tiny, own)]
+            rows[-1]["largest logit difference"] = (logits[0] - logits[1]).abs().max().item()
     seconds["benchmark"] = time.perf_counter() - began
     results["deployments"] = rows
     if giant:
-        results["giant_killer"] = giant_killer(rows, rows[0], next(r for r in rows if r["model"] == giant.label))
+        results["giant_killer"] = giant_killer(rows[0], next(row for row in rows if row["model"] == giant.label))
     if args.export_hf:
         save_for_transformers(tiny, Path(args.export_hf))
 
@@ -1618,8 +1593,8 @@ def save_for_transformers(classifier, folder):
 def summary(results):
     """The tables of a finished run as Markdown."""
     data, text = results["data"], []
-    arguments, training = results["arguments"], results.get("training")
-    text.append(f"# toxicity.py, {data['source']} data ({data['name']}), {data['rows']:,} texts, seed {results['seed']}")
+    training = results.get("training")
+    text.append(f"# toxicity.py, {data['name']} ({data['source']}), {data['rows']:,} texts, seed {results['seed']}")
     if training:
         weights = ", ".join(f"{weight:.2f}" for weight in training["class_weights"])
         text.append(f"Class weights {weights} (the seed: {SEED_WEIGHTS[0]}, {SEED_WEIGHTS[1]}); "
@@ -1673,12 +1648,12 @@ def combine_runs(args, finished, run_dir):
     scores, table = {}, []
     for arm, runs in finished.items():
         tuned = [next(iter(run["models"].values()))["tuned"] for run in runs]
-        scores[arm] = {key: [one[key] for one in tuned] for key in ("pr_auc", "roc_auc", "f1")}
+        scores[arm] = {key: [one[key] for one in tuned] for key in LABELS}
         scores[arm]["epochs"] = [len(run["training"]["history"]) for run in runs]
         scores[arm]["parameters"] = [run["parameters"] for run in runs]
     runs = next(iter(finished.values()))
     tfidf = [run["models"]["TF-IDF"]["tuned"] for run in runs]
-    scores["TF-IDF"] = {key: [one[key] for one in tfidf] for key in ("pr_auc", "roc_auc", "f1")}
+    scores["TF-IDF"] = {key: [one[key] for one in tfidf] for key in LABELS}
 
     def interval(values):
         mean, width = mean_and_interval(values)
@@ -1686,11 +1661,11 @@ def combine_runs(args, finished, run_dir):
 
     first = next(iter(finished))
     for arm, own in scores.items():
-        table.append({"arm": arm, "parameters": own.get("parameters", [None])[0],
-                      "PR AUC": interval(own["pr_auc"]), "ROC AUC": interval(own["roc_auc"]), "F1": interval(own["f1"])})
+        means = {label: interval(own[key]) for key, label in LABELS.items()}
+        table.append({"arm": arm, "parameters": own.get("parameters", [None])[0]} | means)
         if arm != first:
             table[-1] |= {f"{first} minus this, {label}": interval(np.subtract(scores[first][key], own[key]))
-                          for key, label in (("pr_auc", "PR AUC"), ("f1", "F1"))}
+                          for key, label in LABELS.items()}
     if len(runs) > 1:
         plot_arms(scores, run_dir)
     seeds = [run["seed"] for run in runs]
@@ -1713,7 +1688,7 @@ def predict(args):
     cuts = [threshold / 2, threshold, (1 + threshold) / 2]
     rows = [{"text": text, "score": round(float(score), 4), "toxic": bool(score >= threshold),
              "tier": TIERS[int(np.searchsorted(cuts, score, side="right"))]}
-            for text, score in zip(texts, score_texts(classifier, texts))]
+            for text, score in zip(texts, classifier.scores(texts))]
     if args.format == "json":
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
@@ -1739,13 +1714,15 @@ def main(argv=None):
             args = argparse.Namespace(**vars(kept) | given)
         if args.mode == "predict":
             return predict(args)
+        if args.mode:
+            args.checkpoint = str(find_checkpoint(args).absolute())
         run_dir = run_dir or new_run(args.output_dir)
         if not resumed:
             write_results(describe_run(args), run_dir / "results.json")
         results = run_seeds(args, run_dir)
     except KeyboardInterrupt:
-        go_on = f"; to go on: python toxicity.py --resume {run_dir.name} --output-dir {args.output_dir}" if run_dir else ""
-        note(f"stopped{go_on}")
+        where = run_dir and f"; to go on: python toxicity.py --resume {run_dir.name} --output-dir {args.output_dir}"
+        note(f"stopped{where or ''}")
         raise SystemExit(130) from None
     except UserError as problem:
         error = str(problem)
