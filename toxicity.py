@@ -201,13 +201,13 @@ def read_table(path, columns):
         else:
             raise UserError(f"{path}: {kind or 'no ending'}; .csv, .jsonl (JSON lines) and .parquet are read")
     except (pa.ArrowException, OSError) as error:
-        why = " ".join(str(error).split())
-        hint = "; save the file as UTF-8" if "UTF8" in why.upper().replace("-", "") else ""
-        raise UserError(f"{path}: {why}{hint}") from None
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     missing = [column for column in columns if column not in table.column_names]
     if missing:
         raise UserError(f"{path}: no column {', '.join(map(repr, missing))}, only {', '.join(table.column_names)}; "
                         "--text-column and --label-column name them")
+    if pa.types.is_binary(table[columns[0]].type):  # pyarrow's answer to text in another encoding
+        raise UserError(f"{path}: column {columns[0]!r} is not UTF-8; save the file in that encoding")
     return table.select(columns)
 
 
@@ -912,7 +912,9 @@ class Int8Linear(nn.Module):
         if self.packed is None:
             zeros = torch.zeros(len(self.scale), dtype=torch.long)
             weight = self.weight * self.scale.unsqueeze(1)
-            weight = torch.quantize_per_channel(weight, self.scale.double(), zeros, 0, torch.qint8)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says that this will move to another package one day
+                weight = torch.quantize_per_channel(weight, self.scale.double(), zeros, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
         return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
 
@@ -998,17 +1000,16 @@ def classification_metrics(labels, scores, threshold):
 
 def bootstrap_intervals(labels, scores, threshold, seed, samples=1000):
     """{"f1": (low, high), "pr_auc": (low, high)}: 95 % percentile intervals over resampled texts."""
-    from sklearn.metrics import average_precision_score
-
-    rng, called = np.random.default_rng(seed), scores >= threshold
-    f1, pr_auc = [], []
-    for _ in range(samples):
-        rows = rng.integers(0, len(labels), len(labels))
-        true, answer = labels[rows] == 1, called[rows]
-        if true.any():
-            f1.append(2 * (true & answer).sum() / max(1, true.sum() + answer.sum()))
-            pr_auc.append(average_precision_score(true, scores[rows]))
-    return {"f1": np.percentile(f1, (2.5, 97.5)).tolist(), "pr_auc": np.percentile(pr_auc, (2.5, 97.5)).tolist()}
+    order = np.argsort(-scores, kind="stable")
+    toxic, called = labels[order] == 1, scores[order] >= threshold
+    # How often each text is drawn, [samples, texts] in order of falling score: then all samples are sums along a row.
+    drawn = np.random.default_rng(seed).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), samples)
+    found = np.cumsum(drawn * toxic, axis=1)
+    positives = np.maximum(found[:, -1:], 1)
+    precision = found / np.maximum(np.cumsum(drawn, axis=1), 1)
+    values = {"f1": 2 * (drawn * (toxic & called)).sum(1) / (positives[:, 0] + (drawn * called).sum(1)),
+              "pr_auc": (drawn * toxic * precision / positives).sum(1)}
+    return {name: np.percentile(own, (2.5, 97.5)).tolist() for name, own in values.items()}
 
 
 LEET = str.maketrans({"a": "4", "e": "3", "i": "1", "o": "0", "s": "5"})

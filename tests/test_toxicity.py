@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pdb
 import pty
 import socket
 import subprocess
@@ -142,7 +143,7 @@ def test_civil_comments_are_streamed_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(toxicity, "hub_in_reach", lambda: True)
     args = toxicity.parse_args(["--sample-size", "500", "--data-dir", str(tmp_path)])
     data = toxicity.load_data(args)
-    assert asked == [("google/civil_comments", part, True) for part in toxicity.PARTS]
+    assert sorted(asked) == sorted(("google/civil_comments", part, True) for part in toxicity.PARTS)
     assert {part: len(rows) for part, rows in data.parts.items()} == {"train": 499, "validation": 99, "test": 100}
     assert data.info["counts"]["test"] == {"not toxic": 90, "toxic": 10} and args.dataset == "civil_comments"
     again = toxicity.load_data(toxicity.parse_args(["--sample-size", "500", "--data-dir", str(tmp_path)]))
@@ -247,13 +248,12 @@ def test_the_plain_layers_compute_what_the_library_does(tmp_path):
 
 
 def test_the_debugger_prompts_and_exits_of_the_library_become_errors(tmp_path):
-    import pdb
-
-    for question in (pdb.set_trace, input, sys.exit):
-        with pytest.raises(toxicity.UserError, match="perforatedai"), toxicity.confined_library(tmp_path):
+    before = Path.cwd(), pdb.set_trace
+    for stop in (lambda: pdb.set_trace(), lambda: input(), lambda: sys.exit(0)):
+        with pytest.raises(toxicity.UserError, match="the reason"), toxicity.confined_library(tmp_path):
             print("the reason")
-            pdb.set_trace() if question is pdb.set_trace else question()
-    assert Path.cwd() != tmp_path and pdb.set_trace.__module__ == "pdb"
+            stop()
+    assert (Path.cwd(), pdb.set_trace) == before
 
 
 def test_a_wider_model_computes_the_same_and_has_the_size_of_the_dendrites():
