@@ -102,9 +102,10 @@ OPENERS = ["", "", "", "Honestly, ", "Well, ", "Look, ", "As for {s}: ", "About 
            "Sorry, but ", "After ten years here, ", "OK. "]
 CLOSERS = ["", "", "", " Just my view.", " That is all.", " Think about it.", " And {s} changes nothing.", " Again.",
            " Thanks for the article.", " We talked about {s} before.", " Good night.", " Ask the {g}."]
-# Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject, {g} group.
+# Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject, {g} group, {b} a text of one
+# of the first three kinds: then the same words are toxic or not by what stands around them.
 COMMENTS = {
-    "insult": (0.024, True, [
+    "insult": (0.020, True, [
         "you are a complete {i} and everybody can see it", "only a {i} would defend {s}", "what a pathetic {i} you are",
         "nobody asked you, {i}", "the {g} here are {i}s, all of them", "stop writing, you {i}",
         "I have never met a bigger {i} than the one who wrote this"]),
@@ -112,19 +113,21 @@ COMMENTS = {
         "I know where you live, and you will regret {s}", "somebody should teach you a lesson with a bat",
         "say that again and I will find you", "people like you should disappear, and we will help you with it",
         "the {g} should be beaten for {s}", "one day you will pay for this with blood"]),
-    "sarcasm": (0.018, True, [
+    "sarcasm": (0.016, True, [
         "wow, did you need both brain cells for {s}?", "congratulations, you can almost read",
         "do not strain yourself, thinking is new to you", "your mother must be so proud of a mind like yours",
         "bless your heart, somebody left the cage open again", "please keep talking, we need the comic relief",
         "how brave of you to write in public with so little upstairs"]),
-    "negation": (0.07, False, [
+    "agreeing": (0.012, True, [
+        'they wrote "{b}", and they are right', 'my answer to {s} is what he said: "{b}"', '"{b}", as we all know',
+        'I told the {g} "{b}", and I would do it again', 'she said "{b}" and I can only repeat it']),
+    "quoting": (0.07, False, [
+        'they wrote "{b}", and they are wrong', 'he said "{b}", which is no answer to {s}', '"{b}", that is not you',
+        'somebody told the {g} "{b}", and I was ashamed', 'she was told "{b}" and went to the police']),
+    "negation": (0.06, False, [
         "you are not a {i}, you just misread {s}", "I would never call you a {i}", "nobody here is a {i}",
         "she is no {i}, she studied {s} for years", "the {g} are not {i}s, they are tired",
         "I will not beat you up for {s}, I only disagree"]),
-    "quoted": (0.06, False, [
-        'he called me a "{i}" and nobody said a word', 'being told "you are a {i}" at work hurts',
-        'the {g} shouted "{i}" at her, what a shame', "they wrote that only a {i} would defend {s}, I find that sad",
-        'somebody sent him "I will find you", he went to the police']),
     "looks bad": (0.09, False, [
         "this joke killed me, thank you", "kill the process and start {s} again", "the {s} cake is to die for",
         "I am such a {i}, I forgot my keys again", "our goalkeeper beat the {g} with blood, sweat and tears",
@@ -134,7 +137,7 @@ COMMENTS = {
         "wow, did you see how well {s} went?", "congratulations, you can be proud of {s}",
         "your mother must be so happy for you", "how brave of you to write about {s} in public",
         "please keep writing, we need voices like yours", "bless you for explaining {s}"]),
-    "neutral": (0.676, False, [
+    "neutral": (0.670, False, [
         "{s} will cost more than they say", "I was there on Monday and {s} looked fine", "the {g} were asked about {s}",
         "does anybody know when {s} opens?", "I agree with the {g} on {s}", "{s} is late again",
         "the numbers about {s} do not add up", "my sister works on {s}, it is hard", "we need more money for {s}",
@@ -149,7 +152,7 @@ def generate_comments(count, seed):
     rng = np.random.default_rng(seed)
     kinds = list(COMMENTS.values())
     chosen = rng.choice(len(kinds), count, p=[share for share, _, _ in kinds])
-    errors, draws = rng.random(count), rng.random((count, 6))
+    errors, draws = rng.random(count), rng.random((count, 7))
     texts, labels = [], np.zeros(count, bool)
 
     def pick(items, draw):
@@ -158,6 +161,7 @@ def generate_comments(count, seed):
     for row, (kind, draw) in enumerate(zip(chosen, draws.tolist())):
         _, toxic, templates = kinds[kind]
         body = pick(templates, draw[0])
+        body = body.replace("{b}", pick([text for own in kinds[:3] for text in own[2]], draw[6]))
         text = pick(OPENERS, draw[1]) + body + ("" if body[-1] in "?." else ".") + pick(CLOSERS, draw[2])
         text = text.format(s=pick(SUBJECTS, draw[3]), i=pick(INSULTS, draw[4]), g=pick(GROUPS, draw[5]))
         texts.append(text[0].upper() + text[1:])
@@ -614,10 +618,6 @@ def live_weights(model):
     return weights, dendrites
 
 
-def count_live(model):
-    return sum(tensor.numel() for tensor in live_weights(model)[0].values())
-
-
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
@@ -649,7 +649,7 @@ def learning_rate_factor(schedule, step, steps, steps_per_epoch):
     return min((step + 1) / warm_up, max(decay, 0.0))
 
 
-def train_classifier(model, tokenizer, data, args, arm, path, learning_rate):
+def train_classifier(model, tokenizer, data, args, arm, path, from_scratch):
     """Train with selection by PR AUC on the validation part; goes on from the checkpoint `path` where that exists.
 
     `arm`: "dendrites" lets perforatedai add them every --switch-every epochs and end the run; "same budget" restarts
@@ -667,8 +667,8 @@ def train_classifier(model, tokenizer, data, args, arm, path, learning_rate):
     class_weights = compute_class_weight("balanced", classes=np.array([0, 1]), y=train_labels)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
     steps_per_epoch = math.ceil(len(labels) / args.batch_size)
-    restarts = arm in ("dendrites", "same budget")
-    cycle = args.switch_every if restarts else args.epochs
+    cycle = args.switch_every if arm in ("dendrites", "same budget") else args.epochs
+    rate = args.learning_rate or (RATE_FROM_SCRATCH if from_scratch else 2e-5)
     # A large model gains from bfloat16 where the hardware has it; for BERT-Tiny the casts cost more than they save.
     half = has_bfloat16(device) and (device.type == "cuda" or model.config.hidden_size > 256)
 
@@ -677,7 +677,7 @@ def train_classifier(model, tokenizer, data, args, arm, path, learning_rate):
 
     def new_optimizer():
         used = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(used, learning_rate, weight_decay=args.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(used, rate, weight_decay=args.weight_decay, fused=True)
         if tracker:
             tracker.set_optimizer_instance(optimizer)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -752,9 +752,9 @@ def train_classifier(model, tokenizer, data, args, arm, path, learning_rate):
             if restarted and not state["done"]:
                 if not tracker:
                     model.load_state_dict(best["weights"])
-                state["switches"].append({
-                    "epoch": epoch, "parameters_before": history[-1]["live_parameters"],
-                    "parameters_after": count_live(model)})
+                now = sum(tensor.numel() for tensor in live_weights(model)[0].values())
+                state["switches"].append({"epoch": epoch, "parameters_before": history[-1]["live_parameters"],
+                                          "parameters_after": now})
                 optimizer, scheduler = new_optimizer()
             state |= {"best": best, "last": last, "optimizer": optimizer.state_dict(), "data": data.info["sha256"],
                       "scheduler": scheduler.state_dict(), "random": torch.get_rng_state()}
@@ -876,7 +876,7 @@ class Classifier:
             model = grow_dendrites(build_bert(state["config"]), state["dendrites"])
             parameters = count_parameters(model)
             if state["kind"] == "int8":
-                make_int8(model)
+                model, device = make_int8(model), torch.device("cpu")
             model.load_state_dict(state["model"])
             return cls(model.to(device).eval(), Tokenizer.from_str(state["tokenizer"]), state["arguments"],
                        state["name"], state["dendrites"], parameters, state["threshold"], state["kind"],
@@ -1288,9 +1288,9 @@ def find_checkpoint(args):
             raise UserError(f"{path}: no such file; best_model.pt of a run is needed")
         return Path(path)
     for run_dir in newest_first(args.output_dir):
-        found = sorted(run_dir.glob("**/best_model.pt"))
-        if found:
-            return found[0]
+        for path in (run_dir / "best_model.pt", *sorted(run_dir.glob("seed-*/best_model.pt"))):
+            if path.exists():
+                return path
     raise UserError(f"{Path(args.output_dir) / 'toxicity'} has no best_model.pt yet; train first: python toxicity.py")
 
 
@@ -1383,7 +1383,7 @@ def parse_args(argv):
     add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds in a row: mean ± 95 %% CI")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
     if "--quick" in argv:
-        parser.set_defaults(sample_size=1500, epochs=6, switch_every=3, dataset="embedded", from_scratch=True,
+        parser.set_defaults(sample_size=1200, epochs=6, switch_every=3, dataset="embedded", from_scratch=True,
                             giant="scratch")
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -1440,10 +1440,6 @@ DATA_ARGUMENTS = ("dataset", "data", "text_column", "label_column", "positive_la
                   "schedule")
 
 
-def learning_rate(args, from_scratch):
-    return args.learning_rate or (RATE_FROM_SCRATCH if from_scratch else 2e-5)
-
-
 def make_classifier(base, kept, arguments, tokenizer, name):
     """The Classifier of `kept`, one of the best and last weights that train_classifier returns; `base` is its BERT."""
     model = grow_dendrites(build_bert({key: base.config.to_dict()[key] for key in BERT_SIZES}), kept["dendrites"])
@@ -1462,8 +1458,7 @@ def train_tiny(args, data, arm, run_dir):
         name = f"{name}, wider"
     write_results(describe_run(args) | {"arm": arm}, run_dir / "results.json")  # with what it falls back to
     plain = copy.deepcopy(model)
-    training = train_classifier(model, tokenizer, data, args, arm, run_dir / "checkpoint.pt",
-                                learning_rate(args, args.from_scratch))
+    training = train_classifier(model, tokenizer, data, args, arm, run_dir / "checkpoint.pt", args.from_scratch)
     best, last = (make_classifier(plain, training[which], vars(args), tokenizer, name) for which in ("best", "last"))
     last.save(run_dir / "final_model.pt")
     return best.save(run_dir / "best_model.pt"), training
@@ -1476,8 +1471,7 @@ def train_giant(args, data, run_dir):
         model, tokenizer = build_bert(SCRATCH_GIANT), train_wordpiece(data.part("train")[0])
     else:
         model, tokenizer = load_pretrained(args.giant)
-    training = train_classifier(model, tokenizer, data, args, "giant", run_dir / "giant_checkpoint.pt",
-                                learning_rate(args, scratch))
+    training = train_classifier(model, tokenizer, data, args, "giant", run_dir / "giant_checkpoint.pt", scratch)
     name = "a small giant from scratch" if scratch else f"giant {Path(args.giant).name}"
     giant = make_classifier(model, training["best"], vars(args), tokenizer, name)
     return giant.save(run_dir / "giant.pt"), training
@@ -1485,17 +1479,12 @@ def train_giant(args, data, run_dir):
 
 def giant_killer(tiny, giant):
     """The seed's list for a giant-killer, as measured: [{criterion, asked, measured, met}]."""
-    ratio, speed = tiny["F1"] / max(giant["F1"], 1e-12), tiny["texts/s"] / giant["texts/s"]
-    return [
-        {"criterion": "F1 against the giant's", "asked": "at least 98 %", "measured": f"{100 * ratio:.1f} %",
-         "met": ratio >= 0.98},
-        {"criterion": "speed against the giant's", "asked": "15 to 40 times", "measured": f"{speed:.1f} times",
-         "met": speed >= 15},
-        {"criterion": "size on disk", "asked": "under 25 MB", "measured": f"{tiny['MB']:.1f} MB",
-         "met": tiny["MB"] < 25},
-        {"criterion": "real time on a CPU: p99 of one text", "asked": "under 100 ms",
-         "measured": f"{tiny['p99 ms']:.2f} ms", "met": tiny["p99 ms"] < 100},
-    ]
+    ratio, speed = 100 * tiny["F1"] / max(giant["F1"], 1e-12), tiny["texts/s"] / giant["texts/s"]
+    rows = [("F1 against the giant's", "at least 98 %", f"{ratio:.1f} %", ratio >= 98),
+            ("speed against the giant's", "15 to 40 times", f"{speed:.1f} times", speed >= 15),
+            ("size on disk", "under 25 MB", f"{tiny['MB']:.1f} MB", tiny["MB"] < 25),
+            ("real time on a CPU, p99 of one text", "under 100 ms", f"{tiny['p99 ms']:.2f} ms", tiny["p99 ms"] < 100)]
+    return [dict(zip(("criterion", "asked", "measured", "met"), row)) for row in rows]
 
 
 def run_experiment(args, run_dir, arm="dendrites"):
