@@ -102,28 +102,33 @@ OPENERS = ["", "", "", "Honestly, ", "Well, ", "Look, ", "As for {s}: ", "About 
            "Sorry, but ", "After ten years here, ", "OK. "]
 CLOSERS = ["", "", "", " Just my view.", " That is all.", " Think about it.", " And {s} changes nothing.", " Again.",
            " Thanks for the article.", " We talked about {s} before.", " Good night.", " Ask the {g}."]
-# Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject, {g} group, {b} a text of one
-# of the first three kinds: then the same words are toxic or not by what stands around them.
+PRAISES = ["you are the best of the {g}", "you explain {s} well", "your idea about {s} is clever",
+           "nobody knows {s} as well as you", "you have a sharp mind", "people like you are needed here"]
+RIGHT = ['they wrote "{q}", and they are right', 'he said "{q}", and I can only repeat it', '"{q}", as we all know',
+         'the {g} told you "{q}", which is true', 'somebody wrote "{q}", and I agree']
+WRONG = ['they wrote "{q}", and they are wrong', 'he said "{q}", and I can only deny it', '"{q}", as nobody believes',
+         'the {g} told you "{q}", which is false', 'somebody wrote "{q}", and I disagree']
+# Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject, {g} group, {p} praise, {b} a
+# text of one of the first three kinds. Praise that is denied is toxic, an insult that is denied is not, so that neither
+# the quoted words nor those around them decide.
 COMMENTS = {
-    "insult": (0.020, True, [
+    "insult": (0.012, True, [
         "you are a complete {i} and everybody can see it", "only a {i} would defend {s}", "what a pathetic {i} you are",
         "nobody asked you, {i}", "the {g} here are {i}s, all of them", "stop writing, you {i}",
         "I have never met a bigger {i} than the one who wrote this"]),
-    "threat": (0.012, True, [
+    "threat": (0.007, True, [
         "I know where you live, and you will regret {s}", "somebody should teach you a lesson with a bat",
         "say that again and I will find you", "people like you should disappear, and we will help you with it",
         "the {g} should be beaten for {s}", "one day you will pay for this with blood"]),
-    "sarcasm": (0.016, True, [
+    "sarcasm": (0.009, True, [
         "wow, did you need both brain cells for {s}?", "congratulations, you can almost read",
         "do not strain yourself, thinking is new to you", "your mother must be so proud of a mind like yours",
         "bless your heart, somebody left the cage open again", "please keep talking, we need the comic relief",
         "how brave of you to write in public with so little upstairs"]),
-    "agreeing": (0.012, True, [
-        'they wrote "{b}", and they are right', 'my answer to {s} is what he said: "{b}"', '"{b}", as we all know',
-        'I told the {g} "{b}", and I would do it again', 'she said "{b}" and I can only repeat it']),
-    "quoting": (0.07, False, [
-        'they wrote "{b}", and they are wrong', 'he said "{b}", which is no answer to {s}', '"{b}", that is not you',
-        'somebody told the {g} "{b}", and I was ashamed', 'she was told "{b}" and went to the police']),
+    "agreeing": (0.016, True, [frame.replace("{q}", "{b}") for frame in RIGHT]),
+    "denied praise": (0.012, True, [frame.replace("{q}", "{p}") for frame in WRONG]),
+    "quoting": (0.08, False, [frame.replace("{q}", "{b}") for frame in WRONG]),
+    "agreed praise": (0.06, False, [frame.replace("{q}", "{p}") for frame in RIGHT]),
     "negation": (0.06, False, [
         "you are not a {i}, you just misread {s}", "I would never call you a {i}", "nobody here is a {i}",
         "she is no {i}, she studied {s} for years", "the {g} are not {i}s, they are tired",
@@ -133,11 +138,11 @@ COMMENTS = {
         "I am such a {i}, I forgot my keys again", "our goalkeeper beat the {g} with blood, sweat and tears",
         "the clown at {s} made the children laugh", "I shot forty pictures of {s}", "that was a brutal but fair match",
         "a bat flew into {s} last night", "stupid me, I read {s} upside down"]),
-    "praise": (0.05, False, [
+    "praise": (0.03, False, [
         "wow, did you see how well {s} went?", "congratulations, you can be proud of {s}",
         "your mother must be so happy for you", "how brave of you to write about {s} in public",
         "please keep writing, we need voices like yours", "bless you for explaining {s}"]),
-    "neutral": (0.670, False, [
+    "neutral": (0.624, False, [
         "{s} will cost more than they say", "I was there on Monday and {s} looked fine", "the {g} were asked about {s}",
         "does anybody know when {s} opens?", "I agree with the {g} on {s}", "{s} is late again",
         "the numbers about {s} do not add up", "my sister works on {s}, it is hard", "we need more money for {s}",
@@ -151,6 +156,7 @@ def generate_comments(count, seed):
     """(texts, labels [count] bool) of synthetic comments, 6 % toxic; the same word stands in both classes."""
     rng = np.random.default_rng(seed)
     kinds = list(COMMENTS.values())
+    hostile = [text for _, _, templates in kinds[:3] for text in templates]
     chosen = rng.choice(len(kinds), count, p=[share for share, _, _ in kinds])
     errors, draws = rng.random(count), rng.random((count, 7))
     texts, labels = [], np.zeros(count, bool)
@@ -161,7 +167,7 @@ def generate_comments(count, seed):
     for row, (kind, draw) in enumerate(zip(chosen, draws.tolist())):
         _, toxic, templates = kinds[kind]
         body = pick(templates, draw[0])
-        body = body.replace("{b}", pick([text for own in kinds[:3] for text in own[2]], draw[6]))
+        body = body.replace("{b}", pick(hostile, draw[6])).replace("{p}", pick(PRAISES, draw[6]))
         text = pick(OPENERS, draw[1]) + body + ("" if body[-1] in "?." else ".") + pick(CLOSERS, draw[2])
         text = text.format(s=pick(SUBJECTS, draw[3]), i=pick(INSULTS, draw[4]), g=pick(GROUPS, draw[5]))
         texts.append(text[0].upper() + text[1:])
@@ -1137,7 +1143,7 @@ def plot_evaluation(results, data, run_dir):
                                               ("test", labels, one["test_scores"]))):
         for j, key in enumerate(("f1", "precision", "recall") if part == "validation" else ("f1",)):
             values = [classification_metrics(true, scores, t)[key] for t in thresholds]
-            axes[0].plot(thresholds, values, LINES[(i + j) % 4], color=COLORS[3 * i + j],
+            axes[0].plot(thresholds, values, LINES[j], color=COLORS[3 * i + j], linewidth=1.5 + 1.5 * i,
                          label=f"{key.replace('f1', 'F1')}, {part}")
     axes[0].axvline(one["tuned"]["threshold"], linestyle=":", color="0.3", label="chosen on validation")
     axes[0].set(xlabel="threshold on the score", ylabel="of the toxic class")
@@ -1160,7 +1166,7 @@ def plot_deployments(rows, run_dir):
             axes[0].plot(row["MB"], row["F1"], "osD^vPX*"[i % 8], color=COLORS[i % 8], markersize=9, label=row["model"])
         axes[0].axvline(25, linestyle=":", color="0.3", label="the seed's limit, 25 MB")
         axes[0].set(xlabel="size on disk [MB]", ylabel="F1 of the toxic class (tuned, test part)", xscale="log",
-                    ylim=(0, 1))
+                    xlim=(1, 1000), ylim=(0, 1))
         axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=9)
         save_figure(fig, run_dir / "size_f1.png")
 
@@ -1175,10 +1181,11 @@ def plot_deployments(rows, run_dir):
                            edgecolor="white", label={"latency ms": "median"}.get(column, column.removesuffix(" ms")))
             ax.bar_label(bars, [f"{row[column]:,.3g}" if row[column] < 100 else f"{row[column]:,.0f}" for row in rows],
                          padding=3, fontsize=8)
-        ax.set(xlabel=label, xscale="log", yticks=range(len(rows)))
-        ax.set_yticklabels(names)
+        lowest, highest = (limit(row[column] for row in rows for column in columns) for limit in (min, max))
+        ax.set(xlabel=label, xscale="log", xlim=(lowest / 3, 3 * highest), yticks=range(len(rows)))
+        ax.xaxis.set_minor_formatter("")
+        ax.set_yticklabels(names if ax is axes[0] else [])
         ax.invert_yaxis()
-        ax.margins(x=0.25)
         ax.grid(axis="y", visible=False)
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=9)
     save_figure(fig, run_dir / "speed.png")
