@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import duet
 import fire
 from common import detect_device, has_bfloat16
 
@@ -117,9 +118,44 @@ def fire_predict(rows=1_000_000):
     report("fire predict", "rows/s", rows, mine, "model alone", seconds(alone))
 
 
+def duet_training(repeats=5):
+    """Windows per second of fit(), and of a bare loop over the same model and ready batches."""
+    args = duet.parse_args(["--windows", "12000", "--steps", "60", "--evaluations", "1"])
+    args.torch_device = device = detect_device()
+    data = duet.embedded_dataset("temperature_sensors", *duet.EMBEDDED["temperature_sensors"], args.windows, 0)
+    data.parts["validation"] = data.parts["validation"][:1]
+    series, starts, labels = (torch.from_numpy(array).to(device) for array in (data.series, data.starts, data.labels))
+    rows = torch.from_numpy(data.parts["train"]).to(device)[: args.steps * args.batch_size].split(args.batch_size)
+    batches = [(duet.gather_windows(series, starts[some], data.seq_len).contiguous(), labels[some]) for some in rows]
+    model = duet.new_model(args, [data], "none", False, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
+    def bare():
+        model.train()
+        for x, label in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+                logits = model(x)
+            loss = nn.functional.cross_entropy(logits.float(), label)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        loss.item()
+
+    def ours():
+        with tempfile.TemporaryDirectory() as folder:
+            return duet.fit(model, [data], args, Path(folder) / "model.pt")[0]["train_seconds"]
+
+    bare()
+    times = [(ours(), seconds(bare)) for _ in range(repeats)]
+    mine, reference = np.median(times, axis=0)
+    report("duet training", "windows/s", args.steps * args.batch_size, mine, "bare loop", reference)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    benchmarks = {function.__name__: function for function in (fire_training, fire_generator, fire_csv, fire_predict)}
+    functions = (fire_training, fire_generator, fire_csv, fire_predict, duet_training)
+    benchmarks = {function.__name__: function for function in functions}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bars
