@@ -161,10 +161,10 @@ def prepare(data):
     if data.target is not None:
         keep[data.target] = True
         data.target = int(keep[: data.target].sum())
-    for name in np.array(data.columns)[~keep]:
-        data.info.setdefault("left_out", {})[str(name)] = "constant or empty in the training part"
     if not keep.any():
         raise UserError(f"{data.name}: no column that varies in the training part")
+    left_out = data.info.setdefault("left_out", {})
+    left_out |= {name: "constant or empty in the training part" for name, kept in zip(data.columns, keep) if not kept}
     data.columns = [name for name, kept in zip(data.columns, keep) if kept]
     data.mean, data.std = mean[keep], np.maximum(std[keep], 1e-12)
     data.series = ((known[:, keep] - data.mean) / data.std).astype(np.float32)
@@ -179,7 +179,7 @@ def prepare(data):
     for part, count in counts.items():
         if not count.any() or (part == "train" and np.count_nonzero(count) < 2):
             raise UserError(f"{data.name}: the {part} part has {count.tolist()} windows of its classes; take more data")
-    for name, why in data.info.get("left_out", {}).items():
+    for name, why in left_out.items():
         note(f"{data.name}: column {name!r} left out, {why}")
     return data
 
@@ -342,7 +342,7 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
 
 def read_ts(path):
     """(cases [[float32 [length] for each dimension], …], labels [text]) of a UEA/UCR .ts file; `?` is NaN."""
-    cases, labels, header, in_data = [], [], {}, False
+    cases, labels, in_data = [], [], False
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -354,9 +354,9 @@ def read_ts(path):
             key, _, value = line.lower().partition(" ")
             if not key.startswith("@"):
                 raise UserError(f"{path}: line {number}: no @data line before it, this is no .ts file")
-            header[key], in_data = value.strip(), key == "@data"
-            if key == "@timestamps" and value.strip() == "true":
-                raise UserError(f"{path}: line {number}: series with time stamps are not read; resample them first")
+            if (key, value.split(" ")[0]) in (("@timestamps", "true"), ("@classlabel", "false")):
+                raise UserError(f"{path}: line {number}: {line}: series without time stamps and with classes are needed")
+            in_data = key == "@data"
             continue
         *dimensions, label = line.split(":")
         try:
@@ -371,8 +371,6 @@ def read_ts(path):
         labels.append(label.strip())
     if not cases:
         raise UserError(f"{path}: no cases after @data")
-    if not header.get("@classlabel", "true").startswith("true"):
-        raise UserError(f"{path}: @classLabel is not true; the classes are needed")
     return cases, labels
 
 
@@ -388,27 +386,27 @@ def stack_cases(cases, seq_len):
 
 def ts_datasets(path):
     """The data sets of a .ts file or of a folder with such; NAME_TRAIN.ts and NAME_TEST.ts are one."""
-    path = Path(path)
-    files = sorted(path.glob("*.ts")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: no .ts file in this folder")
     groups = {}
-    for file in files:
+    for file in sorted(path.glob("*.ts")) if path.is_dir() else [path]:
         groups.setdefault(re.sub(r"_(TRAIN|TEST)$", "", file.stem), []).append(file)
-    for name, group in groups.items():
-        read = [read_ts(file) for file in group]
-        cases, texts = (list(chain.from_iterable(parts)) for parts in zip(*read))
+    if not groups:
+        raise UserError(f"{path}: no .ts file in this folder")
+    for name, files in groups.items():
+        cases, texts, test = [], [], []
+        for file in files:
+            own, labels = read_ts(file)
+            cases, texts, test = cases + own, texts + labels, test + [file.stem.endswith("_TEST")] * len(own)
         if len({len(case) for case in cases}) > 1:
             raise UserError(f"{name}: training and test file have different dimensions")
         classes = sorted(set(texts))
         labels = np.array([classes.index(text) for text in texts])
-        test = np.concatenate([np.full(len(own), file.stem.endswith("_TEST")) for file, (_, own) in zip(group, read)])
-        parts = independent_parts(labels, test if 0 < test.sum() < len(test) else None)
         seq_len = max(len(values) for case in cases for values in case)
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in group)).hexdigest()
-        info = {"source": "real", "path": [str(file) for file in group], "file_sha256": digest}
+        info = {"source": "real", "path": [str(file) for file in files],
+                "file_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
         yield prepare(Dataset(name, [f"dim_{i}" for i in range(len(cases[0]))], stack_cases(cases, seq_len),
-                              seq_len * np.arange(len(cases)), labels, classes, parts, seq_len, info=info))
+                              seq_len * np.arange(len(cases)), labels, classes,
+                              independent_parts(labels, np.array(test) if 0 < sum(test) < len(test) else None),
+                              seq_len, info=info))
 
 
 def fetch_etth1(data_dir):
@@ -445,10 +443,10 @@ def load_datasets(args):
             datasets.append(csv_dataset(fetch_etth1(args.data_dir), "OT", 3, args.protocol, "etth1"))
         else:
             datasets.append(embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number]))
-    for path in args.data or []:
-        if not Path(path).exists():
+    for path in map(Path, args.data or []):
+        if not path.exists():
             raise UserError(f"{path}: no such file or folder; --data takes .csv, .ts and folders of .ts")
-        if Path(path).is_dir() or Path(path).suffix == ".ts":
+        if path.is_dir() or path.suffix == ".ts":
             datasets += ts_datasets(path)
         elif args.target is None:
             raise UserError(f"{path}: --target COLUMN is needed for a CSV: {', '.join(read_csv(path)[0])}")
@@ -501,8 +499,9 @@ class AutoExpandingEmbedder(nn.Module):
         weight.data, weight.grad = torch.cat([weight, new]), None  # the same Parameter, so the optimizer still has it
         self.embedding.num_embeddings = size
 
-    def vectors(self):
-        return self.embedding.weight
+    def embed(self, names):
+        """Vectors [names, dim]."""
+        return self.embedding(self.lookup(names))
 
     def forward(self, rows):
         return self.projection(self.embedding(rows))
@@ -521,7 +520,7 @@ class AutoExpandingEmbedder(nn.Module):
 class FrozenBERTColumnEmbedder(nn.Module):
     """Column names by a frozen BERT: forward maps rows [columns] of its table to [columns, target_dim].
 
-    Only the projection is trained. The encoder is loaded for names that neither the table nor the cache has, and is
+    Only the projection is trained. The encoder is loaded for names that neither `known` nor the cache has, and is
     freed at once; it is never a part of this module. The cache is one safetensors file for each encoder, with keys
     `tokenization/name`; index.json beside it says in plain text what is there.
 
@@ -537,38 +536,32 @@ class FrozenBERTColumnEmbedder(nn.Module):
         local = Path(bert_model).expanduser()
         self.bert_model = str(local.resolve()) if local.is_dir() else bert_model
         self.tokenization, self.cache_dir = tokenization, Path(cache_dir)
-        slug = re.sub(r"[^\w.-]+", "_", Path(self.bert_model).name)
         digest = hashlib.sha256(self.bert_model.encode()).hexdigest()[:8]
-        self.cache_path = self.cache_dir / f"{slug}-{digest}.safetensors"
+        self.cache_path = self.cache_dir / f"{Path(self.bert_model).name}-{digest}.safetensors"
         self.encoder = None  # (tokenizer, model in a list) between _compute_bert_embedding and _save_cache
-        self.fresh = {}  # computed, not yet saved
-        self.rows = {}
+        self.fresh = set()  # keys computed, not yet saved
+        self.rows = {}  # name: row
         self.cache = self._read_cache() | {f"{tokenization}/{name}": vector for name, vector in (known or {}).items()}
         if not self.cache:
             self._load_encoder()
         self.bert_dim = self.encoder[1][0].config.hidden_size if self.encoder else len(next(iter(self.cache.values())))
-        self.register_buffer("table", torch.zeros(0, self.bert_dim))
+        self.register_buffer("table", torch.zeros(0, self.bert_dim), persistent=False)
         self.projection = nn.Linear(self.bert_dim, target_dim)
 
     def lookup(self, names, optimizer=None):
         """Rows [columns] of `names` in the table, after computing and caching what is not there."""
         new = [name for name in dict.fromkeys(names) if name not in self.rows]
         if new:
-            vectors = self.embed(new)
+            self.table = torch.cat([self.table, self.embed(new).to(self.table)])
             self.rows |= {name: len(self.rows) + i for i, name in enumerate(new)}
-            self.table = torch.cat([self.table, vectors.to(self.table)])
         return torch.tensor([self.rows[name] for name in names])
 
     def embed(self, names):
         """Vectors [names, bert_dim] from the cache, the missing ones from the encoder, which is freed afterwards."""
         try:
-            vectors = [self._compute_bert_embedding(name) for name in names]
+            return torch.stack([self._compute_bert_embedding(name) for name in names])
         finally:
             self._save_cache()
-        return torch.stack(vectors)
-
-    def vectors(self):
-        return self.table
 
     def forward(self, rows):
         return self.projection(self.table[rows])
@@ -579,7 +572,7 @@ class FrozenBERTColumnEmbedder(nn.Module):
         return " ".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
 
     def _read_cache(self):
-        """{tokenization/name: vector [bert_dim]}; empty where there is no file, or a torn one, or another encoder's."""
+        """{tokenization/name: vector [bert_dim]}; empty where there is no file, or a torn one, or older weights'."""
         from safetensors import SafetensorError, safe_open
 
         if not self.cache_path.exists():
@@ -622,8 +615,8 @@ class FrozenBERTColumnEmbedder(nn.Module):
             tokenizer, (model,) = self.encoder
             text = name_to_words(name) if self.tokenization == "words" else name
             vector = model(**tokenizer(text, return_tensors="pt", truncation=True)).last_hidden_state[0].mean(0)
-            vector = vector * len(vector) ** 0.5 / vector.norm()
-            self.cache[key] = self.fresh[key] = vector.clone()
+            self.cache[key] = vector * len(vector) ** 0.5 / vector.norm()
+            self.fresh.add(key)
         return self.cache[key]
 
     def _save_cache(self):
@@ -639,33 +632,22 @@ class FrozenBERTColumnEmbedder(nn.Module):
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(self.cache_dir / "lock"):
             self.cache = self._read_cache() | self.cache  # another process may have written meanwhile
-            metadata = {"bert_model": self.bert_model, "fingerprint": self._fingerprint()}
             with whole_file(self.cache_path) as file:
-                file.write(save(self.cache, metadata))
-            index = {}
+                file.write(save(self.cache, {"bert_model": self.bert_model, "fingerprint": self._fingerprint()}))
+            index, index_path = {}, self.cache_dir / "index.json"
             with contextlib.suppress(OSError, ValueError):
-                index = json.loads((self.cache_dir / "index.json").read_text())
-            names = sorted(self.cache)
-            index[self.cache_path.name] = {"bert_model": self.bert_model, "bert_dim": self.bert_dim, "keys": names}
-            with whole_file(self.cache_dir / "index.json") as file:
+                index = json.loads(index_path.read_text())
+            index[self.cache_path.name] = {"bert_model": self.bert_model, "bert_dim": self.bert_dim,
+                                           "keys": sorted(self.cache)}
+            with whole_file(index_path) as file:
                 file.write(json.dumps(index, indent=1, ensure_ascii=False).encode())
-        self.fresh = {}
+        self.fresh.clear()
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
         size = self.cache_path.stat().st_size if self.cache_path.exists() else 0
         return {"cached_embeddings": len(self._read_cache()), "cache_size_mb": round(size / 1e6, 3),
                 "bert_model": self.bert_model, "bert_dim": self.bert_dim}
-
-    def get_extra_state(self):
-        return dict(self.rows)
-
-    def set_extra_state(self, rows):
-        self.rows = dict(rows)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.table = torch.zeros_like(state_dict[prefix + "table"], device=self.table.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def hub_in_reach():
@@ -675,17 +657,6 @@ def hub_in_reach():
         return True
     except OSError:
         return False
-
-
-def make_embedder(strategy, target_dim, options):
-    """The embedder of a strategy, None for `none`; `options` are those of FrozenBERTColumnEmbedder."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
-    if strategy == "none":
-        return None
-    if strategy == "auto_expanding":
-        return AutoExpandingEmbedder(target_dim)
-    return FrozenBERTColumnEmbedder(target_dim=target_dim, **options)
 
 
 # --- Model: the transformers ------------------------------------------------------------------------------------------
@@ -716,13 +687,6 @@ def cut_patches(x):
 
 def num_patches(seq_len):
     return max(0, math.ceil((seq_len - PATCH_LEN) / STRIDE)) + 1
-
-
-def make_encoder(d_model, dropout, dim_feedforward=2048, num_layers=2):
-    layer = nn.TransformerEncoderLayer(d_model, 8, dim_feedforward, 0.0, batch_first=True, norm_first=True)
-    # Dropout on what each half of a layer adds, not inside: on 2048 hidden units it would be a third of the time here.
-    layer.dropout1.p = layer.dropout2.p = dropout
-    return nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
 
 
 class Head(nn.Module):
@@ -756,104 +720,87 @@ class Head(nn.Module):
 
 
 class MultiDatasetPatchDuET(nn.Module):
-    """The seed's model: all columns of a patch in one Linear, two pre-norm layers over the patches, mean, Linear.
+    """Logits [batch, num_classes] from x [batch, columns, time], scaled, with NaNs: patches, two pre-norm layers, head.
 
-    Reads x [batch, c_in, seq_len] scaled, with NaNs; returns logits [batch, num_classes]. With a strategy, each
-    column's name becomes one number, a third channel beside value and mask. 571,459 parameters with 4 columns and
-    `none`. It serves data sets with other columns as long as they are c_in; SharedPatchDuET serves any.
+    As the seed has it, one Linear reads all columns of a patch, so their number c_in is fixed, and with a strategy each
+    column's name is one number, a third channel beside value and mask; 571,459 parameters with 4 columns and `none`.
+
+    With `shared`, one set of weights serves any columns (c_in is not read): the patch layer sees one column at a time
+    (value, mask) and adds the embedding of its name, then each of `queries` learned queries pools the columns of a
+    patch by attention, whatever their number, and the results together are one token. Each data set has a head.
     """
 
-    def __init__(self, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None, strategy="none", head="mean",
-                 target=None, limits=None, fill="mask", d_model=64, dropout=0.0, **bert):
+    def __init__(self, c_in, seq_len=SEQ_LEN, strategy="none", shared=False, head="mean", fill="mask", dropout=0.0,
+                 d_model=64, queries=8, **bert):
         super().__init__()
-        self.c_in, self.strategy, self.fill = c_in, strategy, fill
-        self.embedder = make_embedder(strategy, 1, bert)
-        channels = c_in * (2 if self.embedder is None else 3)
-        self.patch_layer = nn.Linear(channels * PATCH_LEN, d_model)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
+        self.c_in, self.strategy, self.shared, self.head_kind, self.fill = c_in, strategy, shared, head, fill
+        self.embedder = None
+        if strategy == "auto_expanding":
+            self.embedder = AutoExpandingEmbedder(d_model if shared else 1)
+        elif strategy == "frozen_bert":
+            self.embedder = FrozenBERTColumnEmbedder(target_dim=d_model if shared else 1, **bert)
+        if shared:
+            self.patch_layer = nn.Linear(2 * PATCH_LEN, d_model)
+            self.queries = nn.Linear(d_model, queries)
+            self.join = nn.Linear(queries * d_model, d_model)
+        else:
+            self.patch_layer = nn.Linear(c_in * (3 if self.embedder else 2) * PATCH_LEN, d_model)
         self.positions = nn.Parameter(0.02 * torch.randn(num_patches(seq_len), d_model))
-        self.encoder = make_encoder(d_model, dropout)
-        self.head = Head(head, d_model, num_classes, target, limits)
-        self.set_dataset_columns(column_names or [f"column_{i + 1}" for i in range(c_in)])
+        layer = nn.TransformerEncoderLayer(d_model, 8, 2048, 0.0, batch_first=True, norm_first=True)
+        # Dropout on what each half of a layer adds, not inside: on 2048 hidden units it would be a third of the time.
+        layer.dropout1.p = layer.dropout2.p = dropout
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.heads, self.column_rows, self.dataset = nn.ModuleDict(), {}, None
 
-    @staticmethod
-    def create_for_dataset(c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None, strategy="none", shared=False,
-                           **options):
-        """The seed's constructor; with `shared` a SharedPatchDuET, whose columns may change in number, too."""
-        if not shared:
-            return MultiDatasetPatchDuET(c_in, seq_len, num_classes, column_names, strategy, **options)
-        model = SharedPatchDuET(seq_len, strategy, **options)
+    @classmethod
+    def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None, strategy="none", **options):
+        """The seed's constructor; `options` are those of the class."""
+        model = cls(c_in, seq_len, strategy, **options)
         model.set_dataset_columns(column_names or [f"column_{i + 1}" for i in range(c_in)], num_classes=num_classes)
         return model
 
-    def set_dataset_columns(self, names, optimizer=None):
-        """Read the columns as `names` from now on; ValueError where they are not c_in."""
-        if len(names) != self.c_in:
+    def set_dataset_columns(self, names, dataset="default", num_classes=None, target=None, limits=None, optimizer=None):
+        """Serve `dataset`, whose columns are `names`, from now on; with `num_classes` it gets a new head.
+
+        Raises ValueError where the model cannot take that number of columns, or has no head for the data set.
+        """
+        if not self.shared and len(names) != self.c_in:
             raise ValueError(f"{len(names)} columns for a model of {self.c_in}: its patch layer is built for that "
                              "number; create_for_dataset(..., shared=True) takes any")
-        self.column_rows = None if self.embedder is None else self.embedder.lookup(names, optimizer)
+        if num_classes is not None:
+            head = Head(self.head_kind, self.positions.shape[1], num_classes, target, limits)
+            self.heads[head_key(dataset)] = head.to(self.positions.device)
+        if head_key(dataset) not in self.heads:
+            raise ValueError(f"no head for data set {dataset!r} yet: give its num_classes")
+        self.column_rows[dataset] = self.embedder.lookup(names, optimizer) if self.embedder else None
+        self.dataset = dataset
 
     def forward(self, x):
-        if x.shape[1] != self.c_in:
+        if not self.shared and x.shape[1] != self.c_in:
             raise ValueError(f"x has {x.shape[1]} columns, the model {self.c_in}")
-        channels = list(values_and_mask(x, self.fill))
-        if self.embedder is not None:
-            scalars = self.embedder(self.column_rows.to(x.device))  # [columns, 1]
-            channels.append(scalars.to(x.dtype).expand(x.shape))
-        patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
-        tokens = self.patch_layer(patches.transpose(1, 2).flatten(2)) + self.positions  # [batch, patches, d_model]
-        return self.head(self.encoder(tokens), x)
+        values, mask = values_and_mask(x, self.fill)
+        rows = self.column_rows[self.dataset]
+        names = None if rows is None else self.embedder(rows.to(x.device))  # [columns, d_model or 1]
+        if self.shared:
+            patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)  # [batch, columns, patches, 32]
+            tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
+            if names is not None:
+                tokens = tokens + names.to(tokens.dtype)
+            weights = self.queries(tokens).softmax(dim=2).to(tokens.dtype)  # [batch, patches, columns, queries]
+            tokens = self.join((weights.transpose(2, 3) @ tokens).flatten(2))
+        else:
+            channels = [values, mask] + ([] if names is None else [names.to(x.dtype).expand(x.shape)])
+            patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
+            tokens = self.patch_layer(patches.transpose(1, 2).flatten(2))
+        tokens = tokens + self.positions[-tokens.shape[1] :]  # [batch, patches, d_model]
+        return self.heads[head_key(self.dataset)](self.encoder(tokens), x)
 
 
 def head_key(dataset):
-    """The name of a data set's head: a module's name has no dot."""
-    return dataset.replace(".", "_")
-
-
-class SharedPatchDuET(nn.Module):
-    """One set of weights for data sets with any columns: x [batch, columns, time] with NaNs -> logits of its data set.
-
-    The patch layer sees one column at a time (value, mask) and adds the embedding of its name. Then each of 8 learned
-    queries pools the columns of a patch by attention, whatever their number, and the 8 results are one token of the
-    encoder that MultiDatasetPatchDuET has, too. Each data set has a head of its own.
-    """
-
-    def __init__(self, seq_len=SEQ_LEN, strategy="none", fill="mask", d_model=64, dropout=0.0, head="mean", queries=8,
-                 **bert):
-        super().__init__()
-        self.strategy, self.fill, self.d_model, self.head_kind = strategy, fill, d_model, head
-        self.embedder = make_embedder(strategy, d_model, bert)
-        self.patch_layer = nn.Linear(2 * PATCH_LEN, d_model)
-        self.queries = nn.Linear(d_model, queries)
-        self.join = nn.Linear(queries * d_model, d_model)
-        self.positions = nn.Parameter(0.02 * torch.randn(num_patches(seq_len), d_model))
-        self.encoder = make_encoder(d_model, dropout)
-        self.heads, self.column_rows, self.dataset = nn.ModuleDict(), {}, None
-
-    def set_dataset_columns(self, names, dataset="default", num_classes=None, target=None, limits=None, optimizer=None):
-        """Serve `dataset`, whose columns are `names`, from now on; with `num_classes` it gets a new head."""
-        key = head_key(dataset)
-        if num_classes is not None:
-            device = self.positions.device
-            self.heads[key] = Head(self.head_kind, self.d_model, num_classes, target, limits).to(device)
-        if key not in self.heads:
-            raise ValueError(f"no head for data set {dataset!r} yet: give its num_classes")
-        self.column_rows[key] = None if self.embedder is None else self.embedder.lookup(names, optimizer)
-        self.dataset = key
-
-    def select(self, dataset):
-        """Serve a data set that set_dataset_columns has introduced."""
-        self.dataset = head_key(dataset)
-
-    def forward(self, x):
-        values, mask = values_and_mask(x, self.fill)
-        patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)  # [batch, columns, patches, 32]
-        tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
-        rows = self.column_rows[self.dataset]
-        if rows is not None:
-            tokens = tokens + self.embedder(rows.to(x.device)).to(tokens.dtype)
-        weights = self.queries(tokens).softmax(dim=2).to(tokens.dtype)  # [batch, patches, columns, queries]
-        pooled = self.join((weights.transpose(2, 3) @ tokens).flatten(2))  # [batch, patches, d_model]
-        return self.heads[self.dataset](self.encoder(pooled + self.positions[-pooled.shape[1] :]), x)
+    """The name of a data set's head: a module's name has no dot and is no method of ModuleDict."""
+    return "of " + dataset.replace(".", "\N{MIDDLE DOT}")
 
 
 def card(data):
@@ -864,14 +811,9 @@ def card(data):
 
 
 def build_model(cards, strategy, shared, head, dropout, fill="mask", **bert):
-    """An untrained model for data sets with these cards; the per-dataset model takes one."""
-    options = {"head": head, "dropout": dropout, "fill": fill} | (bert if strategy == "frozen_bert" else {})
-    if not shared:
-        one = cards[0]
-        return MultiDatasetPatchDuET.create_for_dataset(len(one["columns"]), one["seq_len"], len(one["classes"]),
-                                                        one["columns"], strategy, target=one["target"],
-                                                        limits=one["limits"], **options)
-    model = SharedPatchDuET(max(one["seq_len"] for one in cards), strategy, **options)
+    """An untrained model for data sets with these cards; one that is not shared takes one."""
+    model = MultiDatasetPatchDuET(len(cards[0]["columns"]), max(one["seq_len"] for one in cards), strategy, shared,
+                                  head, fill, dropout, **(bert if strategy == "frozen_bert" else {}))
     for one in cards:
         model.set_dataset_columns(one["columns"], one["name"], len(one["classes"]), one["target"], one["limits"])
     return model
@@ -905,7 +847,7 @@ def fit(model, datasets, args, path, drop=False):
     mean validation accuracy over the data sets. Goes on from the checkpoint at `path`, if there is one; a finished one
     is loaded and nothing is done. With `drop`, values are left out at random, up to half of them, in training alone.
     """
-    device, shared = next(model.parameters()).device, isinstance(model, SharedPatchDuET)
+    device = next(model.parameters()).device
     tensors = [(torch.from_numpy(data.series).to(device), torch.from_numpy(data.starts).to(device),
                 torch.from_numpy(data.labels).to(device)) for data in datasets]
     steps = args.steps * len(datasets)
@@ -941,8 +883,7 @@ def fit(model, datasets, args, path, drop=False):
             x = gather_windows(series, starts[batch], datasets[turn].seq_len)  # [batch, columns, time]
             if drop:
                 x = drop_values(x, 0.5 * torch.rand(len(x), 1, 1, device=device), blocks=len(losses) % 2 == 1)
-            if shared:
-                model.select(datasets[turn].name)
+            model.dataset = datasets[turn].name
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), labels[batch])
@@ -974,9 +915,12 @@ def fit(model, datasets, args, path, drop=False):
             save_checkpoint(state, path)
     bar.close()
     model.load_state_dict(best["model"])
+    settings = model_settings(args)
+    if model.strategy == "frozen_bert":  # its vectors: then predicting needs neither cache nor encoder
+        settings["known"] = dict(zip(model.embedder.rows, model.embedder.table.cpu()))
     finished = {"model": best["model"], "history": history, "data": data_key, "finished": True,
-                "cards": [card(data) for data in datasets], "shared": shared, "settings": model_settings(args),
-                "strategy": model.strategy}
+                "cards": [card(data) for data in datasets], "shared": model.shared, "strategy": model.strategy,
+                "settings": settings | {"fill": model.fill}}
     save_checkpoint(finished, path)
     return history
 
@@ -985,9 +929,7 @@ def fit(model, datasets, args, path, drop=False):
 def predict(model, data, part, corrupt=None):
     """Logits [windows, classes] of a part of `data`; `corrupt` changes each batch x [batch, columns, time] before."""
     model.eval()
-    device = next(model.parameters()).device
-    if isinstance(model, SharedPatchDuET):
-        model.select(data.name)
+    model.dataset, device = data.name, next(model.parameters()).device
     series, outputs = torch.from_numpy(data.series).to(device), []
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
         for starts in torch.from_numpy(data.starts[data.parts[part]]).to(device).split(1024):
@@ -1213,7 +1155,8 @@ def column_similarity(args, datasets, run_dir):
         embedder = restore_model(args)[0].embedder
         if embedder is None:
             raise UserError(f"{args.checkpoint}: strategy none has no column embeddings")
-        names, table = list(embedder.rows), embedder.vectors()[: len(embedder.rows)].detach()
+        names = list(embedder.rows)
+        table = embedder.embed(names).detach()
     else:
         names = list(dict.fromkeys([*PROBES, *(name for data in datasets for name in data.columns)]))
         table = FrozenBERTColumnEmbedder(**bert_options(args)).embed(names)
@@ -1241,12 +1184,8 @@ def restore_model(args):
     state = load_checkpoint(args.checkpoint)
     if state is None or not state.get("finished"):
         raise UserError(f"{args.checkpoint}: no finished model; take one of a run's models/, or --resume the run")
-    weights, options = state["model"], state["settings"]
-    if state["strategy"] == "frozen_bert":  # its table is in the checkpoint: no encoder is needed
-        rows = weights["embedder._extra_state"]
-        options |= {"known": {name: weights["embedder.table"][row] for name, row in rows.items()}}
-    model = build_model(state["cards"], state["strategy"], state["shared"], **options)
-    model.load_state_dict(weights)
+    model = build_model(state["cards"], state["strategy"], state["shared"], **state["settings"])
+    model.load_state_dict(state["model"])
     return model, state["cards"]
 
 
