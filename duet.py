@@ -51,7 +51,6 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -355,7 +354,7 @@ def read_ts(path):
             if not key.startswith("@"):
                 raise UserError(f"{path}: line {number}: no @data line before it, this is no .ts file")
             if (key, value.split(" ")[0]) in (("@timestamps", "true"), ("@classlabel", "false")):
-                raise UserError(f"{path}: line {number}: {line}: series without time stamps and with classes are needed")
+                raise UserError(f"{path}: line {number}: {line}: it must have classes and no time stamps")
             in_data = key == "@data"
             continue
         *dimensions, label = line.split(":")
@@ -851,7 +850,7 @@ def fit(model, datasets, args, path, drop=False):
     tensors = [(torch.from_numpy(data.series).to(device), torch.from_numpy(data.starts).to(device),
                 torch.from_numpy(data.labels).to(device)) for data in datasets]
     steps = args.steps * len(datasets)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01, fused=True)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # half a cosine, down to zero at the last step, after a warm-up
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
@@ -868,10 +867,11 @@ def fit(model, datasets, args, path, drop=False):
     history, best = (state["history"], state["best"]) if state else ([], {"accuracy": -1.0})
 
     bar = tqdm(total=steps, initial=history[-1]["step"] if history else 0, desc=path.stem, unit="step", leave=False)
-    for number in range(len(history), args.evaluations):
+    evaluations = min(args.evaluations, args.steps)
+    for number in range(len(history), evaluations):
         began, losses = time.perf_counter(), []
         model.train()
-        each = args.steps * (number + 1) // args.evaluations - args.steps * number // args.evaluations
+        each = args.steps * (number + 1) // evaluations - args.steps * number // evaluations
         turns = torch.arange(len(datasets)).repeat(each)[torch.randperm(each * len(datasets))].tolist()
         batches = []
         for data in datasets:
@@ -903,7 +903,7 @@ def fit(model, datasets, args, path, drop=False):
         accuracies = {data.name: float(np.mean(predict(model, data, "validation").argmax(1)
                                                == data.labels[data.parts["validation"]])) for data in datasets}
         accuracy = float(np.mean(list(accuracies.values())))
-        history.append({"step": args.steps * (number + 1) // args.evaluations * len(datasets), "train_loss": loss,
+        history.append({"step": args.steps * (number + 1) // evaluations * len(datasets), "train_loss": loss,
                         "validation_accuracy": accuracies, "train_seconds": trained,
                         "seconds": time.perf_counter() - began})
         if accuracy > best["accuracy"]:
@@ -911,7 +911,7 @@ def fit(model, datasets, args, path, drop=False):
         state = {name: part.state_dict() for name, part in saved.items()}
         state |= {"history": history, "best": best, "data": data_key, "finished": False,
                   "random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}
-        if number < args.evaluations - 1:
+        if number < evaluations - 1:
             save_checkpoint(state, path)
     bar.close()
     model.load_state_dict(best["model"])
@@ -1021,16 +1021,16 @@ def baseline_records(data):
     if data.target is not None:
         last = features["test"][:, data.target]  # the first columns of the features are the last values
         found = scores(labels["test"], np.digitize(last, data.limits))
-        records.append({"model": "persistence", "seconds": 0.0} | found)
+        records.append({"dataset": data.name, "model": "persistence", "seconds": 0.0} | found)
     for name, model in {
         "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
         "gradient boosting": HistGradientBoostingClassifier(early_stopping=False, random_state=0),
     }.items():
         began = time.perf_counter()
         model.fit(features["train"], labels["train"])
-        record = {"model": name, "seconds": time.perf_counter() - began}
+        record = {"dataset": data.name, "model": name, "seconds": time.perf_counter() - began}
         records.append(record | scores(labels["test"], model.predict(features["test"])))
-    return [{"dataset": data.name} | record for record in records]
+    return records
 
 
 def evaluate(model, data, history=(), corrupt=None, /, **about):
@@ -1040,33 +1040,91 @@ def evaluate(model, data, history=(), corrupt=None, /, **about):
             "seconds": sum(entry["seconds"] for entry in history), "history": list(history)} | about | found
 
 
-# --- Experiments ------------------------------------------------------------------------------------------------------
+def values_of(records, key, **where):
+    """[runs] of `key` in the records that match, in order of the seeds."""
+    return [record[key] for record in records if all(record.get(name) == value for name, value in where.items())]
+
+
+def distinct(records, key):
+    return list(dict.fromkeys(record.get(key) for record in records))
+
+
+def percent(values, sign=""):
+    """Mean of shares in percent, and its 95 % interval where there are several; None for no values."""
+    if not len(values):
+        return None
+    mean, width = mean_and_interval(100 * np.array(values, float))
+    return f"{mean:{sign}.2f}" + (f" ± {width:.2f}" if len(values) > 1 else "")
+
+
+def difference(records, one, other, **where):
+    """Accuracy of model `one` minus that of `other`, paired by seed, as percent(); None where either is not there."""
+    pairs = zip(*(values_of(records, "accuracy", model=name, **where) for name in (one, other)))
+    return None if one == other else percent([a - b for a, b in pairs], "+")
+
+
+def share_table(records, *keys):
+    """[{column: value}] of accuracy [%]: a row for each combination of `keys`, a column for each share."""
+    groups = list(dict.fromkeys(tuple(record[key] for key in keys) for record in records))
+    return [dict(zip(keys, group)) | {f"{share:.0%}": percent(values_of(records, "accuracy", share=share,
+                                                                        **dict(zip(keys, group))))
+                                      for share in sorted(distinct(records, "share"))} for group in groups]
+
+
+# --- Experiments: (args, datasets, strategies, run_dir) -> {tables: {name: [{column: value}]}, …} ---------------------
 
 
 def new_model(args, datasets, strategy, shared, seed, fill="mask"):
     """An untrained model on the device, from this seed; training goes on from the same random state."""
     seed_everything(seed)
-    cards, options = [card(data) for data in datasets], model_settings(args) | {"fill": fill}
-    return build_model(cards, strategy, shared, **options).to(args.torch_device)
+    model = build_model([card(data) for data in datasets], strategy, shared, fill=fill, **model_settings(args))
+    return model.to(args.torch_device)
 
 
 def benchmark(args, datasets, strategies, run_dir):
-    """Records of the baselines and of every strategy on every data set, and with --shared of the shared models."""
+    """The baselines and every strategy on every data set, and with --shared the shared models."""
     records = [record for data in datasets for record in baseline_records(data)]
     for seed in range(args.seed, args.seed + args.runs):
-        for strategy in strategies:
-            for data in datasets:
-                model = new_model(args, [data], strategy, False, seed)
-                history = fit(model, [data], args, run_dir / f"models/{data.name}-{strategy}-{seed}.pt")
-                records.append(evaluate(model, data, history, model=strategy, seed=seed))
-                note(f"{data.name}, {strategy}, seed {seed}: {records[-1]['accuracy']:.2%}")
-        for strategy in strategies if args.shared else []:
-            model = new_model(args, datasets, strategy, True, seed)
-            history = fit(model, datasets, args, run_dir / f"models/shared-{strategy}-{seed}.pt")
-            found = [evaluate(model, data, history, model=f"shared, {strategy}", seed=seed) for data in datasets]
-            note(f"shared, {strategy}, seed {seed}: mean {np.mean([record['accuracy'] for record in found]):.2%}")
-            records += found
-    return records
+        for shared in (False, True) if args.shared else (False,):
+            for strategy in strategies:
+                for own in [datasets] if shared else [[data] for data in datasets]:
+                    name = "shared" if shared else own[0].name
+                    model = new_model(args, own, strategy, shared, seed)
+                    history = fit(model, own, args, run_dir / f"models/{name}-{strategy}-{seed}.pt")
+                    records += [evaluate(model, data, history, model="shared, " * shared + strategy, seed=seed)
+                                for data in own]
+                    accuracy = np.mean([record["accuracy"] for record in records[-len(own) :]])
+                    note(f"{name}, {strategy}, seed {seed}: {accuracy:.2%}")
+    plot_benchmark(records, run_dir)
+    table = benchmark_table(records, [name for name in args.strategies if name not in strategies])
+    return {"records": records, "tables": {"accuracy": table}, "note": "Differences are points of accuracy, paired by "
+            "seed. Seconds are one training, of a shared model for all data sets. The seed's figures are single runs "
+            "whose epoch was chosen on the test part; its embedded data are not public."}
+
+
+def benchmark_table(records, not_run):
+    """[{column: value}]: data sets × models, then the means over the data sets; differences are paired by seed."""
+    datasets, models, table = distinct(records, "dataset"), distinct(records, "model"), []
+    for model in models if len(datasets) > 1 else []:  # a data set "mean of all": for each seed the mean over them
+        same = [[r for r in records if (r["dataset"], r["model"]) == (name, model)] for name in datasets]
+        records = records + [{"dataset": "mean of all", "model": model} | {
+            key: float(np.mean([one[key] for one in run])) for key in ("accuracy", "macro_f1", "seconds")}
+            for run in zip(*same)]
+    for name in distinct(records, "dataset"):
+        for model in models:
+            own = [record for record in records if (record["dataset"], record["model"]) == (name, model)]
+            if own:
+                strategy = model.removeprefix("shared, ")
+                plain, learned = model.replace(strategy, "none"), strategy in STRATEGIES
+                table.append({
+                    "data set": name, "model": model, "accuracy %": percent([record["accuracy"] for record in own]),
+                    "macro F1 %": percent([record["macro_f1"] for record in own]),
+                    "minus none": difference(records, model, plain, dataset=name) if learned else None,
+                    "minus per-dataset": difference(records, model, strategy, dataset=name) if learned else None,
+                    "seed %": SEED_CLAIM.get(name, {}).get(model), "parameters": own[0].get("parameters"),
+                    "seconds": round(float(np.mean([record["seconds"] for record in own])), 1)})
+        table += [{"data set": name, "model": f"{model} (not run)"} for model in not_run]
+    return table
 
 
 def with_labels(data, share):
@@ -1086,23 +1144,25 @@ def introduce(model, data, sources):
     Returns whether there were such: only then the model can be asked before it saw a label.
     """
     model.set_dataset_columns(data.columns, data.name, len(data.classes), data.target, data.limits)
-    head = model.heads[head_key(data.name)]
-    alike = [model.heads[head_key(one.name)] for one in sources if one.classes == data.classes]
-    alike = [other for other in alike if other.kind == head.kind]
-    for parameter, *others in zip(head.parameters(), *(other.parameters() for other in alike)):
-        if others:
+    head, heads = model.heads[head_key(data.name)], [model.heads[head_key(one.name)] for one in sources]
+    alike = [other for one, other in zip(sources, heads) if (one.classes, other.kind) == (data.classes, head.kind)]
+    if alike:
+        for parameter, *others in zip(head.parameters(), *(other.parameters() for other in alike)):
             parameter.data = torch.stack([other.data for other in others]).mean(0)
     return bool(alike)
 
 
 def transfer(args, datasets, strategies, run_dir):
-    """Records of shared models on a new data set at LABEL_SHARES of its labels: pretrained on the others, or not.
+    """A shared model, trained on the other data sets or not at all, on a new one at LABEL_SHARES of its labels.
 
     With few labels both are trained for a quarter of the steps. At 0 % there is a pretrained figure only, and only
     where the other data sets have the same classes.
     """
-    (data,) = (data for data in datasets if data.name == args.transfer)
-    sources = [other for other in datasets if other is not data]
+    names = [data.name for data in datasets]
+    goal = names[-1] if args.transfer == "last" else args.transfer
+    if goal not in names or len(names) < 2:
+        raise UserError(f"--transfer {goal}: must be one of at least two data sets: {', '.join(names)}")
+    data, sources = datasets[names.index(goal)], [other for other in datasets if other.name != goal]
     limited = {share: with_labels(data, share) for share in LABEL_SHARES[1:]}
     records = [baseline_records(some)[-1] | {"share": share} for share, some in limited.items()]
     for seed in range(args.seed, args.seed + args.runs):
@@ -1113,9 +1173,7 @@ def transfer(args, datasets, strategies, run_dir):
             if introduce(model, data, sources):
                 records.append(evaluate(model, data, model=f"{strategy}, pretrained", share=0.0, seed=seed))
             for share, some in limited.items():
-                steps = args.steps if share == 1 else -(-args.steps // 4)
-                changed = {"steps": steps, "evaluations": min(steps, args.evaluations)}
-                budget = argparse.Namespace(**vars(args) | changed)
+                budget = argparse.Namespace(**vars(args) | {"steps": args.steps if share == 1 else -(-args.steps // 4)})
                 for start in ("pretrained", "from scratch"):
                     model = new_model(args, [data], strategy, True, seed)
                     if start == "pretrained":
@@ -1125,17 +1183,25 @@ def transfer(args, datasets, strategies, run_dir):
                     history = fit(model, [some], budget, path)
                     records.append(evaluate(model, data, history, model=f"{strategy}, {start}", share=share, seed=seed))
             note(f"transfer to {data.name}, {strategy}, seed {seed}: done")
-    return records
+    pairs = [(f"{one}, pretrained", f"{one}, from scratch") for one in strategies]
+    pairs += [(f"{one}, {start}", f"none, {start}") for start in ("pretrained", "from scratch")
+              for one in strategies if one != "none" and "none" in strategies]
+    differences = [{"model": one, "minus": other} | {f"{share:.0%}": difference(records, one, other, share=share)
+                                                     for share in LABEL_SHARES} for one, other in pairs]
+    plot_shares(records, "Shared model on a new data set", "labels of it", "dataset", run_dir / "transfer.png")
+    return {"to": goal, "records": records, "tables": {"accuracy": share_table(records, "model"),
+                                                       "differences": differences},
+            "note": f"Test accuracy [%] on {goal} by the share of its labels; differences in points, paired by seed."}
 
 
-def nan_robustness(args, datasets, run_dir):
-    """Records of the dual-patch model and of two that fill, on test windows with more and more values missing.
+def nan_robustness(args, datasets, strategies, run_dir):
+    """The dual-patch model and two that fill, on test windows with more and more values missing; no strategy is used.
 
     All are trained alike, with up to half of the values left out at random and in blocks.
     """
     records = []
-    for seed in range(args.seed, args.seed + args.runs):
-        for data in datasets:
+    for data in datasets:
+        for seed in range(args.seed, args.seed + args.runs):
             for fill, name in FILLS.items():
                 model = new_model(args, [data], "none", False, seed, fill)
                 fit(model, [data], args, run_dir / f"models/{data.name}-{fill}-{seed}.pt", drop=True)
@@ -1146,37 +1212,40 @@ def nan_robustness(args, datasets, run_dir):
                         records.append(evaluate(model, data, (), corrupt, model=name, share=share, seed=seed,
                                                 missing=missing))
             note(f"missing values, {data.name}, seed {seed}: done")
-    return records
+        own = [record for record in records if record["dataset"] == data.name]
+        plot_shares(own, f"{data.name}: test accuracy with missing values", "values missing", "missing",
+                    run_dir / f"nan_robustness_{data.name}.png")
+    return {"records": records, "tables": {"accuracy": share_table(records, "dataset", "missing", "model")},
+            "note": "Test accuracy [%] by the share of values missing."}
 
 
-def column_similarity(args, datasets, run_dir):
+def column_similarity(args, datasets, strategies, run_dir):
     """Cosine similarity of column names by the frozen encoder, or of those in --checkpoint by its own embeddings."""
+    tables = {}
     if args.checkpoint:
         embedder = restore_model(args)[0].embedder
         if embedder is None:
             raise UserError(f"{args.checkpoint}: strategy none has no column embeddings")
         names = list(embedder.rows)
-        table = embedder.embed(names).detach()
     else:
         names = list(dict.fromkeys([*PROBES, *(name for data in datasets for name in data.columns)]))
-        table = FrozenBERTColumnEmbedder(**bert_options(args)).embed(names)
-    unit = F.normalize(table.double(), dim=1).numpy()
-    similarity = unit @ unit.T
+        for tokenization in ("raw", "words"):
+            embedder = FrozenBERTColumnEmbedder(**bert_options(args) | {"tokenization": tokenization})
+            temp, temperature, price = F.normalize(embedder.embed(PROBES), dim=1)
+            row = {"read as": tokenization, "temp, temperature": float(temp @ temperature), "temp, price":
+                   float(temp @ price)}
+            tables.setdefault("is temp nearer to temperature than to price?", []).append(row)
+        embedder = FrozenBERTColumnEmbedder(**bert_options(args))
+    unit = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
+    similarity, nearest = unit @ unit.T, []
     with open(run_dir / "column_similarity.csv", "w", newline="") as file:
         csv.writer(file).writerows([["", *names], *([name, *row] for name, row in zip(names, similarity.round(4)))])
     plot_columns(names, similarity, unit, run_dir / "columns.png")
-    nearest = []
     for i, name in enumerate(names):
         order = [j for j in np.argsort(-similarity[i]) if j != i][:3]
         near = {f"nearest {k}": f"{names[j]} ({similarity[i, j]:.2f})" for k, j in enumerate(order, start=1)}
         nearest.append({"column": name, "read as": name_to_words(name)} | near)
-    result = {"nearest": nearest}
-    for tokenization in () if args.checkpoint else ("raw", "words"):
-        embedder = FrozenBERTColumnEmbedder(**bert_options(args) | {"tokenization": tokenization})
-        temp, temperature, price = F.normalize(embedder.embed(PROBES), dim=1)
-        result |= {tokenization: {"temp, temperature": float(temp @ temperature), "temp, price": float(temp @ price)},
-                   "cache": embedder.get_cache_stats()}
-    return result
+    return {"tables": {"nearest names": nearest} | tables, "note": "By cosine similarity of the embeddings."}
 
 
 def restore_model(args):
@@ -1196,8 +1265,7 @@ def read_for_prediction(path, cards):
     """
     if path.suffix == ".ts":
         cases, _ = read_ts(path)
-        steps = max(len(values) for case in cases for values in case)
-        columns, dates = {f"dim_{i}": None for i in range(len(cases[0]))}, None
+        columns, dates = {f"dim_{i}": i for i in range(len(cases[0]))}, None
     else:
         columns, _, dates = read_csv(path)
     words = {name_to_words(name): name for name in reversed(columns)}
@@ -1205,33 +1273,32 @@ def read_for_prediction(path, cards):
                for one in cards]
     number = max(range(len(cards)), key=lambda i: np.mean([match is not None for match in matches[i].values()]))
     match, one = matches[number], cards[number]
-    missing = [name for name in match if match[name] is None]
+    missing, seq_len = [name for name in match if match[name] is None], one["seq_len"]
     if len(missing) == len(match):
         raise UserError(f"{path}: none of the columns {', '.join(match)}, only {', '.join(columns)}")
     if missing:
         note(f"{path}: no column {', '.join(missing)}: treated as missing values")
-    seq_len = one["seq_len"]
     if path.suffix == ".ts":
         series, starts = stack_cases(cases, seq_len), seq_len * np.arange(len(cases))
-        columns = {name: series[:, i] for i, name in enumerate(columns)}
         about = {"case": np.arange(1, len(cases) + 1)}
-        if steps > seq_len:
-            note(f"{path}: series of up to {steps} steps, only the last {seq_len} of each are read")
+        if max(len(values) for case in cases for values in case) > seq_len:
+            note(f"{path}: some series are longer than {seq_len} steps, only the last {seq_len} are read")
     else:
-        rows = len(next(iter(columns.values())))
-        starts, pad = np.arange(max(1, rows - seq_len + 1)), max(0, seq_len - rows)  # a short file is one window
-        columns = {name: np.pad(values, (pad, 0), constant_values=np.nan) for name, values in columns.items()}
-        last = starts + min(seq_len, rows) - 1
+        series = np.stack(list(columns.values()), axis=1)
+        last = np.arange(min(seq_len, len(series)) - 1, len(series))  # a short file is one window
+        series = np.pad(series, ((max(0, seq_len - len(series)), 0), (0, 0)), constant_values=np.nan)
+        starts = np.arange(len(last))
         about = {"last row": last + 2} | ({"date": [dates[row] for row in last]} if dates else {})  # 1 is the header
-    absent = np.full(len(next(iter(columns.values()))), np.nan)
-    series = np.stack([absent if column is None else columns[column] for column in match.values()], axis=1)
+    places = {name: i for i, name in enumerate(columns)}
+    absent = np.full(len(series), np.nan)
+    series = np.stack([absent if name is None else series[:, places[name]] for name in match.values()], axis=1)
     series = ((series - one["mean"]) / one["std"]).astype(np.float32)
     parts = {"all": np.arange(len(starts))}
     return Dataset(one["name"], list(match), series, starts, None, one["classes"], parts, seq_len), about, missing
 
 
-def predict_file(args, run_dir):
-    """Classes and probabilities of every window of a file, written to predictions.csv."""
+def predict_file(args, datasets, strategies, run_dir):
+    """Classes and probabilities of every window of --predict, written to predictions.csv."""
     model, cards = restore_model(args)
     data, about, missing = read_for_prediction(Path(args.predict), cards)
     probabilities = torch.from_numpy(predict(model.to(args.torch_device), data, "all")).softmax(1).numpy()
@@ -1239,24 +1306,16 @@ def predict_file(args, run_dir):
     table = about | {"class": answer} | {f"p({name})": p for name, p in zip(data.classes, probabilities.T.round(4))}
     with open(run_dir / "predictions.csv", "w", newline="") as file:
         csv.writer(file).writerows([list(table), *zip(*table.values())])
-    counts = {name: int((answer == name).sum()) for name in data.classes}
-    return {"file": args.predict, "dataset": data.name, "windows": len(answer), "classes": counts, "missing": missing}
+    counts = [{"class": name, "windows": int((answer == name).sum())} for name in data.classes]
+    return {"dataset": data.name, "windows": len(answer), "missing": missing, "tables": {"classes": counts},
+            "note": f"{args.predict}, read as {data.name}; each window is in predictions.csv."}
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def values_of(records, key, **where):
-    """[runs] of `key` in the records that match, in order of the seeds."""
-    return [record[key] for record in records if all(record.get(name) == value for name, value in where.items())]
-
-
-def distinct(records, key):
-    return list(dict.fromkeys(record.get(key) for record in records))
-
-
 def plot_benchmark(records, run_dir):
-    """Accuracy of every model, by data set where there are few, else on average; validation accuracy in training."""
+    """Accuracy of every model, by data set where there are few, else on average."""
     datasets, models = distinct(records, "dataset"), distinct(records, "model")
     fig, (axis,) = new_figure("Test accuracy (with 95 % interval over several runs)", size=(12, 5.5))
     if len(datasets) <= 6:
@@ -1272,17 +1331,6 @@ def plot_benchmark(records, run_dir):
         plot_ranking(axis, means, "{:.1f}")
         axis.set(xlabel=f"accuracy [%], mean over {len(datasets)} data sets")
     save_figure(fig, run_dir / "benchmark.png")
-
-    trained = [record for record in records if record.get("history")]
-    fig, axes = new_figure("Validation accuracy during training", 1, len(datasets[:6]), (4 * len(datasets[:6]) + 2, 4))
-    for axis, data in zip(axes, datasets):
-        for i, model in enumerate(distinct(trained, "model")):
-            curves = [[100 * entry["validation_accuracy"][data] for entry in history]
-                      for history in values_of(trained, "history", dataset=data, model=model)]
-            plot_curve(axis, np.linspace(0, 100, len(curves[0]) + 1)[1:], curves, model, i, "osv^Dx"[i % 6])
-        axis.set(title=data, xlabel="steps [% of all]", ylabel="accuracy [%]")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    save_figure(fig, run_dir / "learning_curves.png")
 
 
 def plot_shares(records, title, xlabel, key, path):
@@ -1327,109 +1375,27 @@ def plot_columns(names, similarity, unit, path):
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
-def percent(values, sign=""):
-    """Mean of shares in percent, and its 95 % interval where there are several; None for no values."""
-    if not len(values):
-        return None
-    mean, width = mean_and_interval(100 * np.array(values, float))
-    return f"{mean:{sign}.2f}" + (f" ± {width:.2f}" if len(values) > 1 else "")
-
-
-def difference(records, one, other, **where):
-    """Accuracy of model `one` minus that of `other`, paired by seed, as percent(); None where either is not there."""
-    pairs = zip(*(values_of(records, "accuracy", model=name, **where) for name in (one, other)))
-    return None if one == other else percent([a - b for a, b in pairs], "+")
-
-
-def mean_records(records):
-    """Records of the pseudo data set "mean of all": for each model and seed the mean over the data sets."""
-    datasets, means = distinct(records, "dataset"), []
-    for model in distinct(records, "model") if len(datasets) > 1 else []:
-        of_all = [[r for r in records if (r["dataset"], r["model"]) == (name, model)] for name in datasets]
-        if all(of_all):
-            means += [{"dataset": "mean of all", "model": model} | {key: float(np.mean([one[key] for one in same]))
-                       for key in ("accuracy", "macro_f1", "seconds")} for same in zip(*of_all)]
-    return means
-
-
-def benchmark_table(records, not_run):
-    """[{column: value}]: data sets × models, then the means over the data sets; differences are paired by seed."""
-    records, table = records + mean_records(records), []
-    for name in distinct(records, "dataset"):
-        for model in distinct(records, "model"):
-            own = [record for record in records if (record["dataset"], record["model"]) == (name, model)]
-            if not own:
-                continue
-            strategy = model.removeprefix("shared, ")
-            plain, learned = model.replace(strategy, "none"), strategy in STRATEGIES
-            table.append({
-                "data set": name, "model": model, "accuracy %": percent([record["accuracy"] for record in own]),
-                "macro F1 %": percent([record["macro_f1"] for record in own]),
-                "minus none": difference(records, model, plain, dataset=name) if learned else None,
-                "minus per-dataset": difference(records, model, strategy, dataset=name) if learned else None,
-                "seed %": SEED_CLAIM.get(name, {}).get(model), "parameters": own[0].get("parameters"),
-                "seconds": round(float(np.mean([record["seconds"] for record in own])), 1)})
-        table += [{"data set": name, "model": f"{model} (not run)"} for model in not_run]
-    return table
-
-
-def share_table(records, *keys):
-    """[{column: value}] of accuracy [%]: a row for each combination of `keys`, a column for each share."""
-    shares = sorted(distinct(records, "share"))
-    groups = dict.fromkeys(tuple(record.get(key) for key in keys) for record in records)
-    return [dict(zip(keys, group)) | {f"{share:.0%}": percent(values_of(records, "accuracy", share=share,
-                                                                        **dict(zip(keys, group)))) for share in shares}
-            for group in groups]
-
-
-def transfer_differences(records, strategies):
-    """[{column: value}]: what pretraining adds to each strategy, and each strategy to `none`, paired by seed."""
-    pairs = [(f"{one}, pretrained", f"{one}, from scratch") for one in strategies]
-    pairs += [(f"{one}, {start}", f"none, {start}") for start in ("pretrained", "from scratch")
-              for one in strategies if one != "none" and "none" in strategies]
-    return [{"model": one, "minus": other} | {f"{share:.0%}": difference(records, one, other, share=share)
-                                              for share in LABEL_SHARES} for one, other in pairs]
-
-
-def markdown_table(rows):
-    """Rows [{column: value}] as a Markdown table without empty columns; a value that is None is a dash."""
-    columns = [column for column in rows[0] if any(row.get(column) is not None for row in rows)]
-    cells = [[("–" if row.get(column) is None else str(row[column])) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *cells])
-
-
 def summary(results):
-    """The tables of a finished run as Markdown."""
+    """The tables of a finished run as Markdown; empty columns are left out, a value that is None is a dash."""
     args = results["arguments"]
     seeds = f"seed {args['seed']}" + (f" to {args['seed'] + args['runs'] - 1}" if args["runs"] > 1 else "")
     parts = [f"# duet.py, head {args['head']}, protocol {args['protocol']}, {seeds}"]
-    parts += [f"Data set {name}: {data['source']}, {data['rows']:,} rows, {len(data['columns'])} columns"
-              for name, data in results["data"].items()]
+    for name, data in results["data"].items():
+        left_out = "; ".join(f"{column} left out, {why}" for column, why in data["left_out"].items())
+        columns = ", ".join(f"{column} ({words})" for column, words in data["columns"].items())
+        parts.append(f"{name}: {data['source']}, {data['rows']:,} rows, {columns}" + (f"; {left_out}" * bool(left_out)))
     parts += [f"**{name} was not run:** {why}" for name, why in results["not_run"].items()]
-    if "benchmark" in results:
-        parts.append(markdown_table(results["benchmark"]["table"]))
-        parts.append("Differences in points of accuracy, paired by seed; intervals: 95 %, Student's t over the seeds. "
-                     "Seconds: one training, of a shared model for all data sets. The seed's figures are "
-                     "single runs, their epoch was chosen on the test part; its embedded data are not public.")
-    if "transfer" in results:
-        parts.append(f"## Transfer to {results['transfer']['to']}: test accuracy [%] by share of its labels\n\n"
-                     + markdown_table(results["transfer"]["table"]) + "\n\nDifferences in points, paired by seed:\n\n"
-                     + markdown_table(results["transfer"]["differences"]))
-    if "nan_robustness" in results:
-        parts.append("## Test accuracy [%] by share of values missing\n\n"
-                     + markdown_table(results["nan_robustness"]["table"]))
-    if "columns" in results:
-        parts.append("## Nearest column names (cosine similarity)\n\n" + markdown_table(results["columns"]["nearest"]))
-        for tokenization in ("raw", "words"):
-            if tokenization in results["columns"]:
-                near, far = results["columns"][tokenization].values()
-                parts.append(f"Read as {tokenization}: temp and temperature {near:.3f}, temp and price {far:.3f}.")
-    if "predict" in results:
-        one = results["predict"]
-        counts = ", ".join(f"{name} {count:,}" for name, count in one["classes"].items())
-        parts.append(f"{one['file']}, read as {one['dataset']}: {one['windows']:,} windows: {counts}. Classes and "
-                     "probabilities of each are in predictions.csv.")
-    return "\n\n".join(parts) + "\n"
+    for experiment in EXPERIMENTS:
+        for name, rows in results.get(experiment, {}).get("tables", {}).items():
+            columns = [column for column in rows[0] if any(row.get(column) is not None for row in rows)]
+            lines = [columns, ["---"] * len(columns)]
+            for row in rows:
+                cells = [row.get(column) for column in columns]
+                lines.append(["–" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells])
+            table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            parts.append(f"## {experiment.replace('_', ' ')}: {name}\n\n{table}")
+        parts += [results[experiment]["note"]] if experiment in results else []
+    return "\n\n".join([*parts, "± is the 95 % interval over the seeds (Student's t)." * (args["runs"] > 1)]) + "\n"
 
 
 def write_results(results, path):
@@ -1443,12 +1409,11 @@ def write_results(results, path):
 def new_run(output_dir):
     """Make and return the next free folder run-001, run-002, … of this experiment."""
     parent = Path(output_dir) / "duet"
-    parent.mkdir(parents=True, exist_ok=True)
     while True:
         taken = [int(run.name[4:]) for run in parent.glob("run-*") if run.name[4:].isdigit()]
         run_dir = parent / f"run-{max(taken, default=0) + 1:03d}"
         with contextlib.suppress(FileExistsError):  # another process may have been quicker
-            run_dir.mkdir()
+            run_dir.mkdir(parents=True)
             return run_dir
 
 
@@ -1542,7 +1507,6 @@ def parse_args(argv):
         "training; the best weights are kept")
     add("--batch-size", type=between(int, 1), default=128, metavar="N", help="windows in a batch")
     add("--learning-rate", type=between(float, 0), default=1e-3, metavar="RATE", help="after warm-up, before decay")
-    add("--weight-decay", type=between(float, 0), default=0.01, metavar="RATE", help="of AdamW")
     add("--data-dir", default="data", metavar="FOLDER", help="downloads, and the cache FOLDER/column_embeddings")
     add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/duet/run-001, run-002, …")
     add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with an unfinished run, the newest or the "
@@ -1561,8 +1525,6 @@ def parse_args(argv):
         raise UserError("--predict needs --checkpoint, a finished model of a run's folder models/")
     if args.checkpoint and not (args.predict or args.columns):
         raise UserError("--checkpoint goes with --predict or --columns")
-    if args.evaluations > args.steps:
-        raise UserError(f"--evaluations {args.evaluations} is more than --steps {args.steps}")
     return args
 
 
@@ -1571,75 +1533,53 @@ def manage_cache(args):
     names = []
     if args.prewarm:
         try:
-            names = list(dict.fromkeys(Path(args.prewarm).read_text(encoding="utf-8").split("\n")))
+            names = Path(args.prewarm).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prewarm {args.prewarm}: {error}") from None
     embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-    if any(map(str.strip, names)):
-        embedder.embed([name.strip() for name in names if name.strip()])
+    embedder.lookup([name.strip() for name in names if name.strip()])
     print(json.dumps(embedder.get_cache_stats(), indent=1))
     return embedder.get_cache_stats()
+
+
+EXPERIMENTS = {"predict": predict_file, "columns": column_similarity, "nan_robustness": nan_robustness,
+               "transfer": transfer, "benchmark": benchmark}
 
 
 def run_experiments(args, run_dir):
     """The benchmark, or the experiments that the arguments name, written to `run_dir`; returns the results."""
     began = time.perf_counter()
     (run_dir / "models").mkdir(exist_ok=True)
-    results, seconds, not_run = describe_run(args), {}, {}
     try:
-        args = argparse.Namespace(**vars(args), torch_device=detect_device(args.device))
+        device = detect_device(args.device)
     except ValueError as problem:
         raise UserError(f"--device: {problem}") from None
-    datasets = [] if args.predict or (args.columns and args.checkpoint) else load_datasets(args)
-    results["data"] = {data.name: data.info for data in datasets}
-    strategies = list(dict.fromkeys(args.strategies))
-    learns = not (args.predict or args.columns or (args.nan_robustness and not args.quick))
-    if "frozen_bert" in strategies and learns:
+    todo = [name for name in EXPERIMENTS if getattr(args, name, False)]
+    if args.quick or not todo:
+        todo.append("benchmark")
+    datasets = [] if args.checkpoint else load_datasets(args)
+    strategies, not_run = list(dict.fromkeys(args.strategies)), {}
+    if "frozen_bert" in strategies and {"transfer", "benchmark"} & set(todo):
         try:
-            FrozenBERTColumnEmbedder(**bert_options(args)).embed([name for data in datasets for name in data.columns])
+            names = [name for data in datasets for name in data.columns]
+            FrozenBERTColumnEmbedder(**bert_options(args)).lookup(names)
+            todo += ["columns"] * args.quick
         except EncoderMissing as problem:
             if strategies == ["frozen_bert"]:
                 raise
             strategies.remove("frozen_bert")
             not_run["frozen_bert"] = str(problem)
             note(f"warning: frozen_bert is not run: {problem}")
-    seconds["data"] = time.perf_counter() - began
-    if args.transfer:
-        names = [data.name for data in datasets]
-        args.transfer = names[-1] if args.transfer == "last" else args.transfer
-        if args.transfer not in names or len(names) < 2:
-            raise UserError(f"--transfer {args.transfer}: must be one of at least two data sets: {', '.join(names)}")
-
-    def timed(name, function, *arguments):
-        start = time.perf_counter()
-        results[name] = function(args, *arguments, run_dir)
-        seconds[name] = time.perf_counter() - start
-        return results[name]
-
-    if args.predict:
-        timed("predict", predict_file)
-    if args.columns or (args.quick and "frozen_bert" in strategies):
-        timed("columns", column_similarity, datasets)
-    if args.nan_robustness:
-        records = timed("nan_robustness", nan_robustness, datasets)
-        results["nan_robustness"] = {"records": records, "table": share_table(records, "dataset", "missing", "model")}
-        for data in datasets[:6]:
-            own = [record for record in records if record["dataset"] == data.name]
-            plot_shares(own, f"{data.name}: test accuracy with missing values", "values missing", "missing",
-                        run_dir / f"nan_robustness_{data.name}.png")
-    if args.transfer:
-        records = timed("transfer", transfer, datasets, strategies)
-        results["transfer"] = {"to": args.transfer, "records": records, "table": share_table(records, "model"),
-                               "differences": transfer_differences(records, strategies)}
-        plot_shares(records, "Shared model on a new data set", "labels of it", "dataset", run_dir / "transfer.png")
-    if args.quick or not (args.predict or args.columns or args.nan_robustness or args.transfer):
-        records = timed("benchmark", benchmark, datasets, strategies)
-        results["benchmark"] = {"records": records, "table": benchmark_table(records, not_run)}
-        plot_benchmark(records, run_dir)
+    results = describe_run(args) | {"data": {data.name: data.info for data in datasets}, "not_run": not_run}
+    seconds = {"data": time.perf_counter() - began}
+    settings = argparse.Namespace(**vars(args), torch_device=device)
+    for name in todo:
+        began = time.perf_counter()
+        results[name] = EXPERIMENTS[name](settings, datasets, strategies, run_dir)
+        seconds[name] = time.perf_counter() - began
     unit = 2 ** (20 if sys.platform == "darwin" else 10)
     peak = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    results |= {"finished": True, "not_run": not_run, "device": str(args.torch_device), "peak_memory_mib": peak,
-                "seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    results |= {"finished": True, "device": str(device), "peak_memory_mib": peak, "seconds": seconds}
     (run_dir / "summary.md").write_text(summary(results))
     return write_results(results, run_dir / "results.json")
 
@@ -1649,7 +1589,7 @@ def main(argv=None):
 
     Returns the results dictionary; what a user can put right raises SystemExit(2), Ctrl-C SystemExit(130).
     """
-    run_dir = None
+    run_dir, resumed = None, False
     try:
         args = parse_args(([] if in_notebook() else sys.argv[1:]) if argv is None else argv)
         if args.prewarm or args.cache_stats:

@@ -20,6 +20,7 @@ import duet
 ROOT = Path(duet.__file__).resolve().parent
 ETT = ROOT.parent / "shared/data"
 TINY = ["--windows", "60", "--steps", "4", "--evaluations", "2", "--batch-size", "16", "--device", "cpu"]
+new = duet.MultiDatasetPatchDuET.create_for_dataset
 NAMES = ["indoor_temp", "outdoor_temp", "humidity", "pressure", "wind", "rain", "sun"]
 
 
@@ -79,7 +80,7 @@ def fails(capsys, *arguments):
 def test_parameters_are_exactly_the_seeds_and_hold_no_encoder(strategy, counts, tmp_path):
     bert = {"known": {name: torch.zeros(768) for name in NAMES}, "cache_dir": tmp_path} if "bert" in strategy else {}
     for columns, count in zip((4, 5, 7), counts):
-        model = duet.MultiDatasetPatchDuET.create_for_dataset(
+        model = new(
             c_in=columns, seq_len=96, num_classes=3, column_names=NAMES[:columns], strategy=strategy, **bert)
         assert sum(parameter.numel() for parameter in model.parameters()) == count
         assert not [name for name, _ in model.named_parameters() if name.startswith("embedder") and "layer" in name]
@@ -104,7 +105,7 @@ def test_the_mask_tells_a_missing_value_from_a_zero():
     gap = x.clone()
     gap[..., 40:60] = torch.nan
     for fill, differs in (("mask", True), ("zero", False)):
-        model = duet.MultiDatasetPatchDuET(4, fill=fill).eval()
+        model = new(4, fill=fill).eval()
         assert torch.equal(model(x), model(gap)) != differs
     values, mask = duet.values_and_mask(gap, "mask")
     assert mask[..., 40:60].sum() == 0 and mask.sum() == 4 * 76 and not values.isnan().any()
@@ -123,7 +124,7 @@ def test_patches_are_cut_as_by_hand():
         assert duet.cut_patches(torch.ones(1, 1, length)).shape[2] == duet.num_patches(length)
         assert duet.cut_patches(torch.ones(1, 1, length)).sum() >= length  # nothing is cut off
     # The patch layer sees, for each channel, values then masks, as one flat patch.
-    model = duet.MultiDatasetPatchDuET(3).eval()
+    model = new(3).eval()
     seen = []
     model.patch_layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(x)
@@ -131,7 +132,7 @@ def test_patches_are_cut_as_by_hand():
 
 
 def test_the_vocabulary_grows_and_keeps_its_rows_its_moments_and_its_place_in_the_optimizer():
-    model = duet.MultiDatasetPatchDuET(2, column_names=["a", "b"], strategy="auto_expanding")
+    model = new(2, column_names=["a", "b"], strategy="auto_expanding")
     table = model.embedder
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
 
@@ -150,7 +151,7 @@ def test_the_vocabulary_grows_and_keeps_its_rows_its_moments_and_its_place_in_th
     step()
     assert not torch.equal(table.embedding.weight[table.rows["name 1300"]], old[0])
     assert table.rows["name 1300"] >= 1000 and optimizer.state[table.embedding.weight]["exp_avg"][1302].abs().sum() > 0
-    other = duet.MultiDatasetPatchDuET(2, column_names=["z", "b"], strategy="auto_expanding")
+    other = new(2, column_names=["z", "b"], strategy="auto_expanding")
     other.load_state_dict(model.state_dict())  # a larger vocabulary than its own
     other.set_dataset_columns(["name 1300", "a"])
     x = torch.randn(2, 2, 96)
@@ -162,15 +163,15 @@ def test_the_vocabulary_grows_and_keeps_its_rows_its_moments_and_its_place_in_th
 
 def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_path):
     weather = ["temperature", "humidity", "pressure", "wind_speed", "rainfall"]
-    model = duet.MultiDatasetPatchDuET.create_for_dataset(c_in=5, column_names=weather, strategy="auto_expanding")
+    model = new(c_in=5, column_names=weather, strategy="auto_expanding")
     model.set_dataset_columns(["user_count", "session_duration", "page_views", "click_rate", "conversion_rate"])
     with pytest.raises(ValueError, match=r"4 columns for a model of 5.*shared=True"):
         model.set_dataset_columns(["price", "volume", "volatility", "market_cap"])
     with pytest.raises(ValueError, match="has 4 columns, the model 5"):
         model(torch.zeros(1, 4, 96))
     with pytest.raises(ValueError, match="strategy 'bert' is none of"):
-        duet.MultiDatasetPatchDuET(4, strategy="bert")
-    shared = duet.MultiDatasetPatchDuET.create_for_dataset(5, 96, 3, weather, "auto_expanding", shared=True).eval()
+        new(4, strategy="bert")
+    shared = new(5, 96, 3, weather, "auto_expanding", shared=True).eval()
     for names in (["CPU_usage", "memory_usage", "disk_IO"], weather, [f"column {i}" for i in range(12)]):  # the seed's
         shared.set_dataset_columns(names)
         x = torch.randn(2, len(names), 96)
@@ -187,7 +188,8 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
 
 def test_an_untrained_ordinal_head_is_persistence():
     limits = [-0.4, 0.3]
-    model = duet.MultiDatasetPatchDuET(4, head="ordinal", target=2, limits=limits).eval()
+    one = {"name": "a", "columns": NAMES[:4], "classes": list("xyz"), "target": 2, "limits": limits, "seq_len": 96}
+    model = duet.build_model([one], "none", False, "ordinal", 0.0).eval()
     x = torch.randn(50, 4, 96)
     x[::3, 2, -5:] = torch.nan
     last = torch.where(x[:, 2, -1].isnan(), x[:, 2, -6], x[:, 2, -1])
@@ -215,7 +217,7 @@ def test_the_encoder_is_loaded_only_for_uncached_names_and_freed(encoder, tmp_pa
         loads.append(weakref.ref(self.encoder[1][0]))
 
     monkeypatch.setattr(duet.FrozenBERTColumnEmbedder, "_load_encoder", count)
-    model = duet.MultiDatasetPatchDuET(2, column_names=["temp", "indoor_temp"], strategy="frozen_bert",
+    model = new(2, column_names=["temp", "indoor_temp"], strategy="frozen_bert",
                                        bert_model=encoder, cache_dir=tmp_path)
     gc.collect()
     assert len(loads) == 1 and loads[0]() is None  # gone from memory
@@ -231,8 +233,6 @@ def test_the_encoder_is_loaded_only_for_uncached_names_and_freed(encoder, tmp_pa
     torch.testing.assert_close(vectors.square().mean(1), torch.ones(2))
     raw = duet.FrozenBERTColumnEmbedder(encoder, tmp_path, tokenization="raw").embed(["temp"])
     assert len(loads) == 2 and not torch.allclose(raw[0], vectors[1])
-    again.lookup(["temp"])
-    model.embedder.load_state_dict(again.state_dict())  # a table of another size loads
     # The seed's own way to fill the cache.
     embedder = duet.FrozenBERTColumnEmbedder(encoder, tmp_path)
     for column in ("wind_speed", "user_id"):
@@ -262,7 +262,8 @@ def test_two_processes_write_the_cache_and_nothing_is_lost(encoder, tmp_path):
             "for i in range(15):\n"
             "    one = duet.FrozenBERTColumnEmbedder(sys.argv[1], sys.argv[2], known={'x': torch.zeros(32)})\n"
             "    key = f'words/{sys.argv[3]}{i}'\n"
-            "    one.cache[key] = one.fresh[key] = torch.full((32,), float(i))\n"
+            "    one.cache[key] = torch.full((32,), float(i))\n"
+            "    one.fresh.add(key)\n"
             "    one._save_cache()\n")
     both = [subprocess.Popen([sys.executable, "-c", code, encoder, tmp_path, name], cwd=ROOT) for name in "ab"]
     assert [process.wait() for process in both] == [0, 0]
@@ -281,7 +282,7 @@ def test_without_an_encoder_the_row_is_not_run_and_alone_it_is_an_error(encoder,
     assert not list((tmp_path / "out/duet").iterdir())
     results = duet.main([*map(str, common), "--strategies", "none", "frozen_bert"])
     assert "no such encoder" in results["not_run"]["frozen_bert"]
-    assert [row["model"] for row in results["benchmark"]["table"]][-1] == "frozen_bert (not run)"
+    assert [row["model"] for row in results["benchmark"]["tables"]["accuracy"]][-1] == "frozen_bert (not run)"
     assert "frozen_bert was not run" in capsys.readouterr().out
     line = fails(capsys, "--columns", *common)
     assert "no such encoder here" in line
@@ -388,7 +389,7 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path):
     assert data.name == "Toy" and data.classes == ["down", "up"] and data.seq_len == 26
     assert data.parts["test"].tolist() == list(range(30)) and data.parts["train"].min() >= 30  # TEST is read first
     results = duet.main(["--data", str(tmp_path), "--strategies", "none", "--output-dir", str(tmp_path / "out"), *TINY])
-    models = [row["model"] for row in results["benchmark"]["table"]]
+    models = [row["model"] for row in results["benchmark"]["tables"]["accuracy"]]
     assert models == ["logistic regression", "gradient boosting", "none"]
 
 
@@ -397,8 +398,8 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path):
     (["1,2:3,4:up", "1,2:up"], HEADER, "line 8: 1 dimensions, 2 dimensions are needed"),
     ([], HEADER, "no cases after @data"),
     (["1,2:up"], "", "line 1: no @data line before it, this is no .ts file"),
-    (["1,2:up"], "@timeStamps true\n@data\n", "line 1: series with time stamps are not read"),
-    (["1,2:3"], "@classLabel false\n@data\n", "@classLabel is not true"),
+    (["1,2:up"], "@timeStamps true\n@data\n", "line 1: @timeStamps true: it must have classes and no time stamps"),
+    (["1,2:3"], "@classLabel false\n@data\n", "@classLabel false: it must have"),
 ])
 def test_bad_ts_files(tmp_path, capsys, lines, header, message):
     path = write_ts(tmp_path, lines, header=header)
@@ -443,8 +444,8 @@ def test_a_run_leaves_everything_and_pairs_the_seeds(finished):
     models = {path.stem for path in (run_dir / "models").glob("*.pt")}
     assert models == {f"{name}-{strategy}-{seed}" for name in ("plant", "user_metrics", "shared")
                       for strategy in ("none", "auto_expanding") for seed in (42, 43)}
-    assert {"benchmark.png", "learning_curves.png", "summary.md"} <= {path.name for path in run_dir.iterdir()}
-    rows = {(row["data set"], row["model"]): row for row in results["benchmark"]["table"]}
+    assert {"benchmark.png", "summary.md"} <= {path.name for path in run_dir.iterdir()}
+    rows = {(row["data set"], row["model"]): row for row in results["benchmark"]["tables"]["accuracy"]}
     assert rows["plant", "persistence"]["accuracy %"] and ("user_metrics", "persistence") not in rows
     records = results["benchmark"]["records"]
     mine = [duet.values_of(records, "accuracy", dataset="plant", model=model) for model in ("auto_expanding", "none")]
@@ -500,12 +501,12 @@ def test_transfer_and_missing_values(tmp_path):
     results = duet.main(["--transfer", "--synthetic-schemas", "3", "--strategies", "none", "auto_expanding", *TINY,
                          "--windows", "400", "--output-dir", str(tmp_path)])
     assert results["transfer"]["to"] == "schema_03" and (tmp_path / "duet/run-001/transfer.png").exists()
-    rows = {row["model"]: row for row in results["transfer"]["table"]}
+    rows = {row["model"]: row for row in results["transfer"]["tables"]["accuracy"]}
     assert rows["none, pretrained"]["0%"] and rows["none, from scratch"]["0%"] is None
     assert set(rows) == {"gradient boosting", *(f"{strategy}, {start}" for strategy in ("none", "auto_expanding")
                                                 for start in ("pretrained", "from scratch"))}
     results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path)])
-    table = results["nan_robustness"]["table"]
+    table = results["nan_robustness"]["tables"]["accuracy"]
     assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "forward fill")) == 1
     assert len(table) == 6 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
 
@@ -529,8 +530,8 @@ def test_dropped_values_have_the_share_asked_for(blocks):
 def test_similar_names_are_found(encoder, tmp_path):
     results = duet.main(["--columns", "--dataset", "user_metrics", "--bert-model", encoder, "--data-dir", str(tmp_path),
                          "--output-dir", str(tmp_path), "--windows", "60"])
-    (row,) = [row for row in results["columns"]["nearest"] if row["column"] == "temp"]
-    assert row["nearest 1"] == "temperature (1.00)" and results["columns"]["words"]["temp, temperature"] > 0.999
+    (row,) = [row for row in results["columns"]["tables"]["nearest names"] if row["column"] == "temp"]
+    assert row["nearest 1"] == "temperature (1.00)" and len(results["columns"]["tables"]) == 2
     rows = list(csv.reader((tmp_path / "duet/run-001/column_similarity.csv").read_text().splitlines()))
     assert rows[0][1:4] == duet.PROBES and float(rows[1][1]) == 1 and rows[1][3] == rows[3][1]
 
@@ -571,7 +572,7 @@ def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tm
     model = tmp_path / "duet/run-001/models/user_metrics-frozen_bert-42.pt"
     results = duet.main(["--predict", str(tmp_path / "a.csv"), "--checkpoint", str(model), *common])
     assert results["predict"]["windows"] == 1 and len(results["predict"]["missing"]) == 3
-    assert duet.main(["--columns", "--checkpoint", str(model), *common])["columns"]["nearest"]
+    assert duet.main(["--columns", "--checkpoint", str(model), *common])["columns"]["tables"]["nearest names"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -597,7 +598,6 @@ def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tm
     (["--checkpoint", "MODEL"], "--checkpoint goes with --predict or --columns"),
     (["--transfer", "nothing", "--dataset", "user_metrics", "--strategies", "none"], "--transfer nothing: must be one"),
     (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 0.99"),
-    (["--steps", "2"], "--evaluations 6 is more than --steps 2"),
     (["--device", "tpu"], "--device: unknown device 'tpu'"),
     (["--resume"], "has no unfinished run"),
     (["--resume", "--steps", "5"], "--resume goes with --output-dir and --device only"),
