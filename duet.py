@@ -525,16 +525,16 @@ class FrozenBERTColumnEmbedder(nn.Module):
 
     bert_model: a name on the Hugging Face hub, or a local folder. tokenization: `words` reads a name as words
     (name_to_words), `raw` as it is. A vector is the mean of the last hidden states, scaled to mean square 1. known:
-    {name: vector} that need neither cache nor encoder, such as a checkpoint's.
+    {name: vector} that need neither cache nor encoder, such as a checkpoint's. offline: do not ask the hub.
     Raises EncoderMissing where an uncached name finds no encoder.
     """
 
     def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings", target_dim=1,
-                 tokenization="words", known=None):
+                 tokenization="words", known=None, offline=False):
         super().__init__()
         local = Path(bert_model).expanduser()
         self.bert_model = str(local.resolve()) if local.is_dir() else bert_model
-        self.tokenization, self.cache_dir = tokenization, Path(cache_dir)
+        self.tokenization, self.cache_dir, self.offline = tokenization, Path(cache_dir), offline
         digest = hashlib.sha256(self.bert_model.encode()).hexdigest()[:8]
         self.cache_path = self.cache_dir / f"{Path(self.bert_model).name}-{digest}.safetensors"
         self.encoder = None  # (tokenizer, model in a list) between _compute_bert_embedding and _save_cache
@@ -592,7 +592,7 @@ class FrozenBERTColumnEmbedder(nn.Module):
 
         transformers.utils.logging.disable_progress_bar()
         for offline in (True, False):  # first what is on this machine
-            if not offline and (os.path.isdir(self.bert_model) or not hub_in_reach()):
+            if not offline and (self.offline or os.path.isdir(self.bert_model) or not hub_in_reach()):
                 break
             try:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(self.bert_model, local_files_only=offline)
@@ -946,7 +946,7 @@ def model_settings(args):
 def bert_options(args):
     """The arguments that FrozenBERTColumnEmbedder needs."""
     return {"bert_model": args.bert_model, "cache_dir": str(Path(args.data_dir) / "column_embeddings"),
-            "tokenization": args.tokenization}
+            "tokenization": args.tokenization, "offline": args.quick}
 
 
 @contextlib.contextmanager
@@ -1232,8 +1232,8 @@ def column_similarity(args, datasets, strategies, run_dir):
         for tokenization in ("raw", "words"):
             embedder = FrozenBERTColumnEmbedder(**bert_options(args) | {"tokenization": tokenization})
             temp, temperature, price = F.normalize(embedder.embed(PROBES), dim=1)
-            row = {"read as": tokenization, "temp, temperature": float(temp @ temperature), "temp, price":
-                   float(temp @ price)}
+            row = {"read as": tokenization, "temp, temperature": f"{temp @ temperature:.3f}",
+                   "temp, price": f"{temp @ price:.3f}"}
             tables.setdefault("is temp nearer to temperature than to price?", []).append(row)
         embedder = FrozenBERTColumnEmbedder(**bert_options(args))
     unit = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
@@ -1391,7 +1391,7 @@ def summary(results):
             lines = [columns, ["---"] * len(columns)]
             for row in rows:
                 cells = [row.get(column) for column in columns]
-                lines.append(["–" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells])
+                lines.append(["–" if cell is None else str(cell) for cell in cells])
             table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
             parts.append(f"## {experiment.replace('_', ' ')}: {name}\n\n{table}")
         parts += [results[experiment]["note"]] if experiment in results else []
@@ -1523,8 +1523,8 @@ def parse_args(argv):
         raise UserError("--resume goes with --output-dir and --device only; a run keeps its own arguments")
     if args.predict and not args.checkpoint:
         raise UserError("--predict needs --checkpoint, a finished model of a run's folder models/")
-    if args.checkpoint and not (args.predict or args.columns):
-        raise UserError("--checkpoint goes with --predict or --columns")
+    if args.checkpoint and (not (args.predict or args.columns) or args.quick or args.transfer or args.nan_robustness):
+        raise UserError("--checkpoint goes with --predict or --columns, and with no other experiment")
     return args
 
 
@@ -1558,12 +1558,14 @@ def run_experiments(args, run_dir):
     if args.quick or not todo:
         todo.append("benchmark")
     datasets = [] if args.checkpoint else load_datasets(args)
+    if args.quick and len(datasets) < 2:  # nothing to transfer from
+        todo.remove("transfer")
     strategies, not_run = list(dict.fromkeys(args.strategies)), {}
     if "frozen_bert" in strategies and {"transfer", "benchmark"} & set(todo):
         try:
             names = [name for data in datasets for name in data.columns]
             FrozenBERTColumnEmbedder(**bert_options(args)).lookup(names)
-            todo += ["columns"] * args.quick
+            todo += ["columns"] * (args.quick and not args.columns)
         except EncoderMissing as problem:
             if strategies == ["frozen_bert"]:
                 raise

@@ -180,7 +180,7 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
         order = torch.randperm(len(names))  # a column is known by its name, not by its place
         shared.set_dataset_columns([names[i] for i in order])
         torch.testing.assert_close(shared(x[:, order]), logits)
-    shared.set_dataset_columns(["x", "y"], "four classes", num_classes=4)
+    shared.set_dataset_columns(["x", "y"], "items", num_classes=4)  # no name clashes with a method of torch's
     assert shared(torch.randn(2, 2, 96)).shape == (2, 4)
     with pytest.raises(ValueError, match="no head for data set 'new'"):
         shared.set_dataset_columns(["x"], "new")
@@ -509,6 +509,15 @@ def test_transfer_and_missing_values(tmp_path):
     table = results["nan_robustness"]["tables"]["accuracy"]
     assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "forward fill")) == 1
     assert len(table) == 6 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
+
+
+def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(duet.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+    results = duet.main(["--quick", "--windows", "150", "--steps", "2", "--batch-size", "8", "--bert-model", "no/such",
+                         "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)])
+    assert {"nan_robustness", "transfer", "benchmark"} <= set(results) and "frozen_bert" in results["not_run"]
+    assert {data["source"] for data in results["data"].values()} == {"embedded"}
 
 
 def test_few_labels_are_the_share_asked_for():
