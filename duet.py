@@ -1381,7 +1381,7 @@ def summary(results):
     seeds = f"seed {args['seed']}" + (f" to {args['seed'] + args['runs'] - 1}" if args["runs"] > 1 else "")
     parts = [f"# duet.py, head {args['head']}, protocol {args['protocol']}, {seeds}"]
     for name, data in results["data"].items():
-        left_out = "; ".join(f"{column} left out, {why}" for column, why in data["left_out"].items())
+        left_out = "; ".join(f"{column!r} left out, {why}" for column, why in data["left_out"].items())
         columns = ", ".join(f"{column} ({words})" for column, words in data["columns"].items())
         parts.append(f"{name}: {data['source']}, {data['rows']:,} rows, {columns}" + (f"; {left_out}" * bool(left_out)))
     parts += [f"**{name} was not run:** {why}" for name, why in results["not_run"].items()]

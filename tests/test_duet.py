@@ -318,6 +318,7 @@ def test_schemas_differ_in_their_columns():
     schemas = [duet.synthetic_schema(i, 60) for i in range(12)]
     assert {3, 12} & {len(data.columns) for data in schemas} and all(3 <= len(d.columns) <= 12 for d in schemas)
     assert len({frozenset(data.columns) for data in schemas}) == 12
+    assert sum("outdoor_temp" in data.columns for data in schemas) == 1  # names of one meaning, each in one schema
     assert np.array_equal(schemas[3].series, duet.synthetic_schema(3, 60).series, equal_nan=True)
 
 
@@ -455,7 +456,9 @@ def test_a_run_leaves_everything_and_pairs_the_seeds(finished):
     assert "| plant | persistence |" in (run_dir / "summary.md").read_text()
 
 
-def test_the_test_part_is_never_used_for_a_choice(small_csv, tmp_path):
+def test_the_test_part_is_never_used_for_a_choice(small_csv, tmp_path, monkeypatch):
+    asked, predict = [], duet.predict
+    monkeypatch.setattr(duet, "predict", lambda model, data, part: asked.append(part) or predict(model, data, part))
     args = duet.parse_args([*TINY, "--steps", "8", "--evaluations", "4"])
     args.torch_device = torch.device("cpu")
     weights = []
@@ -468,6 +471,7 @@ def test_the_test_part_is_never_used_for_a_choice(small_csv, tmp_path):
         duet.fit(model, [data], args, tmp_path / f"{change}.pt")
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert set(asked) == {"validation"}
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -514,7 +518,7 @@ def test_transfer_and_missing_values(tmp_path):
 def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
     monkeypatch.setattr(duet.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was asked"))
-    results = duet.main(["--quick", "--windows", "150", "--steps", "2", "--batch-size", "8", "--bert-model", "no/such",
+    results = duet.main(["--quick", "--windows", "300", "--steps", "2", "--batch-size", "8", "--bert-model", "no/such",
                          "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)])
     assert {"nan_robustness", "transfer", "benchmark"} <= set(results) and "frozen_bert" in results["not_run"]
     assert {data["source"] for data in results["data"].values()} == {"embedded"}
