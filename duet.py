@@ -1345,7 +1345,8 @@ def plot_shares(records, title, xlabel, key, path):
             at = [i for i, share in enumerate(shares) if runs[share]]
             plot_curve(axis, at, 100 * np.array(list(filter(None, runs.values()))).T, model, i, "osv^Dx*"[i % 7])
         axis.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
-        axis.set(title=panel, xlabel=xlabel, ylabel="test accuracy [%]")
+        low, high = axis.get_ylim()  # an interval may reach beyond what an accuracy can be
+        axis.set(title=panel, xlabel=xlabel, ylabel="test accuracy [%]", ylim=(max(low, 0), min(high, 103)))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     save_figure(fig, path)
 

@@ -501,7 +501,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(shared, tmp_path, monkeypatch)
         assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"] if "extra" not in key)
 
 
-def test_transfer_and_missing_values(tmp_path):
+def test_transfer_and_missing_values(tmp_path, monkeypatch):
     results = duet.main(["--transfer", "--synthetic-schemas", "3", "--strategies", "none", "auto_expanding", *TINY,
                          "--windows", "400", "--output-dir", str(tmp_path)])
     assert results["transfer"]["to"] == "schema_03" and (tmp_path / "duet/run-001/transfer.png").exists()
@@ -509,7 +509,17 @@ def test_transfer_and_missing_values(tmp_path):
     assert rows["none, pretrained"]["0%"] and rows["none, from scratch"]["0%"] is None
     assert set(rows) == {"gradient boosting", *(f"{strategy}, {start}" for strategy in ("none", "auto_expanding")
                                                 for start in ("pretrained", "from scratch"))}
+    holes, drop = {}, duet.drop_values
+
+    def record(x, share, blocks=False):
+        dropped = drop(x, share, blocks)
+        if isinstance(share, float):  # not in training, where each window has its own
+            holes.setdefault((share, blocks), set()).add(dropped.isnan().numpy().tobytes())
+        return dropped
+
+    monkeypatch.setattr(duet, "drop_values", record)
     results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path)])
+    assert len(holes) == 10 and all(len(same) == 1 for same in holes.values())  # the same gaps for every model
     table = results["nan_robustness"]["tables"]["accuracy"]
     assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "forward fill")) == 1
     assert len(table) == 6 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
