@@ -1516,7 +1516,7 @@ def parse_args(argv):
     add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds in a row: mean ± 95 %% interval")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
     if "--quick" in argv:
-        parser.set_defaults(windows=300, steps=30, batch_size=64, evaluations=3, shared=True, transfer="last",
+        parser.set_defaults(windows=300, steps=20, batch_size=64, evaluations=3, shared=True, transfer="last",
                             nan_robustness=True)
     args = parser.parse_args(argv)
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
