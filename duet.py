@@ -1361,11 +1361,15 @@ def plot_columns(names, similarity, unit, path):
         axes[0].set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=7)
     axes[0].grid(visible=False)
     u, s, _ = np.linalg.svd(unit - unit.mean(0), full_matrices=False)
-    axes[1].scatter(u[:, 0] * s[0], u[:, 1] * s[1], s=12)
-    places = {}
-    for i, (x, y) in enumerate(u[:, :2] * s[:2], start=1):
-        places.setdefault((round(x, 2), round(y, 2)), []).append(str(i))
-    for at, numbers in places.items():
+    points, places = u[:, :2] * s[:2], []
+    axes[1].scatter(*points.T, s=12)
+    for i, at in enumerate(points, start=1):  # names that lie together have one label
+        near = [numbers for place, numbers in places if (np.abs(at - place) < 0.03 * np.ptp(points, axis=0)).all()]
+        if near:
+            near[0].append(str(i))
+        else:
+            places.append((at, [str(i)]))
+    for at, numbers in places:
         axes[1].annotate(", ".join(numbers), at, xytext=(3, 3), textcoords="offset points", fontsize=8)
     first, second = 100 * s[:2] ** 2 / (s**2).sum()
     axes[1].set(title="principal components, numbered as on the left", xlabel=f"first ({first:.0f} % of the variance)",
@@ -1472,7 +1476,7 @@ def between(kind, low, high=math.inf):
 def parse_args(argv):
     parser = Parser("duet.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="every experiment, small, on embedded data, without network, in a minute")
+    add("--quick", action="store_true", help="every experiment on embedded data, without network, in a minute: too short to learn")
     add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help=f"{', '.join(EMBEDDED)} (embedded), "
         "etth1 (downloaded); default: all three, etth1 if it can be had")
     add("--data", nargs="+", metavar="PATH", help="your own: .csv files (rows in order of time, numeric columns), .ts "
