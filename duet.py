@@ -1476,7 +1476,8 @@ def between(kind, low, high=math.inf):
 def parse_args(argv):
     parser = Parser("duet.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="every experiment on embedded data, without network, in a minute: too short to learn")
+    add("--quick", action="store_true", help="every experiment on embedded data, without network, in a minute, "
+        "too short to learn anything")
     add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help=f"{', '.join(EMBEDDED)} (embedded), "
         "etth1 (downloaded); default: all three, etth1 if it can be had")
     add("--data", nargs="+", metavar="PATH", help="your own: .csv files (rows in order of time, numeric columns), .ts "
