@@ -1358,13 +1358,14 @@ def plot_columns(names, similarity, unit, path):
     fig.colorbar(image, ax=axes[0], label="cosine similarity", shrink=0.8)
     if len(names) <= 45:
         axes[0].set_yticks(range(len(names)), [f"{name}  {i}" for i, name in enumerate(names, start=1)], fontsize=8)
-        axes[0].set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=7)
+        axes[0].set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=6)
     axes[0].grid(visible=False)
     u, s, _ = np.linalg.svd(unit - unit.mean(0), full_matrices=False)
     points, places = u[:, :2] * s[:2], []
+    label_size = np.ptp(points, axis=0) * (0.06, 0.03)
     axes[1].scatter(*points.T, s=12)
     for i, at in enumerate(points, start=1):  # names that lie together have one label
-        near = [numbers for place, numbers in places if (np.abs(at - place) < 0.03 * np.ptp(points, axis=0)).all()]
+        near = [numbers for place, numbers in places if (np.abs(at - place) < label_size).all()]
         if near:
             near[0].append(str(i))
         else:
