@@ -20,7 +20,7 @@ embedding, and lets columns attend to each other. Beside them: persistence, logi
 Written to outputs/duet/run-001/ (the next free number): results.json, summary.md, pictures, models/*.pt.
 
 A column's embedding is constant over time, so through one patch layer it is only a bias: inside one data set the three
-strategies are the same class of functions, and no difference is to be expected. In the shared model it tells the
+strategies are the same class of functions, and a difference is one of optimization. In the shared model it tells the
 columns apart.
 
 Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (the ordinal head), Zhou et al. 2021
