@@ -37,6 +37,7 @@ import gc
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -72,10 +73,14 @@ STRATEGIES = ["none", "auto_expanding", "frozen_bert"]
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
 SEED_CLAIM = {"temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
-              "user_metrics": {"none": 99.0, "auto_expanding": 99.0}, "etth1": {"none": 79.7, "auto_expanding": 87.5}}
+              "user_metrics": {"none": 99.0, "auto_expanding": 99.0}, "etth1": {"none": 79.7, "auto_expanding": 87.5},
+              "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8}}
 FILLS = {"mask": "value and mask", "zero": "zero fill", "forward": "forward fill"}
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
+INTERVAL = ("± is the 95 % interval of the mean over the seeds (Student's t). It covers initial weights, order of "
+            "batches and, in a transfer, the choice of labels; not that of the test part. * marks a difference whose "
+            "interval leaves 0 out (paired t-test); the comparisons are not corrected for their number.")
 PROBES = ["temp", "temperature", "price"]  # the seed's question: is "temp" nearer to "temperature" than to "price"?
 
 # The embedded data sets: {column: (level, scale)}, and the pair of which the second may follow the first.
@@ -106,6 +111,10 @@ class UserError(Exception):
     """Something that the user can put right: main() makes it one line on stderr and exit code 2."""
 
 
+class Diverged(UserError):
+    """The loss is no number; the run would end so each time, and --resume takes it only if it is named."""
+
+
 class EncoderMissing(UserError):
     """A column name is not in the cache and its encoder cannot be had; the benchmark marks the row as not run."""
 
@@ -134,7 +143,7 @@ class Dataset:
 
     name: str
     columns: list  # names
-    series: np.ndarray  # [rows, columns] float32, NaN where missing; scaled by prepare()
+    series: np.ndarray  # [rows, columns] float64, NaN where missing; scaled and float32 after prepare()
     starts: np.ndarray  # [windows] int64
     labels: np.ndarray  # [windows] int64
     classes: list  # names
@@ -152,7 +161,7 @@ def prepare(data):
     train = np.zeros(len(data.series), bool)
     for start in data.starts[data.parts["train"]]:
         train[start : start + data.seq_len] = True
-    known = np.where(np.isfinite(data.series), data.series, np.nan).astype(np.float64)
+    known = np.where(np.isfinite(data.series), data.series, np.nan)
     filled = np.isfinite(known[train]).sum(axis=0)
     mean = np.nansum(known[train], axis=0) / filled.clip(1)
     std = np.sqrt(np.nansum((known[train] - mean) ** 2, axis=0) / filled.clip(1))
@@ -168,7 +177,8 @@ def prepare(data):
     data.mean, data.std = mean[keep], np.maximum(std[keep], 1e-12)
     data.series = ((known[:, keep] - data.mean) / data.std).astype(np.float32)
     if data.limits is not None:
-        data.limits = (data.limits - data.mean[data.target]) / data.std[data.target]
+        # Rounded like the series, so that a value at a limit stays at it.
+        data.limits = ((data.limits - data.mean[data.target]) / data.std[data.target]).astype(np.float32)
     digest = hashlib.sha256(np.ascontiguousarray(data.series))
     digest.update(data.labels)
     counts = {part: np.bincount(data.labels[some], minlength=len(data.classes)) for part, some in data.parts.items()}
@@ -180,6 +190,9 @@ def prepare(data):
             raise UserError(f"{data.name}: the {part} part has {count.tolist()} windows of its classes; take more data")
     for name, why in left_out.items():
         note(f"{data.name}: column {name!r} left out, {why}")
+    for name, count in zip(data.classes, counts["train"]):
+        if not count:
+            note(f"{data.name}: class {name!r} has no window in the training part")
     return data
 
 
@@ -197,12 +210,12 @@ def split_blocks(windows, gap, blocks=25):
     return np.flatnonzero((block % 5 != 2) & ~near), validation
 
 
-def split_at_random(labels, share=0.2):
+def split_at_random(labels, share=0.2, seed=0, at_least=0):
     """(rest, chosen) window numbers, `share` of each class chosen; for windows that have no rows in common."""
-    rng, chosen = np.random.default_rng(0), np.zeros(len(labels), bool)
+    rng, chosen = np.random.default_rng(seed), np.zeros(len(labels), bool)
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
-        chosen[own[: round(share * len(own))]] = True
+        chosen[own[: max(at_least, round(share * len(own)))]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
@@ -242,7 +255,7 @@ def generate_windows(columns, coupled, windows, seed):
     level, scale = np.array(list(columns.values()), float).T[:, :, None]
     x = level + scale * x
     x[rng.random(x.shape) < 0.05] = np.nan
-    return x.transpose(0, 2, 1).reshape(-1, len(names)).astype(np.float32), labels
+    return x.transpose(0, 2, 1).reshape(-1, len(names)), labels
 
 
 def embedded_dataset(name, columns, coupled, windows, seed):
@@ -267,34 +280,38 @@ def synthetic_schema(number, windows):
 
 
 def read_csv(path):
-    """({numeric column: float32 [rows]}, {left out: why}, texts of the date column or None) of a CSV file."""
+    """({numeric column: float64 [rows]}, {left out: why}, texts of the date column or None) of a CSV file."""
     import pyarrow as pa
     import pyarrow.csv
 
     try:
         table = pa.csv.read_csv(path)
-    except (pa.ArrowException, OSError) as error:
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    if len(set(table.column_names)) < table.num_columns:
-        raise UserError(f"{path}: two columns have the same name: {', '.join(table.column_names)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns have the same name: {', '.join(names)}")
     if not table.num_rows:
         raise UserError(f"{path}: no rows")
     numbers, left_out, dates = {}, {}, None
-    for name, column in zip(table.column_names, table.columns):
+    for name, column in zip(names, table.columns):
         kind = column.type
-        if pa.types.is_temporal(kind) or re.match(r"(date|time|datetime|timestamp)\b", name.lower()):
+        if pa.types.is_null(kind):
+            left_out[name] = "empty"
+        elif pa.types.is_temporal(kind) or name.lower() in ("date", "time", "datetime", "timestamp"):
             left_out[name], dates = "a date", [str(value) for value in column.to_pylist()]
         elif re.fullmatch(r"|Unnamed: \d+|__index_level_\d+__", name):
             left_out[name] = "a row index"
         elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-            numbers[name] = column.cast(pa.float64()).to_numpy().astype(np.float32)
+            numbers[name] = column.cast(pa.float64(), safe=False).to_numpy()
         else:
             left_out[name] = "not numeric"
             bad = [(row, cell) for row, cell in enumerate(column.to_pylist(), start=2) if not is_number(cell)]
             if 0 < len(bad) < table.num_rows / 2:
                 raise UserError(f"{path}: row {bad[0][0]}, column {name!r}: {bad[0][1]!r}, a number is needed")
     if not numbers:
-        raise UserError(f"{path}: no numeric column, only {', '.join(table.column_names)}")
+        hint = "; the separator must be a comma" if re.search("[;\t]", names[0]) else ""
+        raise UserError(f"{path}: no numeric column, only {', '.join(names)}{hint}")
     return numbers, left_out, dates
 
 
@@ -309,7 +326,7 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
     """Windows of 96 rows of a CSV file; the class is the quantile of `target` in the next row.
 
     `seed` protocol: quantiles of the whole series, first 80 % of the windows for training. `holdout`: quantiles of the
-    training part, and a gap before the test part.
+    rows before the test part, and no training window shares rows with it. Validation shares none in either.
     """
     numbers, left_out, _ = read_csv(path)
     if target not in numbers:
@@ -321,12 +338,13 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
     if train < 10 * SEQ_LEN:
         raise UserError(f"{path}: {len(series)} rows, at least {math.ceil(12.5 * SEQ_LEN) + SEQ_LEN} are needed")
     values = numbers[target]
-    seen = values if protocol == "seed" else values[: train + SEQ_LEN]
+    seen = values if protocol == "seed" else values[:train]
     limits = np.nanpercentile(seen, np.round(100 * np.arange(1, num_classes) / num_classes, 2))
     if not (np.diff(limits) > 0).all():
         raise UserError(f"{path}: --num-classes {num_classes}: quantiles of {target!r} coincide ({limits.tolist()})")
     following = values[starts + SEQ_LEN]
     inner, validation = split_blocks(train, gap=SEQ_LEN)
+    validation = validation[validation < train - SEQ_LEN]
     if protocol == "holdout":
         inner = inner[inner < train - SEQ_LEN]
     parts = {"train": inner, "validation": validation, "test": np.arange(train, len(starts))}
@@ -340,7 +358,7 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
 
 
 def read_ts(path):
-    """(cases [[float32 [length] for each dimension], …], labels [text]) of a UEA/UCR .ts file; `?` is NaN."""
+    """(cases [[float64 [length] for each dimension], …], labels [text]) of a UEA/UCR .ts file; `?` is NaN."""
     cases, labels, in_data = [], [], False
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -359,13 +377,15 @@ def read_ts(path):
             continue
         *dimensions, label = line.split(":")
         try:
-            case = [np.array([cell.replace("?", "nan") or "nan" for cell in text.split(",")], np.float32)
+            case = [np.array([cell.replace("?", "nan") or "nan" for cell in text.split(",")], np.float64)
                     for text in dimensions]
         except ValueError as error:
             raise UserError(f"{path}: line {number}: {error}, a number or ? is needed") from None
         if not case or (cases and len(case) != len(cases[0])):
             wanted = f"{len(cases[0])} dimensions" if cases else "values, a colon and the class"
             raise UserError(f"{path}: line {number}: {len(case)} dimensions, {wanted} are needed")
+        if label.strip() in ("", "?"):
+            raise UserError(f"{path}: line {number}: the class after the last colon is missing")
         cases.append(case)
         labels.append(label.strip())
     if not cases:
@@ -375,7 +395,7 @@ def read_ts(path):
 
 def stack_cases(cases, seq_len):
     """Cases of unequal length, the last seq_len steps of each, as series [cases * seq_len, dimensions], NaN before."""
-    series = np.full((len(cases), seq_len, len(cases[0])), np.nan, np.float32)
+    series = np.full((len(cases), seq_len, len(cases[0])), np.nan)
     for i, case in enumerate(cases):
         for j, values in enumerate(case):
             values = values[-seq_len:]
@@ -383,29 +403,22 @@ def stack_cases(cases, seq_len):
     return series.reshape(-1, len(cases[0]))
 
 
-def ts_datasets(path):
-    """The data sets of a .ts file or of a folder with such; NAME_TRAIN.ts and NAME_TEST.ts are one."""
-    groups = {}
-    for file in sorted(path.glob("*.ts")) if path.is_dir() else [path]:
-        groups.setdefault(re.sub(r"_(TRAIN|TEST)$", "", file.stem), []).append(file)
-    if not groups:
-        raise UserError(f"{path}: no .ts file in this folder")
-    for name, files in groups.items():
-        cases, texts, test = [], [], []
-        for file in files:
-            own, labels = read_ts(file)
-            cases, texts, test = cases + own, texts + labels, test + [file.stem.endswith("_TEST")] * len(own)
-        if len({len(case) for case in cases}) > 1:
-            raise UserError(f"{name}: training and test file have different dimensions")
-        classes = sorted(set(texts))
-        labels = np.array([classes.index(text) for text in texts])
-        seq_len = max(len(values) for case in cases for values in case)
-        info = {"source": "real", "path": [str(file) for file in files],
-                "file_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
-        yield prepare(Dataset(name, [f"dim_{i}" for i in range(len(cases[0]))], stack_cases(cases, seq_len),
-                              seq_len * np.arange(len(cases)), labels, classes,
-                              independent_parts(labels, np.array(test) if 0 < sum(test) < len(test) else None),
-                              seq_len, info=info))
+def ts_dataset(name, files):
+    """The data set of a .ts file, or of NAME_TRAIN.ts and NAME_TEST.ts together."""
+    cases, texts, test = [], [], []
+    for file in files:
+        own, labels = read_ts(file)
+        cases, texts, test = cases + own, texts + labels, test + [file.stem.endswith("_TEST")] * len(own)
+    if len({len(case) for case in cases}) > 1:
+        raise UserError(f"{name}: training and test file have different dimensions")
+    classes = sorted(set(texts))
+    labels = np.array([classes.index(text) for text in texts])
+    seq_len = max(len(values) for case in cases for values in case)
+    info = {"source": "real", "path": [str(file) for file in files],
+            "file_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
+    parts = independent_parts(labels, np.array(test) if 0 < sum(test) < len(test) else None)
+    return prepare(Dataset(name, [f"dim_{i}" for i in range(len(cases[0]))], stack_cases(cases, seq_len),
+                           seq_len * np.arange(len(cases)), labels, classes, parts, seq_len, info=info))
 
 
 def fetch_etth1(data_dir):
@@ -439,22 +452,31 @@ def load_datasets(args):
                 note(f"warning: etth1 left out, embedded data sets alone: {problem}")
     for number, name in enumerate(names or []):
         if name == "etth1":
-            datasets.append(csv_dataset(fetch_etth1(args.data_dir), "OT", 3, args.protocol, "etth1"))
+            datasets.append(csv_dataset(fetch_etth1(args.data_dir), "OT", 3, args.protocol or "seed", "etth1"))
         else:
             datasets.append(embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number]))
+    groups = {}  # path without _TRAIN or _TEST: files
     for path in map(Path, args.data or []):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; --data takes .csv, .ts and folders of .ts")
-        if path.is_dir() or path.suffix == ".ts":
-            datasets += ts_datasets(path)
+        files = sorted(path.glob("*.ts")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path}: no .ts file in this folder")
+        for file in files:
+            groups.setdefault(Path(re.sub(r"_(TRAIN|TEST)\.ts$", ".ts", str(file))), []).append(file)
+    for path, files in groups.items():
+        if path.suffix == ".ts":
+            datasets.append(ts_dataset(path.stem, files))
         elif args.target is None:
             raise UserError(f"{path}: --target COLUMN is needed for a CSV: {', '.join(read_csv(path)[0])}")
         else:
-            datasets.append(csv_dataset(path, args.target, args.num_classes, args.protocol))
+            datasets += [csv_dataset(file, args.target, args.num_classes, args.protocol or "holdout") for file in files]
     datasets += [synthetic_schema(number, args.windows) for number in range(args.synthetic_schemas)]
     names = [data.name for data in datasets]
     if len(set(names)) < len(names):
         raise UserError(f"two data sets have the same name: {', '.join(names)}")
+    if reserved := {"shared", "sources", "mean of all"} & set(names):
+        raise UserError(f"a data set cannot be called {reserved.pop()!r}, a name that results use; rename the file")
     return datasets
 
 
@@ -512,7 +534,10 @@ class AutoExpandingEmbedder(nn.Module):
         self.rows = dict(rows)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.grow(len(state_dict[prefix + "embedding.weight"]))  # a checkpoint may have a larger vocabulary
+        key = prefix + "embedding.weight"
+        weight = state_dict[key]
+        self.grow(len(weight))  # a checkpoint may have a larger vocabulary, or a smaller one
+        state_dict[key] = torch.cat([weight, self.embedding.weight.data[len(weight) :].to(weight)])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -634,8 +659,8 @@ class FrozenBERTColumnEmbedder(nn.Module):
             with whole_file(self.cache_path) as file:
                 file.write(save(self.cache, {"bert_model": self.bert_model, "fingerprint": self._fingerprint()}))
             index, index_path = {}, self.cache_dir / "index.json"
-            with contextlib.suppress(OSError, ValueError):
-                index = json.loads(index_path.read_text())
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                index |= json.loads(index_path.read_text())
             index[self.cache_path.name] = {"bert_model": self.bert_model, "bert_dim": self.bert_dim,
                                            "keys": sorted(self.cache)}
             with whole_file(index_path) as file:
@@ -734,24 +759,27 @@ class MultiDatasetPatchDuET(nn.Module):
         super().__init__()
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
+        self.settings = {"c_in": c_in, "seq_len": seq_len, "strategy": strategy, "shared": shared, "head": head,
+                         "fill": fill, "dropout": dropout, "d_model": d_model, "queries": queries} | bert
         self.c_in, self.strategy, self.shared, self.head_kind, self.fill = c_in, strategy, shared, head, fill
-        self.embedder = None
-        if strategy == "auto_expanding":
-            self.embedder = AutoExpandingEmbedder(d_model if shared else 1)
-        elif strategy == "frozen_bert":
-            self.embedder = FrozenBERTColumnEmbedder(target_dim=d_model if shared else 1, **bert)
-        if shared:
-            self.patch_layer = nn.Linear(2 * PATCH_LEN, d_model)
-            self.queries = nn.Linear(d_model, queries)
-            self.join = nn.Linear(queries * d_model, d_model)
-        else:
-            self.patch_layer = nn.Linear(c_in * (3 if self.embedder else 2) * PATCH_LEN, d_model)
+        # What all strategies have comes first: with one seed they begin with the same weights there.
         self.positions = nn.Parameter(0.02 * torch.randn(num_patches(seq_len), d_model))
         layer = nn.TransformerEncoderLayer(d_model, 8, 2048, 0.0, batch_first=True, norm_first=True)
         # Dropout on what each half of a layer adds, not inside: on 2048 hidden units it would be a third of the time.
         layer.dropout1.p = layer.dropout2.p = dropout
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.heads, self.column_rows, self.dataset = nn.ModuleDict(), {}, None
+        if shared:
+            self.patch_layer = nn.Linear(2 * PATCH_LEN, d_model)
+            self.queries = nn.Linear(d_model, queries)
+            self.join = nn.Linear(queries * d_model, d_model)
+        else:
+            self.patch_layer = nn.Linear(c_in * (2 if strategy == "none" else 3) * PATCH_LEN, d_model)
+        self.embedder = None
+        if strategy == "auto_expanding":
+            self.embedder = AutoExpandingEmbedder(d_model if shared else 1)
+        elif strategy == "frozen_bert":
+            self.embedder = FrozenBERTColumnEmbedder(target_dim=d_model if shared else 1, **bert)
+        self.heads, self.column_names, self.cards, self.dataset = nn.ModuleDict(), {}, {}, None
 
     @classmethod
     def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None, strategy="none", **options):
@@ -773,15 +801,23 @@ class MultiDatasetPatchDuET(nn.Module):
             self.heads[head_key(dataset)] = head.to(self.positions.device)
         if head_key(dataset) not in self.heads:
             raise ValueError(f"no head for data set {dataset!r} yet: give its num_classes")
-        self.column_rows[dataset] = self.embedder.lookup(names, optimizer) if self.embedder else None
+        if self.embedder:
+            self.embedder.lookup(names, optimizer)
+        self.column_names[dataset] = list(names)
         self.dataset = dataset
+
+    def add_dataset(self, card):
+        """Serve the data set of this card(), with a new head; checkpoints keep the card."""
+        self.cards[card["name"]] = card
+        self.set_dataset_columns(card["columns"], card["name"], len(card["classes"]), card["target"], card["limits"])
 
     def forward(self, x):
         if not self.shared and x.shape[1] != self.c_in:
             raise ValueError(f"x has {x.shape[1]} columns, the model {self.c_in}")
         values, mask = values_and_mask(x, self.fill)
-        rows = self.column_rows[self.dataset]
-        names = None if rows is None else self.embedder(rows.to(x.device))  # [columns, d_model or 1]
+        names = None  # [columns, d_model or 1]
+        if self.embedder:  # rows are looked up each time: a loaded state may have others
+            names = self.embedder(self.embedder.lookup(self.column_names[self.dataset]).to(x.device))
         if self.shared:
             patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)  # [batch, columns, patches, 32]
             tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
@@ -807,15 +843,6 @@ def card(data):
     return {"name": data.name, "columns": data.columns, "classes": data.classes, "target": data.target,
             "limits": None if data.limits is None else data.limits.tolist(), "mean": data.mean.tolist(),
             "std": data.std.tolist(), "seq_len": data.seq_len}
-
-
-def build_model(cards, strategy, shared, head, dropout, fill="mask", **bert):
-    """An untrained model for data sets with these cards; one that is not shared takes one."""
-    model = MultiDatasetPatchDuET(len(cards[0]["columns"]), max(one["seq_len"] for one in cards), strategy, shared,
-                                  head, fill, dropout, **(bert if strategy == "frozen_bert" else {}))
-    for one in cards:
-        model.set_dataset_columns(one["columns"], one["name"], len(one["classes"]), one["target"], one["limits"])
-    return model
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -846,6 +873,9 @@ def fit(model, datasets, args, path, drop=False):
     mean validation accuracy over the data sets. Goes on from the checkpoint at `path`, if there is one; a finished one
     is loaded and nothing is done. With `drop`, values are left out at random, up to half of them, in training alone.
     """
+    for data in datasets:
+        if data.name not in model.cards:
+            model.add_dataset(card(data))
     device = next(model.parameters()).device
     tensors = [(torch.from_numpy(data.series).to(device), torch.from_numpy(data.starts).to(device),
                 torch.from_numpy(data.labels).to(device)) for data in datasets]
@@ -857,14 +887,16 @@ def fit(model, datasets, args, path, drop=False):
     saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
     data_key = "".join(data.info["sha256"] for data in datasets)
     state = load_checkpoint(path, data_key)
+    history, best = [], {"accuracy": -1.0}
     if state:
-        for name, part in {"model": model}.items() if state["finished"] else saved.items():
-            part.load_state_dict(state[name])
-        if state["finished"]:
-            return state["history"]
-        torch.set_rng_state(state["random"])
-        torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
-    history, best = (state["history"], state["best"]) if state else ([], {"accuracy": -1.0})
+        with reading(path):
+            for name, part in {"model": model}.items() if state["finished"] else saved.items():
+                part.load_state_dict(state[name])
+            if state["finished"]:
+                return state["history"]
+            torch.set_rng_state(state["random"])
+            torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
+            history, best = state["history"], state["best"]
 
     bar = tqdm(total=steps, initial=history[-1]["step"] if history else 0, desc=path.stem, unit="step", leave=False)
     evaluations = min(args.evaluations, args.steps)
@@ -899,7 +931,7 @@ def fit(model, datasets, args, path, drop=False):
         trained = time.perf_counter() - began
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
-            raise UserError(f"{path.stem}: the loss is not finite; lower the --learning-rate")
+            raise Diverged(f"{path.stem}: the loss is not finite; lower the --learning-rate")
         accuracies = {data.name: float(np.mean(predict(model, data, "validation").argmax(1)
                                                == data.labels[data.parts["validation"]])) for data in datasets}
         accuracy = float(np.mean(list(accuracies.values())))
@@ -915,13 +947,12 @@ def fit(model, datasets, args, path, drop=False):
             save_checkpoint(state, path)
     bar.close()
     model.load_state_dict(best["model"])
-    settings = model_settings(args)
+    settings = dict(model.settings)
     if model.strategy == "frozen_bert":  # its vectors: then predicting needs neither cache nor encoder
-        settings["known"] = dict(zip(model.embedder.rows, model.embedder.table.cpu()))
-    finished = {"model": best["model"], "history": history, "data": data_key, "finished": True,
-                "cards": [card(data) for data in datasets], "shared": model.shared, "strategy": model.strategy,
-                "settings": settings | {"fill": model.fill}}
-    save_checkpoint(finished, path)
+        settings |= {"cache_dir": str(model.embedder.cache_dir),
+                     "known": dict(zip(model.embedder.rows, model.embedder.table.cpu()))}
+    save_checkpoint({"model": best["model"], "history": history, "data": data_key, "finished": True,
+                     "cards": model.cards, "settings": settings}, path)
     return history
 
 
@@ -936,11 +967,6 @@ def predict(model, data, part, corrupt=None):
             x = gather_windows(series, starts, data.seq_len)
             outputs.append(model(corrupt(x) if corrupt else x).float())
     return torch.cat(outputs).cpu().numpy()
-
-
-def model_settings(args):
-    """The arguments that build_model() needs."""
-    return {"head": args.head, "dropout": args.dropout} | bert_options(args)
 
 
 def bert_options(args):
@@ -969,18 +995,26 @@ def save_checkpoint(state, path):
         file.write(buffer.getbuffer())
 
 
+@contextlib.contextmanager
+def reading(path):
+    """What goes wrong while the checkpoint at `path` is read becomes a UserError."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, OSError,
+            pickle.UnpicklingError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: damaged, or no checkpoint of this duet.py ({why})") from None
+
+
 def load_checkpoint(path, data_key=None):
     """The state at `path`, None where there is no file; UserError where it is damaged or of other data."""
     if not Path(path).exists():
         return None
-    try:
+    with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if data_key not in (None, state["data"]):
+        if data_key and data_key != state["data"]:
             raise UserError(f"{path}: the run began with other data; bring the files back or start a new run")
         return state
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: damaged, or no checkpoint of duet.py ({why})") from None
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -1050,11 +1084,15 @@ def distinct(records, key):
 
 
 def percent(values, sign=""):
-    """Mean of shares in percent, and its 95 % interval where there are several; None for no values."""
+    """Mean of shares in percent, and its 95 % interval where there are several; None for no values.
+
+    With `sign` "+" they are differences, and a star says that the interval leaves 0 out.
+    """
     if not len(values):
         return None
     mean, width = mean_and_interval(100 * np.array(values, float))
-    return f"{mean:{sign}.2f}" + (f" ± {width:.2f}" if len(values) > 1 else "")
+    star = " *" * bool(sign and abs(mean) > width)  # never for one run, whose width is NaN
+    return f"{mean:{sign}.2f}" + (f" ± {width:.2f}{star}" if len(values) > 1 else "")
 
 
 def difference(records, one, other, **where):
@@ -1074,10 +1112,18 @@ def share_table(records, *keys):
 # --- Experiments: (args, datasets, strategies, run_dir) -> {tables: {name: [{column: value}]}, …} ---------------------
 
 
-def new_model(args, datasets, strategy, shared, seed, fill="mask"):
-    """An untrained model on the device, from this seed; training goes on from the same random state."""
+def new_model(args, datasets, strategy, shared, seed, fill="mask", seq_len=0):
+    """An untrained model on the device for windows up to seq_len, or as long as the data sets'.
+
+    With one seed, training starts from the same random state and the same transformer whatever the strategy.
+    """
     seed_everything(seed)
-    model = build_model([card(data) for data in datasets], strategy, shared, fill=fill, **model_settings(args))
+    seq_len = max(seq_len, *(data.seq_len for data in datasets))
+    model = MultiDatasetPatchDuET(len(datasets[0].columns), seq_len, strategy, shared, args.head, fill, args.dropout,
+                                  **(bert_options(args) if strategy == "frozen_bert" else {}))
+    for data in datasets:
+        model.add_dataset(card(data))
+    seed_everything(seed)
     return model.to(args.torch_device)
 
 
@@ -1096,13 +1142,16 @@ def benchmark(args, datasets, strategies, run_dir):
                     accuracy = np.mean([record["accuracy"] for record in records[-len(own) :]])
                     note(f"{name}, {strategy}, seed {seed}: {accuracy:.2%}")
     plot_benchmark(records, run_dir)
-    table = benchmark_table(records, [name for name in args.strategies if name not in strategies])
+    claim = SEED_CLAIM if args.head == "mean" and args.protocol != "holdout" and not args.data else {}
+    if {data.name for data in datasets} != {*EMBEDDED, "etth1"}:  # the seed's average is over these three
+        claim = {name: models for name, models in claim.items() if name != "mean of all"}
+    table = benchmark_table(records, [name for name in args.strategies or STRATEGIES if name not in strategies], claim)
     return {"records": records, "tables": {"accuracy": table}, "note": "Differences are points of accuracy, paired by "
             "seed. Seconds are one training, of a shared model for all data sets. The seed's figures are single runs "
             "whose epoch was chosen on the test part; its embedded data are not public."}
 
 
-def benchmark_table(records, not_run):
+def benchmark_table(records, not_run, claim):
     """[{column: value}]: data sets × models, then the means over the data sets; differences are paired by seed."""
     datasets, models, table = distinct(records, "dataset"), distinct(records, "model"), []
     for model in models if len(datasets) > 1 else []:  # a data set "mean of all": for each seed the mean over them
@@ -1121,20 +1170,18 @@ def benchmark_table(records, not_run):
                     "macro F1 %": percent([record["macro_f1"] for record in own]),
                     "minus none": difference(records, model, plain, dataset=name) if learned else None,
                     "minus per-dataset": difference(records, model, strategy, dataset=name) if learned else None,
-                    "seed %": SEED_CLAIM.get(name, {}).get(model), "parameters": own[0].get("parameters"),
+                    "seed %": claim.get(name, {}).get(model), "parameters": own[0].get("parameters"),
                     "seconds": round(float(np.mean([record["seconds"] for record in own])), 1)})
         table += [{"data set": name, "model": f"{model} (not run)"} for model in not_run]
     return table
 
 
-def with_labels(data, share):
-    """`data` with `share` of the labels of its training and validation part, of each class alike."""
+def with_labels(data, share, seed):
+    """`data` with `share` of the labels of its training and validation part, of each class alike and at least one."""
     parts = dict(data.parts)
     for part in ("train", "validation"):
         some = data.parts[part]
-        parts[part] = np.sort(some[split_at_random(data.labels[some], share)[1]])
-        if not len(parts[part]):
-            raise UserError(f"{data.name}: {share:.0%} of the {part} part is no window; take more data")
+        parts[part] = np.sort(some[split_at_random(data.labels[some], share, seed, at_least=1)[1]])
     return dataclasses.replace(data, parts=parts)
 
 
@@ -1143,7 +1190,7 @@ def introduce(model, data, sources):
 
     Returns whether there were such: only then the model can be asked before it saw a label.
     """
-    model.set_dataset_columns(data.columns, data.name, len(data.classes), data.target, data.limits)
+    model.add_dataset(card(data))
     head, heads = model.heads[head_key(data.name)], [model.heads[head_key(one.name)] for one in sources]
     alike = [other for one, other in zip(sources, heads) if (one.classes, other.kind) == (data.classes, head.kind)]
     if alike:
@@ -1155,19 +1202,20 @@ def introduce(model, data, sources):
 def transfer(args, datasets, strategies, run_dir):
     """A shared model, trained on the other data sets or not at all, on a new one at LABEL_SHARES of its labels.
 
-    With few labels both are trained for a quarter of the steps. At 0 % there is a pretrained figure only, and only
-    where the other data sets have the same classes.
+    Each seed draws its labels. With few labels both are trained for a quarter of the steps. At 0 % there is a
+    pretrained figure only, and only where the other data sets have the same classes.
     """
     names = [data.name for data in datasets]
     goal = names[-1] if args.transfer == "last" else args.transfer
     if goal not in names or len(names) < 2:
         raise UserError(f"--transfer {goal}: must be one of at least two data sets: {', '.join(names)}")
     data, sources = datasets[names.index(goal)], [other for other in datasets if other.name != goal]
-    limited = {share: with_labels(data, share) for share in LABEL_SHARES[1:]}
-    records = [baseline_records(some)[-1] | {"share": share} for share, some in limited.items()]
+    records = []
     for seed in range(args.seed, args.seed + args.runs):
+        limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES[1:]}
+        records += [baseline_records(some)[-1] | {"share": share, "seed": seed} for share, some in limited.items()]
         for strategy in strategies:
-            base = new_model(args, sources, strategy, True, seed)
+            base = new_model(args, sources, strategy, True, seed, seq_len=data.seq_len)
             fit(base, sources, args, run_dir / f"models/sources-{strategy}-{seed}.pt")
             model = copy.deepcopy(base)
             if introduce(model, data, sources):
@@ -1195,28 +1243,30 @@ def transfer(args, datasets, strategies, run_dir):
 
 
 def nan_robustness(args, datasets, strategies, run_dir):
-    """The dual-patch model and two that fill, on test windows with more and more values missing; no strategy is used.
+    """The dual-patch model and two that fill, on test windows with more and more values missing.
 
-    All are trained alike, with up to half of the values left out at random and in blocks.
+    Strategies are those of --strategies, without it `none`. All are trained alike, with up to half of the values left
+    out at random and in blocks.
     """
-    records = []
+    records, strategies = [], [name for name in strategies if name in (args.strategies or ["none"])]
     for data in datasets:
         for seed in range(args.seed, args.seed + args.runs):
-            for fill, name in FILLS.items():
-                model = new_model(args, [data], "none", False, seed, fill)
-                fit(model, [data], args, run_dir / f"models/{data.name}-{fill}-{seed}.pt", drop=True)
+            for strategy, (fill, name) in itertools.product(strategies, FILLS.items()):
+                model = new_model(args, [data], strategy, False, seed, fill)
+                fit(model, [data], args, run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt", drop=True)
                 for missing, blocks in (("at random", False), ("in blocks", True)):
                     for share in MISSING_SHARES:
                         torch.manual_seed(seed)  # the same values are missing for every model
                         corrupt = partial(drop_values, share=share, blocks=blocks) if share else None
-                        records.append(evaluate(model, data, (), corrupt, model=name, share=share, seed=seed,
-                                                missing=missing))
+                        records.append(evaluate(model, data, (), corrupt, model=f"{strategy}, {name}", share=share,
+                                                seed=seed, missing=missing))
             note(f"missing values, {data.name}, seed {seed}: done")
         own = [record for record in records if record["dataset"] == data.name]
-        plot_shares(own, f"{data.name}: test accuracy with missing values", "values missing", "missing",
+        plot_shares(own, f"{data.name}: test accuracy with missing values", "values left out", "missing",
                     run_dir / f"nan_robustness_{data.name}.png")
     return {"records": records, "tables": {"accuracy": share_table(records, "dataset", "missing", "model")},
-            "note": "Test accuracy [%] by the share of values missing."}
+            "note": "Test accuracy [%] by the share of values left out, in addition to those that the data "
+            "lack (5 % of the embedded ones)."}
 
 
 def column_similarity(args, datasets, strategies, run_dir):
@@ -1251,11 +1301,21 @@ def column_similarity(args, datasets, strategies, run_dir):
 def restore_model(args):
     """(model, cards of its data sets) of --checkpoint."""
     state = load_checkpoint(args.checkpoint)
-    if state is None or not state.get("finished"):
-        raise UserError(f"{args.checkpoint}: no finished model; take one of a run's models/, or --resume the run")
-    model = build_model(state["cards"], state["strategy"], state["shared"], **state["settings"])
-    model.load_state_dict(state["model"])
-    return model, state["cards"]
+    with reading(args.checkpoint):
+        if state is None or not state["finished"]:
+            raise UserError(f"{args.checkpoint}: no finished model; take one of a run's models/, or --resume the run")
+        model = MultiDatasetPatchDuET(**state["settings"])
+        for one in state["cards"].values():
+            model.add_dataset(one)
+        if missing := model.load_state_dict(state["model"], strict=False).missing_keys:  # other heads may be there
+            raise ValueError(f"no {missing[0]}")
+    return model, list(model.cards.values())
+
+
+def match_columns(wanted, found):
+    """{wanted name: found name or None}: the same name, else one of the same words; none is taken twice."""
+    free = {name_to_words(name): name for name in reversed(found) if name not in wanted}
+    return {name: name if name in found else free.pop(name_to_words(name), None) for name in wanted}
 
 
 def read_for_prediction(path, cards):
@@ -1268,9 +1328,7 @@ def read_for_prediction(path, cards):
         columns, dates = {f"dim_{i}": i for i in range(len(cases[0]))}, None
     else:
         columns, _, dates = read_csv(path)
-    words = {name_to_words(name): name for name in reversed(columns)}
-    matches = [{name: name if name in columns else words.get(name_to_words(name)) for name in one["columns"]}
-               for one in cards]
+    matches = [match_columns(one["columns"], columns) for one in cards]
     number = max(range(len(cards)), key=lambda i: np.mean([match is not None for match in matches[i].values()]))
     match, one = matches[number], cards[number]
     missing, seq_len = [name for name in match if match[name] is None], one["seq_len"]
@@ -1385,11 +1443,12 @@ def summary(results):
     """The tables of a finished run as Markdown; empty columns are left out, a value that is None is a dash."""
     args = results["arguments"]
     seeds = f"seed {args['seed']}" + (f" to {args['seed'] + args['runs'] - 1}" if args["runs"] > 1 else "")
-    parts = [f"# duet.py, head {args['head']}, protocol {args['protocol']}, {seeds}"]
+    parts = [f"# duet.py, head {args['head']}, {seeds}"]
     for name, data in results["data"].items():
         left_out = "; ".join(f"{column!r} left out, {why}" for column, why in data["left_out"].items())
         columns = ", ".join(f"{column} ({words})" for column, words in data["columns"].items())
-        parts.append(f"{name}: {data['source']}, {data['rows']:,} rows, {columns}" + (f"; {left_out}" * bool(left_out)))
+        source = data["source"] + (f", protocol {data['protocol']}" if "protocol" in data else "")
+        parts.append(f"{name}: {source}, {data['rows']:,} rows, {columns}" + (f"; {left_out}" * bool(left_out)))
     parts += [f"**{name} was not run:** {why}" for name, why in results["not_run"].items()]
     for experiment in EXPERIMENTS:
         for name, rows in results.get(experiment, {}).get("tables", {}).items():
@@ -1401,7 +1460,7 @@ def summary(results):
             table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
             parts.append(f"## {experiment.replace('_', ' ')}: {name}\n\n{table}")
         parts += [results[experiment]["note"]] if experiment in results else []
-    return "\n\n".join([*parts, "± is the 95 % interval over the seeds (Student's t)." * (args["runs"] > 1)]) + "\n"
+    return "\n\n".join([*parts, INTERVAL * (args["runs"] > 1)]) + "\n"
 
 
 def write_results(results, path):
@@ -1423,17 +1482,19 @@ def new_run(output_dir):
             return run_dir
 
 
-def find_run(output_dir, name):
-    """(folder, arguments) of the unfinished run called `name`, or of the newest one."""
-    parent = Path(output_dir) / "duet"
+def find_run(args):
+    """(folder, arguments) of the unfinished run that --resume names, or of the newest one that did not fail."""
+    parent = Path(args.output_dir) / "duet"
     newest_first = sorted(parent.glob("run-*"), key=lambda run: (len(run.name), run.name), reverse=True)
-    for run_dir in newest_first if name == "newest" else [Path(name) if os.sep in name else parent / name]:
-        with contextlib.suppress(OSError, ValueError):
+    newest = args.resume == "newest"
+    for run_dir in newest_first if newest else [Path(args.resume) if os.sep in args.resume else parent / args.resume]:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # not a run's file
             results = json.loads((run_dir / "results.json").read_text())
-            if not results["finished"]:
+            mine = results["experiment"] == "duet" and results["arguments"].keys() == vars(args).keys()
+            if mine and not results["finished"] and not (newest and "failed" in results):
                 return run_dir, results["arguments"]
-    name = "" if name == "newest" else f" {name!r}"
-    raise UserError(f"{parent} has no unfinished run{name}; start one without --resume")
+    name = "" if newest else f" {args.resume!r}"
+    raise UserError(f"{parent} has no unfinished run{name} of this duet.py; start one without --resume")
 
 
 def describe_run(args):
@@ -1488,10 +1549,10 @@ def parse_args(argv):
     add("--synthetic-schemas", type=between(int, 0, 999), default=0, metavar="N", help="add N embedded data sets "
         "with 3 to 12 columns of different names")
     add("--windows", type=between(int, 60), default=2000, metavar="N", help="of each embedded data set, 96 steps each")
-    add("--protocol", choices=["seed", "holdout"], default="seed", help="class limits of a series: quantiles of all of "
-        "it, as the seed has them, or of the training part, then with a gap before the test part")
-    add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, metavar="NAME",
-        help="for the columns' names")
+    add("--protocol", choices=["seed", "holdout"], help="class limits: quantiles of the whole series, as the seed has "
+        "them, or of the rows before the test part, with a gap; default: seed for etth1, holdout for --data")
+    add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="for the columns' names: "
+        f"{', '.join(STRATEGIES)}; default: all, with --nan-robustness none")
     add("--shared", action="store_true", help="also one shared model for all data sets, with each strategy")
     add("--transfer", nargs="?", const="last", metavar="NAME", help="instead: pretrain on the other data sets, then "
         "learn NAME (without it the last one) with 0, 5, 10 and 100 %% of its labels")
@@ -1525,6 +1586,9 @@ def parse_args(argv):
         parser.set_defaults(windows=300, steps=20, batch_size=64, evaluations=3, shared=True, transfer="last",
                             nan_robustness=True)
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if "" in (value if isinstance(value, list) else [value]):  # an empty path would be this folder
+            raise UserError(f"--{name.replace('_', '-')} is an empty text")
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.resume and changed - {"resume", "output_dir", "device"}:
         raise UserError("--resume goes with --output-dir and --device only; a run keeps its own arguments")
@@ -1543,10 +1607,16 @@ def manage_cache(args):
             names = Path(args.prewarm).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prewarm {args.prewarm}: {error}") from None
-    embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-    embedder.lookup([name.strip() for name in names if name.strip()])
-    print(json.dumps(embedder.get_cache_stats(), indent=1))
-    return embedder.get_cache_stats()
+    try:
+        embedder = FrozenBERTColumnEmbedder(**bert_options(args) | {"offline": args.prewarm is None})
+        embedder.lookup([name.strip() for name in names if name.strip()])
+        stats = embedder.get_cache_stats()
+    except EncoderMissing:
+        if args.prewarm:
+            raise
+        stats = {"cached_embeddings": 0, "cache_size_mb": 0.0, "bert_model": args.bert_model, "bert_dim": None}
+    print(json.dumps(stats, indent=1))
+    return stats
 
 
 EXPERIMENTS = {"predict": predict_file, "columns": column_similarity, "nan_robustness": nan_robustness,
@@ -1567,8 +1637,9 @@ def run_experiments(args, run_dir):
     datasets = [] if args.checkpoint else load_datasets(args)
     if args.quick and len(datasets) < 2:  # nothing to transfer from
         todo.remove("transfer")
-    strategies, not_run = list(dict.fromkeys(args.strategies)), {}
-    if "frozen_bert" in strategies and {"transfer", "benchmark"} & set(todo):
+    strategies = args.strategies or (["none"] if todo == ["nan_robustness"] else STRATEGIES)
+    strategies, not_run = list(dict.fromkeys(strategies)), {}
+    if "frozen_bert" in strategies and {"nan_robustness", "transfer", "benchmark"} & set(todo):
         try:
             names = [name for data in datasets for name in data.columns]
             FrozenBERTColumnEmbedder(**bert_options(args)).lookup(names)
@@ -1606,7 +1677,7 @@ def main(argv=None):
         resumed = args.resume is not None
         if resumed:
             given = {"output_dir": args.output_dir} | ({} if args.device == "auto" else {"device": args.device})
-            run_dir, kept = find_run(args.output_dir, args.resume)
+            run_dir, kept = find_run(args)
             args = argparse.Namespace(**kept | given)
         run_dir = run_dir or new_run(args.output_dir)
         write_results(describe_run(args), run_dir / "results.json")
@@ -1617,6 +1688,8 @@ def main(argv=None):
         raise SystemExit(130) from None
     except UserError as problem:
         error = str(problem)
+        if isinstance(problem, Diverged):
+            write_results(describe_run(args) | {"failed": error}, run_dir / "results.json")
     except torch.OutOfMemoryError:
         error = "not enough GPU memory; lower --batch-size, or take --device cpu"
     except OSError as problem:

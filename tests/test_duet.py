@@ -4,6 +4,7 @@ import csv
 import gc
 import http.server
 import json
+import math
 import os
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def test_parameters_are_exactly_the_seeds_and_hold_no_encoder(strategy, counts, 
 @pytest.mark.parametrize("head", ["mean", "ordinal"])
 def test_a_nan_never_reaches_the_output(shared, fill, head):
     one = {"name": "a", "columns": NAMES[:3], "classes": list("xyz"), "target": 1, "limits": [-0.5, 0.5], "seq_len": 96}
-    model = duet.build_model([one], "auto_expanding", shared, head, 0.0, fill).train()
+    model = duet.MultiDatasetPatchDuET(3, 96, "auto_expanding", shared, head, fill).train()
+    model.add_dataset(one)
     x = torch.randn(4, 3, 96)
     x[0], x[1, 1], x[2, :, ::2], x[3, 1, -30:] = (torch.nan,) * 4
     logits = model(x)
@@ -156,6 +158,15 @@ def test_the_vocabulary_grows_and_keeps_its_rows_its_moments_and_its_place_in_th
     other.set_dataset_columns(["name 1300", "a"])
     x = torch.randn(2, 2, 96)
     assert torch.equal(other.eval()(x), model.eval()(x))
+    small = new(2, column_names=["y", "x"], strategy="auto_expanding").eval()
+    state = new(2, column_names=["x", "y"], strategy="auto_expanding").state_dict()
+    small.load_state_dict(state)  # the same names in other rows: each keeps its vector
+    rows = small.embedder.lookup(small.column_names["default"])
+    wanted = state["embedder.embedding.weight"][[1, 0]]
+    assert rows.tolist() == [1, 0] and torch.equal(small.embedder.embedding(rows), wanted)
+    state["embedder.embedding.weight"] = state["embedder.embedding.weight"][:5]  # a smaller vocabulary than its own
+    other.load_state_dict(state)
+    assert torch.equal(other.embedder.embed(["y", "x"]), wanted) and other(x).isfinite().all()
     table.grow(4000)  # an optimizer that is not told does not go on silently
     with pytest.raises(RuntimeError):
         step()
@@ -189,7 +200,8 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
 def test_an_untrained_ordinal_head_is_persistence():
     limits = [-0.4, 0.3]
     one = {"name": "a", "columns": NAMES[:4], "classes": list("xyz"), "target": 2, "limits": limits, "seq_len": 96}
-    model = duet.build_model([one], "none", False, "ordinal", 0.0).eval()
+    model = duet.MultiDatasetPatchDuET(4, head="ordinal").eval()
+    model.add_dataset(one)
     x = torch.randn(50, 4, 96)
     x[::3, 2, -5:] = torch.nan
     last = torch.where(x[:, 2, -1].isnan(), x[:, 2, -6], x[:, 2, -1])
@@ -246,6 +258,7 @@ def test_a_torn_cache_and_changed_weights_are_computed_anew(encoder, tmp_path, c
     vectors = first.embed(["temp"])
     whole = first.cache_path.read_bytes()
     first.cache_path.write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "index.json").write_text("[1]")
     again = duet.FrozenBERTColumnEmbedder(encoder, tmp_path)
     assert "is damaged" in capsys.readouterr().err
     torch.testing.assert_close(again.embed(["temp"]), vectors)
@@ -288,10 +301,13 @@ def test_without_an_encoder_the_row_is_not_run_and_alone_it_is_an_error(encoder,
     assert "no such encoder here" in line
 
 
-def test_prewarm_and_cache_stats(encoder, tmp_path, capsys):
+def test_prewarm_and_cache_stats(encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
     names = tmp_path / "names.txt"
     names.write_text("temperature\n\nCPU_usage\ntemperature\n")
     cache = ["--data-dir", str(tmp_path), "--bert-model", encoder]
+    empty = duet.main(["--cache-stats", "--data-dir", str(tmp_path), "--bert-model", "no/such-encoder"])
+    assert empty["cached_embeddings"] == 0 and empty["bert_dim"] is None  # and the hub was not asked
     assert duet.main(["--prewarm", str(names), *cache])["cached_embeddings"] == 2
     stats = duet.main(["--cache-stats", *cache])
     assert stats["bert_dim"] == 32 and json.loads(capsys.readouterr().out.split("}\n")[-2] + "}") == stats
@@ -348,8 +364,31 @@ def test_a_csv_is_prepared_and_its_classes_are_quantiles_of_the_next_value(small
     held = duet.csv_dataset(small_csv, "load", 4, "holdout")
     first_test = held.parts["test"].min()
     assert held.parts["train"].max() + 97 <= first_test
-    limits = np.percentile(load[: first_test + 96], (25, 50, 75))
-    np.testing.assert_allclose(held.info["class_limits"], limits, rtol=1e-5)
+    np.testing.assert_allclose(held.info["class_limits"], np.percentile(load[:first_test], (25, 50, 75)), rtol=1e-12)
+    (own,) = duet.load_datasets(duet.parse_args(["--data", str(small_csv), "--target", "load", "--num-classes", "4"]))
+    assert own.info["protocol"] == "holdout" and own.info["sha256"] == held.info["sha256"]  # the default
+
+
+def test_columns_that_are_no_numbers_are_left_out(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("time,time spent,none,big\n" + f"x,1,,{2**60}\n" * 3)
+    numbers, left_out, dates = duet.read_csv(tmp_path / "a.csv")
+    assert list(numbers) == ["time spent", "big"] and left_out == {"time": "a date", "none": "empty"}
+    assert dates == ["x"] * 3 and numbers["big"].dtype == np.float64
+    (tmp_path / "b.csv").write_text("a\n" + "\n".join(["0", "1"] * 800))
+    duet.csv_dataset(tmp_path / "b.csv", "a", 2, "seed")
+    assert "class 'quantile 1' has no window" not in capsys.readouterr().err
+    (tmp_path / "b.csv").write_text("a\n" + "\n".join("0001112" * 300))
+    duet.csv_dataset(tmp_path / "b.csv", "a", 3, "seed")
+    assert "class 'quantile 1' has no window" in capsys.readouterr().err
+
+
+def test_the_last_validation_block_ends_before_the_test_part_and_large_values_keep_their_digits(tmp_path):
+    rows = np.random.default_rng(0).normal(size=4300)
+    (tmp_path / "a.csv").write_text("a\n" + "\n".join(f"{1e9 + value:.6f}" for value in rows))
+    for protocol in ("seed", "holdout"):
+        data = duet.csv_dataset(tmp_path / "a.csv", "a", 3, protocol)
+        assert data.parts["validation"].max() + 96 < data.parts["test"].min()
+        np.testing.assert_allclose(data.series[:, 0], (rows - data.mean + 1e9) / data.std, atol=1e-5)
 
 
 @pytest.mark.skipif(not (ETT / "ett/ETTh1.csv").exists(), reason="ETTh1.csv is not beside the checkout")
@@ -357,8 +396,17 @@ def test_etth1_is_the_seeds_task_and_persistence_is_at_95():
     args = duet.parse_args(["--dataset", "etth1", "--data-dir", str(ETT)])
     (data,) = duet.load_datasets(args)
     assert data.info["windows"]["test"].tolist() == [1870, 1556, 39] and len(data.parts["test"]) == 3465
-    last = data.series[data.starts[data.parts["test"]] + 95, data.target]
-    assert round(100 * np.mean(np.digitize(last, data.limits) == data.labels[data.parts["test"]]), 1) == 95.2
+    raw = np.genfromtxt(ETT / "ett/ETTh1.csv", delimiter=",", skip_header=1, usecols=7)
+    limits = np.percentile(raw, (33.33, 66.67))  # values that occur: rounding must not move one across
+    assert np.array_equal(np.digitize(data.series[:, data.target], data.limits), np.digitize(raw, limits))
+    persistence = duet.baseline_records(few(data))[0]["accuracy"]
+    assert persistence == np.mean(np.digitize(raw[-3466:-1], limits) == np.digitize(raw[-3465:], limits))
+    assert round(100 * persistence, 2) == 95.12
+
+
+def few(data):
+    """`data` with 200 windows to train on."""
+    return duet.dataclasses.replace(data, parts=data.parts | {"train": data.parts["train"][::60]})
 
 
 HEADER = "# a comment\n@problemName Toy\n@timeStamps false\n@univariate false\n@classLabel true up down\n@data\n"
@@ -376,7 +424,7 @@ def toy_cases(count):
     return [f"{a}:{b}:{'up' if i % 2 else 'down'}" for i, (a, b) in enumerate(values)]
 
 
-def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path):
+def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, capsys):
     write_ts(tmp_path, ["1,2,?:4,5,6:down", "7,8:9,?,11,12:up"])
     cases, labels = duet.read_ts(tmp_path / "Toy.ts")
     assert labels == ["down", "up"] and [len(values) for case in cases for values in case] == [3, 3, 2, 4]
@@ -385,10 +433,14 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path):
     np.testing.assert_array_equal(stacked[1], [[np.nan, 9], [np.nan, np.nan], [7, 11], [8, 12]])
     (tmp_path / "Toy.ts").unlink()
     write_ts(tmp_path, toy_cases(60), "Toy_TRAIN.ts")
-    write_ts(tmp_path, toy_cases(30), "Toy_TEST.ts")
-    (data,) = duet.ts_datasets(tmp_path)
-    assert data.name == "Toy" and data.classes == ["down", "up"] and data.seq_len == 26
-    assert data.parts["test"].tolist() == list(range(30)) and data.parts["train"].min() >= 30  # TEST is read first
+    write_ts(tmp_path, [*toy_cases(30), "1,2:3,4:only here"], "Toy_TEST.ts")
+    files = [str(tmp_path / f"Toy_{part}.ts") for part in ("TRAIN", "TEST")]
+    (data,) = duet.load_datasets(duet.parse_args(["--data", *files]))
+    assert data.parts["test"].tolist() == list(range(60, 91))
+    assert "class 'only here' has no window in the training part" in capsys.readouterr().err
+    (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path)]))
+    assert data.name == "Toy" and data.classes == ["down", "only here", "up"] and data.seq_len == 26
+    assert data.parts["test"].tolist() == list(range(31)) and data.parts["train"].min() >= 31  # TEST is read first
     results = duet.main(["--data", str(tmp_path), "--strategies", "none", "--output-dir", str(tmp_path / "out"), *TINY])
     models = [row["model"] for row in results["benchmark"]["tables"]["accuracy"]]
     assert models == ["logistic regression", "gradient boosting", "none"]
@@ -400,6 +452,8 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path):
     ([], HEADER, "no cases after @data"),
     (["1,2:up"], "", "line 1: no @data line before it, this is no .ts file"),
     (["1,2:up"], "@timeStamps true\n@data\n", "line 1: @timeStamps true: it must have classes and no time stamps"),
+    (["1,2:3:", "1,2:3:up"], HEADER, "line 7: the class after the last colon is missing"),
+    (["1,2:3:up", "1,2:3: ?"], HEADER, "line 8: the class after the last colon is missing"),
     (["1,2:3"], "@classLabel false\n@data\n", "@classLabel false: it must have"),
 ])
 def test_bad_ts_files(tmp_path, capsys, lines, header, message):
@@ -509,6 +563,11 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch):
     assert rows["none, pretrained"]["0%"] and rows["none, from scratch"]["0%"] is None
     assert set(rows) == {"gradient boosting", *(f"{strategy}, {start}" for strategy in ("none", "auto_expanding")
                                                 for start in ("pretrained", "from scratch"))}
+    for checkpoint, names in (("schema_03-none-pretrained-0.1-42", 3), ("sources-auto_expanding-42", 2)):
+        model, cards = duet.restore_model(duet.argparse.Namespace(
+            checkpoint=tmp_path / f"duet/run-001/models/{checkpoint}.pt"))
+        assert [one["name"] for one in cards] == ["schema_01", "schema_02", "schema_03"][:names]
+        assert duet.predict(model, duet.synthetic_schema(0, 400), "test").shape[1] == 3
     holes, drop = {}, duet.drop_values
 
     def record(x, share, blocks=False):
@@ -518,10 +577,11 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch):
         return dropped
 
     monkeypatch.setattr(duet, "drop_values", record)
-    results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path)])
+    results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path),
+                         "--strategies", "auto_expanding"])
     assert len(holes) == 10 and all(len(same) == 1 for same in holes.values())  # the same gaps for every model
     table = results["nan_robustness"]["tables"]["accuracy"]
-    assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "forward fill")) == 1
+    assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "auto_expanding, forward fill")) == 1
     assert len(table) == 6 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
 
 
@@ -536,10 +596,24 @@ def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch)
 
 def test_few_labels_are_the_share_asked_for():
     data = duet.synthetic_schema(0, 1000)
-    few = duet.with_labels(data, 0.1)
+    few = duet.with_labels(data, 0.1, 42)
     assert abs(len(few.parts["train"]) / len(data.parts["train"]) - 0.1) < 0.01
     assert set(few.parts["validation"]) < set(data.parts["validation"])
     assert np.array_equal(few.parts["test"], data.parts["test"])
+    assert set(few.parts["train"]) != set(duet.with_labels(data, 0.1, 43).parts["train"])  # each seed has its own
+    rare = duet.with_labels(duet.synthetic_schema(0, 60), 0.05, 42)
+    assert all(set(rare.labels[rare.parts[part]]) == {0, 1, 2} for part in ("train", "validation"))
+
+
+def test_strategies_with_one_seed_begin_alike(encoder, tmp_path):
+    args = duet.parse_args(["--bert-model", encoder, "--data-dir", str(tmp_path), "--device", "cpu"])
+    args.torch_device, data = torch.device("cpu"), duet.synthetic_schema(0, 60)
+    for shared in (False, True):
+        begun = [(duet.new_model(args, [data], strategy, shared, 1), torch.rand(3)) for strategy in duet.STRATEGIES]
+        for model, random in begun[1:]:
+            assert torch.equal(random, begun[0][1])  # what orders the batches
+            alike = begun[0][0].encoder.state_dict()
+            assert all(torch.equal(value, alike[name]) for name, value in model.encoder.state_dict().items())
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -573,6 +647,9 @@ def test_prediction_matches_columns_by_name(finished, small_csv, tmp_path):
         newest = max((tmp_path / "duet").iterdir())
         return results["predict"], list(csv.DictReader((newest / "predictions.csv").read_text().splitlines()))
 
+    assert duet.match_columns(["tempC", "temp_c", "load"], {"temp_c": 0, "Load": 1}) == {
+        "tempC": None, "temp_c": "temp_c", "load": "Load"}  # a column of the file is read once
+    assert duet.match_columns(["tempC", "temp_c"], {"TempC": 0}) == {"tempC": "TempC", "temp_c": None}
     for checkpoint in ("plant-auto_expanding-42.pt", "shared-none-42.pt"):
         result, same = ask(checkpoint, lambda row: row)
         assert result["windows"] == len(same) == 205 and result["dataset"] == "plant" and result["missing"] == []
@@ -611,10 +688,18 @@ def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tm
     (["--data", "TWICE", "--target", "a"], "two columns have the same name: a, a"),
     (["--data", "EMPTY"], "no .ts file in this folder"),
     (["--data", "HEADER", "--target", "a"], "no rows"),
+    (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
+    (["--data", "SEMICOLON", "--target", "a"], "no numeric column, only a;b; the separator must be a comma"),
+    (["--data", "shared", "--target", "a"], "a data set cannot be called 'shared', a name that results use"),
+    (["--data", ""], "--data is an empty text"),
+    (["--checkpoint", "", "--predict", "CSV"], "--checkpoint is an empty text"),
     (["--data", "CSV", "CSV", "--target", "load"], "two data sets have the same name"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
     (["--predict", "CSV", "--checkpoint", "no.pt"], "no.pt: no finished model"),
-    (["--predict", "CSV", "--checkpoint", "CSV"], "damaged, or no checkpoint of duet.py"),
+    (["--predict", "CSV", "--checkpoint", "CSV"], "damaged, or no checkpoint of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "TENSOR"], "damaged, or no checkpoint of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "FOREIGN"], "damaged, or no checkpoint of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "CARDLESS"], "damaged, or no checkpoint of this duet.py"),
     (["--predict", "SHORT", "--checkpoint", "MODEL"], "none of the columns tempC, load, noise, only a"),
     (["--predict", "no.csv", "--checkpoint", "MODEL"], "no.csv"),
     (["--columns", "--checkpoint", "MODEL"], "strategy none has no column embeddings"),
@@ -628,15 +713,61 @@ def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tm
 ])
 def test_errors_are_one_line(arguments, message, finished, small_csv, tmp_path, capsys):
     files = {"SHORT": "a\n" + "1\n2\n" * 50, "TEXT": "a\n1\n2\n3\noops\n5\n6\n", "WORDS": "a\nx\ny\n",
-             "TWICE": "a,a\n1,2\n", "HEADER": "a\n"}
+             "TWICE": "a,a\n1,2\n", "HEADER": "a\n", "LATIN": "a\xe9,b\n1,2\n", "SEMICOLON": "a;b\n1;2\n",
+             "shared": "a\n" + "1\n2\n3\n" * 500}
     for name, text in files.items():
-        (tmp_path / f"{name}.csv").write_text(text)
+        (tmp_path / f"{name}.csv").write_text(text, encoding="latin-1")
+    for name, state in (("TENSOR", torch.ones(2)), ("FOREIGN", {"model": {}}), ("CARDLESS", {"finished": True})):
+        torch.save(state, tmp_path / f"{name}.csv")
+        files[name] = ""
     (tmp_path / "empty").mkdir()
     places = {name: tmp_path / f"{name}.csv" for name in files}
     places |= {"CSV": small_csv, "EMPTY": tmp_path / "empty", "MODEL": finished[0] / "models/plant-none-42.pt"}
     line = fails(capsys, *(places.get(word, word) for word in arguments), "--output-dir", tmp_path / "out")
     assert line.startswith("duet.py: error: ") and message in line
     assert not list((tmp_path / "out").glob("duet/*"))  # no empty run is left behind
+
+
+def test_resume_takes_no_other_scripts_run_and_no_failed_one(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "duet/run-007"
+    run.mkdir(parents=True)
+    mine = duet.describe_run(duet.parse_args([]))
+    for text in ("{}", "[1]", json.dumps(mine | {"experiment": "fire"}),
+                 json.dumps(mine | {"arguments": {"steps": 3}}), json.dumps(mine | {"arguments": [1]})):
+        (run / "results.json").write_text(text)
+        for name in ([], [run], ["run-007"]):
+            assert "has no unfinished run" in fails(capsys, "--resume", *name, "--output-dir", tmp_path)
+        assert (run / "results.json").read_text() == text
+    arguments = ["--dataset", *duet.EMBEDDED, "--strategies", "none", *TINY, "--output-dir", tmp_path]
+    loss, data = duet.F.cross_entropy, []
+    monkeypatch.setattr(duet.F, "cross_entropy", lambda *both: loss(*both) * (math.nan if len(data) > 4 else 1)
+                        if data.append(0) is None else None)
+    for again in (arguments, ["--resume", "run-008", "--output-dir", tmp_path]):
+        assert "the loss is not finite" in fails(capsys, *again)
+        assert "has no unfinished run of this" in fails(capsys, "--resume", "--output-dir", tmp_path)
+
+
+def test_a_model_made_by_hand_is_fitted_saved_and_read(tmp_path):
+    data, args = duet.synthetic_schema(0, 60), duet.parse_args(TINY)
+    model = new(len(data.columns), strategy="auto_expanding", d_model=32, head="last")
+    duet.fit(model, [data], args, tmp_path / "hand.pt")
+    again, (one,) = duet.restore_model(duet.argparse.Namespace(checkpoint=tmp_path / "hand.pt"))
+    assert one["name"] == data.name
+    assert np.array_equal(duet.predict(again, data, "test"), duet.predict(model, data, "test"))
+    with pytest.raises(ValueError, match=r"columns for a model of 5.*shared=True"):
+        duet.fit(new(5), [duet.synthetic_schema(1, 60)], args, tmp_path / "other.pt")
+
+
+def test_figures_carry_their_interval_and_the_seeds_stand_beside_its_own_protocol(tmp_path):
+    assert duet.percent([0.01, 0.02, 0.03], "+") == "+2.00 ± 2.48" and duet.percent([0.9]) == "90.00"
+    assert duet.percent([0.01, 0.011, 0.012], "+") == "+1.10 ± 0.25 *" and "*" not in duet.percent([0.9, 0.91])
+    command = ["--dataset", "user_metrics", "--strategies", "none", *TINY, "--output-dir", str(tmp_path)]
+    for head, claim in (("mean", 99.0), ("last", None)):
+        results = duet.main([*command, "--head", head])
+        assert results["benchmark"]["tables"]["accuracy"][-1]["seed %"] == claim
+    records = [{"dataset": name, "model": "none", "accuracy": 0.5, "macro_f1": 0.5, "seconds": 1.0}
+               for name in ("a", "b")]
+    assert duet.benchmark_table(records, [], duet.SEED_CLAIM)[-1]["seed %"] == 92.8
 
 
 def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsys, monkeypatch):
@@ -651,7 +782,10 @@ def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsy
     small_csv.write_text(text.replace("north,7", "north,7", 1) + "2024-01-02,north,7,1,1,1\n")
     assert "the run began with other data" in fails(capsys, "--resume", "--output-dir", tmp_path)
     small_csv.write_text(text)
-    (tmp_path / "duet/run-001/models/plant-none-42.pt").write_bytes(b"PK torn")
+    model = tmp_path / "duet/run-001/models/plant-none-42.pt"
+    torch.save(torch.load(model, weights_only=True) | {"model": {}}, model)
+    assert "damaged" in fails(capsys, "--resume", "--output-dir", tmp_path)
+    model.write_bytes(b"PK torn")
     assert "damaged" in fails(capsys, "--resume", "--output-dir", tmp_path)
     (tmp_path / "file").write_text("")
     assert "file" in fails(capsys, *arguments, "--output-dir", tmp_path / "file")
