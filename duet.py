@@ -869,9 +869,10 @@ def drop_values(x, share, blocks=False):
 def fit(model, datasets, args, path, drop=False):
     """Train `model` on the training parts, args.steps steps a data set; returns the history, a dict an evaluation.
 
-    Every data set has the same number of steps, in random order. The model ends with the weights that were best by
-    mean validation accuracy over the data sets. Goes on from the checkpoint at `path`, if there is one; a finished one
-    is loaded and nothing is done. With `drop`, values are left out at random, up to half of them, in training alone.
+    Every data set has the same number of steps, in random order; one that is new to the model gets a head. The model
+    ends with the weights that were best by mean validation accuracy over the data sets. Goes on from the checkpoint at
+    `path`, if there is one; a finished one is loaded and nothing is done. With `drop`, values are left out at random,
+    up to half of them, in training alone.
     """
     for data in datasets:
         if data.name not in model.cards:
@@ -1011,7 +1012,7 @@ def load_checkpoint(path, data_key=None):
     if not Path(path).exists():
         return None
     with reading(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
         if data_key and data_key != state["data"]:
             raise UserError(f"{path}: the run began with other data; bring the files back or start a new run")
         return state
@@ -1538,16 +1539,13 @@ def between(kind, low, high=math.inf):
 def parse_args(argv):
     parser = Parser("duet.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="every experiment on embedded data, without network, in a minute, "
-        "too short to learn anything")
+    add("--quick", action="store_true", help="every experiment in a minute, no network, too short to learn anything")
     add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help=f"{', '.join(EMBEDDED)} (embedded), "
         "etth1 (downloaded); default: all three, etth1 if it can be had")
-    add("--data", nargs="+", metavar="PATH", help="your own: .csv files (rows in order of time, numeric columns), .ts "
-        "files or folders with such (NAME_TRAIN.ts and NAME_TEST.ts are one data set)")
+    add("--data", nargs="+", metavar="PATH", help="your own .csv files, in order of time, .ts files or folders of .ts")
     add("--target", metavar="COLUMN", help="of the .csv files: the classes are quantiles of its next value")
     add("--num-classes", type=between(int, 2, 100), default=3, metavar="N", help="quantile classes of --target")
-    add("--synthetic-schemas", type=between(int, 0, 999), default=0, metavar="N", help="add N embedded data sets "
-        "with 3 to 12 columns of different names")
+    add("--synthetic-schemas", type=between(int, 0, 999), default=0, metavar="N", help="tables of 3-12 columns")
     add("--windows", type=between(int, 60), default=2000, metavar="N", help="of each embedded data set, 96 steps each")
     add("--protocol", choices=["seed", "holdout"], help="class limits: quantiles of the whole series, as the seed has "
         "them, or of the rows before the test part, with a gap; default: seed for etth1, holdout for --data")
@@ -1557,28 +1555,23 @@ def parse_args(argv):
     add("--transfer", nargs="?", const="last", metavar="NAME", help="instead: pretrain on the other data sets, then "
         "learn NAME (without it the last one) with 0, 5, 10 and 100 %% of its labels")
     add("--nan-robustness", action="store_true", help="instead: accuracy with 0 to 50 %% of the values missing")
-    add("--columns", action="store_true", help="instead: which column names lie near each other, by the frozen encoder "
-        "or by the embeddings in --checkpoint")
+    add("--columns", action="store_true", help="instead: which names are near, by the encoder or --checkpoint")
     add("--predict", metavar="FILE", help="instead: classes and probabilities of the windows of FILE, by --checkpoint")
     add("--checkpoint", metavar="FILE", help="a finished model, of a run's folder models/")
-    add("--bert-model", default="bert-base-uncased", metavar="NAME", help="encoder of frozen_bert: a name on the "
-        "Hugging Face hub, or a local folder")
-    add("--tokenization", choices=["words", "raw"], default="words", help="what the encoder reads: indoor temperature, "
-        "or indoor_temp")
+    add("--bert-model", default="bert-base-uncased", metavar="NAME", help="encoder: a Hugging Face name, or a folder")
+    add("--tokenization", choices=["words", "raw"], default="words", help="indoor_temp as indoor temperature, or as is")
     add("--prewarm", metavar="FILE", help="instead: put the column names in FILE, one a line, into the cache")
     add("--cache-stats", action="store_true", help="instead: how many embeddings of --bert-model are cached")
     add("--head", choices=["mean", "last", "ordinal"], default="mean", help="mean of all patches, as the seed has it, "
         "the last patch, or a forecast of --target cut by the class limits")
     add("--dropout", type=between(float, 0, 0.99), default=0.1, metavar="P", help="in the encoder")
     add("--steps", type=between(int, 1), default=600, metavar="N", help="of training for each data set")
-    add("--evaluations", type=between(int, 1), default=6, metavar="N", help="on the validation part, evenly over the "
-        "training; the best weights are kept")
+    add("--evaluations", type=between(int, 1), default=6, metavar="N", help="on validation; the best weights are kept")
     add("--batch-size", type=between(int, 1), default=128, metavar="N", help="windows in a batch")
     add("--learning-rate", type=between(float, 0), default=1e-3, metavar="RATE", help="after warm-up, before decay")
     add("--data-dir", default="data", metavar="FOLDER", help="downloads, and the cache FOLDER/column_embeddings")
     add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/duet/run-001, run-002, …")
-    add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with an unfinished run, the newest or the "
-        "one named, with its own arguments")
+    add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with the newest unfinished run or this one")
     add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of models and training")
     add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds in a row: mean ± 95 %% interval")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
@@ -1601,12 +1594,7 @@ def parse_args(argv):
 
 def manage_cache(args):
     """--prewarm and --cache-stats: fill the cache, and return what it holds."""
-    names = []
-    if args.prewarm:
-        try:
-            names = Path(args.prewarm).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prewarm {args.prewarm}: {error}") from None
+    names = Path(args.prewarm).read_text(encoding="utf-8", errors="replace").split("\n") if args.prewarm else []
     try:
         embedder = FrozenBERTColumnEmbedder(**bert_options(args) | {"offline": args.prewarm is None})
         embedder.lookup([name.strip() for name in names if name.strip()])
