@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import batch_selection
 import fire
 from common import detect_device, has_bfloat16
 
@@ -117,9 +119,82 @@ def fire_predict(rows=1_000_000):
     report("fire predict", "rows/s", rows, mine, "model alone", seconds(alone))
 
 
+def selection_data():
+    """Data of 60,000 × 784: Fashion-MNIST where Debian's package has it, else random bytes."""
+    if batch_selection.folder_of("fashion_mnist", "data"):
+        return batch_selection.load_dataset("fashion_mnist", "data")
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, high, shape).astype(np.uint8)
+             for n in (60_000, 10_000) for high, shape in ((256, (n, 1, 28, 28)), (10, n))]
+    return batch_selection.make_data("random bytes", parts, "random", 10)
+
+
+def selection_training(repeats=5):
+    """Samples per second of an epoch with each strategy; of a bare loop over normalized tensors; of `random`."""
+    args, device = batch_selection.parse_args([]), detect_device("cpu")
+    torch.set_num_threads(1)
+    data = selection_data().to(device)
+    x, y = ((data.x_train - data.mean) / data.std).flatten(1), data.y_train
+
+    def fresh():
+        torch.manual_seed(0)
+        model = batch_selection.SimpleMLP((1, 28, 28), 10)
+        return model, torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
+
+    def bare():
+        model, optimizer = fresh()
+        for rows in torch.randperm(len(x)).split(args.batch_size):
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def run(strategy):  # the second epoch, when every loss is tracked
+        model, optimizer = fresh()
+        loss, rng = np.full(len(x), np.inf, np.float32), np.random.default_rng(0)
+
+        def score(rows):
+            with torch.inference_mode():
+                index = torch.from_numpy(rows)
+                x, y = data.x_train.index_select(0, index), data.y_train.index_select(0, index)
+                return batch_selection.forward(model, data, x, y)[0].numpy()
+
+        for _ in range(2):
+            began, batches = time.perf_counter(), batch_selection.STRATEGIES[strategy](loss, score, args, rng)
+            count = batch_selection.train_one_epoch(model, optimizer, data, batches, loss, args)
+        return time.perf_counter() - began, count
+
+    bare()
+    times, counts = {name: [] for name in ["bare loop", *batch_selection.STRATEGIES]}, {}
+    for _ in range(repeats):  # side by side, since the machine's speed drifts
+        times["bare loop"].append(seconds(bare))
+        for name in batch_selection.STRATEGIES:
+            took, counts[name] = run(name)
+            times[name].append(took)
+    medians = {name: np.median(values) for name, values in times.items()}
+    report("random", "samples/s", len(x), medians["random"], "bare loop", medians["bare loop"])
+    for name, count in counts.items():
+        print(f"{name:20} epoch {medians[name]:.3f} s, {medians[name] / medians['random']:.2f} of random, "
+              f"{medians[name] / medians['bare loop']:.2f} of the bare loop; {count:,} samples trained on")
+
+
+def selection_csv():
+    """Rows per second of the conversion of 60,000 × 784 to CSV, and back; of pyarrow.csv alone."""
+    data = selection_data()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.csv"
+        write = seconds(lambda: batch_selection.write_csv(path, data.x_train, data.y_train))
+        read = seconds(lambda: batch_selection.read_csv(path))
+        alone = seconds(lambda: pa.csv.read_csv(path))
+    report("CSV written", "rows/s", len(data.x_train), write, "pyarrow reads", alone)
+    report("CSV read", "rows/s", len(data.x_train), read, "pyarrow reads", alone)
+    print(f"{'':16} written in {write:.2f} s, read back in {read:.2f} s")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    benchmarks = {function.__name__: function for function in (fire_training, fire_generator, fire_csv, fire_predict)}
+    functions = (fire_training, fire_generator, fire_csv, fire_predict, selection_training, selection_csv)
+    benchmarks = {function.__name__: function for function in functions}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bars
