@@ -21,7 +21,7 @@ decay · old + (1 − decay) · new. An unseen sample counts as infinitely hard.
     selective_backprop  Jiang et al. 2019: a sample is trained on with the probability of its loss's percentile
 
 Written to outputs/vision/run-001/ (the next free number; nlp: outputs/nlp/): results.json, summary.txt, and the
-pictures comparison_*.png, differences_*.png and benchmark.png. Beside it outputs/vision/DATASET/STRATEGY/run-001/:
+pictures comparison_*.png and benchmark.png. Beside it outputs/vision/DATASET/STRATEGY/run-001/:
 results.json, summary.txt, a picture of each metric, and seed-42.pt, … (weights and states; for --resume).
 
 To add a strategy, a data set or a model, write one function or class and one entry in a dictionary:
@@ -55,6 +55,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -66,6 +67,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from common import COLORS, detect_device, in_notebook, mean_and_interval, new_figure, plot_curve, save_figure
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # What is measured after each epoch (its axis label), and which of them decides: (name, sign of better, unit)
 METRICS = {
@@ -95,7 +101,7 @@ def whole_file(path):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with part.open("wb+") as file:
             yield file
         part.replace(path)
     except (OSError, RuntimeError) as problem:  # torch reports a full disk as a RuntimeError
@@ -127,14 +133,11 @@ def fixed_batches(loss, score, args, rng):
 
 def kth_largest(values, k, guess):
     """The k-th largest of `values`, exactly; fast where it is near `guess`, as it is from batch to batch."""
-    if guess == np.inf and np.count_nonzero(values == guess) >= k:
-        return guess
-    low, high = 0.97 * guess, 1.03 * guess
-    near = values[(values >= low) & (values <= high)]
-    rank = len(near) + np.count_nonzero(values > high) - k
-    if 0 <= rank < len(near):
-        return np.partition(near, rank)[rank]
-    return np.partition(values, len(values) - k)[len(values) - k]
+    near = values[(values >= 0.97 * guess) & (values <= 1.03 * guess)]
+    rank = len(near) + np.count_nonzero(values > 1.03 * guess) - k
+    if not 0 <= rank < len(near):
+        near, rank = values, len(values) - k
+    return np.partition(near, rank)[rank]
 
 
 def smart_batches(loss, score, args, rng):
@@ -208,13 +211,9 @@ class Dataset:
     samples: int
     megabytes: float  # as downloaded
     read: Callable
-    files: dict = dataclasses.field(default_factory=dict)  # file name: (address, published MD5); empty: embedded
-    also: tuple = ()  # other folders where the files may lie
-
-
-def md5_of(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+    url: str = ""  # where its files lie; empty: embedded
+    files: dict = dataclasses.field(default_factory=dict)  # name: published MD5
+    also: tuple = ()  # other folders where they may be
 
 
 @contextlib.contextmanager
@@ -225,36 +224,31 @@ def reading(path):
     except (OSError, EOFError, ValueError, LookupError, zlib.error, tarfile.TarError) as problem:
         if not path.is_file():
             raise UserError(f"{path}: {problem}") from None
-        published = {md5 for dataset in DATASETS.values() for name, (_, md5) in dataset.files.items()
-                     if name == path.name}
-        hint = f", published: {' or '.join(sorted(published))}" if published else ""
+        published = " or ".join({dataset.files.get(path.name, "") for dataset in DATASETS.values()} - {""})
+        with path.open("rb") as file:
+            md5 = hashlib.file_digest(file, "md5").hexdigest()
         raise UserError(f"{path} is truncated or not what its name says ({str(problem) or 'it ends too early'}); its "
-                        f"MD5 is {md5_of(path)}{hint}; delete it, then run again to download it") from None
+                        f"MD5 is {md5}, published: {published}; delete it, then run again to download it") from None
 
 
-def read_idx(path):
+def read_idx(path, dimensions):
     """The array in a gzipped IDX file: magic (type code, number of dimensions), big-endian sizes, values."""
     with reading(path):
         content = gzip.decompress(path.read_bytes())
-        kind = {8: ">u1", 12: ">i4"}.get(content[2]) if content[:2] == b"\0\0" else None
-        if kind is None:
-            raise ValueError("no IDX header")
-        shape = np.frombuffer(content, ">i4", content[3], 4)
-        return np.frombuffer(content, kind, offset=4 + 4 * len(shape)).reshape(shape)
+        if content[:2] != b"\0\0" or content[2] not in (8, 12) or content[3] != dimensions:
+            raise ValueError("no such IDX header")
+        shape = np.frombuffer(content, ">i4", dimensions, 4)
+        return np.frombuffer(content, {8: ">u1", 12: ">i4"}[content[2]], offset=4 + 4 * dimensions).reshape(shape)
 
 
-def read_mnist(folder, train="train", test="t10k", labels="labels-idx1-ubyte.gz"):
+def read_mnist(folder, parts=("train", "t10k"), labels="labels-idx1-ubyte.gz", label_dimensions=1):
     """MNIST's four files; QMNIST's labels have eight columns, of which the first is the class."""
-    parts = []
-    for part in (train, test):
-        parts.append(read_idx(folder / f"{part}-images-idx3-ubyte.gz")[:, None])
-        y = read_idx(folder / f"{part}-{labels}")
-        parts.append(y if y.ndim == 1 else y[:, 0])
-    return parts
-
-
-def read_qmnist(folder):
-    return read_mnist(folder, "qmnist-train", "qmnist-test", "labels-idx2-int.gz")
+    arrays = []
+    for part in parts:
+        arrays.append(read_idx(folder / f"{part}-images-idx3-ubyte.gz", 3)[:, None])
+        y = read_idx(folder / f"{part}-{labels}", label_dimensions)
+        arrays.append(y.reshape(len(y), -1)[:, 0])
+    return arrays
 
 
 def read_cifar(path, label_bytes):
@@ -277,25 +271,25 @@ def read_cinic(folder):
     """
     from PIL import Image
 
-    def files():  # (path relative to the folder, content)
-        path = folder / "CINIC-10.tar.gz"
-        if path.exists():
-            with reading(path), tarfile.open(path) as archive:
-                yield from ((member.name, archive.extractfile(member).read()) for member in archive if member.isfile())
+    archive = folder / "CINIC-10.tar.gz"
+
+    def files():  # (path, content)
+        if archive.exists():
+            with reading(archive), tarfile.open(archive) as members:
+                yield from ((member.name, members.extractfile(member).read()) for member in members if member.isfile())
         else:
-            for path in sorted(folder.glob("t*/*/*.png")):
-                yield str(path), path.read_bytes()
+            yield from ((str(path), path.read_bytes()) for path in sorted(folder.glob("t*/*/*.png")))
 
     parts = {"train": ([], []), "test": ([], [])}
-    for name, content in tqdm(files(), "CINIC-10", unit=" files", leave=False):
-        part, label = Path(name).parts[-3:-1] if name.endswith(".png") else (None, None)
+    for path, content in tqdm(files(), "CINIC-10", unit=" files", leave=False):
+        part, label = Path(path).parts[-3:-1] if path.endswith(".png") else ("", "")
         if part in parts:
             try:
-                image = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+                image = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))  # [height, width, channel]
             except OSError:
-                raise UserError(f"{name} in {folder} is not a whole PNG image; delete it or unpack it again") from None
-            parts[part][0].append(image.transpose(2, 0, 1))  # [channel, height, width]
-            parts[part][1].append(label)
+                raise UserError(f"{path} in {folder} is not a whole PNG image; delete it or unpack it again") from None
+            for values, value in zip(parts[part], (image.transpose(2, 0, 1), label)):
+                values.append(value)
     classes, arrays = sorted(set(parts["train"][1])), []
     if not classes or set(parts["test"][1]) != set(classes):
         raise UserError(f"{folder} needs train/CLASS/*.png and test/CLASS/*.png with the same classes")
@@ -320,43 +314,42 @@ def split(x, y):
     return x_train, y_train, x_test, y_test
 
 
-def published(base, checksums):
-    return {name: (base + name, md5) for name, md5 in checksums.items()}
-
-
 DATASETS = {
     "digits": Dataset(10, 1_797, 0, read_digits),
-    "mnist": Dataset(10, 70_000, 12, read_mnist, published("https://ossci-datasets.s3.amazonaws.com/mnist/", {
+    "mnist": Dataset(10, 70_000, 12, read_mnist, "https://ossci-datasets.s3.amazonaws.com/mnist/", {
         "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
         "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
         "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"})),
-    "fashion_mnist": Dataset(10, 70_000, 31, read_mnist, published(
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}),
+    "fashion_mnist": Dataset(
+        10, 70_000, 31, read_mnist, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
             "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
             "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
             "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"}),
+            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"},
         also=("/usr/share/datasets/fashion-mnist",)),  # Debian's package dataset-fashion-mnist
-    "qmnist": Dataset(10, 120_000, 20, read_qmnist, published(
+    "qmnist": Dataset(
+        10, 120_000, 20, partial(read_mnist, parts=("qmnist-train", "qmnist-test"), labels="labels-idx2-int.gz",
+                                 label_dimensions=2),
         "https://raw.githubusercontent.com/facebookresearch/qmnist/master/", {
             "qmnist-train-images-idx3-ubyte.gz": "ed72d4157d28c017586c42bc6afe6370",
             "qmnist-train-labels-idx2-int.gz": "0058f8dd561b90ffdd0f734c6a30e5e4",
             "qmnist-test-images-idx3-ubyte.gz": "1394631089c404de565df7b7aeaf9412",
-            "qmnist-test-labels-idx2-int.gz": "5b5b05890a5e13444e108efe57b788aa"})),
-    "cifar10": Dataset(10, 60_000, 162, lambda folder: read_cifar(folder / "cifar-10-binary.tar.gz", 1), published(
-        "https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"})),
-    "cifar100": Dataset(100, 60_000, 161, lambda folder: read_cifar(folder / "cifar-100-binary.tar.gz", 2), published(
-        "https://www.cs.toronto.edu/~kriz/", {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"})),
-    "cinic10": Dataset(10, 180_000, 656, read_cinic, published(
-        "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/",
-        {"CINIC-10.tar.gz": "6ee4d0c996905fe93221de577967a372"})),
+            "qmnist-test-labels-idx2-int.gz": "5b5b05890a5e13444e108efe57b788aa"}),
+    "cifar10": Dataset(10, 60_000, 162, lambda folder: read_cifar(folder / "cifar-10-binary.tar.gz", 1),
+                       "https://www.cs.toronto.edu/~kriz/",
+                       {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+    "cifar100": Dataset(100, 60_000, 161, lambda folder: read_cifar(folder / "cifar-100-binary.tar.gz", 2),
+                        "https://www.cs.toronto.edu/~kriz/",
+                        {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}),
+    "cinic10": Dataset(10, 180_000, 656, read_cinic, "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/",
+                       {"CINIC-10.tar.gz": "6ee4d0c996905fe93221de577967a372"}),
 }
 BENCHMARK = ["digits", "mnist", "fashion_mnist"]  # those of them that are here, unless --benchmark-datasets says more
 
 
 def folder_of(name, data_dir):
-    """Where the original files (or image folders) of a data set lie, or None; an embedded one needs no folder."""
+    """Where the original files (or image folders) of a known data set lie; None when they are not here."""
     dataset = DATASETS[name]
     for folder in (Path(data_dir) / name, *map(Path, dataset.also)):
         if all((folder / file).exists() for file in dataset.files) or (folder / "train").is_dir():
@@ -366,26 +359,24 @@ def folder_of(name, data_dir):
 
 def download(name, data_dir):
     """Fetch what is missing of a data set into data_dir/name; a file gets its name only if its checksum is right."""
-    folder = Path(data_dir) / name
-    for file, (url, published) in DATASETS[name].files.items():
+    dataset, folder = DATASETS[name], Path(data_dir) / name
+    for file, published in dataset.files.items():
         if (folder / file).exists():
             continue
         with whole_file(folder / file) as target:
-            digest = hashlib.md5()
             try:
-                with urllib.request.urlopen(url, timeout=3) as response, tqdm(
-                    total=int(response.headers.get("Content-Length", 0)), unit="B", unit_scale=True, desc=file
-                ) as bar:
-                    while block := response.read(1 << 18):
-                        target.write(block)
-                        digest.update(block)
-                        bar.update(len(block))
+                with urllib.request.urlopen(dataset.url + file, timeout=3) as response, tqdm.wrapattr(
+                    response, "read", int(response.headers.get("Content-Length", 0)), desc=file
+                ) as source:
+                    shutil.copyfileobj(source, target)
             except (OSError, http.client.HTTPException) as problem:
-                raise UserError(f"{name}: cannot download {url} ({problem}); put {', '.join(DATASETS[name].files)} "
-                                f"into {folder} yourself, or take --dataset digits") from None
-            if digest.hexdigest() != published:
-                raise UserError(f"{url}: MD5 {digest.hexdigest()}, published {published}: truncated, or not that file; "
-                                "nothing was kept; try again")
+                raise UserError(f"{name}: cannot download {dataset.url}{file} ({problem}); put "
+                                f"{', '.join(dataset.files)} into {folder}, or take --dataset digits") from None
+            target.seek(0)
+            digest = hashlib.file_digest(target, "md5").hexdigest()
+            if digest != published:
+                raise UserError(f"{dataset.url}{file}: MD5 {digest}, published {published}: truncated, or not that "
+                                "file; nothing was kept; try again")
 
 
 # --- Data: CSV, text, and what training gets --------------------------------------------------------------------------
@@ -465,54 +456,44 @@ def image_shape(pixels):
     return None
 
 
-def make_data(name, arrays, source, classes, table=False):
-    """Data with mean and deviation of the training part alone: of all pixels, or, for a table, of each column."""
+def make_data(name, arrays, source, classes, by_column=False):
+    """Data, checked, with mean and deviation of the training part alone: of all pixels or of each column."""
     x_train, y_train, x_test, y_test = (np.ascontiguousarray(array) for array in arrays)
-    if not table:
-        blocks = np.array_split(x_train, max(1, len(x_train) // 2000))  # in blocks: bincount makes a copy of 8 times
-        counts = sum(np.bincount(block.ravel(), minlength=256) for block in blocks)
-        mean = counts @ np.arange(256) / counts.sum()
-        std = math.sqrt(counts @ (np.arange(256) - mean) ** 2 / counts.sum())
-    else:
-        mean, std = x_train.mean(0), x_train.std(0)
+    for part, x, y in (("training", x_train, y_train), ("test", x_test, y_test)):
+        if not 0 < len(x) == len(y) or x.shape[1:] != x_train.shape[1:] or y.min() < 0 or y.max() >= classes:
+            raise UserError(f"{name}: its {part} part, images {x.shape} and labels {y.shape}"
+                            f"{f' from {y.min()} to {y.max()}' if y.size else ''}, is not images of one size in "
+                            f"{classes} classes; delete its files, then run again")
     digest = hashlib.sha256()
     for array in (x_train, y_train, x_test, y_test):
         digest.update(array)
+    majority = 100 * np.mean(y_test == np.bincount(y_train).argmax())
     info = {"source": source, "train": len(x_train), "test": len(x_test), "sha256": digest.hexdigest(),
-            "baseline": {"majority class: test accuracy [%]": 100 * np.mean(y_test == np.bincount(y_train).argmax())}}
+            "baseline": {"majority class: test accuracy [%]": majority}}
+    axis = 0 if by_column else None
+    mean, std = x_train.mean(axis, dtype=np.float64), x_train.std(axis, dtype=np.float32)
     return Data(name, x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64), classes, info,
-                np.float32(mean), np.where(std > 0, std, 1).astype(np.float32))
+                np.float32(mean), np.float32(np.where(std > 0, std, 1)))
 
 
 def load_dataset(name, data_dir):
     """Data of a known data set, downloaded or converted to CSV where need be."""
     plain = name.removesuffix("_csv")
-    dataset, folder = DATASETS[plain], Path(data_dir) / name
-    parts_of_csv = [folder / "train.csv", folder / "test.csv"]
-    if plain == name or not all(path.exists() for path in parts_of_csv):
+    dataset, tables = DATASETS[plain], [Path(data_dir) / name / f"{part}.csv" for part in ("train", "test")]
+    source = "real" if dataset.files else "embedded"
+    if plain == name or not all(table.exists() for table in tables):
         if dataset.files and folder_of(plain, data_dir) is None:
             download(plain, data_dir)
-        arrays = dataset.read(folder_of(plain, data_dir))
-        check_arrays(plain, arrays)
-        if plain != name:
-            for path, x, y in zip(parts_of_csv, arrays[::2], arrays[1::2]):
-                write_csv(path, x, y)
-    if plain != name:
-        arrays = [array for path in parts_of_csv for array in read_csv(path)[:2]]
-        arrays[::2] = [x.reshape(len(x), *(image_shape(x.shape[1]) or x.shape[1:])) for x in arrays[::2]]
-        check_arrays(name, arrays)
-    return make_data(name, arrays, "real" if dataset.files else "embedded", dataset.num_classes)
-
-
-def check_arrays(name, arrays):
-    """Raise UserError unless `arrays` are images with their labels, as many as the data set has classes."""
-    classes = DATASETS[name.removesuffix("_csv")].num_classes
-    for part, x, y in zip(("training", "test"), arrays[::2], arrays[1::2]):
-        good = len(x) == len(y) > 0 and x.ndim == 4 and x.shape[1:] == arrays[0].shape[1:] and y.ndim == 1
-        if not good or y.min() < 0 or y.max() >= classes:
-            raise UserError(f"{name}: its {part} part has images {x.shape} and labels {y.shape}"
-                            f"{f' from {y.min()} to {y.max()}' if y.size else ''}, which is not {classes} classes of "
-                            "images of one size; delete its files, then run again")
+        data = make_data(plain, dataset.read(folder_of(plain, data_dir)), source, dataset.num_classes)
+        if plain == name:
+            return data
+        write_csv(tables[0], data.x_train, data.y_train)
+        write_csv(tables[1], data.x_test, data.y_test)
+    arrays = []
+    for table in tables:
+        x, y, _ = read_csv(table)
+        arrays += [x.reshape(len(x), *(image_shape(x.shape[1]) or x.shape[1:])), y]
+    return make_data(name, arrays, source, dataset.num_classes)
 
 
 def load_csv(path):
@@ -528,7 +509,7 @@ def load_csv(path):
     shape = image_shape(x.shape[1])
     if names == [f"p{i}" for i in range(len(names))] and shape and x.min() >= 0 and x.max() <= 255:
         return make_data(path.stem, split(x.astype(np.uint8).reshape(-1, *shape), y), "real", len(classes))
-    return make_data(path.stem, split(x, y), "real", len(classes), table=True)
+    return make_data(path.stem, split(x, y), "real", len(classes), by_column=True)
 
 
 def load_text(path, args):
@@ -620,6 +601,12 @@ MODELS = {"vision": {"mlp": SimpleMLP, "cnn": SmallCNN}, "nlp": {"transformer": 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+def gather(data, rows):
+    """(x, y) of the training samples `rows`; index_select is several times faster than data.x_train[rows]."""
+    index = torch.from_numpy(rows).to(data.x_train.device)
+    return data.x_train.index_select(0, index), data.y_train.index_select(0, index)
+
+
 def forward(model, data, x, y):
     """(cross-entropy of each sample [batch], of a window the mean over its bytes; logits [batch, …, classes])."""
     logits = model(x.long() if data.mean is None else (x - data.mean) / data.std)
@@ -629,15 +616,12 @@ def forward(model, data, x, y):
 
 def train_one_epoch(model, optimizer, data, batches, loss, args):
     """Train on the `batches` of a strategy and keep its tracked `loss` up to date; returns the samples trained on."""
-    device, count = data.x_train.device, 0
+    count = 0
     for rows in batches:
-        index = torch.from_numpy(rows).to(device)
-        x, y = data.x_train.index_select(0, index), data.y_train.index_select(0, index)  # 5 times faster than x[index]
-        losses, _ = forward(model, data, x, y)
+        losses, _ = forward(model, data, *gather(data, rows))
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()
-
         new = losses.detach().cpu().numpy()
         if not np.isfinite(new).all():
             raise UserError("the training loss is no longer a number; lower --learning-rate")
@@ -658,9 +642,8 @@ def evaluate(model, data, x, y, chunk=1000):
 
 
 def measure(model, data, task):
-    """The metrics after an epoch; training metrics on every k-th training sample, as many as the test part has."""
-    stride = max(1, len(data.x_train) // len(data.x_test))
-    train_loss, train_acc = evaluate(model, data, data.x_train[::stride], data.y_train[::stride])
+    """The metrics after an epoch, over the whole training part (with its label noise, if any) and test part."""
+    train_loss, train_acc = evaluate(model, data, data.x_train, data.y_train)
     test_loss, test_acc = evaluate(model, data, data.x_test, data.y_test)
     if task == "vision":
         return {"train_loss": train_loss, "train_acc": train_acc, "test_loss": test_loss, "test_acc": test_acc}
@@ -696,9 +679,7 @@ def train_run(data, strategy, make_model, seed, args, checkpoint):
 
     @torch.inference_mode()
     def score(rows):
-        index = torch.from_numpy(rows).to(device)
-        x, y = data.x_train.index_select(0, index), data.y_train.index_select(0, index)
-        return forward(model, data, x, y)[0].cpu().numpy()
+        return forward(model, data, *gather(data, rows))[0].cpu().numpy()
 
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, data)
@@ -740,11 +721,9 @@ def load_checkpoint(path, data):
 
 def holm(p_values):
     """Holm's step-down correction (1979) of a list of p-values."""
-    order = np.argsort(p_values)
-    stepped = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
-    corrected = np.empty(len(order))
-    corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1)
-    return corrected.tolist()
+    p = np.asarray(p_values)
+    stepped = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1)).clip(max=1)
+    return stepped[np.argsort(np.argsort(p))].tolist()
 
 
 def verdicts(finals, task):
@@ -754,10 +733,10 @@ def verdicts(finals, task):
     """
     from scipy import stats
 
-    _, sign, unit = DECIDING[task]
-    others = [name for name in finals if name != BASELINE and BASELINE in finals and len(finals[BASELINE]) >= MIN_RUNS]
-    results = {}
-    for name in others:
+    (_, sign, unit), results = DECIDING[task], {}
+    if len(finals.get(BASELINE, ())) < MIN_RUNS or len(finals) < 2:
+        return results
+    for name in [name for name in finals if name != BASELINE]:
         differences = np.subtract(finals[name], finals[BASELINE])
         mean, interval = mean_and_interval(differences)
         # without any difference the statistic is 0 / 0
@@ -765,13 +744,10 @@ def verdicts(finals, task):
         results[name] = {"difference": float(mean), "interval": float(interval), "p": p}
     for (name, result), p in zip(results.items(), holm([result["p"] for result in results.values()])):
         mean, interval = result["difference"], result["interval"]
-        if p < ALPHA:
-            better = "better" if sign * mean > 0 else "worse"
-            sentence = f"{name} is {abs(mean):.2f} ± {interval:.2f} {unit} {better} than {BASELINE}, p = {p:.2g}"
-        else:
-            sentence = (f"{name}: no difference from {BASELINE} is shown ({mean:+.2f} ± {interval:.2f} {unit}, "
-                        f"p = {p:.2g})")
-        result |= {"p_holm": p, "sentence": sentence}
+        better = "better" if sign * mean > 0 else "worse"
+        found = f"{name} is {abs(mean):.2f} ± {interval:.2f} {unit} {better} than {BASELINE}"
+        none = f"{name}: no difference from {BASELINE} is shown ({mean:+.2f} ± {interval:.2f} {unit})"
+        result |= {"p_holm": p, "sentence": f"{found if p < ALPHA else none}, p = {p:.2g}"}
     return results
 
 
@@ -836,37 +812,33 @@ def plot_strategy(histories, title, task, folder):
         save_figure(fig, folder / f"{key}.png")
 
 
-def plot_comparison(histories, name, task, target, folder):
-    """The deciding metric of every strategy by epoch, by samples trained on and by seconds of training."""
-    metric, _, _ = DECIDING[task]
+def plot_comparison(histories, name, task, result, folder):
+    """The deciding metric by epoch, by samples trained on and by seconds; and the differences, paired by seed."""
+    metric, sign, unit = DECIDING[task]
     fig, axes = new_figure(f"{name}: {METRICS[task][metric]}, mean and 95 % interval of "
-                           f"{len(next(iter(histories.values())))} runs", 1, 3, (14, 4.5))
-    units = {"epoch": "epoch", "samples": "samples trained on [thousands]", "seconds": "training time [s]"}
-    for ax, (unit, label) in zip(axes, units.items()):
+                           f"{len(next(iter(histories.values())))} runs", 2, 2, (11, 8))
+    labels = {"epoch": "epoch", "samples": "samples trained on [thousands]", "seconds": "training time [s]"}
+    for ax, (key, label) in zip(axes, labels.items()):
         for i, (strategy, runs) in enumerate(histories.items()):
-            x = curves(runs, unit).mean(0) / (1000 if unit == "samples" else 1)
-            plot_curve(ax, x, curves(runs, metric), strategy if unit == "epoch" else None, i, MARKERS[i % 5])
-        ax.axhline(target, color="0.4", linewidth=0.8, label=f"target {target:.2f}" if unit == "epoch" else None)
+            x = curves(runs, key).mean(0) / (1000 if key == "samples" else 1)
+            plot_curve(ax, x, curves(runs, metric), strategy if key == "epoch" else None, i, MARKERS[i % 5])
+        ax.axhline(result["target"], color="0.4", linewidth=0.8,
+                   label=f"target {result['target']:.2f}" if key == "epoch" else None)
         ax.set(xlabel=label, ylabel=METRICS[task][metric])
     axes[0].xaxis.get_major_locator().set_params(integer=True)
-    fig.legend(loc="outside lower center", ncols=6)
-    save_figure(fig, folder / f"comparison_{name}.png")
-
-
-def plot_differences(finals, name, task, folder):
-    """Each strategy's difference from `random`: a grey dot a seed, and the mean with its 95 % interval."""
-    _, sign, unit = DECIDING[task]
-    others = [strategy for strategy in finals if strategy != BASELINE]
-    fig, (ax,) = new_figure(f"{name}: difference from {BASELINE}, paired by seed", size=(8, 1.2 + 0.6 * len(others)))
+    finals = result["finals"]
+    others = [strategy for strategy in finals if strategy != BASELINE] if BASELINE in finals else []
     for i, strategy in enumerate(others):
         differences = np.subtract(finals[strategy], finals[BASELINE])
         mean, interval = mean_and_interval(differences)
-        ax.plot(differences, np.full(len(differences), i + 0.2), ".", color="0.6")
-        ax.errorbar(mean, i, xerr=interval if np.isfinite(interval) else None, fmt="o", color=COLORS[0], capsize=4)
-    ax.axvline(0, color="k", linewidth=0.8)
-    ax.set_yticks(range(len(others)), others)
-    ax.set(xlabel=f"{unit} ({'more' if sign > 0 else 'less'} is better)", ylim=(len(others) - 0.5, -0.5))
-    save_figure(fig, folder / f"differences_{name}.png")
+        axes[3].plot(differences, np.full(len(differences), i + 0.2), ".", color="0.6")
+        axes[3].errorbar(mean, i, xerr=np.nan_to_num(interval), fmt="o", color=COLORS[0], capsize=4)
+    axes[3].axvline(0, color="k", linewidth=0.8)
+    axes[3].set_yticks(range(len(others)), others)
+    axes[3].set(xlabel=f"difference from {BASELINE}, a dot a seed [{unit}; {'more' if sign > 0 else 'less'} is better]",
+                ylim=(len(others) - 0.5, -0.5))
+    fig.legend(loc="outside lower center", ncols=6)
+    save_figure(fig, folder / f"comparison_{name}.png")
 
 
 def plot_benchmark(results, task, folder):
@@ -898,15 +870,14 @@ def write_json(results, path):
 def markdown_table(rows):
     """Rows [{column: value}] as a Markdown table; None is a dash."""
     cells = [["–" if value is None else str(value) for value in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
 
 
 def summary(name, data, result, args):
     """The table and the verdicts of one data set as text."""
+    noise = f", label noise {args.label_noise:.0%}" if args.label_noise else ""
     head = (f"## {name} ({data['source']}): {data['train']:,} training and {data['test']:,} test samples, "
-            f"{args.model}, {args.epochs} epochs of batches of {args.batch_size}, runs with seeds {args.seed} to "
-            f"{args.seed + args.runs - 1}" + (f", label noise {args.label_noise:.0%}" if args.label_noise else ""))
+            f"{args.model}, {args.epochs} epochs, batches of {args.batch_size}, {args.runs} runs from seed {args.seed}{noise}")
     sentences = [f"- {test['sentence']}" for test in result["verdicts"].values()] or [
         f"- no verdict: it needs {BASELINE}, another strategy and {MIN_RUNS} runs or more"]
     baseline = ", ".join(f"{key}: {value:.2f}" for key, value in data["baseline"].items())
@@ -927,40 +898,53 @@ def describe_run(args):
 
 def peak_memory():
     """Peak resident memory of this process and of its largest worker [MiB]; None on Windows."""
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return None
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    return {who: resource.getrusage(code).ru_maxrss / unit
-            for who, code in (("main", resource.RUSAGE_SELF), ("workers", resource.RUSAGE_CHILDREN))}
+    return [resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 
 
 def new_run(root):
     """Make and return the next free folder run-001, run-002, … under outputs/TASK; no strategy has that number yet."""
     root.mkdir(parents=True, exist_ok=True)
     while True:
-        numbers = [int(run.name[4:]) for pattern in ("run-*", "*/*/run-*") for run in root.glob(pattern)
-                   if run.name[4:].isdigit()]
+        numbers = [int(run.name[4:]) for run in root.rglob("run-*") if run.name[4:].isdigit()]
         folder = root / f"run-{max(numbers, default=0) + 1:03d}"
         with contextlib.suppress(FileExistsError):  # another process may have been quicker
             folder.mkdir()
             return folder
 
 
+def newest(paths):
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
 def find_run(args):
     """(folder, arguments) of the unfinished invocation that --resume names, or of the newest one."""
-    root = Path(args.output_dir)
-    folders = sorted(root.glob("*/run-*"), key=lambda run: run.stat().st_mtime, reverse=True)
+    folders, named = newest(Path(args.output_dir).glob("*/run-*")), ""
     if args.resume != "newest":
-        folders = [Path(args.resume), *(run for run in folders if run.name == args.resume)]
+        folders, named = [Path(args.resume), *(run for run in folders if run.name == args.resume)], f" {args.resume!r}"
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, KeyError):
             results = json.loads((folder / "results.json").read_text())
             if not results["finished"]:
                 return folder, argparse.Namespace(**results["arguments"])
-    name = "" if args.resume == "newest" else f" {args.resume!r}"
-    raise UserError(f"{root} has no unfinished run{name}; start one without --resume")
+    raise UserError(f"{args.output_dir} has no unfinished run{named}; start one without --resume")
+
+
+def finished_results(root, args):
+    """(data set, {strategy: results}) for --only compare: the newest, and of others what was made as that was."""
+    name, chosen, like = args.dataset or (Path(args.data).stem if args.data else "*"), {}, None
+    for path in newest(root.glob(f"{name}/*/run-*/results.json")):
+        results = json.loads(path.read_text())
+        same = [path.parts[-4], results["data"]["sha256"], *(results["arguments"][argument] for argument in (
+            "runs", "seed", "epochs", "batch_size", "learning_rate", "model", "label_noise"))]
+        if results["strategy"] in args.strategy and like in (None, same):
+            like = same
+            chosen.setdefault(results["strategy"], results)
+    if not chosen:
+        raise UserError(f"{root / name} has no finished results; run the strategies first, without --only compare")
+    return like[0], {strategy: chosen[strategy] for strategy in args.strategy if strategy in chosen}
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -973,12 +957,11 @@ class Parser(argparse.ArgumentParser):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def between(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` from `low` to `high`."""
+    """An argparse type: a finite number of `kind` from `low` to `high`."""
 
     def number(text):
         value = kind(text)
@@ -991,7 +974,7 @@ def between(kind, low, high=math.inf):
 
 def parse_args(argv):
     names = [*DATASETS, *(f"{name}_csv" for name in DATASETS)]
-    models = [name for models in MODELS.values() for name in models]
+    share, count, positive = between(float, 0, 1), between(int, 1), between(float, 0)
     parser = Parser("batch_selection.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -1005,42 +988,36 @@ def parse_args(argv):
     add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/TASK/run-001, run-002, …")
     add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with an unfinished run, the newest or the "
         "one named, with its own arguments")
-    add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
-        help=f"which: {', '.join(STRATEGIES)} (default: all)")
-    add("--model", choices=models, help="mlp or cnn; nlp: transformer (default: the first of the task)")
-    add("--epochs", type=between(int, 1), default=5, metavar="N", help="for each strategy")
+    add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME", help="which to run")
+    add("--model", help="mlp or cnn; nlp: transformer (default: the first of the task)")
+    add("--epochs", type=count, default=5, metavar="N", help="for each strategy")
     add("--runs", type=between(int, 1, 999), default=5, metavar="N", help="seeds in a row: mean ± 95 %% CI; verdicts "
         f"from {MIN_RUNS} on")
     add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="the first of them")
-    add("--batch-size", type=between(int, 1), metavar="N", help="samples in a batch (default: 64; nlp: 16 windows)")
-    add("--learning-rate", type=between(float, 0), metavar="RATE", help="of Adam (default: 0.001; nlp: 0.003)")
-    add("--explore-frac", type=between(float, 0, 1), default=0.5, metavar="SHARE", help="smart: part of a batch drawn "
-        "from all samples")
-    add("--top-k-frac", type=between(float, 0, 1), default=0.2, metavar="SHARE", help="smart: hardest samples, from "
-        "which the rest of a batch is drawn")
-    add("--refresh", type=between(int, 1), default=1, metavar="BATCHES", help="smart: until the hardest are "
-        "found anew")
-    add("--ema-decay", type=between(float, 0, 1), default=0.9, metavar="RATE", help="of the tracked loss")
-    add("--smart-loss", choices=["per-sample", "batch-mean"], default="per-sample", help="what a sample is credited "
-        "with: its own loss, or, as in the seed, the mean of its batch")
-    add("--loss-threshold", type=between(float, 0), metavar="NATS", help="loss_threshold: only samples above it "
-        "(default: 0.5; nlp: 2)")
-    add("--selectivity", type=between(float, 0), default=1.0, metavar="POWER", help="selective_backprop: of the "
-        "percentile; 0 chooses every sample")
-    add("--label-noise", type=between(float, 0, 1), default=0.0, metavar="SHARE", help="training labels replaced by "
-        "another class, to see what that does to each strategy")
+    add("--batch-size", type=count, metavar="N", help="samples in a batch (default: 64; nlp: 16 windows)")
+    add("--learning-rate", type=positive, metavar="RATE", help="of Adam (default: 0.001; nlp: 0.003)")
+    add("--explore-frac", type=share, default=0.5, metavar="SHARE", help="smart: of a batch, drawn from all samples")
+    add("--top-k-frac", type=share, default=0.2, metavar="SHARE", help="smart: the hardest, that the others come from")
+    add("--refresh", type=count, default=1, metavar="BATCHES", help="smart: until the hardest are found anew")
+    add("--ema-decay", type=share, default=0.9, metavar="RATE", help="of the tracked loss")
+    add("--smart-loss", choices=["per-sample", "batch-mean"], default="per-sample", help="what the tracked loss is fed "
+        "with: a sample's own loss, or, as in the seed, the mean of its batch")
+    add("--loss-threshold", type=positive, metavar="NATS", help="loss_threshold: only samples above it (default: 0.5; "
+        "nlp: 2)")
+    add("--selectivity", type=positive, default=1.0, metavar="POWER", help="selective_backprop: of the percentile")
+    add("--label-noise", type=share, default=0.0, metavar="SHARE", help="training labels replaced by another class")
     add("--target", type=between(float, 0, 100), metavar="VALUE", help="count samples and seconds until this test "
         f"accuracy [%%] or, nlp, bits per byte (default: 1 %% short of the last mean of {BASELINE})")
     add("--only", choices=["run", "compare", "benchmark"], help="run: the strategies on one data set; compare: newest "
-        "finished results of that data set, no training; benchmark: --benchmark-datasets (default: all three)")
+        "finished results of a data set, no training; benchmark: --benchmark-datasets (default: all three)")
     add("--no-benchmark", action="store_true", help="only --dataset, not the others")
     add("--benchmark-datasets", nargs="+", choices=names, metavar="NAME", help="(default: --dataset and those of "
         f"{', '.join(BENCHMARK)} that are here)")
     add("--window-len", type=between(int, 2), default=64, metavar="BYTES", help="nlp: length of a sample")
-    add("--text-bytes", type=between(int, 1), default=300_000, metavar="BYTES", help="nlp: how much of the text to use")
+    add("--text-bytes", type=count, default=300_000, metavar="BYTES", help="nlp: how much of the text to use")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
-    add("--jobs", type=between(int, 1), metavar="N", help="runs in parallel, one thread each (default: one a "
-        "core; on a GPU and with --quick 1)")
+    add("--jobs", type=count, metavar="N", help="runs in parallel, one thread each (default: one a core; on a GPU and "
+        "with --quick 1)")
     add("--backend", choices=["loky", "dask"], default="loky", help="processes on this machine, or dask workers: those "
         "of DASK_SCHEDULER_ADDRESS, else local ones (needs dask[distributed]; folders are shared)")
     add("--list-datasets", action="store_true", help="name, classes, samples, size, whether it is here; then end")
@@ -1051,8 +1028,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if args.resume and given - {"resume", "output_dir", "device", "jobs", "backend"}:
-        raise UserError("--resume goes with --output-dir, --device, --jobs and --backend only; a run keeps its own "
-                        "arguments")
+        raise UserError("--resume goes with --output-dir, --device, --jobs, --backend; a run keeps its own arguments")
     if args.task == "nlp" and given & {"dataset", "label_noise", "benchmark_datasets"}:
         raise UserError("--dataset, --label-noise and --benchmark-datasets are of --task vision; nlp takes --data")
     for one, other in (("dataset", "data"), ("no_benchmark", "benchmark_datasets"), ("data", "benchmark_datasets")):
@@ -1060,36 +1036,35 @@ def parse_args(argv):
             raise UserError(f"--{one} and --{other} exclude each other".replace("_", "-"))
     if args.only == "benchmark" and (args.no_benchmark or args.data or args.task == "nlp"):
         raise UserError("--only benchmark needs data sets: not --no-benchmark, --data or --task nlp")
-    vision = args.task == "vision"
-    for name, default, other in (("batch_size", 64, 16), ("learning_rate", 0.001, 0.003), ("loss_threshold", 0.5, 2.0)):
+    for name, *defaults in (("batch_size", 64, 16), ("learning_rate", 0.001, 0.003), ("loss_threshold", 0.5, 2.0),
+                            ("model", *(next(iter(models)) for models in MODELS.values()))):
         if getattr(args, name) is None:
-            setattr(args, name, default if vision else other)
-    args.model = args.model or next(iter(MODELS[args.task]))
+            setattr(args, name, defaults[args.task == "nlp"])
     if args.model not in MODELS[args.task]:
         raise UserError(f"--model {args.model} is not of --task {args.task}, which has {', '.join(MODELS[args.task])}")
     args.strategy = list(dict.fromkeys(args.strategy))
     return args
 
 
+def is_here(name, data_dir):
+    return (Path(data_dir) / name / "test.csv").exists() or folder_of(name.removesuffix("_csv"), data_dir) is not None
+
+
 def list_datasets(data_dir):
-    rows = []
-    for name, dataset in DATASETS.items():
-        where = "embedded" if not dataset.files else folder_of(name, data_dir) or "no"
-        rows.append({"data set": name, "classes": dataset.num_classes, "samples": f"{dataset.samples:,}",
-                     "MB": dataset.megabytes, "here": where,
-                     "as CSV": "yes" if (Path(data_dir) / f"{name}_csv/test.csv").exists() else "no"})
-    return markdown_table(rows)
+    return markdown_table([
+        {"data set": name, "classes": dataset.num_classes, "samples": f"{dataset.samples:,}", "MB": dataset.megabytes,
+         "here": (folder_of(name, data_dir) or "no") if dataset.files else "embedded",
+         "as CSV": "yes" if (Path(data_dir) / f"{name}_csv/test.csv").exists() else "no"}
+        for name, dataset in DATASETS.items()])
 
 
 def check_device():
-    auto, gpus = detect_device(), [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    there = {"cuda": ", ".join(gpus) or "no", "mps": "yes" if torch.backends.mps.is_available() else "no",
-             "cpu": f"{joblib.cpu_count()} cores", "torch": torch.__version__}
-    return f"auto: {auto}; " + "; ".join(f"{name}: {text}" for name, text in there.items())
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "no"
+    return (f"auto: {detect_device()}; cuda: {gpus}; mps: {'yes' if torch.backends.mps.is_available() else 'no'}; "
+            f"cpu: {joblib.cpu_count()} cores; torch: {torch.__version__}")
 
 
-def is_here(name, data_dir):
-    return (Path(data_dir) / name / "test.csv").exists() or folder_of(name.removesuffix("_csv"), data_dir) is not None
+# --- The experiment ---------------------------------------------------------------------------------------------------
 
 
 def choose_datasets(args):
@@ -1101,15 +1076,13 @@ def choose_datasets(args):
         args.dataset = args.benchmark_datasets[0]
     if args.dataset is None:
         args.dataset = "digits" if args.quick else "mnist"
-        if args.only == "compare":
-            args.dataset = "mnist" if (Path(args.output_dir) / "vision/mnist").exists() else "digits"
-        elif not is_here(args.dataset, args.data_dir):
-            try:
-                download("mnist", args.data_dir)
-            except UserError as problem:
-                note(f"warning: no MNIST, so these are scikit-learn's digits: {problem}")
-                args.dataset = "digits"
-    if args.no_benchmark or args.only in ("run", "compare"):
+        try:
+            if not is_here(args.dataset, args.data_dir):
+                download(args.dataset, args.data_dir)
+        except UserError as problem:
+            note(f"warning: no MNIST, so these are scikit-learn's digits: {problem}")
+            args.dataset = "digits"
+    if args.no_benchmark or args.only == "run":
         args.benchmark_datasets = []
     elif args.benchmark_datasets is None:
         small = ["digits", "digits_csv"] if args.quick else [name for name in BENCHMARK if is_here(name, args.data_dir)]
@@ -1129,15 +1102,14 @@ def load(name, args):
 
 def train_all(all_data, args, jobs, folders):
     """Every strategy with every seed on every data set, in parallel; returns {data set: {strategy: [history]}}."""
-    tasks = [(name, strategy, seed) for name in all_data for seed in range(args.seed, args.seed + args.runs)
-             for strategy in args.strategy]
+    tasks = list(product(all_data, range(args.seed, args.seed + args.runs), args.strategy))
     calls = (joblib.delayed(train_run)(all_data[name], STRATEGIES[strategy], MODELS[args.task][args.model], seed, args,
-                                       folders[name, strategy] / f"seed-{seed}.pt") for name, strategy, seed in tasks)
+                                       folders[name, strategy] / f"seed-{seed}.pt") for name, seed, strategy in tasks)
     histories = {name: {strategy: [] for strategy in args.strategy} for name in all_data}
     metric = DECIDING[args.task][0]
     with (dask_client(jobs) if args.backend == "dask" else contextlib.nullcontext(),
           joblib.parallel_config(args.backend), tqdm(total=len(tasks), desc="runs", unit="run") as bar):
-        for (name, strategy, seed), history in zip(tasks, joblib.Parallel(jobs, return_as="generator")(calls)):
+        for (name, seed, strategy), history in zip(tasks, joblib.Parallel(jobs, return_as="generator")(calls)):
             histories[name][strategy].append(history)
             bar.set_postfix_str(f"{name} {strategy} seed {seed}: {metric} {history[-1][metric]:.2f}", refresh=False)
             bar.update()
@@ -1150,84 +1122,57 @@ def dask_client(jobs):
         from dask.distributed import Client
     except ImportError:
         raise UserError("--backend dask needs: pip install 'dask[distributed]'") from None
-    address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-    try:
-        client = Client(address, timeout=3) if address else Client(n_workers=jobs, threads_per_worker=1,
-                                                                    dashboard_address=None)
+    try:  # Client itself looks at DASK_SCHEDULER_ADDRESS
+        client = Client(timeout=3, n_workers=jobs, threads_per_worker=1, dashboard_address=None)
     except OSError as problem:
-        raise UserError(f"DASK_SCHEDULER_ADDRESS: no scheduler at {address} ({problem})") from None
+        raise UserError(f"no dask scheduler at {os.environ.get('DASK_SCHEDULER_ADDRESS')}: {problem}") from None
     for module in {"common", __name__} - {"__main__"}:  # what the workers import
         client.upload_file(sys.modules[module].__file__)
     return client
 
 
-def finished_results(root, name, args):
-    """{strategy: results} of one data set for --only compare: each the newest that was made as the newest of all."""
-    def key(results):
-        same = ("runs", "seed", "epochs", "batch_size", "learning_rate", "model", "label_noise")
-        return [results["data"]["sha256"], *(results["arguments"][argument] for argument in same)]
-
-    found = []
-    for path in sorted(root.glob(f"{name}/*/run-*/results.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-        results = json.loads(path.read_text())
-        if results["finished"] and results["strategy"] in args.strategy:
-            found.append(results)
-    chosen = {}
-    for results in found:
-        if key(results) == key(found[0]):
-            chosen.setdefault(results["strategy"], results)
-    if not chosen:
-        raise UserError(f"{root / name} has no finished results; run the strategies first, without --only compare")
-    return {strategy: chosen[strategy] for strategy in args.strategy if strategy in chosen}
-
-
 def run_experiment(args, run_dir):
     """All that one invocation does, written to `run_dir` and beside it; returns the results dictionary."""
-    began, root = time.perf_counter(), run_dir.parent
+    began, root, header = time.perf_counter(), run_dir.parent, describe_run(args)
     try:
         device = detect_device(args.device)
     except ValueError as problem:
         raise UserError(f"--device: {problem}") from None
-    results, folders = describe_run(args) | {"device": str(device)}, {}
+    header["device"], folders = str(device), {}
     if args.only == "compare":
-        found = finished_results(root, args.dataset, args)
+        name, found = finished_results(root, args)
         first = next(iter(found.values()))
         args = argparse.Namespace(**first["arguments"] | {"target": args.target, "only": "compare"})
-        results["data"] = {args.dataset: first["data"]}
-        all_histories = {args.dataset: {strategy: one["histories"] for strategy, one in found.items()}}
+        infos = {name: first["data"]}
+        all_histories = {name: {strategy: one["histories"] for strategy, one in found.items()}}
     else:
         names = args.benchmark_datasets if args.only == "benchmark" else [args.dataset, *args.benchmark_datasets]
-        all_data = {name: load(name, args) for name in dict.fromkeys(names)}
-        results["data"] = {name: data.info for name, data in all_data.items()}
-        for name, strategy in product(all_data, args.strategy):
-            folder = folders[name, strategy] = root / name / strategy / run_dir.name
-            own = describe_run(args) | {"strategy": strategy, "data": all_data[name].info}
-            write_json(own, folder / "results.json")
+        all_data = {name: load(name, args) for name in names}
+        infos = {name: data.info for name, data in all_data.items()}
+        folders = {(name, strategy): root / name / strategy / run_dir.name
+                   for name, strategy in product(all_data, args.strategy)}
         jobs = args.jobs or (joblib.cpu_count() if device.type == "cpu" and not args.quick else 1)
         all_histories = train_all(all_data, args, jobs, folders)
 
-    text = f"# batch_selection.py --task {args.task}\n\n"
-    results["comparison"] = {name: compare(histories, args.task, args.target)
-                             for name, histories in all_histories.items()}
-    for name, result in results["comparison"].items():
-        text += summary(name, results["data"][name], result, args) + "\n"
+    comparison, text = {}, f"# batch_selection.py --task {args.task}\n\n"
+    for name, histories in all_histories.items():
+        comparison[name] = compare(histories, args.task, args.target)
+        text += summary(name, infos[name], comparison[name], args) + "\n"
         if args.only != "run":
-            plot_comparison(all_histories[name], name, args.task, result["target"], run_dir)
-            if {BASELINE} < set(all_histories[name]):
-                plot_differences(result["finals"], name, args.task, run_dir)
+            plot_comparison(histories, name, args.task, comparison[name], run_dir)
     for (name, strategy), folder in folders.items():
         histories = all_histories[name][strategy]
-        alone = compare({strategy: histories}, args.task, results["comparison"][name]["target"])
+        alone = compare({strategy: histories}, args.task, comparison[name]["target"])
         plot_strategy(histories, f"{name}, {strategy}", args.task, folder)
-        (folder / "summary.txt").write_text(summary(name, results["data"][name], alone, args))
-        own = describe_run(args) | {"strategy": strategy, "data": results["data"][name], "histories": histories}
-        write_json(own | {"device": str(device), "final": alone["table"][0], "finished": True}, folder / "results.json")
+        (folder / "summary.txt").write_text(summary(name, infos[name], alone, args))
+        write_json(header | {"strategy": strategy, "data": infos[name], "histories": histories,
+                             "final": alone["table"][0], "finished": True}, folder / "results.json")
     if len(all_histories) > 1:
-        plot_benchmark({name: results["comparison"][name] for name in args.benchmark_datasets}, args.task, run_dir)
+        plot_benchmark({name: comparison[name] for name in args.benchmark_datasets}, args.task, run_dir)
     (run_dir / "summary.txt").write_text(text)
     print(text)
-    results |= {"finished": True, "seconds": round(time.perf_counter() - began, 1), "peak_memory_mib": peak_memory()}
-    return write_json(results, run_dir / "results.json")
+    return write_json(header | {"data": infos, "comparison": comparison, "finished": True, "peak_memory_mib":
+                                peak_memory(), "seconds": time.perf_counter() - began}, run_dir / "results.json")
 
 
 def main(argv=None):
@@ -1248,7 +1193,8 @@ def main(argv=None):
             new = {name: getattr(args, name) for name in ("output_dir", "jobs", "backend")}
             args = argparse.Namespace(**vars(kept) | new | ({} if args.device == "auto" else {"device": args.device}))
         else:
-            choose_datasets(args)
+            if args.only != "compare":
+                choose_datasets(args)
             run_dir = new_run(Path(args.output_dir) / args.task)
             write_json(describe_run(args), run_dir / "results.json")
         results = run_experiment(args, run_dir)

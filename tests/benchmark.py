@@ -131,9 +131,9 @@ def selection_data():
 
 def selection_training(repeats=5):
     """Samples per second of an epoch with each strategy; of a bare loop over normalized tensors; of `random`."""
-    args, device = batch_selection.parse_args([]), detect_device("cpu")
+    args = batch_selection.parse_args([])
     torch.set_num_threads(1)
-    data = selection_data().to(device)
+    data = selection_data().to("cpu")
     x, y = ((data.x_train - data.mean) / data.std).flatten(1), data.y_train
 
     def fresh():
@@ -149,20 +149,19 @@ def selection_training(repeats=5):
             loss.backward()
             optimizer.step()
 
-    def run(strategy):  # the second epoch, when every loss is tracked
+    def run(strategy, epochs=2):  # the first, when most are unseen, and one more
         model, optimizer = fresh()
-        loss, rng = np.full(len(x), np.inf, np.float32), np.random.default_rng(0)
+        loss, rng, count = np.full(len(x), np.inf, np.float32), np.random.default_rng(0), 0
 
         def score(rows):
             with torch.inference_mode():
-                index = torch.from_numpy(rows)
-                x, y = data.x_train.index_select(0, index), data.y_train.index_select(0, index)
-                return batch_selection.forward(model, data, x, y)[0].numpy()
+                return batch_selection.forward(model, data, *batch_selection.gather(data, rows))[0].numpy()
 
-        for _ in range(2):
-            began, batches = time.perf_counter(), batch_selection.STRATEGIES[strategy](loss, score, args, rng)
-            count = batch_selection.train_one_epoch(model, optimizer, data, batches, loss, args)
-        return time.perf_counter() - began, count
+        began = time.perf_counter()
+        for _ in range(epochs):
+            batches = batch_selection.STRATEGIES[strategy](loss, score, args, rng)
+            count += batch_selection.train_one_epoch(model, optimizer, data, batches, loss, args)
+        return (time.perf_counter() - began) / epochs, count // epochs
 
     bare()
     times, counts = {name: [] for name in ["bare loop", *batch_selection.STRATEGIES]}, {}
