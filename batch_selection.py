@@ -133,8 +133,11 @@ def fixed_batches(loss, score, args, rng):
 
 def kth_largest(values, k, guess):
     """The k-th largest of `values`, exactly; fast where it is near `guess`, as it is from batch to batch."""
-    near = values[(values >= 0.97 * guess) & (values <= 1.03 * guess)]
-    rank = len(near) + np.count_nonzero(values > 1.03 * guess) - k
+    above = values >= 0.97 * guess
+    rank = np.count_nonzero(above) - k
+    if guess == np.inf and rank >= 0:
+        return guess
+    near = values[above & (values <= 1.03 * guess)]
     if not 0 <= rank < len(near):
         near, rank = values, len(values) - k
     return np.partition(near, rank)[rank]
@@ -617,6 +620,7 @@ def forward(model, data, x, y):
 def train_one_epoch(model, optimizer, data, batches, loss, args):
     """Train on the `batches` of a strategy and keep its tracked `loss` up to date; returns the samples trained on."""
     count = 0
+    model.train()
     for rows in batches:
         losses, _ = forward(model, data, *gather(data, rows))
         optimizer.zero_grad()
@@ -634,6 +638,7 @@ def train_one_epoch(model, optimizer, data, batches, loss, args):
 def evaluate(model, data, x, y, chunk=1000):
     """(mean loss, accuracy in percent) over all samples."""
     total, right = 0.0, 0.0
+    model.eval()
     for a, b in zip(x.split(chunk), y.split(chunk)):
         losses, logits = forward(model, data, a, b)
         total += losses.sum().item()
@@ -687,6 +692,7 @@ def train_run(data, strategy, make_model, seed, args, checkpoint):
         optimizer.load_state_dict(state["optimizer"])
         loss, history = state["loss"].numpy(), state["history"]
         rng.bit_generator.state = json.loads(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
     else:
         history = [{"epoch": 0, "samples": 0, "seconds": 0.0} | measure(model, data, args.task)]
 
@@ -701,13 +707,13 @@ def train_run(data, strategy, make_model, seed, args, checkpoint):
         with whole_file(checkpoint) as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
                         "loss": torch.from_numpy(loss), "rng": json.dumps(rng.bit_generator.state),
-                        "data": data.info["sha256"]}, file)
+                        "torch_rng": torch.get_rng_state(), "data": data.info["sha256"]}, file)
     return history
 
 
 def load_checkpoint(path, data):
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, "cpu", weights_only=True)
         if state["data"] == data.info["sha256"]:
             return state
     except Exception as problem:
@@ -877,7 +883,8 @@ def summary(name, data, result, args):
     """The table and the verdicts of one data set as text."""
     noise = f", label noise {args.label_noise:.0%}" if args.label_noise else ""
     head = (f"## {name} ({data['source']}): {data['train']:,} training and {data['test']:,} test samples, "
-            f"{args.model}, {args.epochs} epochs, batches of {args.batch_size}, {args.runs} runs from seed {args.seed}{noise}")
+            f"{args.model}, {args.epochs} epochs, batches of {args.batch_size}, {args.runs} runs from seed "
+            f"{args.seed}{noise}")
     sentences = [f"- {test['sentence']}" for test in result["verdicts"].values()] or [
         f"- no verdict: it needs {BASELINE}, another strategy and {MIN_RUNS} runs or more"]
     baseline = ", ".join(f"{key}: {value:.2f}" for key, value in data["baseline"].items())
