@@ -20,9 +20,11 @@ decay · old + (1 − decay) · new. An unseen sample counts as infinitely hard.
     loss_threshold      an epoch of the samples whose tracked loss is above a threshold, never fewer than a batch
     selective_backprop  Jiang et al. 2019: a sample is trained on with the probability of its loss's percentile
 
+Samples are counted when they are trained on; seconds are those of training, and of the forward passes that choose.
+
 Written to outputs/vision/run-001/ (the next free number; nlp: outputs/nlp/): results.json, summary.txt, and the
-pictures comparison_*.png and benchmark.png. Beside it outputs/vision/DATASET/STRATEGY/run-001/:
-results.json, summary.txt, a picture of each metric, and seed-42.pt, … (weights and states; for --resume).
+pictures comparison_*.png and benchmark.png. Beside it outputs/vision/DATASET/STRATEGY/run-001/: results.json,
+summary.txt, a picture of each metric, and seed-42.pt, … (weights and states; for --resume).
 
 To add a strategy, a data set or a model, write one function or class and one entry in a dictionary:
     STRATEGIES["hardest"] = lambda loss, score, args, rng: iter([np.argsort(-loss)[: args.batch_size]])
@@ -473,8 +475,8 @@ def make_data(name, arrays, source, classes, by_column=False):
     majority = 100 * np.mean(y_test == np.bincount(y_train).argmax())
     info = {"source": source, "train": len(x_train), "test": len(x_test), "sha256": digest.hexdigest(),
             "baseline": {"majority class: test accuracy [%]": majority}}
-    axis = 0 if by_column else None
-    mean, std = x_train.mean(axis, dtype=np.float64), x_train.std(axis, dtype=np.float32)
+    axis, precision = (0, np.float64) if by_column else (None, np.float32)  # of all pixels a float32 copy is enough
+    mean, std = x_train.mean(axis, dtype=np.float64), x_train.std(axis, dtype=precision)
     return Data(name, x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64), classes, info,
                 np.float32(mean), np.float32(np.where(std > 0, std, 1)))
 
@@ -509,9 +511,9 @@ def load_csv(path):
     if len(classes) < 2 or counts.min() < 2 or len(y) < 5 * len(classes):
         raise UserError(f"{path}: label needs two classes or more, each of two rows or more and of five on average; "
                         f"it has {dict(zip(classes.tolist()[:5], counts.tolist()))}")
-    shape = image_shape(x.shape[1])
-    if names == [f"p{i}" for i in range(len(names))] and shape and x.min() >= 0 and x.max() <= 255:
-        return make_data(path.stem, split(x.astype(np.uint8).reshape(-1, *shape), y), "real", len(classes))
+    shape, pixels = image_shape(x.shape[1]), x.clip(0, 255).astype(np.uint8)
+    if names == [f"p{i}" for i in range(len(names))] and shape and (pixels == x).all():
+        return make_data(path.stem, split(pixels.reshape(-1, *shape), y), "real", len(classes))
     return make_data(path.stem, split(x, y), "real", len(classes), by_column=True)
 
 
@@ -842,7 +844,7 @@ def plot_comparison(histories, name, task, result, folder):
     axes[3].axvline(0, color="k", linewidth=0.8)
     axes[3].set_yticks(range(len(others)), others)
     axes[3].set(xlabel=f"difference from {BASELINE}, a dot a seed [{unit}; {'more' if sign > 0 else 'less'} is better]",
-                ylim=(len(others) - 0.5, -0.5))
+                ylim=(max(len(others), 1) - 0.5, -0.5))
     fig.legend(loc="outside lower center", ncols=6)
     save_figure(fig, folder / f"comparison_{name}.png")
 
@@ -885,8 +887,9 @@ def summary(name, data, result, args):
     head = (f"## {name} ({data['source']}): {data['train']:,} training and {data['test']:,} test samples, "
             f"{args.model}, {args.epochs} epochs, batches of {args.batch_size}, {args.runs} runs from seed "
             f"{args.seed}{noise}")
-    sentences = [f"- {test['sentence']}" for test in result["verdicts"].values()] or [
-        f"- no verdict: it needs {BASELINE}, another strategy and {MIN_RUNS} runs or more"]
+    sentences = [f"- {test['sentence']}" for test in result["verdicts"].values()]
+    sentences += ["- p: paired t-test over the seeds, after Holm's correction; ±: 95 % interval of that pair alone"
+                  if sentences else f"- no verdict: it needs {BASELINE}, another strategy and {MIN_RUNS} runs or more"]
     baseline = ", ".join(f"{key}: {value:.2f}" for key, value in data["baseline"].items())
     return "\n".join([head, "", markdown_table(result["table"]), "", *sentences, f"- simple baseline, {baseline}", ""])
 

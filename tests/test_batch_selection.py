@@ -387,6 +387,8 @@ def test_own_csv(capsys):
     pixels = "label,p0,p1,p2,p3\n" + "".join(f"{i % 2},0,{i},{255 - i},9\n" for i in range(50))
     Path("pixels.csv").write_text(pixels)
     assert bs.load_csv(Path("pixels.csv")).x_train.shape == (40, 1, 2, 2)
+    Path("pixels.csv").write_text(pixels.replace(",9\n", ",0.9\n"))
+    assert bs.load_csv(Path("pixels.csv")).x_train.dtype == np.float32, "no pixels: nothing is cut off"
     capsys.readouterr()
     for text, words in (("a,b\n1,2\n", "one column called label"), ("label\n1\n", "at least one other"),
                         ("label,a\n", "no rows"), ("label,a\n0,1\n1,x\n", "x"), ("label,a\n0,1\n1,\n", "row 2"),
