@@ -13,7 +13,7 @@ says whether the last test accuracy differs from that of `random`, with the diff
     python batch_selection.py --resume                        # go on with the newest unfinished run
 
 Strategies. A tracked loss of every training sample is kept: its first cross-entropy, then the moving average
-decay · old + (1 − decay) · new. An unseen sample counts as infinitely hard.
+decay · old + (1 − decay) · new (--ema-decay 0: its last loss). An unseen sample counts as infinitely hard.
     random              every sample once an epoch, in a new order
     fixed               every sample once an epoch, in the order of the file
     smart               half of a batch drawn from all samples, half from those whose tracked loss is among the top 20 %
