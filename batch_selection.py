@@ -945,7 +945,9 @@ def find_run(args):
 
 def finished_results(root, args):
     """(data set, {strategy: results}) for --only compare: the newest, and of others what was made as that was."""
-    name, chosen, like = args.dataset or (Path(args.data).stem if args.data else "*"), {}, None
+    runs = (json.loads(path.read_text()) for path in newest(root.glob("run-*/results.json")))
+    of_newest = next((next(iter(run["data"])) for run in runs if run["finished"]), "*")
+    name, chosen, like = args.dataset or (Path(args.data).stem if args.data else of_newest), {}, None
     for path in newest(root.glob(f"{name}/*/run-*/results.json")):
         results = json.loads(path.read_text())
         same = [path.parts[-4], results["data"]["sha256"], *(results["arguments"][argument] for argument in (
@@ -1133,10 +1135,12 @@ def dask_client(jobs):
         from dask.distributed import Client
     except ImportError:
         raise UserError("--backend dask needs: pip install 'dask[distributed]'") from None
-    try:  # Client itself looks at DASK_SCHEDULER_ADDRESS
-        client = Client(timeout=3, n_workers=jobs, threads_per_worker=1, dashboard_address=None)
+    address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+    local = {} if address else {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+    try:
+        client = Client(address, timeout=3, **local)
     except OSError as problem:
-        raise UserError(f"no dask scheduler at {os.environ.get('DASK_SCHEDULER_ADDRESS')}: {problem}") from None
+        raise UserError(f"no dask scheduler at DASK_SCHEDULER_ADDRESS={address}: {problem}") from None
     for module in {"common", __name__} - {"__main__"}:  # what the workers import
         client.upload_file(sys.modules[module].__file__)
     return client
