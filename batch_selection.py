@@ -100,7 +100,7 @@ def note(text):
 @contextlib.contextmanager
 def whole_file(path):
     """Write to a temporary name, which takes the place of `path` only at the end; a full disk, no rights: UserError."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a worker may outlive a killed run for a while
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb+") as file:
@@ -1027,7 +1027,7 @@ def parse_args(argv):
     add("--benchmark-datasets", nargs="+", choices=names, metavar="NAME", help="(default: --dataset and those of "
         f"{', '.join(BENCHMARK)} that are here)")
     add("--window-len", type=between(int, 2), default=64, metavar="BYTES", help="nlp: length of a sample")
-    add("--text-bytes", type=count, default=300_000, metavar="BYTES", help="nlp: how much of the text to use")
+    add("--text-bytes", type=count, default=150_000, metavar="BYTES", help="nlp: how much of the text to use")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
     add("--jobs", type=count, metavar="N", help="runs in parallel, one thread each (default: one a core; on a GPU and "
         "with --quick 1)")
