@@ -1141,7 +1141,7 @@ def dask_client(jobs):
         client = Client(address, timeout=3, **local)
     except OSError as problem:
         raise UserError(f"no dask scheduler at DASK_SCHEDULER_ADDRESS={address}: {problem}") from None
-    for module in {"common", __name__} - {"__main__"}:  # what the workers import
+    for module in {"common", __name__} - {"__main__"} if address else ():  # local workers import as this process does
         client.upload_file(sys.modules[module].__file__)
     return client
 
