@@ -1,8 +1,8 @@
 """Does it matter which samples go into a batch? Vision and language, with statistics that can answer.
 
-Method: a strategy names the samples of each batch; everything else is equal: data, first weights, seeds, optimizer,
-epochs. Each strategy runs with several seeds. A paired t-test across the seeds (Holm's correction over strategies)
-says whether the last test accuracy differs from that of `random`, with the difference and its 95 % interval.
+Method: a strategy names the samples of each batch; data, first weights, seeds, optimizer and epochs are the same. A
+paired t-test across several seeds (Holm's correction over strategies) says whether the last test accuracy differs from
+that of `random`, with the difference and its 95 % interval.
 
     python batch_selection.py                                 # MNIST (digits where it cannot be had), all strategies
     python batch_selection.py --quick                         # everything, small, no network: under a minute
@@ -20,11 +20,9 @@ decay · old + (1 − decay) · new (--ema-decay 0: its last loss). An unseen sa
     loss_threshold      an epoch of the samples whose tracked loss is above a threshold, never fewer than a batch
     selective_backprop  Jiang et al. 2019: a sample is trained on with the probability of its loss's percentile
 
-Samples are counted when they are trained on; seconds are those of training, and of the forward passes that choose.
-
-Written to outputs/vision/run-001/ (the next free number; nlp: outputs/nlp/): results.json, summary.txt, and the
-pictures comparison_*.png and benchmark.png. Beside it outputs/vision/DATASET/STRATEGY/run-001/: results.json,
-summary.txt, a picture of each metric, and seed-42.pt, … (weights and states; for --resume).
+Samples are those trained on; seconds those of training and of the forward passes that choose. Written to
+outputs/vision/run-001/ (the next free number; nlp: outputs/nlp/): results.json, summary.txt, comparison_*.png,
+benchmark.png; to outputs/vision/DATASET/STRATEGY/run-001/: the same of one strategy, and seed-42.pt, … for --resume.
 
 To add a strategy, a data set or a model, write one function or class and one entry in a dictionary:
     STRATEGIES["hardest"] = lambda loss, score, args, rng: iter([np.argsort(-loss)[: args.batch_size]])
@@ -56,7 +54,9 @@ import tarfile
 import time
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -151,16 +151,15 @@ def smart_batches(loss, score, args, rng):
     Both parts are drawn without replacement; a sample may be in both. The hardest are found anew every --refresh
     batches. As in the seed, but with each sample's own loss and without sorting.
     """
-    size = min(args.batch_size, len(loss))
-    k = max(1, round(args.top_k_frac * len(loss)))
-    explore = round(args.explore_frac * size)
-    threshold = np.float32(np.inf)
-    for step in range(math.ceil(len(loss) / size)):
+    k, threshold = max(1, round(args.top_k_frac * len(loss))), np.float32(np.inf)
+    for step, start in enumerate(range(0, len(loss), args.batch_size)):
+        size = min(args.batch_size, len(loss) - start)  # an epoch is as many samples as random's
+        explore = round(args.explore_frac * size)
         if step % args.refresh == 0:
             threshold = kth_largest(loss, k, threshold)
             hardest = np.flatnonzero(loss >= threshold)
         drawn = rng.choice(len(loss), explore, replace=False)
-        yield np.concatenate([drawn, rng.choice(hardest, min(size - explore, k), replace=False)])
+        yield np.concatenate([drawn, rng.choice(hardest, min(size - explore, len(hardest)), replace=False)])
 
 
 def loss_threshold_batches(loss, score, args, rng):
@@ -202,7 +201,8 @@ STRATEGIES = {"random": random_batches, "fixed": fixed_batches, "smart": smart_b
 def track(loss, rows, new, decay):
     """Bring the tracked `loss` [samples] of `rows` up to date: the first loss as it is, then the moving average."""
     old = loss[rows]
-    loss[rows] = np.where(np.isinf(old), new, decay * old + (1 - decay) * new)
+    with np.errstate(invalid="ignore"):  # unseen, decay 0: 0 · inf
+        loss[rows] = np.where(np.isinf(old), new, decay * old + (1 - decay) * new)
 
 
 # --- Data: known data sets --------------------------------------------------------------------------------------------
@@ -229,7 +229,8 @@ def reading(path):
     except (OSError, EOFError, ValueError, LookupError, zlib.error, tarfile.TarError) as problem:
         if not path.is_file():
             raise UserError(f"{path}: {problem}") from None
-        published = " or ".join({dataset.files.get(path.name, "") for dataset in DATASETS.values()} - {""})
+        dataset = DATASETS.get(path.parent.name.replace("-", "_"))  # its folder has its name, Debian's too
+        published = dataset and dataset.files.get(path.name)
         with path.open("rb") as file:
             md5 = hashlib.file_digest(file, "md5").hexdigest()
         raise UserError(f"{path} is truncated or not what its name says ({str(problem) or 'it ends too early'}); its "
@@ -287,8 +288,8 @@ def read_cinic(folder):
 
     parts = {"train": ([], []), "test": ([], [])}
     for path, content in tqdm(files(), "CINIC-10", unit=" files", leave=False):
-        part, label = Path(path).parts[-3:-1] if path.endswith(".png") else ("", "")
-        if part in parts:
+        *_, part, label, name = "", "", *Path(path).parts
+        if part in parts and name.endswith(".png"):
             try:
                 image = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))  # [height, width, channel]
             except OSError:
@@ -299,6 +300,8 @@ def read_cinic(folder):
     if not classes or set(parts["test"][1]) != set(classes):
         raise UserError(f"{folder} needs train/CLASS/*.png and test/CLASS/*.png with the same classes")
     for images, labels in parts.values():
+        if len(sizes := {image.shape[1:] for image in images}) > 1:
+            raise UserError(f"{folder} has images of different sizes (height, width): {sorted(sizes)[:5]}")
         order = np.random.default_rng(0).permutation(len(images))
         arrays += [np.stack(images)[order], np.searchsorted(classes, labels)[order]]
     return arrays
@@ -436,7 +439,10 @@ def read_csv(path, label="uint8", feature="uint8"):
     try:
         with tables() as reader:
             names = reader.schema.names
-        if names.count("label") != 1 or len(names) < 2:
+        twice, times = Counter(names).most_common(1)[0]
+        if times > 1:
+            raise UserError(f"{path}: {times} columns are called {twice!r}")
+        if "label" not in names or len(names) < 2:
             raise UserError(f"{path}: needs one column called label and at least one other; it has {names[:5]}")
         names.remove("label")
         types = {"label": pa.type_for_alias(label)} | dict.fromkeys(names, pa.type_for_alias(feature))
@@ -461,8 +467,8 @@ def image_shape(pixels):
     return None
 
 
-def make_data(name, arrays, source, classes, by_column=False):
-    """Data, checked, with mean and deviation of the training part alone: of all pixels or of each column."""
+def make_data(name, arrays, source, classes):
+    """Data, checked, with mean and deviation of all pixels of the training part alone."""
     x_train, y_train, x_test, y_test = (np.ascontiguousarray(array) for array in arrays)
     for part, x, y in (("training", x_train, y_train), ("test", x_test, y_test)):
         if not 0 < len(x) == len(y) or x.shape[1:] != x_train.shape[1:] or y.min() < 0 or y.max() >= classes:
@@ -475,10 +481,9 @@ def make_data(name, arrays, source, classes, by_column=False):
     majority = 100 * np.mean(y_test == np.bincount(y_train).argmax())
     info = {"source": source, "train": len(x_train), "test": len(x_test), "sha256": digest.hexdigest(),
             "baseline": {"majority class: test accuracy [%]": majority}}
-    axis, precision = (0, np.float64) if by_column else (None, np.float32)  # of all pixels a float32 copy is enough
-    mean, std = x_train.mean(axis, dtype=np.float64), x_train.std(axis, dtype=precision)
+    mean, std = x_train.mean(dtype=np.float64), x_train.std(dtype=np.float32)
     return Data(name, x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64), classes, info,
-                np.float32(mean), np.float32(np.where(std > 0, std, 1)))
+                np.float32(mean), np.float32(std or 1))
 
 
 def load_dataset(name, data_dir):
@@ -503,18 +508,26 @@ def load_dataset(name, data_dir):
 
 def load_csv(path):
     """Data of one's own CSV file: numbers, and a column `label`; a fixed fifth, stratified, is the test part."""
-    x, y, names = read_csv(path, "string", "float32")
+    from sklearn.preprocessing import StandardScaler
+
+    x, y, names = read_csv(path, "string", "float64")
     wrong = np.argwhere(~np.isfinite(x))
     if len(wrong):
         raise UserError(f"{path}: row {wrong[0][0] + 1} has no number in column {names[wrong[0][1]]}")
-    classes, y, counts = np.unique(y.astype(str), return_inverse=True, return_counts=True)
+    y = np.char.strip(y.astype(str))
+    if (y == "").any():
+        raise UserError(f"{path}: row {np.argmin(y != '') + 1} has no label")
+    classes, y, counts = np.unique(y, return_inverse=True, return_counts=True)
     if len(classes) < 2 or counts.min() < 2 or len(y) < 5 * len(classes):
         raise UserError(f"{path}: label needs two classes or more, each of two rows or more and of five on average; "
                         f"it has {dict(zip(classes.tolist()[:5], counts.tolist()))}")
     shape, pixels = image_shape(x.shape[1]), x.clip(0, 255).astype(np.uint8)
     if names == [f"p{i}" for i in range(len(names))] and shape and (pixels == x).all():
-        return make_data(path.stem, split(pixels.reshape(-1, *shape), y), "real", len(classes))
-    return make_data(path.stem, split(x, y), "real", len(classes), by_column=True)
+        return make_data(path.name, split(pixels.reshape(-1, *shape), y), "real", len(classes))
+    x_train, y_train, x_test, y_test = split(x, y)
+    scaler = StandardScaler().fit(x_train)  # each column, in float64: float32 would lose small steps of large numbers
+    x_train, x_test = (scaler.transform(part).astype(np.float32) for part in (x_train, x_test))
+    return make_data(path.name, (x_train, y_train, x_test, y_test), "real", len(classes))
 
 
 def load_text(path, args):
@@ -542,7 +555,7 @@ def load_text(path, args):
     bigram = -np.log2(counts / counts.sum(1, keepdims=True))[x[cut:], y[cut:]].mean()
     info = {"source": "real" if path else "embedded", "train": cut, "test": windows - cut, "bytes": len(text),
             "sha256": hashlib.sha256(text).hexdigest(), "baseline": {"bigram: bits per byte": bigram}}
-    return Data(root.stem if path else "python_stdlib", x[:cut], y[:cut], x[cut:], y[cut:], 256, info)
+    return Data(str(root), x[:cut], y[:cut], x[cut:], y[cut:], 256, info)
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -619,6 +632,11 @@ def forward(model, data, x, y):
     return losses if y.dim() == 1 else losses.view(y.shape).mean(1), logits
 
 
+def check_finite(losses):
+    if not np.isfinite(losses).all():
+        raise UserError("the loss is no longer a number; lower --learning-rate")
+
+
 def train_one_epoch(model, optimizer, data, batches, loss, args):
     """Train on the `batches` of a strategy and keep its tracked `loss` up to date; returns the samples trained on."""
     count = 0
@@ -629,8 +647,7 @@ def train_one_epoch(model, optimizer, data, batches, loss, args):
         losses.mean().backward()
         optimizer.step()
         new = losses.detach().cpu().numpy()
-        if not np.isfinite(new).all():
-            raise UserError("the training loss is no longer a number; lower --learning-rate")
+        check_finite(new)
         track(loss, rows, new.mean() if args.smart_loss == "batch-mean" else new, args.ema_decay)
         count += len(rows)
     return count
@@ -648,14 +665,20 @@ def evaluate(model, data, x, y, chunk=1000):
     return total / len(x), 100 * right / y.numel()
 
 
+def training_stride(info):
+    return max(1, info["train"] // info["test"])
+
+
 def measure(model, data, task):
     """The metrics after an epoch; those of training on every k-th training sample, as many as the test part has."""
-    stride = max(1, len(data.x_train) // len(data.x_test))  # all 60,000 would take a fifth of the epoch's own time
+    stride = training_stride(data.info)  # all 60,000 would take a fifth of the epoch's own time
     train_loss, train_acc = evaluate(model, data, data.x_train[::stride], data.y_train[::stride])
     test_loss, test_acc = evaluate(model, data, data.x_test, data.y_test)
+    check_finite([train_loss, test_loss])
     if task == "vision":
         return {"train_loss": train_loss, "train_acc": train_acc, "test_loss": test_loss, "test_acc": test_acc}
-    return {"train_loss": train_loss, "validation_loss": test_loss, "perplexity": math.exp(test_loss),
+    perplexity = math.exp(test_loss) if test_loss < 700 else None  # beyond a float
+    return {"train_loss": train_loss, "validation_loss": test_loss, "perplexity": perplexity,
             "bits_per_byte": test_loss / math.log(2)}
 
 
@@ -690,7 +713,14 @@ def train_run(data, strategy, make_model, seed, args, checkpoint):
         return forward(model, data, *gather(data, rows))[0].cpu().numpy()
 
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint, data)
+        try:
+            state = torch.load(checkpoint, "cpu", weights_only=True)
+            same = state["data"] == data.info["sha256"]
+        except Exception as problem:
+            raise UserError(f"{checkpoint} is not a whole checkpoint of this script ({type(problem).__name__}); delete "
+                            "it, then --resume repeats this run") from None
+        if not same:
+            raise UserError(f"{checkpoint} was trained on other data than {data.name} is now; start without --resume")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         loss, history = state["loss"].numpy(), state["history"]
@@ -710,19 +740,9 @@ def train_run(data, strategy, make_model, seed, args, checkpoint):
         with whole_file(checkpoint) as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
                         "loss": torch.from_numpy(loss), "rng": json.dumps(rng.bit_generator.state),
-                        "torch_rng": torch.get_rng_state(), "data": data.info["sha256"]}, file)
+                        "torch_rng": torch.get_rng_state(), "data": data.info["sha256"],
+                        "arguments": vars(args)}, file)
     return history
-
-
-def load_checkpoint(path, data):
-    try:
-        state = torch.load(path, "cpu", weights_only=True)
-        if state["data"] == data.info["sha256"]:
-            return state
-    except Exception as problem:
-        raise UserError(f"{path} is not a whole checkpoint of this script ({type(problem).__name__}); delete it, then "
-                        "--resume repeats this run") from None
-    raise UserError(f"{path} was trained on other data than {data.name} is now; start without --resume")
 
 
 # --- Evaluation: intervals, paired tests, seconds to a target ---------------------------------------------------------
@@ -739,6 +759,7 @@ def verdicts(finals, task):
     """What a paired t-test says of each strategy against `random`; `finals` {strategy: [last value of each seed]}.
 
     {strategy: {difference, interval (95 %, of this pair alone), p, p_holm, sentence}}; empty for less than MIN_RUNS.
+    Where the difference is the same in every seed there is nothing to test by (x / 0): p is None, and 1 to Holm.
     """
     from scipy import stats
 
@@ -748,15 +769,17 @@ def verdicts(finals, task):
     for name in [name for name in finals if name != BASELINE]:
         differences = np.subtract(finals[name], finals[BASELINE])
         mean, interval = mean_and_interval(differences)
-        # without any difference the statistic is 0 / 0
-        p = float(stats.ttest_rel(finals[name], finals[BASELINE]).pvalue) if differences.any() else 1.0
+        p = float(stats.ttest_rel(finals[name], finals[BASELINE]).pvalue) if np.ptp(differences) > 1e-9 else None
         results[name] = {"difference": float(mean), "interval": float(interval), "p": p}
-    for (name, result), p in zip(results.items(), holm([result["p"] for result in results.values()])):
+    p_values = [1 if result["p"] is None else result["p"] for result in results.values()]
+    for (name, result), p in zip(results.items(), holm(p_values)):
         mean, interval = result["difference"], result["interval"]
         better = "better" if sign * mean > 0 else "worse"
         found = f"{name} is {abs(mean):.2f} ± {interval:.2f} {unit} {better} than {BASELINE}"
         none = f"{name}: no difference from {BASELINE} is shown ({mean:+.2f} ± {interval:.2f} {unit})"
         result |= {"p_holm": p, "sentence": f"{found if p < ALPHA else none}, p = {p:.2g}"}
+        if result["p"] is None:
+            result |= {"p_holm": None, "sentence": f"{name}: {mean:+.2f} {unit} from {BASELINE} in every seed, no test"}
     return results
 
 
@@ -780,21 +803,28 @@ def mean_text(values, number="{:.2f}"):
     return number.format(mean) + (f" ± {number.format(interval)}" if len(there) > 1 else "")
 
 
+def counted(n, noun):
+    return f"{n} {noun}{'s' if n != 1 else ''}"
+
+
 def compare(histories, task, target=None):
     """{target, verdicts, table} of the strategies on one data set; `histories` {strategy: [history of each seed]}."""
     metric, sign, unit = DECIDING[task]
     finals = {name: [history[-1][metric] for history in runs] for name, runs in histories.items()}
     if target is None:  # 1 % short of what the baseline reaches in the end
         target = float(np.mean(finals.get(BASELINE, next(iter(finals.values()))))) * (1 - sign * 0.01)
+    samples = {name: f"{np.mean([h[-1]['samples'] for h in runs]):,.0f}" for name, runs in histories.items()}
     tests, table = verdicts(finals, task), []
     for name, runs in histories.items():
         row = {"strategy": name}
         for key, label in METRICS[task].items():
             row[label] = mean_text([history[-1][key] for history in runs], "{:.3f}" if "loss" in key else "{:.2f}")
-        test = tests.get(name)
-        row |= {f"to {BASELINE} [{unit}]": test and f"{test['difference']:+.2f} ± {test['interval']:.2f}",
-                "p (Holm)": test and f"{test['p_holm']:.2g}",
-                "samples": f"{np.mean([history[-1]['samples'] for history in runs]):,.0f}",
+        if test := tests.get(name):
+            test["sentence"] += (f", after {counted(len(runs[0]) - 1, 'epoch')}, {samples[name]} samples against "
+                                 f"{samples[BASELINE]}")
+        row |= {f"difference from {BASELINE} [{unit}]": test and f"{test['difference']:+.2f} ± {test['interval']:.2f}",
+                "p (Holm)": f"{test['p_holm']:.2g}" if test and test["p"] is not None else None,
+                "samples": samples[name],
                 "seconds": mean_text([history[-1]["seconds"] for history in runs], "{:.2f}"),
                 f"samples to {target:.2f}": mean_text([to_reach(h, target, task, "samples") for h in runs], "{:,.0f}"),
                 f"seconds to {target:.2f}": mean_text([to_reach(h, target, task, "seconds") for h in runs], "{:.2f}")}
@@ -807,16 +837,16 @@ def compare(histories, task, target=None):
 
 def curves(histories, key):
     """[runs, epochs] of one metric, from the first epoch on."""
-    return np.array([[epoch[key] for epoch in history[1:]] for history in histories])
+    return np.array([[epoch[key] for epoch in history[1:]] for history in histories], float)
 
 
-def plot_strategy(histories, title, task, folder):
-    """One picture for each metric of one strategy: mean over the runs with its 95 % band."""
+def plot_strategy(histories, title, task, part, folder):
+    """One picture for each metric of one strategy: mean over the runs with its 95 % band; `part`: training_part."""
     for key, label in METRICS[task].items():
         fig, (ax,) = new_figure(f"{title}: {label}", size=(7, 4))
         values = curves(histories, key)
         plot_curve(ax, np.arange(1, values.shape[1] + 1), values, "mean", marker="o")
-        ax.set(xlabel="epoch", ylabel=label)
+        ax.set(xlabel="epoch", ylabel=f"{label}, {part}" if key.startswith("train") else label)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         save_figure(fig, folder / f"{key}.png")
 
@@ -882,15 +912,23 @@ def markdown_table(rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
 
 
+def training_part(data, args):
+    """What the training metrics are of, as text."""
+    return f"1 in {training_stride(data)} samples{', noisy labels' if args.label_noise else ''}"
+
+
 def summary(name, data, result, args):
     """The table and the verdicts of one data set as text."""
     noise = f", label noise {args.label_noise:.0%}" if args.label_noise else ""
-    head = (f"## {name} ({data['source']}): {data['train']:,} training and {data['test']:,} test samples, "
-            f"{args.model}, {args.epochs} epochs, batches of {args.batch_size}, {args.runs} runs from seed "
+    held_out = "validation windows" if args.task == "nlp" else "test samples"
+    head = (f"## {name} ({data['source']}): {data['train']:,} training and {data['test']:,} {held_out}, {args.model}, "
+            f"{counted(args.epochs, 'epoch')}, batches of {args.batch_size}, {counted(args.runs, 'run')} from seed "
             f"{args.seed}{noise}")
     sentences = [f"- {test['sentence']}" for test in result["verdicts"].values()]
     sentences += ["- p: paired t-test over the seeds, after Holm's correction; ±: 95 % interval of that pair alone"
                   if sentences else f"- no verdict: it needs {BASELINE}, another strategy and {MIN_RUNS} runs or more"]
+    sentences += [f"- training metrics: {training_part(data, args)}; seconds: of training alone, but runs side by side "
+                  "(--jobs) share the machine"]
     baseline = ", ".join(f"{key}: {value:.2f}" for key, value in data["baseline"].items())
     return "\n".join([head, "", markdown_table(result["table"]), "", *sentences, f"- simple baseline, {baseline}", ""])
 
@@ -898,21 +936,15 @@ def summary(name, data, result, args):
 def describe_run(args):
     """What results.json holds from the beginning: arguments, versions, git commit."""
     folder = Path(globals().get("__file__", "batch_selection.py")).resolve().parent
-    commit, packages = None, ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "joblib")
+    commit, versions = None, {"python": platform.python_version()}
     with contextlib.suppress(OSError):  # no git on this machine
         git = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or None
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    for name in ("torch", "numpy", "scipy", "scikit-learn", "pyarrow", "joblib"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not every run needs pyarrow
+            versions[name] = importlib.metadata.version(name)
     return {"experiment": args.task, "finished": False, "arguments": vars(args), "seed": args.seed,
             "git_commit": commit, "versions": versions}
-
-
-def peak_memory():
-    """Peak resident memory of this process and of its largest worker [MiB]; None on Windows."""
-    if resource is None:
-        return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return [resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 
 
 def new_run(root):
@@ -930,34 +962,40 @@ def newest(paths):
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
+def read_results(paths):
+    """The (folder, results) of those results.json that are whole and this script's own."""
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            results = json.loads(path.read_text())
+            if results["experiment"] in MODELS:
+                yield path.parent, results
+
+
 def find_run(args):
     """(folder, arguments) of the unfinished invocation that --resume names, or of the newest one."""
     folders, named = newest(Path(args.output_dir).glob("*/run-*")), ""
     if args.resume != "newest":
         folders, named = [Path(args.resume), *(run for run in folders if run.name == args.resume)], f" {args.resume!r}"
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            results = json.loads((folder / "results.json").read_text())
-            if not results["finished"]:
-                return folder, argparse.Namespace(**results["arguments"])
+    for folder, results in read_results(folder / "results.json" for folder in folders):
+        if not results["finished"]:
+            return folder, argparse.Namespace(**results["arguments"])
     raise UserError(f"{args.output_dir} has no unfinished run{named}; start one without --resume")
 
 
 def finished_results(root, args):
     """(data set, {strategy: results}) for --only compare: the newest, and of others what was made as that was."""
-    runs = (json.loads(path.read_text()) for path in newest(root.glob("run-*/results.json")))
-    of_newest = next((next(iter(run["data"])) for run in runs if run["finished"]), "*")
-    name, chosen, like = args.dataset or (Path(args.data).stem if args.data else of_newest), {}, None
-    for path in newest(root.glob(f"{name}/*/run-*/results.json")):
-        results = json.loads(path.read_text())
-        same = [path.parts[-4], results["data"]["sha256"], *(results["arguments"][argument] for argument in (
+    runs = read_results(newest(root.glob("run-*/results.json")))
+    name = args.dataset or next((next(iter(run["data"])) for _, run in runs if run["finished"]), "")
+    chosen, like = {}, None
+    for _, results in read_results(newest((root / name).glob("*/run-*/results.json"))):
+        same = [results["data"]["sha256"], *(results["arguments"][argument] for argument in (
             "runs", "seed", "epochs", "batch_size", "learning_rate", "model", "label_noise"))]
         if results["strategy"] in args.strategy and like in (None, same):
             like = same
             chosen.setdefault(results["strategy"], results)
     if not chosen:
         raise UserError(f"{root / name} has no finished results; run the strategies first, without --only compare")
-    return like[0], {strategy: chosen[strategy] for strategy in args.strategy if strategy in chosen}
+    return name, {strategy: chosen[strategy] for strategy in args.strategy if strategy in chosen}
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -1039,16 +1077,23 @@ def parse_args(argv):
     if "--quick" in argv:
         parser.set_defaults(epochs=1, runs=1, text_bytes=100_000)
     args = parser.parse_args(argv)
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.resume and given - {"resume", "output_dir", "device", "jobs", "backend"}:
-        raise UserError("--resume goes with --output-dir, --device, --jobs, --backend; a run keeps its own arguments")
-    if args.task == "nlp" and given & {"dataset", "label_noise", "benchmark_datasets"}:
-        raise UserError("--dataset, --label-noise and --benchmark-datasets are of --task vision; nlp takes --data")
-    for one, other in (("dataset", "data"), ("no_benchmark", "benchmark_datasets"), ("data", "benchmark_datasets")):
-        if {one, other} <= given:
-            raise UserError(f"--{one} and --{other} exclude each other".replace("_", "-"))
-    if args.only == "benchmark" and (args.no_benchmark or args.data or args.task == "nlp"):
-        raise UserError("--only benchmark needs data sets: not --no-benchmark, --data or --task nlp")
+    given = {flag.split("=")[0][2:].replace("-", "_") for flag in argv if flag.startswith("--")}
+    for refused, why in (
+        ("" in (args.data, args.data_dir, args.output_dir, args.resume), "a path is empty"),
+        (args.resume and given - {"resume", "output_dir", "device", "jobs", "backend"},
+         "--resume goes with --output-dir, --device, --jobs, --backend; a run keeps its own arguments"),
+        (args.only == "compare" and given - {"only", "task", "dataset", "data", "strategy", "target", "output_dir"},
+         "--only compare goes with --task, --dataset, --data, --strategy, --target, --output-dir; nothing is trained"),
+        (args.task == "nlp" and given & {"dataset", "label_noise", "benchmark_datasets"},
+         "--dataset, --label-noise and --benchmark-datasets are of --task vision; nlp takes --data"),
+        ({"dataset", "data"} <= given, "--dataset and --data exclude each other"),
+        ({"no_benchmark", "benchmark_datasets"} <= given, "--no-benchmark and --benchmark-datasets exclude each other"),
+        ({"data", "benchmark_datasets"} <= given, "--data and --benchmark-datasets exclude each other"),
+        (args.only == "benchmark" and (args.no_benchmark or args.data or args.task == "nlp"),
+         "--only benchmark needs data sets: not --no-benchmark, --data or --task nlp"),
+    ):
+        if refused:
+            raise UserError(why)
     for name, *defaults in (("batch_size", 64, 16), ("learning_rate", 0.001, 0.003), ("loss_threshold", 0.5, 2.0),
                             ("model", *(next(iter(models)) for models in MODELS.values()))):
         if getattr(args, name) is None:
@@ -1056,6 +1101,8 @@ def parse_args(argv):
     if args.model not in MODELS[args.task]:
         raise UserError(f"--model {args.model} is not of --task {args.task}, which has {', '.join(MODELS[args.task])}")
     args.strategy = list(dict.fromkeys(args.strategy))
+    if args.data:
+        args.dataset = Path(args.data).resolve().stem or "root"  # a name for . and / too
     return args
 
 
@@ -1083,7 +1130,7 @@ def check_device():
 def choose_datasets(args):
     """Settle args.dataset and args.benchmark_datasets: what is here or, with one attempt, can be fetched."""
     if args.task == "nlp" or args.data:
-        args.dataset, args.benchmark_datasets = Path(args.data).stem if args.data else "python_stdlib", []
+        args.dataset, args.benchmark_datasets = args.dataset or "python_stdlib", []
         return
     if args.dataset is None and args.only == "benchmark" and args.benchmark_datasets:
         args.dataset = args.benchmark_datasets[0]
@@ -1097,11 +1144,11 @@ def choose_datasets(args):
             args.dataset = "digits"
     if args.no_benchmark or args.only == "run":
         args.benchmark_datasets = []
-    elif args.benchmark_datasets is None:
-        small = ["digits", "digits_csv"] if args.quick else [name for name in BENCHMARK if is_here(name, args.data_dir)]
-        args.benchmark_datasets = list(dict.fromkeys([args.dataset, *small]))
+        return
+    small = ["digits", "digits_csv"] if args.quick else [name for name in BENCHMARK if is_here(name, args.data_dir)]
+    args.benchmark_datasets = list(dict.fromkeys([args.dataset, *(args.benchmark_datasets or small)]))
     if len(args.benchmark_datasets) == 1:
-        note(f"no benchmark across data sets: only {args.dataset} is here; --benchmark-datasets names others")
+        note(f"no benchmark across data sets: there is only {args.dataset}; --benchmark-datasets names others")
 
 
 def load(name, args):
@@ -1131,14 +1178,14 @@ def train_all(all_data, args, jobs, folders):
 
 def dask_client(jobs):
     """A client of the scheduler that DASK_SCHEDULER_ADDRESS names, else of local processes."""
-    try:
-        from dask.distributed import Client
-    except ImportError:
-        raise UserError("--backend dask needs: pip install 'dask[distributed]'") from None
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
     local = {} if address else {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
     try:
+        from dask.distributed import Client
+
         client = Client(address, timeout=3, **local)
+    except ImportError:
+        raise UserError("--backend dask needs: pip install 'dask[distributed]'") from None
     except OSError as problem:
         raise UserError(f"no dask scheduler at DASK_SCHEDULER_ADDRESS={address}: {problem}") from None
     for module in {"common", __name__} - {"__main__"} if address else ():  # local workers import as this process does
@@ -1148,27 +1195,30 @@ def dask_client(jobs):
 
 def run_experiment(args, run_dir):
     """All that one invocation does, written to `run_dir` and beside it; returns the results dictionary."""
-    began, root, header = time.perf_counter(), run_dir.parent, describe_run(args)
-    try:
-        device = detect_device(args.device)
-    except ValueError as problem:
-        raise UserError(f"--device: {problem}") from None
-    header["device"], folders = str(device), {}
+    began, seconds, root, folders = time.perf_counter(), {}, run_dir.parent, {}
     if args.only == "compare":
         name, found = finished_results(root, args)
         first = next(iter(found.values()))
-        args = argparse.Namespace(**first["arguments"] | {"target": args.target, "only": "compare"})
-        infos = {name: first["data"]}
+        own = {name: getattr(args, name) for name in ("only", "target", "output_dir")}
+        args = argparse.Namespace(**first["arguments"] | own | {"strategy": list(found)})
+        device, infos = first["device"], {name: first["data"]}
         all_histories = {name: {strategy: one["histories"] for strategy, one in found.items()}}
     else:
+        try:
+            device = detect_device(args.device)
+        except ValueError as problem:
+            raise UserError(f"--device: {problem}") from None
         names = args.benchmark_datasets if args.only == "benchmark" else [args.dataset, *args.benchmark_datasets]
         all_data = {name: load(name, args) for name in names}
+        seconds["data"] = time.perf_counter() - began
         infos = {name: data.info for name, data in all_data.items()}
         folders = {(name, strategy): root / name / strategy / run_dir.name
                    for name, strategy in product(all_data, args.strategy)}
         jobs = args.jobs or (joblib.cpu_count() if device.type == "cpu" and not args.quick else 1)
         all_histories = train_all(all_data, args, jobs, folders)
+        seconds["runs"] = time.perf_counter() - began - seconds["data"]
 
+    header = describe_run(args) | {"device": str(device)}
     comparison, text = {}, f"# batch_selection.py --task {args.task}\n\n"
     for name, histories in all_histories.items():
         comparison[name] = compare(histories, args.task, args.target)
@@ -1178,7 +1228,7 @@ def run_experiment(args, run_dir):
     for (name, strategy), folder in folders.items():
         histories = all_histories[name][strategy]
         alone = compare({strategy: histories}, args.task, comparison[name]["target"])
-        plot_strategy(histories, f"{name}, {strategy}", args.task, folder)
+        plot_strategy(histories, f"{name}, {strategy}", args.task, training_part(infos[name], args), folder)
         (folder / "summary.txt").write_text(summary(name, infos[name], alone, args))
         write_json(header | {"strategy": strategy, "data": infos[name], "histories": histories,
                              "final": alone["table"][0], "finished": True}, folder / "results.json")
@@ -1186,8 +1236,11 @@ def run_experiment(args, run_dir):
         plot_benchmark({name: comparison[name] for name in args.benchmark_datasets}, args.task, run_dir)
     (run_dir / "summary.txt").write_text(text)
     print(text)
-    return write_json(header | {"data": infos, "comparison": comparison, "finished": True, "peak_memory_mib":
-                                peak_memory(), "seconds": time.perf_counter() - began}, run_dir / "results.json")
+    seconds["tables and pictures"] = time.perf_counter() - began - sum(seconds.values())
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    memory = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit  # of this process, not of workers
+    return write_json(header | {"data": infos, "comparison": comparison, "finished": True, "seconds": seconds,
+                                "peak_memory_mib": memory}, run_dir / "results.json")
 
 
 def main(argv=None):
@@ -1195,7 +1248,7 @@ def main(argv=None):
 
     Returns the results dictionary; what a user can put right raises SystemExit(2), Ctrl-C SystemExit(130).
     """
-    run_dir, threads = None, torch.get_num_threads()
+    run_dir, made, threads = None, None, torch.get_num_threads()
     try:
         args = parse_args(([] if in_notebook() else sys.argv[1:]) if argv is None else argv)
         if args.check_device or args.list_datasets or args.download:
@@ -1210,7 +1263,7 @@ def main(argv=None):
         else:
             if args.only != "compare":
                 choose_datasets(args)
-            run_dir = new_run(Path(args.output_dir) / args.task)
+            run_dir = made = new_run(Path(args.output_dir) / args.task)
             write_json(describe_run(args), run_dir / "results.json")
         results = run_experiment(args, run_dir)
         print(f"Everything is in {run_dir} and {run_dir.parent}/DATASET/STRATEGY/{run_dir.name}")
@@ -1221,14 +1274,17 @@ def main(argv=None):
         raise SystemExit(130) from None
     except UserError as problem:
         error = str(problem)
+    except BrokenProcessPool:
+        made, error = None, (f"a worker was killed, perhaps for want of memory; go on with --resume {run_dir} "
+                             f"--output-dir {args.output_dir} and fewer --jobs")
     except torch.OutOfMemoryError:
         error = "not enough GPU memory; lower --batch-size or --jobs, or take --device cpu"
     except OSError as problem:
         error = f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)
     finally:
         torch.set_num_threads(threads)
-    if run_dir and not list(run_dir.parent.glob(f"*/*/{run_dir.name}")):  # leave no empty run behind
-        shutil.rmtree(run_dir, ignore_errors=True)
+    if made and not list(made.parent.glob(f"*/*/{made.name}")):  # leave no empty run behind
+        shutil.rmtree(made, ignore_errors=True)
     note(f"error: {' '.join(error.split())}")
     raise SystemExit(2)
 

@@ -4,22 +4,26 @@ import functools
 import gzip
 import hashlib
 import http.server
+import importlib.metadata
 import inspect
 import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from PIL import Image
 from scipy import stats
 from torch import nn
@@ -85,13 +89,17 @@ def test_smart_is_its_plain_definition(refresh):
             if step % refresh == 0:
                 last_of_top = sorted(loss, reverse=True)[round(0.2 * n) - 1]
                 top = [i for i in range(n) if loss[i] >= last_of_top]
-            explore = rng.choice(n, args.batch_size // 2, replace=False)
-            yield np.concatenate([explore, rng.choice(top, args.batch_size - args.batch_size // 2, replace=False)])
+            size = min(args.batch_size, n - step * args.batch_size)  # no more samples an epoch than random
+            explore = rng.choice(n, round(0.5 * size), replace=False)
+            yield np.concatenate([explore, rng.choice(top, size - len(explore), replace=False)])
 
     args = options(batch_size=16, refresh=refresh)
     mine, slow = simulate(bs.smart_batches, args), simulate(plain, args)
     assert len(mine) == len(slow) == 3 * math.ceil(331 / 16)
     assert all((a == b).all() for (a, _), (b, _) in zip(mine, slow))
+    assert sum(len(rows) for rows, _ in mine) == 3 * 331
+    few = list(bs.smart_batches(np.ones(40, np.float32), None, options(batch_size=30), np.random.default_rng(0)))
+    assert [len(rows) for rows in few] == [30, 10], "all that tie with the 8 hardest belong"
     unseen = np.isinf(mine[0][1])
     assert unseen.all() and np.isinf(mine[3][1][mine[3][0][8:]]).all(), "unseen samples count as the hardest"
 
@@ -156,6 +164,9 @@ def test_moving_average_by_hand_and_batch_mean():
     assert loss.tolist() == [2.0, np.inf, 1.0, np.inf]
     bs.track(loss, np.array([2, 3]), np.array([3.0, 5.0]), 0.9)
     assert loss.tolist() == pytest.approx([2.0, np.inf, 0.9 * 1 + 0.1 * 3, 5.0])
+    with warnings.catch_warnings(action="error"):
+        bs.track(loss, np.array([0, 1]), np.array([7.0, 8.0]), 0)
+    assert loss[:2].tolist() == [7.0, 8.0]
 
     data = bs.load_dataset("digits", "data").to("cpu")
     tracked = {}
@@ -195,7 +206,11 @@ def test_verdicts_agree_with_scipy():
     assert bs.verdicts({"random": [1.0, 2.0], "smart": [2.0, 3.5]}, "vision") == {}
     assert bs.verdicts({"smart": [1.0, 2.0, 3.0]}, "vision") == {}
     equal = bs.verdicts({"random": [1.0, 2.0, 3.0], "smart": [1.0, 2.0, 3.0]}, "vision")["smart"]
-    assert equal["p_holm"] == 1 and "no difference" in equal["sentence"]
+    assert equal["p"] is equal["p_holm"] is None and equal["sentence"].startswith("smart: +0.00 points from random in")
+    with warnings.catch_warnings(action="error"):
+        same = bs.verdicts({"random": [1.1, 2.2, 3.3], "a": [2.2, 3.3, 4.4], "b": [3, 3, 3.6]}, "vision")
+    assert same["a"]["p"] is None and "+1.10 points from random in every seed, no test" in same["a"]["sentence"]
+    assert same["b"]["p_holm"] == pytest.approx(2 * same["b"]["p"])
 
 
 def test_samples_to_a_target_lie_between_the_epochs():
@@ -281,6 +296,7 @@ def test_cinic_reader(packed):
             for i in range(2):
                 colours[part, number, i] = colour = (40 * number, 10 * i, {"train": 1, "valid": 2, "test": 3}[part])
                 Image.new("RGB", (32, 32), colour).save(folder / f"{i}.png")
+    Path("data/cinic10/loose.png").write_text("not in a class")
     if packed:
         with tarfile.open("data/archive", "w:gz") as archive:
             archive.add("data/cinic10", ".")
@@ -301,7 +317,7 @@ def test_broken_files_are_named_with_their_checksum(capsys):
     path = folder / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     wrong_label = gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 40]) + bytes(39) + b"\x0b")
-    labels = (folder / "train-labels-idx1-ubyte.gz").read_bytes()
+    labels, published = (folder / "train-labels-idx1-ubyte.gz").read_bytes(), bs.DATASETS["mnist"].files
     for name, content, words in ((path.name, whole[:-3000], "truncated"), (path.name, b"<html>not found</html>", "MD5"),
                                  (path.name, gzip.compress(b"\0\0"), "truncated"), (path.name, labels, "IDX header"),
                                  ("train-labels-idx1-ubyte.gz", wrong_label, "from 0 to 11")):
@@ -312,7 +328,7 @@ def test_broken_files_are_named_with_their_checksum(capsys):
         error = capsys.readouterr().err
         assert words in error and error.startswith("batch_selection.py: error: ") and error.count("\n") == 1
         if content != wrong_label:
-            assert str(path) in error and md5_of(path) in error and "f68b3c2dcbeaaa9fbdd348bbdeb94873" in error
+            assert str(path) in error and md5_of(path) in error and f"published: {published[name]};" in error
     assert not list(Path("outputs/vision").iterdir()), "no empty run stays behind"
     write_cifar(Path("data/cifar10"), 10)
     archive = Path("data/cifar10/cifar-10-binary.tar.gz")
@@ -324,6 +340,11 @@ def test_broken_files_are_named_with_their_checksum(capsys):
         bs.load_dataset("cinic10", "data")
     Path("data/cinic10/train/cat/1.png").write_bytes(b"\x89PNG")
     with pytest.raises(bs.UserError, match=r"1\.png .* not a whole PNG"):
+        bs.load_dataset("cinic10", "data")
+    for side, name in enumerate(("train/cat/1", "train/cat/2", "test/cat/1"), 3):
+        Path(f"data/cinic10/{name}.png").parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side)).save(f"data/cinic10/{name}.png")
+    with pytest.raises(bs.UserError, match="different sizes"):
         bs.load_dataset("cinic10", "data")
 
 
@@ -386,12 +407,17 @@ def test_own_csv(capsys):
     pixels = "label,p0,p1,p2,p3\n" + "".join(f"{i % 2},0,{i},{255 - i},9\n" for i in range(50))
     Path("pixels.csv").write_text(pixels)
     assert bs.load_csv(Path("pixels.csv")).x_train.shape == (40, 1, 2, 2)
+    Path("large.csv").write_text("label,t\n" + "".join(f"{i % 2},{1_700_000_000 + i % 2}\n" for i in range(50)))
+    large = bs.load_csv(Path("large.csv"))
+    assert large.x_train[:, 0] == pytest.approx(2.0 * large.y_train - 1), "a step of one second is not lost"
     Path("pixels.csv").write_text(pixels.replace(",9\n", ",0.9\n"))
     assert bs.load_csv(Path("pixels.csv")).x_train.dtype == np.float32, "no pixels: nothing is cut off"
     capsys.readouterr()
     for text, words in (("a,b\n1,2\n", "one column called label"), ("label\n1\n", "at least one other"),
                         ("label,a\n", "no rows"), ("label,a\n0,1\n1,x\n", "x"), ("label,a\n0,1\n1,\n", "row 2"),
-                        ("label,a\n0,1\n0,2\n", "two classes"), ("", "Empty"), ("label,label\n1,2\n", "one column")):
+                        ("label,a\n0,1\n0,2\n", "two classes"), ("", "Empty"),
+                        ("label,label\n1,2\n", "2 columns are called 'label'"), ("label,a,b,a\n1,2,3,4\n", "are called 'a'"),
+                        ("label,a\n0,1\n  ,2\n1,3\n", "row 2 has no label")):
         Path("bad.csv").write_text(text)
         with pytest.raises(SystemExit):
             bs.main(["--data", "bad.csv"])
@@ -466,17 +492,28 @@ def test_one_command_does_everything_in_the_seeds_folders(capsys):
     assert all(entry == first[0] for entry in first), "the same first weights for every strategy"
     text = (root / "run-001/summary.txt").read_text()
     assert text in capsys.readouterr().out and "smart" in text and "majority class: test accuracy [%]: 1" in text
-    assert text.count("p = ") == 4
+    assert text.count("p = ") == text.count("loss_threshold: +0.00 points from random in every seed, no test") == 2
+    assert ", after 1 epoch, 1,437 samples against 1,437\n" in text and "1 epoch, batches of 64, 3 runs" in text
+    assert "training metrics: 1 in 3 samples;" in text and "difference from random [points]" in text
+    assert set(results["seconds"]) == {"data", "runs", "tables and pictures"} and results["peak_memory_mib"] > 1
+    state = torch.load(root / "digits/smart/run-001/seed-42.pt", weights_only=True)
+    assert state["arguments"] == results["arguments"]
 
+    newer = root / "digits/smart/run-000/results.json"
+    newer.parent.mkdir()
+    newer.write_text('{"experiment": "visi')  # half written
     again = bs.main(["--only", "compare", "--strategy", "random", "smart"])
+    newer.unlink()
+    newer.parent.rmdir()
+    assert again["arguments"] == results["arguments"] | {"only": "compare", "strategy": ["random", "smart"]}
     assert again["comparison"]["digits"]["finals"]["smart"] == results["comparison"]["digits"]["finals"]["smart"]
     assert {path.name for path in (root / "run-002").iterdir()} == {
         "results.json", "summary.txt", "comparison_digits.png"}
     short = ["--epochs", "1", "--runs", "1", "--jobs", "1"]
     bs.main(["--only", "run", "--dataset", "digits", "--strategy", "fixed", *short])
     assert {path.name for path in (root / "run-003").iterdir()} == {"results.json", "summary.txt"}
-    bench = bs.main(["--only", "benchmark", "--benchmark-datasets", "digits_csv", "digits",
-                     "--strategy", "random", "fixed", *short])
+    bench = bs.main(["--dataset", "digits_csv", "--benchmark-datasets", "digits", "--strategy", "random", "fixed",
+                     *short])
     assert list(bench["comparison"]) == ["digits_csv", "digits"] and (root / "run-004/benchmark.png").exists()
     assert "no verdict" in (root / "run-004/summary.txt").read_text()
 
@@ -492,6 +529,13 @@ def test_language_task():
     assert before["bits_per_byte"] == pytest.approx(8, abs=0.3) and after["bits_per_byte"] < before["bits_per_byte"] - 1
     assert after["perplexity"] == pytest.approx(2 ** after["bits_per_byte"])
     assert list(results["comparison"]) == ["python_stdlib"]
+    assert "validation windows" in Path("outputs/nlp/run-001/summary.txt").read_text()
+    results = bs.main(["--task", "nlp", "--text-bytes", "5000", "--learning-rate", "1e4", "--batch-size", "80",
+                       "--runs", "1", "--epochs", "1", "--strategy", "random", "--data", ".", "--jobs", "1"])
+    name = Path.cwd().name
+    assert list(results["comparison"]) == [name] and Path(f"outputs/nlp/{name}/random/run-002/perplexity.png").exists()
+    history = json.loads(Path(f"outputs/nlp/{name}/random/run-002/results.json").read_text())["histories"][0]
+    assert history[1]["perplexity"] is None and history[1]["bits_per_byte"] > 1000
 
 
 def test_strategy_data_set_and_model_are_one_entry_each(monkeypatch):
@@ -569,7 +613,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, capsys
     first = Path("killed/vision/digits/smart/run-001/seed-42.pt")
     stamp = first.stat().st_mtime_ns
     with pytest.raises(SystemExit):
-        bs.main(["--resume", "--output-dir", "killed", "--epochs", "7"])
+        bs.main(["--resume", "--output-dir", "killed", "--epochs", "5"])  # the default is an argument too
     assert "a run keeps its own arguments" in capsys.readouterr().err
     resumed = bs.main(["--resume", "--output-dir", "killed"])
     assert finals_of(resumed) == finals_of(whole) and first.stat().st_mtime_ns == stamp, "finished runs are skipped"
@@ -597,9 +641,39 @@ def test_ctrl_c_bad_checkpoints_and_other_data(monkeypatch, capsys):
         change()
         with pytest.raises(SystemExit) as stopped:
             bs.main(["--resume", "run-001"])
+        assert Path("outputs/vision/run-001").is_dir()
         assert stopped.value.code == 2 and words in capsys.readouterr().err
+    shutil.rmtree("outputs/vision/digits")
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        patch.setattr(bs, "train_all", lambda *_: bs.check_finite(math.nan))
+        bs.main(["--resume"])
+    assert Path("outputs/vision/run-001").is_dir(), "what another invocation made stays"
+    checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(whole)
-    assert bs.main(["--resume", "outputs/vision/run-001"])["finished"]
+    foreign = Path("outputs/fire/run-001")
+    foreign.mkdir(parents=True)
+    (foreign / "results.json").write_text('{"experiment": "fire", "finished": false, "arguments": {}}')
+    for argv in (["--resume", str(foreign)], ["--resume", "run-001", "--output-dir", "nowhere"]):
+        with pytest.raises(SystemExit):
+            bs.main(argv)
+        assert "no unfinished run" in capsys.readouterr().err
+    assert bs.main(["--resume"])["finished"]
+
+
+def test_a_killed_worker_and_a_missing_package(monkeypatch, capsys):
+    def killed(*_):
+        raise TerminatedWorkerError
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(bs, "train_all", killed)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(SystemExit):
+        digits()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--resume outputs/vision/run-001" in error and "fewer --jobs" in error
+    assert Path("outputs/vision/run-001/results.json").exists()
 
 
 @pytest.mark.parametrize(("argv", "words"), [
@@ -613,6 +687,9 @@ def test_ctrl_c_bad_checkpoints_and_other_data(monkeypatch, capsys):
     ("--dataset cifar10", "cifar-10-binary.tar.gz into data/cifar10"), ("--download cifar100", "cannot download"),
     ("--task nlp --data nowhere", "No such file"), ("--resume", "no unfinished run"), ("--jobs 0", "--jobs"),
     ("--dataset digits --learning-rate 1e30 --jobs 1 --strategy smart", "lower --learning-rate"),
+    ("--data=", "a path is empty"), ("--resume=", "a path is empty"),
+    ("--only compare --epochs 5", "nothing is trained"),
+    ("--dataset digits --learning-rate 1e20 --batch-size 2000 --jobs 1 --strategy random", "lower --learning-rate"),
     ("--data table.csv --model cnn", "a CNN needs images"), ("--data-dir file --dataset mnist", "file"),
     ("--output-dir file --dataset digits", "file"), ("--nonsense", "--nonsense"),
 ])
