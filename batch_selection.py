@@ -846,7 +846,7 @@ def plot_strategy(histories, title, task, part, folder):
         fig, (ax,) = new_figure(f"{title}: {label}", size=(7, 4))
         values = curves(histories, key)
         plot_curve(ax, np.arange(1, values.shape[1] + 1), values, "mean", marker="o")
-        ax.set(xlabel="epoch", ylabel=f"{label}, {part}" if key.startswith("train") else label)
+        ax.set(xlabel="epoch", ylabel=f"{label}\n{part}" if key.startswith("train") else label)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         save_figure(fig, folder / f"{key}.png")
 

@@ -416,7 +416,8 @@ def test_own_csv(capsys):
     for text, words in (("a,b\n1,2\n", "one column called label"), ("label\n1\n", "at least one other"),
                         ("label,a\n", "no rows"), ("label,a\n0,1\n1,x\n", "x"), ("label,a\n0,1\n1,\n", "row 2"),
                         ("label,a\n0,1\n0,2\n", "two classes"), ("", "Empty"),
-                        ("label,label\n1,2\n", "2 columns are called 'label'"), ("label,a,b,a\n1,2,3,4\n", "are called 'a'"),
+                        ("label,label\n1,2\n", "2 columns are called 'label'"),
+                        ("label,a,b,a\n1,2,3,4\n", "are called 'a'"),
                         ("label,a\n0,1\n  ,2\n1,3\n", "row 2 has no label")):
         Path("bad.csv").write_text(text)
         with pytest.raises(SystemExit):
