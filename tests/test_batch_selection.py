@@ -690,7 +690,7 @@ def test_a_killed_worker_and_a_missing_package(monkeypatch, capsys):
     ("--dataset digits --learning-rate 1e30 --jobs 1 --strategy smart", "lower --learning-rate"),
     ("--data=", "a path is empty"), ("--resume=", "a path is empty"),
     ("--only compare --epochs 5", "nothing is trained"),
-    ("--dataset digits --learning-rate 1e20 --batch-size 2000 --jobs 1 --strategy random", "lower --learning-rate"),
+    ("--dataset digits --learning-rate 1e20 --batch-size 2000 --jobs 1 --epochs 1", "lower --learning-rate"),
     ("--data table.csv --model cnn", "a CNN needs images"), ("--data-dir file --dataset mnist", "file"),
     ("--output-dir file --dataset digits", "file"), ("--nonsense", "--nonsense"),
 ])
