@@ -200,7 +200,7 @@ def load_series(args):
     for name in names:
         if name != "synthetic":
             try:
-                loaded[name] = read_series(fetch(name, args.data_dir), 1, 0, name)
+                loaded[name] = read_series(fetch(name, args.data_dir), "1", "0", name)
                 continue
             except UserError as problem:
                 if args.dataset:
@@ -227,7 +227,7 @@ def aligned_target(windows):
 
 
 class LSTM(nn.Module):
-    """The seed's LSTM: [batch, time] -> [batch, 1], or [batch, time] without `last_only`. 50,497 parameters at 64, 2."""
+    """The seed's LSTM: [batch, time] -> [batch, 1], or [batch, time] without `last_only`. 50,497 parameters."""
 
     horizon = 1
 
@@ -256,20 +256,20 @@ class Positions(nn.Module):
         if kind == "randpe":
             self.table = nn.Parameter(torch.randn(block_size, width))
         elif kind != "none":
-            frequencies = 10000 ** (-torch.arange(0, width, 2) / width)
-            angles = torch.arange(block_size).unsqueeze(1) * frequencies  # [block_size, width / 2]
-            waves = torch.stack([angles.sin(), angles.cos()], -1)
-            self.register_buffer("table", waves.flatten(1)[:, :width] if kind == "sinpe" else waves, persistent=False)
+            angles = torch.arange(block_size).unsqueeze(1) * 10000 ** (-torch.arange(0, width, 2) / width)
+            sin, cos = angles.sin(), angles.cos()  # [block_size, width / 2]
+            table = torch.stack([sin, cos], -1).flatten(1)[:, :width]
+            if kind == "rope":  # cos of both halves, sin with the sign that the other half comes with
+                table = torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])
+            self.register_buffer("table", table, persistent=False)
 
     def forward(self, x, first=0):
         if self.kind == "none":
             return x
-        table = self.table[first : first + x.shape[-2]]
-        if self.kind != "rope":
-            return x + table
-        sin, cos = table.unbind(-1)
-        left, right = x.chunk(2, -1)
-        return torch.cat([left * cos - right * sin, left * sin + right * cos], -1)
+        table = self.table[..., first : first + x.shape[-2], :]
+        if self.kind == "rope":
+            return x * table[0] + x.roll(x.shape[-1] // 2, -1) * table[1]
+        return x + table
 
 
 def attend(q, k, v, causal, first=0):
@@ -282,17 +282,15 @@ def attend(q, k, v, causal, first=0):
     """
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[-3:-1]
-    group, block, parts = heads // kv_heads, max(16, 32 // heads), []
+    block, parts = max(16, 32 // heads) if causal else queries, []
     k = k.transpose(-1, -2) * width**-0.5
-    for start in range(0, queries, block if causal else queries):
-        stop = min(start + block, queries) if causal else queries
+    for start in range(0, queries, block):
+        stop = min(start + block, queries)
         seen = min(keys, first + stop) if causal else keys
-        rows = q[:, :, start:stop].reshape(batch, kv_heads, group * (stop - start), width)
+        rows = q[:, :, start:stop].reshape(batch, kv_heads, -1, width)  # [batch, kv_heads, group * block, width]
         scores = (rows @ k[..., :seen]).view(batch, heads, stop - start, seen)
-        if causal and seen > first + start + 1:
-            at = torch.arange(first + start, first + stop, device=q.device)
-            hidden = torch.arange(seen, device=q.device) > at.unsqueeze(1)
-            scores = scores.masked_fill(hidden, -math.inf)
+        if causal:  # added, since filling in place would cost a copy in the backward pass
+            scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(first + start + 1)
         weights = scores.softmax(-1).view(batch, kv_heads, -1, seen)
         parts.append((weights @ v[..., :seen, :]).view(batch, heads, stop - start, width))
     return torch.cat(parts, 2)
