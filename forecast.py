@@ -282,7 +282,7 @@ def attend(q, k, v, causal, first=0):
     """
     batch, heads, queries, width = q.shape
     kv_heads, keys = k.shape[-3:-1]
-    block, parts = max(16, 32 // heads) if causal else queries, []
+    block, parts = max(16, 64 // heads) if causal and k.dim() == 4 else queries, []
     k = k.transpose(-1, -2) * width**-0.5
     for start in range(0, queries, block):
         stop = min(start + block, queries)
