@@ -28,7 +28,6 @@ each window: Kim et al. 2022 (RevIN).
 
 import argparse
 import contextlib
-import csv
 import hashlib
 import importlib.metadata
 import io
@@ -131,16 +130,19 @@ def generate_series(rows=720, seed=0):
 
 def read_series(path, column=None, time_column=None, name=None):
     """A column of a CSV file with a header as Series; `column` is a name or an index from 0 (default: the last one)."""
+    import pyarrow as pa
+    import pyarrow.csv
+
     try:
         raw = Path(path).read_bytes()
-        header, *rows = [row for row in csv.reader(io.StringIO(raw.decode("utf-8-sig"))) if row]
+        table = pa.csv.read_csv(io.BytesIO(raw), pa.csv.ReadOptions(use_threads=False))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --data takes a CSV file with a header") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder; --data takes one CSV file") from None
-    except (UnicodeDecodeError, csv.Error, ValueError) as problem:
-        why = "empty" if isinstance(problem, ValueError) and not isinstance(problem, UnicodeDecodeError) else problem
-        raise UserError(f"{path}: {why}; a CSV file in UTF-8 with a header is needed") from None
+    except (pa.ArrowInvalid, UnicodeDecodeError) as problem:
+        raise UserError(f"{path}: {problem}; a CSV file in UTF-8 with a header is needed") from None
+    header = table.column_names
 
     def numbers(wanted, flag):
         if wanted in header:
@@ -149,20 +151,20 @@ def read_series(path, column=None, time_column=None, name=None):
             index = int(wanted) % len(header)
         else:
             raise UserError(f"{path}: no column {wanted!r} for {flag}, only {', '.join(header)}")
-        values = np.empty(len(rows))
-        for number, row in enumerate(rows):
-            cell = row[index].strip() if index < len(row) else ""
+        cells = table.column(index)
+        values = np.empty(len(cells))
+        for row, cell in enumerate(cells.to_pylist()):
             try:
-                values[number] = float(cell)
-            except ValueError:
-                values[number] = np.nan
-            if not math.isfinite(values[number]):
-                what = repr(cell) if cell else "empty"
-                raise UserError(f"{path}: row {number + 2}, column {header[index]!r}: {what}, a number is needed")
+                values[row] = math.nan if cell is None else float(cell)
+            except (TypeError, ValueError):
+                values[row] = math.nan
+            if not math.isfinite(values[row]):
+                what = "empty or NaN" if cell is None or cell != cell else repr(cell)
+                raise UserError(f"{path}: row {row + 2}, column {header[index]!r}: {what}, a number is needed")
         return values, header[index]
 
     values, label = numbers("-1" if column is None else column, "--column")
-    times, time_label = np.arange(float(len(rows))), "row"
+    times, time_label = np.arange(float(len(values))), "row"
     if time_column is not None:
         times, time_label = numbers(time_column, "--time-column")
     if len(values) == 0 or np.ptp(values) <= 1e-9 * np.abs(values).max():
@@ -272,28 +274,29 @@ class Positions(nn.Module):
         return x + table
 
 
-def attend(q, k, v, causal, first=0):
-    """softmax(q kᵀ / √width) v, grouped-query, in blocks of queries that skip the keys they may not see.
+def attend(q, k, values, causal, first=0):
+    """Sum over the heads of softmax(q kᵀ / √width) times one value a key, grouped-query; [batch, queries].
 
-    q [batch, heads, queries, width]; k, v [batch, kv_heads, keys, width] or, the same for all, [kv_heads, keys, width];
-    heads / kv_heads neighbours share a key head. `first` is the position of the first query; with `causal` a query
-    sees the keys up to its own position. The same numbers as torch's scaled_dot_product_attention; on a CPU that one
-    takes twice as long for narrow heads (width 8).
+    q [batch, heads, queries, width]; k [batch, kv_heads, keys, width]; values [batch, kv_heads, keys, group], one for
+    each of the `group` neighbouring heads that share a key head; k and values come without `batch` if they are the same
+    for all. `first` is the position of the first query; with `causal` a query sees the keys up to its own position.
+    Blocks of queries skip the keys that they may not see, which for narrow heads on a CPU takes half the time of
+    scaled_dot_product_attention.
     """
     batch, heads, queries, width = q.shape
-    kv_heads, keys = k.shape[-3:-1]
-    block, parts = max(16, 64 // heads) if causal and k.dim() == 4 else queries, []
-    k = k.transpose(-1, -2) * width**-0.5
+    kv_heads, keys, group = values.shape[-3:]
+    block = max(16, 64 // heads, queries // 8) if causal and k.dim() == 4 else queries
+    k, parts = k.transpose(-1, -2) * width**-0.5, []
     for start in range(0, queries, block):
-        stop = min(start + block, queries)
-        seen = min(keys, first + stop) if causal else keys
-        rows = q[:, :, start:stop].reshape(batch, kv_heads, -1, width)  # [batch, kv_heads, group * block, width]
-        scores = (rows @ k[..., :seen]).view(batch, heads, stop - start, seen)
+        rows = q[:, :, start : start + block].reshape(batch, kv_heads, -1, width)  # [batch, kv_heads, group * block, …]
+        seen = min(keys, first + start + block) if causal else keys
+        scores = (rows @ k[..., :seen]).view(batch, heads, -1, seen)
         if causal:  # added, since filling in place would cost a copy in the backward pass
             scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(first + start + 1)
         weights = scores.softmax(-1).view(batch, kv_heads, -1, seen)
-        parts.append((weights @ v[..., :seen, :]).view(batch, heads, stop - start, width))
-    return torch.cat(parts, 2)
+        all_pairs = (weights @ values[..., :seen, :]).view(batch, kv_heads, group, -1, group)  # of heads in a group
+        parts.append(all_pairs.diagonal(dim1=2, dim2=4).sum((1, 3)))
+    return torch.cat(parts, 1)
 
 
 class Attention(nn.Module):
@@ -312,7 +315,8 @@ class Attention(nn.Module):
                  kln=False, causal=False, norm_pe=False, pe="none"):
         super().__init__()
         width = d_model // n_heads
-        self.n_heads, self.kv_heads, self.causal, self.norm_pe = n_heads, kv_heads, causal, norm_pe
+        self.n_heads, self.kv_heads, self.vocab_size = n_heads, kv_heads, vocab_size
+        self.causal, self.norm_pe = causal, norm_pe
         sizes = ([vocab_size] if vocab_size else []) + [d_model] + ([n_heads, kv_heads] if kind[-3:] == "_mh" else [])
         flags = {"is_inln": inln, "is_qln": qln, "is_kln": kln, "is_causal": causal, "is_n_pe": norm_pe}
         named = [flag for flag, is_set in flags.items() if is_set] + [pe] * (pe != "none")
@@ -337,34 +341,32 @@ class Attention(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def split_heads(self, x, heads):
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [batch, heads, time, width]
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [batch, kv_heads, time, width]
 
     def forward(self, x, last_only=True):
-        pointwise, first = hasattr(self, "codebook"), 0
-        if last_only and pointwise:
-            first, x = x.shape[1] - 1, x[:, -1:]
+        first = x.shape[1] - 1 if last_only else 0
         h = self.fc_in(x.unsqueeze(-1))  # [batch, time, d_model]
-        h = self.ln_in(h if self.norm_pe else self.position(h, first))
-        if pointwise:
-            q, k, v = self.split_heads(h, self.n_heads), self.ln_k(self.codebook), self.codebook
-            q = self.ln_q(q)
+        h = self.ln_in(h if self.norm_pe else self.position(h))
+        if self.vocab_size:
+            q, k, v = h[:, first:], self.codebook, self.codebook
         else:
-            first = x.shape[1] - 1 if last_only else 0
-            q = self.ln_q(self.split_heads(self.fc_q(h[:, first:]), self.n_heads))
-            k = self.ln_k(self.split_heads(self.fc_k(h), self.kv_heads))
-            v = self.split_heads(self.fc_v(h), self.kv_heads)
+            q, k, v = self.fc_q(h[:, first:]), self.split_heads(self.fc_k(h)), self.split_heads(self.fc_v(h))
+        q = q.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [batch, heads, time, width]
+        q, k = self.ln_q(q), self.ln_k(k)
         if self.norm_pe:
-            q, k = self.position(q, first), k if pointwise else self.position(k)
-        out = attend(q, k, v, self.causal, first)
-        return self.fc_out(out.transpose(1, 2).flatten(2)).squeeze(-1)
+            q, k = self.position(q, first), k if self.vocab_size else self.position(k)
+        # The output layer is linear, so it may as well be applied to each value before the heads are added up.
+        heads_out = self.fc_out.weight.view(self.kv_heads, -1, q.shape[-1])  # [kv_heads, group, width]
+        out = attend(q, k, v @ heads_out.transpose(-1, -2), self.causal, first)
+        return out if self.fc_out.bias is None else out + self.fc_out.bias
 
 
 class CodebookAR(nn.Module):
     """Ours, `vq_ar`: attention over a codebook whose values are autoregressions, so that it does look back.
 
     The window is pooled to means over lags 1, 2, 3-4, 5-8, … (few weights, smooth in the lag), taken relative to the
-    level (the mean of the last 8 values): what is forecast is a residual on that. A query, an MLP of the pooled shape
+    level (the mean of the last 4 values): what is forecast is a residual on that. A query, an MLP of the pooled shape
     divided by its spread, attends over `vocab_size` keys; each value is a linear map from the pooled lags to the next
     `horizon` residuals. Rises and decays so get a row each, instead of one compromise. `members` such models are
     trained side by side from different starts, and the forecast is their mean.
@@ -388,16 +390,16 @@ class CodebookAR(nn.Module):
         def normal(*shape):
             return nn.Parameter(torch.randn(members, *shape) * shape[0] ** -0.5)
 
-        self.fc_in, self.fc_query, self.keys = normal(lags + 2, hidden_dim), normal(hidden_dim, key_dim), normal(
+        self.fc_in, self.fc_query, self.keys = normal(lags + 1, hidden_dim), normal(hidden_dim, key_dim), normal(
             key_dim, vocab_size)
         self.bias = nn.Parameter(torch.zeros(members, 1, hidden_dim))
         self.values = nn.Parameter(torch.zeros(members, vocab_size * (lags + 2), horizon))
 
     def forward(self, x, each_member=False):
-        level = x[:, -8:].mean(1, keepdim=True)  # [batch, 1]
+        level = x[:, -4:].mean(1, keepdim=True)  # [batch, 1]
         lags = x @ self.pool - level  # [batch, lags]
         spread = (x - level).std(1, keepdim=True) + 0.05
-        shape = torch.cat([lags / spread, spread.log(), level], 1)
+        shape = torch.cat([lags / spread, spread.log()], 1)
         query = F.gelu(shape @ self.fc_in + self.bias) @ self.fc_query  # [members, batch, key_dim]
         weights = (query @ self.keys).softmax(-1)  # [members, batch, vocab_size]
         inputs = torch.cat([lags, level, torch.ones_like(level)], 1)
@@ -424,7 +426,7 @@ def window_loss(model, windows, spec):
     if spec["model"] == "vq_ar":  # Huber: a few rises of the series would else outweigh all the rest
         forecasts = model(x, each_member=True)
         target = windows[:, spec["time_steps"] :].expand_as(forecasts)
-        return F.huber_loss(forecasts, target, delta=0.1)
+        return F.huber_loss(forecasts, target, delta=0.05)
     if spec["align_target"]:
         return F.mse_loss(model(x, last_only=False).float(), aligned_target(windows))
     return F.mse_loss(model(x).float(), windows[:, -1:])
@@ -564,9 +566,12 @@ def fit(spec, values, fitting, validation, statistics, shuffle, strength=None):
 
 
 def needed_rows(spec):
-    """The shortest series that gives the run's protocols at least a few windows."""
-    window = spec["time_steps"] + (CodebookAR.HORIZON if spec["model"] == "vq_ar" else 1)
-    return max(window + 10, math.ceil((window + 1) / FIT) if spec["protocol"] != "seed" else 0)
+    """The shortest series that gives each part of the run's protocols at least one window."""
+    horizon = CodebookAR.HORIZON if spec["model"] == "vq_ar" else 1
+    window = spec["time_steps"] + horizon
+    if spec["protocol"] == "seed":
+        return window + 10
+    return max(window + 10, math.ceil((window + 1) / FIT), math.ceil((horizon + 1) / (CHOOSE - FIT)))
 
 
 def run_one(spec, values):
@@ -720,10 +725,11 @@ def result_table(rows, dataset):
     """The ten best networks of a data set and all baselines, by the free run of the seed's protocol (or hold-out's)."""
     key = REGRESSIVE if REGRESSIVE in rows[0] else "holdout/mse_regressive"
     rows = sorted((row for row in rows if row["dataset"] == dataset), key=lambda row: row[key][0])
-    ten = [row["combination"] for row in rows if row["model"] not in BASELINES][:10]
+    ten = [row for row in rows if row["model"] not in BASELINES][:10]
+    shown = {row["time_steps"] for row in ten}  # the baselines stand there with the same time steps
     table = []
     for row in rows:
-        if row["model"] in BASELINES or row["combination"] in ten:
+        if row in ten or (row["model"] in BASELINES and row["time_steps"] in shown):
             seed = SEED_TABLES.get(dataset, {}).get((row["model"], row["learning_rate"]))
             seed = seed if row["time_steps"] == SEED_TIME_STEPS else None
             columns = {"Model": row["name"], "time steps": row["time_steps"],
@@ -766,8 +772,8 @@ def summary(rows, failed, skipped, series, args):
             continue
         text.append(result_table(mine, name))
         if args.protocol != "holdout":
-            text.append("`Predict/…`: the seed's protocol, in-sample: squared error over the whole series from the first "
-                        "time steps on; `batch` one step ahead, `regressive` free-running.")
+            text.append("`Predict/…`: the seed's protocol, in-sample: squared error over the whole series from the "
+                        "first time steps on; `batch` one step ahead, `regressive` free-running.")
         if args.protocol != "seed":
             text.append("`holdout/…`: the same on the last 20 %, never seen; each model as chosen by `validation` "
                         "(the 8 % before), beside ridge with the same time steps:")
@@ -848,9 +854,9 @@ def plot_learning_curves(series, rows, run_dir):
 
 
 def plot_heatmap(series, rows, run_dir):
-    """Free-running error of each network over learning rates and time steps (best over the other knobs and seeds)."""
+    """Free-running error over learning rates and time steps, the mean over seeds and the best over the other knobs."""
     key = REGRESSIVE if REGRESSIVE in rows[0] else "holdout/mse_regressive"
-    rows = [row for row in rows if row["model"] not in BASELINES]
+    rows = mean_rows([row for row in rows if row["model"] not in BASELINES])
     models = [model for model in NETWORKS if any(row["model"] == model for row in rows)]
     rates = sorted({row["learning_rate"] for row in rows})
     steps = sorted({row["time_steps"] for row in rows})
@@ -859,7 +865,7 @@ def plot_heatmap(series, rows, run_dir):
     errors = np.full((len(models), len(rates), len(steps)), np.nan)
     for row in rows:
         place = models.index(row["model"]), rates.index(row["learning_rate"]), steps.index(row["time_steps"])
-        errors[place] = np.nanmin([errors[place], row[key]])
+        errors[place] = np.nanmin([errors[place], row[key][0]])
     low, high = np.log(np.nanmin(errors)), np.log(np.nanmax(errors)) + 1e-9
     for axis, model, values in zip(axes, models, errors):
         shades = (np.log(values) - low) / (high - low)
@@ -1067,6 +1073,9 @@ def parse_args(argv):
 
 def continue_series(args, run_dir):
     """Forecast --predict-steps values beyond the end of the checkpoint's series: forecast.csv and forecast.png."""
+    import pyarrow as pa
+    import pyarrow.csv
+
     state = load_checkpoint(args.checkpoint)
     if "weights" not in state:
         raise UserError(f"{args.checkpoint}: holds no weights, so it is a baseline's; take a network's")
@@ -1079,9 +1088,7 @@ def continue_series(args, run_dir):
     values = free_run(model.eval(), known, args.predict_steps).double().numpy() * state["std"] + state["mean"]
     times = series.times[-1] + np.median(np.diff(series.times)) * np.arange(1, len(values) + 1)
     with whole_file(run_dir / "forecast.csv") as file:
-        lines = io.StringIO()
-        csv.writer(lines).writerows([(series.time_label, series.column), *zip(times.tolist(), values.tolist())])
-        file.write(lines.getvalue().encode())
+        pa.csv.write_csv(pa.table({series.time_label: times, series.column: values}), file)
     fig, (axis,) = new_figure(f"{series.name}: continued by {len(values)} values, {spec['name']}")
     axis.plot(series.times, series.values, color="0.6", linewidth=1, label="series")
     axis.plot(times, values, "--", color=COLORS[3], label="forecast")

@@ -16,6 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fire
+import forecast
 from common import detect_device, has_bfloat16
 
 
@@ -117,9 +118,65 @@ def fire_predict(rows=1_000_000):
     report("fire predict", "rows/s", rows, mine, "model alone", seconds(alone))
 
 
+def forecast_specs(*argv):
+    """The runs of the seed's models on the embedded series, and its normalized values [rows]."""
+    args = forecast.parse_args(["--dataset", "synthetic", "--protocol", "seed", "--learning-rate", "1e-3", *argv])
+    series = forecast.load_series(args)
+    values = torch.from_numpy(series["synthetic"].values).float()
+    specs, _ = forecast.make_specs(args, series, torch.device("cpu"))
+    return [spec for spec in specs if spec["model"] not in forecast.BASELINES], (values - values.mean()) / values.std()
+
+
+def forecast_training(repeats=3, epochs=2):
+    """Windows per second of train(), validation included, and of a bare loop over the same model and ready batches."""
+    torch.set_num_threads(1)
+    specs, z = forecast_specs("--epochs", str(epochs))
+    for spec in specs:
+        model = forecast.make_model(spec)
+        windows = z.unfold(0, spec["time_steps"] + model.horizon, 1)
+        fitting, validation = forecast.seed_split(len(windows))
+        batches = [windows[rows].contiguous() for rows in fitting.split(spec["batch_size"])]
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+
+        def bare(spec=spec, model=model, batches=batches, optimizer=optimizer):
+            for _ in range(epochs):
+                for batch in batches:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=spec["bfloat16"]):
+                        loss = forecast.window_loss(model, batch, spec)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+
+        bare()
+        times = [(seconds(lambda: forecast.train(model, z, fitting, validation, spec, False)), seconds(bare))
+                 for _ in range(repeats)]
+        mine, reference = np.median(times, axis=0)
+        report(f"forecast {spec['model']}", "windows/s", len(fitting) * epochs, mine, "bare loop", reference)
+
+
+def forecast_free_run(steps=500):
+    """Values per second of the free run, and of the same model recomputing its whole window and every forecast in it."""
+    torch.set_num_threads(1)
+    specs, z = forecast_specs()
+    for spec in specs:
+        model, history = forecast.make_model(spec).eval(), z[: spec["time_steps"]]
+
+        @torch.inference_mode()
+        def plain(model=model, values=history):
+            options = {} if spec["model"] == "vq_ar" else {"last_only": False}
+            for _ in range(0, steps, model.horizon):
+                ahead = model(values[None], **options)[0, -model.horizon :]
+                values = torch.cat([values, ahead])[-len(history) :]
+
+        plain()
+        report(f"free run {spec['model']}", "values/s", steps, seconds(lambda: forecast.free_run(model, history, steps)),
+               "recomputed", seconds(plain))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    benchmarks = {function.__name__: function for function in (fire_training, fire_generator, fire_csv, fire_predict)}
+    functions = (fire_training, fire_generator, fire_csv, fire_predict, forecast_training, forecast_free_run)
+    benchmarks = {function.__name__: function for function in functions}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bars
