@@ -13,8 +13,9 @@ whole series, training part included) and on a hold-out (the last 20 %, never se
     python forecast.py --resume                           # go on with the newest unfinished sweep
     python forecast.py --predict-steps 200 --checkpoint outputs/forecast/run-001/runs/NAME.pt
 
-Written to outputs/forecast/run-001/ (the next free number): runs.jsonl (each finished run, at once), runs/*.pt (weights
-and forecasts of each), results.json, summary.md, and for each data set four pictures.
+Written to outputs/forecast/run-001/ (the next free number): runs.jsonl (each finished run, at once), runs/*.pt (its
+forecasts and weights; those of the hold-out, fitted on the first 80 %, where that was run), results.json, summary.md,
+and for each data set four pictures.
 
 What to know before you read the tables: the seed's `vq` and `vq_mh` never mix time steps. Their keys and values are
 rows of the codebook, so the forecast depends on the last value (and its position) alone, whatever --time-steps is, and
@@ -29,6 +30,7 @@ each window: Kim et al. 2022 (RevIN).
 import argparse
 import contextlib
 import hashlib
+import http.client
 import importlib.metadata
 import io
 import itertools
@@ -42,6 +44,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +57,11 @@ from tqdm.auto import tqdm
 from common import (COLORS, LINES, detect_device, has_bfloat16, in_notebook, mean_and_interval, new_figure, plot_curve,
                     save_figure)
 
+try:
+    import resource
+except ImportError:  # Windows: memory is then not reported
+    resource = None
+
 URL = "https://raw.githubusercontent.com/donglinkang2021/simple-sequence-prediction/master/data/"
 FILES = {  # name: (file, sha256)
     "y_w": ("y+w.csv", "2629be5f09063be55d8a8e1762337018e079f92a12ecac0d871b55cafaa49cf5"),
@@ -63,6 +71,9 @@ NETWORKS = ["lstm", "att", "att_mh", "vq", "vq_mh", "vq_ar"]
 BASELINES = ["mean", "last", "ridge"]
 SEED_RATES = [3e-3, 1e-3, 5e-4, 3e-4, 1e-4]
 SEED_TIME_STEPS = 112
+SEED_NAMES = {"lstm": "lstm-1-64-2-1", "att": "att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe",
+              "att_mh": "att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe", "vq": "vq-64-64-1-1-512-is_causal-randpe",
+              "vq_mh": "vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope"}
 # The seed's two tables: (model, learning rate): (Predict/mse_regressive, Predict/mse_batch), all at 112 time steps.
 SEED_TABLES = {
     "y_w": {
@@ -89,7 +100,9 @@ MODEL_DEFAULTS = {
 }
 FLAGS = ["inln", "qln", "kln", "causal", "norm_pe"]
 FIT, CHOOSE = 0.72, 0.80  # hold-out: fitted up to here, chosen up to here, tested on the rest
+HOLDOUT_COLUMNS = ("validation/mse_batch", "holdout/mse_regressive", "holdout/mse_batch")
 REGRESSIVE, BATCH = "Predict/mse_regressive", "Predict/mse_batch"
+DIVERGED = 1e300  # stands for a squared error that is not finite, so that such a run sorts last
 
 
 class UserError(Exception):
@@ -109,7 +122,7 @@ class Series:
 
     name: str
     values: np.ndarray
-    times: np.ndarray  # [rows]; row numbers where the file has no time column
+    times: np.ndarray  # [rows] numbers or datetime64
     column: str
     time_label: str
     source: str  # real or embedded
@@ -135,14 +148,16 @@ def read_series(path, column=None, time_column=None, name=None):
 
     try:
         raw = Path(path).read_bytes()
-        table = pa.csv.read_csv(io.BytesIO(raw), pa.csv.ReadOptions(use_threads=False))
+        parse = pa.csv.ParseOptions(ignore_empty_lines=False)
+        table = pa.csv.read_csv(io.BytesIO(raw.rstrip()), pa.csv.ReadOptions(use_threads=False), parse)
+        header = table.column_names
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --data takes a CSV file with a header") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder; --data takes one CSV file") from None
     except (pa.ArrowInvalid, UnicodeDecodeError) as problem:
-        raise UserError(f"{path}: {problem}; a CSV file in UTF-8 with a header is needed") from None
-    header = table.column_names
+        reason = " ".join(str(problem).split())
+        raise UserError(f"{path}: {reason}; a CSV file in UTF-8 with a header is needed") from None
 
     def numbers(wanted, flag):
         if wanted in header:
@@ -152,6 +167,8 @@ def read_series(path, column=None, time_column=None, name=None):
         else:
             raise UserError(f"{path}: no column {wanted!r} for {flag}, only {', '.join(header)}")
         cells = table.column(index)
+        if flag == "--time-column" and pa.types.is_temporal(cells.type) and not cells.null_count:
+            return cells.to_numpy(), header[index]
         values = np.empty(len(cells))
         for row, cell in enumerate(cells.to_pylist()):
             try:
@@ -164,7 +181,7 @@ def read_series(path, column=None, time_column=None, name=None):
         return values, header[index]
 
     values, label = numbers("-1" if column is None else column, "--column")
-    times, time_label = np.arange(float(len(values))), "row"
+    times, time_label = np.arange(float(len(values))), "row number"
     if time_column is not None:
         times, time_label = numbers(time_column, "--time-column")
     if len(values) == 0 or np.ptp(values) <= 1e-9 * np.abs(values).max():
@@ -182,7 +199,7 @@ def fetch(name, data_dir):
     try:
         with urllib.request.urlopen(URL + file, timeout=3) as answer:
             raw = answer.read()
-    except (OSError, ValueError) as problem:  # URLError and HTTPError are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as problem:  # URLError is an OSError
         raise UserError(f"{URL}{file}: {problem}; {help_text}") from None
     if hashlib.sha256(raw).hexdigest() != digest:
         raise UserError(f"{URL}{file}: {len(raw):,} bytes with another sha256 than expected; {help_text}")
@@ -218,11 +235,6 @@ def seed_split(count):
     """(training, validation) window numbers, 80/20 at random, in the seed's own order (generator seed 42)."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(42))
     return order[: int(0.8 * count)], order[int(0.8 * count) :]
-
-
-def aligned_target(windows):
-    """Windows [batch, time_steps + 1] -> what each of their first time_steps values should predict: the next one."""
-    return windows[:, 1:]
 
 
 # --- Models: each reads [batch, time] normalized values --------------------------------------------------------------
@@ -374,12 +386,11 @@ class CodebookAR(nn.Module):
     [batch, time] -> [batch, horizon]; with `each_member` [members, batch, horizon].
     """
 
-    HORIZON = 16
+    vocab_size, hidden_dim, key_dim, horizon, members = 4, 32, 16, 16, 8
 
-    def __init__(self, time_steps, vocab_size=4, hidden_dim=32, key_dim=16, horizon=HORIZON, members=8):
+    def __init__(self, time_steps):
         super().__init__()
-        self.name = f"vq_ar-{vocab_size}-{hidden_dim}-{horizon}-{members}"
-        self.horizon = horizon
+        self.name = f"vq_ar-{self.vocab_size}-{self.hidden_dim}-{self.horizon}-{self.members}"
         edges = [0] + [2**i for i in range(math.ceil(math.log2(time_steps)))] + [time_steps]
         pool = torch.zeros(time_steps, len(edges) - 1)
         for i, (near, far) in enumerate(itertools.pairwise(edges)):
@@ -388,12 +399,12 @@ class CodebookAR(nn.Module):
         lags = len(edges) - 1
 
         def normal(*shape):
-            return nn.Parameter(torch.randn(members, *shape) * shape[0] ** -0.5)
+            return nn.Parameter(torch.randn(self.members, *shape) * shape[0] ** -0.5)
 
-        self.fc_in, self.fc_query, self.keys = normal(lags + 1, hidden_dim), normal(hidden_dim, key_dim), normal(
-            key_dim, vocab_size)
-        self.bias = nn.Parameter(torch.zeros(members, 1, hidden_dim))
-        self.values = nn.Parameter(torch.zeros(members, vocab_size * (lags + 2), horizon))
+        self.fc_in, self.fc_query = normal(lags + 1, self.hidden_dim), normal(self.hidden_dim, self.key_dim)
+        self.keys = normal(self.key_dim, self.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(self.members, 1, self.hidden_dim))
+        self.values = nn.Parameter(torch.zeros(self.members, self.vocab_size * (lags + 2), self.horizon))
 
     def forward(self, x, each_member=False):
         level = x[:, -4:].mean(1, keepdim=True)  # [batch, 1]
@@ -428,7 +439,7 @@ def window_loss(model, windows, spec):
         target = windows[:, spec["time_steps"] :].expand_as(forecasts)
         return F.huber_loss(forecasts, target, delta=0.05)
     if spec["align_target"]:
-        return F.mse_loss(model(x, last_only=False).float(), aligned_target(windows))
+        return F.mse_loss(model(x, last_only=False).float(), windows[:, 1:])
     return F.mse_loss(model(x).float(), windows[:, -1:])
 
 
@@ -530,6 +541,7 @@ class Fit:
                      "regressive": free_run(self.predict, self.z[start - time_steps : start], stop - start)}
         errors = {name: (forecast - self.z[start:stop]).square().mean().item() * self.std**2
                   for name, forecast in forecasts.items()}
+        errors = {name: error if math.isfinite(error) else DIVERGED for name, error in errors.items()}
         return errors, {name: (forecast * self.std + self.mean).cpu() for name, forecast in forecasts.items()}
 
 
@@ -567,7 +579,7 @@ def fit(spec, values, fitting, validation, statistics, shuffle, strength=None):
 
 def needed_rows(spec):
     """The shortest series that gives each part of the run's protocols at least one window."""
-    horizon = CodebookAR.HORIZON if spec["model"] == "vq_ar" else 1
+    horizon = CodebookAR.horizon if spec["model"] == "vq_ar" else 1
     window = spec["time_steps"] + horizon
     if spec["protocol"] == "seed":
         return window + 10
@@ -593,7 +605,7 @@ def run_one(spec, values):
                 histories["seed"] = result.history
         if spec["protocol"] in ("holdout", "both"):
             fitted, chosen = int(FIT * rows), int(CHOOSE * rows)
-            horizon = CodebookAR.HORIZON if spec["model"] == "vq_ar" else 1
+            horizon = CodebookAR.horizon if spec["model"] == "vq_ar" else 1
             starts = torch.arange(rows - time_steps)
             validation = starts[fitted - time_steps : chosen - time_steps - horizon + 1]
             result = fit(spec, values, starts[: fitted - time_steps - horizon + 1], validation, fitted, shuffle=True)
@@ -611,6 +623,9 @@ def run_one(spec, values):
             row["parameters"] = sum(parameter.numel() for parameter in result.predict.parameters())
     except Exception as problem:
         row["error"] = f"{type(problem).__name__}: {problem}"
+    if resource:  # in KiB, on macOS in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row["peak_memory_mib"] = round(peak / 2 ** (20 if sys.platform == "darwin" else 10))
     return row | {"seconds": round(time.perf_counter() - began, 2), "history": histories}, state
 
 
@@ -712,6 +727,8 @@ def show(value):
     if value is None:
         return "–"
     mean, width = value if isinstance(value, list) else (value, math.nan)
+    if mean > DIVERGED / 1000:
+        return "diverged"
     return f"{mean:.6g}" + (f" ± {width:.3g}" if math.isfinite(width) else "")
 
 
@@ -721,66 +738,71 @@ def markdown_table(rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def result_table(rows, dataset):
-    """The ten best networks of a data set and all baselines, by the free run of the seed's protocol (or hold-out's)."""
-    key = REGRESSIVE if REGRESSIVE in rows[0] else "holdout/mse_regressive"
-    rows = sorted((row for row in rows if row["dataset"] == dataset), key=lambda row: row[key][0])
+def ranking(rows):
+    """What to sort by: the free run of the seed's protocol; where that was not run, the error on validation."""
+    return REGRESSIVE if REGRESSIVE in rows[0] else "validation/mse_batch"
+
+
+def result_table(rows, with_seed):
+    """The ten best networks and the baselines with the same time steps; `with_seed`: beside the seed's own figures."""
+    rows = sorted(rows, key=lambda row: row[ranking(rows)][0])
     ten = [row for row in rows if row["model"] not in BASELINES][:10]
-    shown = {row["time_steps"] for row in ten}  # the baselines stand there with the same time steps
-    table = []
+    shown, table = {row["time_steps"] for row in ten}, []
     for row in rows:
         if row in ten or (row["model"] in BASELINES and row["time_steps"] in shown):
-            seed = SEED_TABLES.get(dataset, {}).get((row["model"], row["learning_rate"]))
-            seed = seed if row["time_steps"] == SEED_TIME_STEPS else None
-            columns = {"Model": row["name"], "time steps": row["time_steps"],
-                       "learning rate": "–" if row["learning_rate"] is None else f"{row['learning_rate']:g}"}
+            known = row["name"] == SEED_NAMES.get(row["model"]) and row["time_steps"] == SEED_TIME_STEPS
+            seeds = SEED_TABLES[row["dataset"]] if with_seed and known else {}
+            seed = seeds.get((row["model"], row["learning_rate"]))
+            columns = {"Model": row["name"], "time steps": row["time_steps"]}
+            columns["learning rate"] = show(row["learning_rate"])
             if REGRESSIVE in row:
-                columns |= {name: show(row.get(name))
-                            for name in (REGRESSIVE, BATCH, "Final/train_loss", "Final/val_loss")}
+                columns |= {f"{name} (in-sample)": show(row[name]) for name in (REGRESSIVE, BATCH)}
+                columns |= {name: show(None if row["model"] == "vq_ar" else row.get(name))
+                            for name in ("Final/train_loss", "Final/val_loss")}
                 columns |= {"seed's regressive": show(seed and seed[0]), "seed's batch": show(seed and seed[1])}
             if "holdout/mse_batch" in row:
-                names = ("validation/mse_batch", "holdout/mse_regressive", "holdout/mse_batch")
-                columns |= {name: show(row[name]) for name in names}
-            table.append(columns | {"s": show(row["seconds"])})
+                columns |= {name: show(row[name]) for name in HOLDOUT_COLUMNS}
+            table.append(columns | {"seconds": show(row["seconds"])})
     return markdown_table(table)
 
 
-def chosen_table(rows, dataset):
+def chosen_table(rows):
     """For each model the combination with the least one-step error on validation, and its test beside ridge's."""
-    rows = [row for row in rows if row["dataset"] == dataset]
     table = []
     for model in BASELINES + NETWORKS:
         own = [row for row in rows if row["model"] == model]
         if own:
             best = min(own, key=lambda row: row["validation/mse_batch"][0])
             ridge = next(row for row in rows if row["model"] == "ridge" and row["time_steps"] == best["time_steps"])
-            names = ("validation/mse_batch", "holdout/mse_regressive", "holdout/mse_batch")
-            table.append({"Model": best["name"], "time steps": best["time_steps"], "learning rate":
-                          show(best["learning_rate"])} | {name: show(best[name]) for name in names}
-                         | {f"ridge {name}": show(ridge[name]) for name in names[1:]})
+            columns = {"Model": best["name"], "time steps": best["time_steps"],
+                       "learning rate": show(best["learning_rate"])}
+            columns |= {name: show(best[name]) for name in HOLDOUT_COLUMNS}
+            table.append(columns | {f"ridge {name}": show(ridge[name]) for name in HOLDOUT_COLUMNS[1:]})
     return markdown_table(table)
 
 
 def summary(rows, failed, skipped, series, args):
     """All tables as Markdown."""
-    rows, text = mean_rows(rows), []
+    text = []
     for name, one in series.items():
-        text.append(f"# forecast.py: {name} ({one.source} data, {len(one.values)} values of {one.column}), "
-                    f"seeds {args.seed} to {args.seed + args.runs - 1}")
-        mine = [row for row in rows if row["dataset"] == name]
-        if not mine:
+        mine = mean_rows([row for row in rows if row["dataset"] == name])
+        if all(row["model"] in BASELINES for row in mine):
             continue
-        text.append(result_table(mine, name))
+        seeds = f"seed {args.seed}"
+        if args.runs > 1:
+            seeds = f"mean ± 95 % interval (Student's t) of seeds {args.seed} to {args.seed + args.runs - 1}"
+        text.append(f"# forecast.py: {name} ({one.source} data, {len(one.values)} values of {one.column}), {seeds}")
+        text.append(result_table(mine, not args.data and name in SEED_TABLES))
         if args.protocol != "holdout":
             text.append("`Predict/…`: the seed's protocol, in-sample: squared error over the whole series from the "
-                        "first time steps on; `batch` one step ahead, `regressive` free-running.")
+                        "first time steps on (so other rows for other time steps); `batch` one step ahead, "
+                        "`regressive` free-running (`vq_ar` feeds back 16 values at a time, the others one).")
         if args.protocol != "seed":
             text.append("`holdout/…`: the same on the last 20 %, never seen; each model as chosen by `validation` "
                         "(the 8 % before), beside ridge with the same time steps:")
-            text.append(chosen_table(mine, name))
+            text.append(chosen_table(mine))
     if skipped:
-        reasons = dict.fromkeys(skipped.values())
-        text.append(f"Skipped, {len(skipped)} combinations: " + "; ".join(reasons) + ".")
+        text.append(f"Skipped, {len(skipped)} combinations: " + "; ".join(dict.fromkeys(skipped.values())) + ".")
     if failed:
         text.append("Failed: " + "; ".join(f"{row['id']}: {row['error']}" for row in failed) + ".")
     return "\n\n".join(text) + "\n"
@@ -801,10 +823,19 @@ def best_runs(rows, key):
 def load_checkpoint(path):
     """What a run's .pt file holds; UserError if it is absent or damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, KeyError, EOFError, OSError, ValueError, pickle.UnpicklingError) as problem:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"forecasts", "data"} <= state.keys():
+            raise ValueError("other content")
+        return state
+    except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError, AttributeError,
+            pickle.UnpicklingError) as problem:
         why = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise UserError(f"{path}: no checkpoint of a run ({why})") from None
+
+
+def label(text):
+    """Names for matplotlib, which would take dollar signs for formulas."""
+    return text.replace("$", r"\$")
 
 
 def plot_series(series, rows, run_dir):
@@ -814,7 +845,8 @@ def plot_series(series, rows, run_dir):
     best = {protocol: best_runs(rows, key) for protocol, (key, _) in keys.items()}
     protocols = [protocol for protocol in keys if best[protocol]]
     models = [model for model in ["ridge", *NETWORKS] if model in best[protocols[0]]]
-    fig, axes = new_figure(f"{series.name}: forecasts of the best run of each model", len(models), len(protocols),
+    title = f"{label(series.name)}: forecasts of the best run of each model"
+    fig, axes = new_figure(title, len(models), len(protocols),
                            (7 * len(protocols), 1.9 * len(models) + 1))
     for axis, (model, protocol) in zip(axes, itertools.product(models, protocols)):
         row = best[protocol][model]
@@ -829,17 +861,16 @@ def plot_series(series, rows, run_dir):
         rate = "" if row["learning_rate"] is None else f", rate {row['learning_rate']:g}"
         axis.set_title(f"{model}, {row['time_steps']} steps{rate}; {keys[protocol][1]}", fontsize=9)
     for axis in axes[-len(protocols) :]:
-        axis.set_xlabel(series.time_label)
-    fig.supylabel(series.column, fontsize=10)
+        axis.set_xlabel(label(series.time_label))
+    fig.supylabel(label(series.column), fontsize=10)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(fig, run_dir / f"forecasts_{series.name}.png")
 
 
 def plot_learning_curves(series, rows, run_dir):
     """Training and validation loss over the epochs, for the best run of each network."""
-    key = REGRESSIVE if REGRESSIVE in rows[0] else "validation/mse_batch"
-    best = {model: row for model, row in best_runs(rows, key).items() if row["history"]}
-    fig, axes = new_figure(f"{series.name}: learning curves of the best run of each model", 2, 3, (11, 6))
+    best = {model: row for model, row in best_runs(rows, ranking(rows)).items() if row["history"]}
+    fig, axes = new_figure(f"{label(series.name)}: learning curves of the best run of each model", 2, 3, (11, 6))
     for axis, model in itertools.zip_longest(axes, [model for model in NETWORKS if model in best]):
         if model is None:
             axis.set_axis_off()
@@ -854,18 +885,19 @@ def plot_learning_curves(series, rows, run_dir):
 
 
 def plot_heatmap(series, rows, run_dir):
-    """Free-running error over learning rates and time steps, the mean over seeds and the best over the other knobs."""
-    key = REGRESSIVE if REGRESSIVE in rows[0] else "holdout/mse_regressive"
+    """The error that ranks the models over learning rates and time steps: mean over seeds, best over other knobs."""
+    key = ranking(rows)
     rows = mean_rows([row for row in rows if row["model"] not in BASELINES])
     models = [model for model in NETWORKS if any(row["model"] == model for row in rows)]
     rates = sorted({row["learning_rate"] for row in rows})
     steps = sorted({row["time_steps"] for row in rows})
-    fig, axes = new_figure(f"{series.name}: {key} over the sweep (dark: low)", 1, len(models),
+    fig, axes = new_figure(f"{label(series.name)}: {key} over the sweep (dark: low)", 1, len(models),
                            (max(8, len(models) * (1.2 + 0.75 * len(steps))), 1.6 + 0.5 * len(rates)))
     errors = np.full((len(models), len(rates), len(steps)), np.nan)
     for row in rows:
         place = models.index(row["model"]), rates.index(row["learning_rate"]), steps.index(row["time_steps"])
         errors[place] = np.nanmin([errors[place], row[key][0]])
+    errors[errors > DIVERGED / 1000] = np.nan
     low, high = np.log(np.nanmin(errors)), np.log(np.nanmax(errors)) + 1e-9
     for axis, model, values in zip(axes, models, errors):
         shades = (np.log(values) - low) / (high - low)
@@ -885,13 +917,14 @@ def plot_heatmap(series, rows, run_dir):
 def plot_horizon(series, rows, run_dir):
     """Root mean square error of the first h values of the free run, for the best run of each model."""
     protocol, key = ("holdout", "validation/mse_batch") if "validation/mse_batch" in rows[0] else ("seed", REGRESSIVE)
-    fig, (axis,) = new_figure(f"{series.name}: error of the free run against its horizon ({protocol})", size=(9, 4.5))
+    title = f"{label(series.name)}: error of the free run against its horizon ({protocol})"
+    fig, (axis,) = new_figure(title, size=(9, 4.5))
     for i, (model, row) in enumerate(best_runs(rows, key).items()):
         forecast = load_checkpoint(run_dir / "runs" / f"{row['id']}.pt")["forecasts"][protocol]["regressive"].numpy()
         error = np.sqrt(np.cumsum((forecast - series.values[-len(forecast) :]) ** 2) / np.arange(1, len(forecast) + 1))
         axis.plot(np.arange(1, len(error) + 1), error, LINES[i % 4], color=COLORS[i % 8], label=model,
                   marker="os^vDPXd*"[i], markevery=(len(error) // 40 * i, max(1, len(error) // 5)), markersize=5)
-    axis.set(xlabel="horizon [values]", ylabel=f"RMSE up to there\n[{series.column}]", xlim=(1, None))
+    axis.set(xlabel="horizon [values]", ylabel=f"RMSE up to there\n[{label(series.column)}]", xlim=(1, None))
     fig.legend(loc="outside right upper")
     save_figure(fig, run_dir / f"horizon_{series.name}.png")
 
@@ -911,7 +944,7 @@ def whole_file(path):
 
 
 def plain(value):
-    """Arrays, numpy numbers and paths for JSON; NaN becomes null."""
+    """NaN, which JSON does not have, becomes null."""
     if isinstance(value, dict):
         return {key: plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1062,12 +1095,15 @@ def parse_args(argv):
                         "its own arguments")
     if args.data and "dataset" in changed:
         raise UserError("--data and --dataset: take one of them")
-    if args.data is None and (args.column or args.time_column) and not args.checkpoint:
+    if args.checkpoint and changed - {"checkpoint", "predict_steps", "output_dir", "data_dir"}:
+        raise UserError("--checkpoint goes with --predict-steps, --output-dir and --data-dir only; the series and the "
+                        "model are its own")
+    if args.data is None and (args.column or args.time_column):
         raise UserError("--column and --time-column go with --data")
     if (args.predict_steps is None) != (args.checkpoint is None):
         raise UserError("--predict-steps and --checkpoint go together")
-    if not 0 < len(args.time_steps) == len(set(args.time_steps)):
-        raise UserError("--time-steps names a value twice")
+    if args.data:
+        args.data = str(Path(args.data).resolve())  # a resumed run may be started elsewhere
     return args
 
 
@@ -1082,17 +1118,20 @@ def continue_series(args, run_dir):
     spec, data = state["spec"], state["data"]
     again = argparse.Namespace(**data | {"data_dir": args.data_dir})
     (series,) = load_series(again).values()
+    if series.sha256 != state["sha256"]:
+        raise UserError(f"{args.checkpoint}: made of other data than {series.name} is now; train on it first")
     model = make_model(spec)
     model.load_state_dict(state["weights"])
     known = torch.tensor((series.values - state["mean"]) / state["std"], dtype=torch.float32)[-spec["time_steps"] :]
     values = free_run(model.eval(), known, args.predict_steps).double().numpy() * state["std"] + state["mean"]
-    times = series.times[-1] + np.median(np.diff(series.times)) * np.arange(1, len(values) + 1)
+    step = np.sort(np.diff(series.times))[len(series.times) // 2]  # the median, of dates too
+    times = series.times[-1] + step * np.arange(1, len(values) + 1)
     with whole_file(run_dir / "forecast.csv") as file:
-        pa.csv.write_csv(pa.table({series.time_label: times, series.column: values}), file)
-    fig, (axis,) = new_figure(f"{series.name}: continued by {len(values)} values, {spec['name']}")
+        pa.csv.write_csv(pa.table([times, values], names=[series.time_label, series.column]), file)
+    fig, (axis,) = new_figure(f"{label(series.name)}: continued by {len(values)} values, {spec['name']}")
     axis.plot(series.times, series.values, color="0.6", linewidth=1, label="series")
     axis.plot(times, values, "--", color=COLORS[3], label="forecast")
-    axis.set(xlabel=series.time_label, ylabel=series.column)
+    axis.set(xlabel=label(series.time_label), ylabel=label(series.column))
     fig.legend(loc="outside lower center", ncols=2)
     save_figure(fig, run_dir / "forecast.png")
     (run_dir / "summary.md").write_text(f"# forecast.py: {series.name} continued by {len(values)} values\n\n"
@@ -1119,7 +1158,6 @@ def run_sweep(args, run_dir, before):
     longest = max(spec["time_steps"] for spec in specs)
     if longest > args.block_size:
         note(f"--block-size {args.block_size} is extended to --time-steps, up to {longest}")
-    results["seconds"] = 0.0
     write_results(results, run_dir / "results.json")
 
     (run_dir / "runs").mkdir(exist_ok=True)
@@ -1133,7 +1171,8 @@ def run_sweep(args, run_dir, before):
     with tqdm(total=len(todo), unit="run", desc="sweep") as bar, open(run_dir / "runs.jsonl", "ab") as log:
         for row, state in run_all(todo, series, min(args.jobs, max(1, len(todo))), args.backend):
             buffer = io.BytesIO()
-            torch.save(state | {"data": data | {"dataset": None if args.data else [row["dataset"]]}}, buffer)
+            torch.save(state | {"data": data | {"dataset": None if args.data else [row["dataset"]]},
+                                "sha256": series[row["dataset"]].sha256}, buffer)
             with whole_file(run_dir / "runs" / f"{row['id']}.pt") as file:
                 file.write(buffer.getbuffer())
             rows[row["id"]] = row = plain(row)
@@ -1150,11 +1189,11 @@ def run_sweep(args, run_dir, before):
     swept = time.perf_counter() - began
     for name, one in series.items():
         mine = [row for row in good if row["dataset"] == name]
-        if mine:
+        if any(row["model"] not in BASELINES for row in mine):
             for plot in (plot_series, plot_learning_curves, plot_heatmap, plot_horizon):
                 plot(one, mine, run_dir)
     (run_dir / "summary.md").write_text(summary(good, failed, skipped, series, args))
-    results |= {"finished": True, "device": str(device), "skipped": skipped, "table": mean_rows(good),
+    results |= {"finished": not failed, "device": str(device), "skipped": skipped, "table": mean_rows(good),
                 "failed": {row["id"]: row["error"] for row in failed},
                 "seconds": {"sweep": round(swept, 1), "pictures": round(time.perf_counter() - began - swept, 1)}}
     return write_results(results, run_dir / "results.json")
@@ -1175,13 +1214,14 @@ def main(argv=None):
         run_dir = run_dir or new_run(args.output_dir)
         results = continue_series(args, run_dir) if args.checkpoint else run_sweep(args, run_dir, resumed)
     except KeyboardInterrupt:
-        go_on = f"; to go on: python forecast.py --resume {run_dir.name} --output-dir {args.output_dir}" * bool(run_dir)
-        note(f"stopped{go_on}")
+        begun = run_dir and (run_dir / "results.json").exists()
+        note(f"stopped; to go on: python forecast.py --resume {run_dir.name} --output-dir {args.output_dir}" if begun
+             else "stopped")
         raise SystemExit(130) from None
     except UserError as problem:
         error = str(problem)
-    except torch.OutOfMemoryError:
-        error = "not enough GPU memory; lower --batch-size, or take --device cpu"
+    except BrokenProcessPool:
+        error = f"a worker was killed (out of memory?); go on with --resume {run_dir.name} and fewer --jobs"
     except OSError as problem:
         error = f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)
     else:

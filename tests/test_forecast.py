@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import http.client
 import http.server
 import json
 import os
@@ -216,10 +217,13 @@ def test_a_sweep_end_to_end(capsys):
 
 
 def test_the_seeds_figures_stand_in_the_table_where_they_belong():
-    row = {"model": "att", "dataset": "y_w", "time_steps": 112, "learning_rate": 5e-4, "name": "att-64", "seconds": 1.0,
-           forecast.REGRESSIVE: [1200.0, np.nan], forecast.BATCH: [1100.0, np.nan], "combination": "a"}
-    table = forecast.result_table([row, row | {"time_steps": 64, "combination": "b"}], "y_w").splitlines()
-    assert "| 1123.62 | 1128.09 |" in table[2] and "1123.62" not in table[3]
+    row = {"model": "att", "dataset": "y_w", "time_steps": 112, "learning_rate": 5e-4, "seconds": 1.0,
+           forecast.REGRESSIVE: [1200.0, np.nan], forecast.BATCH: [1100.0, np.nan],
+           "name": forecast.SEED_NAMES["att"]}
+    rows = [row, row | {"time_steps": 64}, row | {"name": "att-8"}]
+    table = forecast.result_table(rows, True).splitlines()
+    assert "| 1123.62 | 1128.09 |" in table[2] and not any("1123.62" in line for line in table[3:])
+    assert "1123.62" not in forecast.result_table(rows, False)
 
 
 def test_combinations_that_cannot_be_are_skipped_with_their_reason(capsys):
@@ -234,7 +238,8 @@ def test_combinations_that_cannot_be_are_skipped_with_their_reason(capsys):
 
 def without_clock(run_dir):
     rows = (json.loads(line) for line in Path(run_dir, "runs.jsonl").read_text().splitlines())
-    return {row["id"]: {key: value for key, value in row.items() if key != "seconds"} for row in rows}
+    clock = {"seconds", "peak_memory_mib"}
+    return {row["id"]: {key: value for key, value in row.items() if key not in clock} for row in rows}
 
 
 def test_a_killed_sweep_goes_on_where_it_was():
@@ -268,9 +273,21 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(monkeypatch, capsys):
     monkeypatch.setattr(forecast, "make_specs", lambda *a: (specs(*a), monkeypatch.setattr(
         forecast, "make_model", broken))[0])
     results = run(*options)
-    assert [error for error in results["failed"].values()] == ["ValueError: boom"]
+    assert list(results["failed"].values()) == ["ValueError: boom"]
     assert {row["model"] for row in results["table"]} == {"lstm", *forecast.BASELINES}
     assert "failed: ValueError: boom" in capsys.readouterr().err
+    monkeypatch.setattr(forecast, "make_specs", specs)
+    monkeypatch.setattr(forecast, "make_model", make_model)
+    assert "vq" in {row["model"] for row in forecast.main(["--resume"])["table"]}  # tried again
+
+
+def test_a_run_that_diverges_sorts_last(monkeypatch, capsys):
+    monkeypatch.setattr(forecast, "free_run_lstm", lambda model, history, steps: torch.full((steps,), torch.inf))
+    rows = [f"2024-01-{1 + i // 24:02d} {i % 24:02d}:00:00,{i % 7}\n" for i in range(300)]
+    Path("own.csv").write_text("day,a $x_{$\n" + "".join(rows))  # dates, and a name that is no formula
+    results = forecast.main(["--data", "own.csv", "--time-column", "day", *SMALL, "--model", "lstm", "vq"])
+    out = capsys.readouterr().out
+    assert results["finished"] and "diverged" in out.split("`Predict/")[0].splitlines()[-2]
 
 
 def test_two_dask_workers_give_the_rows_of_loky():
@@ -296,6 +313,18 @@ def test_a_checkpoint_continues_its_series():
     first = net(history[None].float())[0, 0].item() * state["std"] + state["mean"]
     assert table["signal"][0].as_py() == pytest.approx(first, rel=1e-4)
     assert Path("outputs/forecast/run-002/forecast.png").stat().st_size > 10_000
+
+
+def test_a_checkpoint_of_other_data_is_refused(capsys, monkeypatch):
+    lines = ["t,a", *(f"{i},{i % 11}" for i in range(200))]
+    Path("own.csv").write_text("\n".join(lines))
+    forecast.main(["--data", "own.csv", *SMALL, "--model", "vq", "--protocol", "seed"])
+    (checkpoint,) = Path("outputs/forecast/run-001/runs").resolve().glob("vq*.pt")
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert len(forecast.main(["--predict-steps", "3", "--checkpoint", str(checkpoint)])["forecast"]) == 3
+    Path("../own.csv").write_text("\n".join(lines[:-1]))
+    assert "made of other data" in failure(capsys, "--predict-steps", "3", "--checkpoint", str(checkpoint))
 
 
 # --- Data and errors --------------------------------------------------------------------------------------------------
@@ -329,6 +358,10 @@ def test_downloads_are_checked(monkeypatch, capsys, tmp_path):
         (remote / "y+w.csv").write_text(text[:1000])
         assert "1,000 bytes with another sha256" in failure(capsys, *argv) and not Path("data/y+w.csv").exists()
         (remote / "y+w.csv").write_text(text)
+        with monkeypatch.context() as patch:  # a connection that breaks off
+            patch.setattr(http.client.HTTPResponse, "read", lambda *_: (_ for _ in ()).throw(
+                http.client.IncompleteRead(b"")))
+            assert "IncompleteRead" in failure(capsys, *argv)
         results = forecast.main(argv)
     assert results["data"]["y_w"] == {"source": "real", "rows": 200, "column": "formaldehyde", "sha256": digest}
     assert forecast.main(argv)["finished"]  # the server is gone, the file is there
@@ -349,6 +382,7 @@ def test_without_data_the_embedded_series_is_used_and_said(capsys):
     ("t,a\n0,1\n1,2\n", ["--column", "2"], "no column '2' for --column, only t, a"),
     ("t,a\n0,1\n1,2\n", ["--time-column", "b"], "no column 'b' for --time-column, only t, a"),
     ("t,a\n0,1\n1,2,3\n", [], "Expected 2 columns, got 3"),
+    ("a\n1\n\n2\n", [], "row 3, column 'a': empty or NaN"),
     ("", [], "Empty CSV file"),
     ("t,a\n" + "".join(f"{i},{i % 3}\n" for i in range(20)), ["--protocol", "seed"], "needs 27: 7 too few"),
 ])
@@ -360,6 +394,7 @@ def test_bad_series(capsys, text, options, message):
 
 def test_bad_command_lines(capsys, tmp_path):
     (tmp_path / "file").write_text("no checkpoint")
+    torch.save({"weights": {}}, tmp_path / "other.pt")
     for argv, message in {
         ("--data", "absent.csv"): "no such file",
         ("--data", str(tmp_path)): "a folder",
@@ -370,11 +405,12 @@ def test_bad_command_lines(capsys, tmp_path):
         ("--model", "att_mh", "--kv-heads", "3"): "must divide",
         ("--model", "att", "--pe", "rope", "--d-model", "7"): "must be even",
         ("--model", "gru"): "invalid choice: 'gru'",
-        ("--time-steps", "16", "16"): "names a value twice",
         ("--learning-rate", "0"): "is not between",
         ("--device", "abacus"): "--device",
         ("--predict-steps", "3"): "go together",
         ("--predict-steps", "3", "--checkpoint", str(tmp_path / "file")): "no checkpoint of a run",
+        ("--predict-steps", "3", "--checkpoint", str(tmp_path / "other.pt")): "no checkpoint of a run (other content)",
+        ("--predict-steps", "3", "--checkpoint", "a.pt", "--model", "att"): "the model are its own",
         ("--resume",): "no unfinished run",
         ("--resume", "--epochs", "3"): "a run keeps its own arguments",
         ("--output-dir", str(tmp_path / "file")): "file",
