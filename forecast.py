@@ -690,6 +690,8 @@ def run_all(specs, series, jobs, backend):
     """Yield (row, state) of each run as it ends, `jobs` at a time, each with one thread."""
     from joblib import Parallel, delayed, parallel_config
 
+    # The workers' allocator (glibc) keeps what is freed; to map each step's tensors anew took a tenth of the time.
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with contextlib.ExitStack() as stack:
         if backend == "dask":
             try:
