@@ -96,6 +96,11 @@ def test_the_seeds_codebook_models_see_the_last_value_alone(model):
     assert not torch.allclose(net(x), net(x.flip(1)))
 
 
+def test_att_begins_as_the_seeds_joint_projection_does():
+    joint, own = (network(model).fc_q.weight.abs().max() for model in ("att", "att_mh"))
+    assert joint < (6 / (64 + 3 * 64)) ** 0.5 < own
+
+
 def test_ours_looks_back():
     net, x = network("vq_ar"), torch.randn(2, forecast.SEED_TIME_STEPS)
     torch.nn.init.normal_(net.values, std=0.1)
@@ -110,6 +115,14 @@ def test_each_encoding_changes_the_forecasts(norm_pe):
     outputs = [network("att", "--pe", pe, *norm_pe)(x, last_only=False) for pe in ("none", "randpe", "sinpe", "rope")]
     for i, one in enumerate(outputs):
         assert all(not torch.allclose(one, other, atol=1e-4) for other in outputs[:i])
+
+
+@pytest.mark.parametrize("flag", ["inln", "qln", "kln", "causal", "norm-pe"])
+def test_each_flag_changes_the_forecasts(flag):
+    x, options = torch.randn(2, 40), ["--no-align-target"]
+    with_it, without = (network("att_mh", f"--{prefix}{flag}", *options) for prefix in ("", "no-"))
+    assert with_it.name != without.name
+    assert not torch.allclose(with_it(x, last_only=False), without(x, last_only=False), atol=1e-5)
 
 
 def test_rope_depends_on_the_distance_alone():
@@ -148,14 +161,14 @@ def test_the_aligned_loss_is_the_mean_over_every_step():
 
 def test_free_runs_equal_recomputing_every_window():
     for model in forecast.NETWORKS:
-        net = network(model, "--time-steps", "24")
+        net = network(model, "--time-steps", "6")
         if model == "vq_ar":
             torch.nn.init.normal_(net.values, std=0.1)
-        history = torch.randn(24)
+        history = torch.randn(6)
         values = list(history)
-        while len(values) < 24 + 40:
-            values += list(net(torch.stack(values[-24:])[None])[0].detach())
-        torch.testing.assert_close(forecast.free_run(net, history, 40), torch.stack(values[24 : 24 + 40]))
+        while len(values) < 6 + 40:
+            values += list(net(torch.stack(values[-6:])[None])[0].detach())
+        torch.testing.assert_close(forecast.free_run(net, history, 40), torch.stack(values[6 : 6 + 40]))
 
 
 def test_ridge_is_scikit_learns_with_the_strength_of_the_validation_part():
@@ -255,7 +268,8 @@ def test_a_killed_sweep_goes_on_where_it_was():
         file.write('{"id": "cut off')
     done = log.read_text().splitlines()[:2]
     results = forecast.main(["--resume"])
-    assert results["finished"] and log.read_text().splitlines()[:2] == done
+    lines = log.read_text().splitlines()
+    assert results["finished"] and lines[:2] == done and len(lines) == 3 + 6  # none of them twice
     forecast.main([*argv, "--output-dir", "whole"])
     assert without_clock("outputs/forecast/run-001") == without_clock("whole/forecast/run-001")
 
