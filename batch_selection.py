@@ -1163,8 +1163,10 @@ def load(name, args):
 def train_all(all_data, args, jobs, folders):
     """Every strategy with every seed on every data set, in parallel; returns {data set: {strategy: [history]}}."""
     tasks = list(product(all_data, range(args.seed, args.seed + args.runs), args.strategy))
+    # Absolute paths: a worker that joblib kept from an earlier call may be in another folder.
     calls = (joblib.delayed(train_run)(all_data[name], STRATEGIES[strategy], MODELS[args.task][args.model], seed, args,
-                                       folders[name, strategy] / f"seed-{seed}.pt") for name, seed, strategy in tasks)
+                                       (folders[name, strategy] / f"seed-{seed}.pt").resolve())
+             for name, seed, strategy in tasks)
     histories = {name: {strategy: [] for strategy in args.strategy} for name in all_data}
     metric = DECIDING[args.task][0]
     with (dask_client(jobs) if args.backend == "dask" else contextlib.nullcontext(),
