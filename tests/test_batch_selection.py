@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import unittest.mock
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ def no_data_of_this_machine(monkeypatch, tmp_path):
     for dataset in bs.DATASETS.values():
         monkeypatch.setattr(dataset, "also", ())
         monkeypatch.setattr(dataset, "url", "http://127.0.0.1:9/")
+    with unittest.mock.patch.dict(os.environ):  # dask sets OMP_NUM_THREADS here too, not in its workers alone
+        yield
 
 
 def md5_of(path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ def own_folder(monkeypatch, tmp_path):
     """Each test in its own folder, with an address for the data that nobody answers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "URL", "http://127.0.0.1:9/")
+    with unittest.mock.patch.dict(os.environ):  # dask sets OMP_NUM_THREADS here too, not in its workers alone
+        yield
 
 
 def run(*argv):
