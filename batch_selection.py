@@ -874,7 +874,8 @@ def plot_comparison(histories, name, task, result, folder):
         axes[3].errorbar(mean, i, xerr=np.nan_to_num(interval), fmt="o", color=COLORS[0], capsize=4)
     axes[3].axvline(0, color="k", linewidth=0.8)
     axes[3].set_yticks(range(len(others)), others)
-    axes[3].set(xlabel=f"difference from {BASELINE}, a dot a seed [{unit}; {'more' if sign > 0 else 'less'} is better]",
+    direction = "more" if sign > 0 else "less"
+    axes[3].set(xlabel=f"difference from {BASELINE}, a dot a seed\n[{unit}; {direction} is better]",
                 ylim=(max(len(others), 1) - 0.5, -0.5))
     fig.legend(loc="outside lower center", ncols=6)
     save_figure(fig, folder / f"comparison_{name}.png")
