@@ -577,9 +577,14 @@ def fit(spec, values, fitting, validation, statistics, shuffle, strength=None):
 # --- One run: a model, a data set, its knobs and a seed ---------------------------------------------------------------
 
 
+def forecast_horizon(spec):
+    """Values that one forecast of the run's model holds."""
+    return CodebookAR.horizon if spec["model"] == "vq_ar" else 1
+
+
 def needed_rows(spec):
     """The shortest series that gives each part of the run's protocols at least one window."""
-    horizon = CodebookAR.horizon if spec["model"] == "vq_ar" else 1
+    horizon = forecast_horizon(spec)
     window = spec["time_steps"] + horizon
     if spec["protocol"] == "seed":
         return window + 10
@@ -604,8 +609,7 @@ def run_one(spec, values):
                 row |= {f"Final/{name}": losses[-1] for name, losses in result.history.items()}
                 histories["seed"] = result.history
         if spec["protocol"] in ("holdout", "both"):
-            fitted, chosen = int(FIT * rows), int(CHOOSE * rows)
-            horizon = CodebookAR.horizon if spec["model"] == "vq_ar" else 1
+            fitted, chosen, horizon = int(FIT * rows), int(CHOOSE * rows), forecast_horizon(spec)
             starts = torch.arange(rows - time_steps)
             validation = starts[fitted - time_steps : chosen - time_steps - horizon + 1]
             result = fit(spec, values, starts[: fitted - time_steps - horizon + 1], validation, fitted, shuffle=True)
@@ -740,6 +744,11 @@ def markdown_table(rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def networks_of(rows):
+    """The rows, or specs, that are not of a baseline."""
+    return [row for row in rows if row["model"] not in BASELINES]
+
+
 def ranking(rows):
     """What to sort by: the free run of the seed's protocol; where that was not run, the error on validation."""
     return REGRESSIVE if REGRESSIVE in rows[0] else "validation/mse_batch"
@@ -748,7 +757,7 @@ def ranking(rows):
 def result_table(rows, with_seed):
     """The ten best networks and the baselines with the same time steps; `with_seed`: beside the seed's own figures."""
     rows = sorted(rows, key=lambda row: row[ranking(rows)][0])
-    ten = [row for row in rows if row["model"] not in BASELINES][:10]
+    ten = networks_of(rows)[:10]
     shown, table = {row["time_steps"] for row in ten}, []
     for row in rows:
         if row in ten or (row["model"] in BASELINES and row["time_steps"] in shown):
@@ -788,7 +797,7 @@ def summary(rows, failed, skipped, series, args):
     text = []
     for name, one in series.items():
         mine = mean_rows([row for row in rows if row["dataset"] == name])
-        if all(row["model"] in BASELINES for row in mine):
+        if not networks_of(mine):
             continue
         seeds = f"seed {args.seed}"
         if args.runs > 1:
@@ -889,7 +898,7 @@ def plot_learning_curves(series, rows, run_dir):
 def plot_heatmap(series, rows, run_dir):
     """The error that ranks the models over learning rates and time steps: mean over seeds, best over other knobs."""
     key = ranking(rows)
-    rows = mean_rows([row for row in rows if row["model"] not in BASELINES])
+    rows = mean_rows(networks_of(rows))
     models = [model for model in NETWORKS if any(row["model"] == model for row in rows)]
     rates = sorted({row["learning_rate"] for row in rows})
     steps = sorted({row["time_steps"] for row in rows})
@@ -1155,7 +1164,7 @@ def run_sweep(args, run_dir, before):
         raise UserError(f"{run_dir}: the sweep began with other data; bring the files back or start a new one")
     for reason in dict.fromkeys(skipped.values()):
         note(f"skipped: {reason}")
-    if not any(spec["model"] not in BASELINES for spec in specs):
+    if not networks_of(specs):
         raise UserError(next(iter(skipped.values())))
     longest = max(spec["time_steps"] for spec in specs)
     if longest > args.block_size:
@@ -1186,12 +1195,12 @@ def run_sweep(args, run_dir, before):
     good = [row for row in rows.values() if "error" not in row]
     for row in failed:
         note(f"{row['id']} failed: {row['error']}")
-    if not any(row["model"] not in BASELINES for row in good):
+    if not networks_of(good):
         raise UserError(f"every run failed; the first: {failed[0]['error']}")
     swept = time.perf_counter() - began
     for name, one in series.items():
         mine = [row for row in good if row["dataset"] == name]
-        if any(row["model"] not in BASELINES for row in mine):
+        if networks_of(mine):
             for plot in (plot_series, plot_learning_curves, plot_heatmap, plot_horizon):
                 plot(one, mine, run_dir)
     (run_dir / "summary.md").write_text(summary(good, failed, skipped, series, args))

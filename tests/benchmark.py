@@ -35,6 +35,14 @@ def report(name, unit, count, mine, reference_name, reference):
     print(f"{speeds}   ratio {reference / mine:.2f}")
 
 
+def clipped_step(model, optimizer, loss):
+    """One step of the bare loops over models whose scripts clip the gradient at 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 def fire_training(repeats=5):
     """Windows per second of an epoch of train_transformer, and of a bare loop over the same model and ready batches."""
     args = fire.parse_args(["--sample-per-area", "50000", "--epochs", "1"])
@@ -54,10 +62,7 @@ def fire_training(repeats=5):
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 logits, risk = model(x, area)
             loss = fire.fire_loss(logits.float(), risk.float(), label, weights, label)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            clipped_step(model, optimizer, loss)
         loss.item()
 
     def ours():
@@ -139,10 +144,7 @@ def duet_training(repeats=5):
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 logits = model(x)
             loss = nn.functional.cross_entropy(logits.float(), label)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            clipped_step(model, optimizer, loss)
         loss.item()
 
     def ours():
