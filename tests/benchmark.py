@@ -12,10 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import batch_selection
+import duet
 import fire
+import forecast
 from common import detect_device, has_bfloat16
 
 
@@ -29,6 +33,14 @@ def report(name, unit, count, mine, reference_name, reference):
     """One line: speeds from the seconds that `count` things took here and in the reference, and their ratio."""
     speeds = f"{name:16} {count / mine:12,.0f} {unit:9}   {reference_name:12} {count / reference:12,.0f}"
     print(f"{speeds}   ratio {reference / mine:.2f}")
+
+
+def clipped_step(model, optimizer, loss):
+    """One step of the bare loops over models whose scripts clip the gradient at 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
 
 
 def fire_training(repeats=5):
@@ -50,10 +62,7 @@ def fire_training(repeats=5):
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 logits, risk = model(x, area)
             loss = fire.fire_loss(logits.float(), risk.float(), label, weights, label)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            clipped_step(model, optimizer, loss)
         loss.item()
 
     def ours():
@@ -117,9 +126,174 @@ def fire_predict(rows=1_000_000):
     report("fire predict", "rows/s", rows, mine, "model alone", seconds(alone))
 
 
+def duet_training(repeats=5):
+    """Windows per second of fit(), and of a bare loop over the same model and ready batches."""
+    args = duet.parse_args(["--windows", "12000", "--steps", "60", "--evaluations", "1"])
+    args.torch_device = device = detect_device()
+    data = duet.embedded_dataset("temperature_sensors", *duet.EMBEDDED["temperature_sensors"], args.windows, 0)
+    data.parts["validation"] = data.parts["validation"][:1]
+    series, starts, labels = (torch.from_numpy(array).to(device) for array in (data.series, data.starts, data.labels))
+    rows = torch.from_numpy(data.parts["train"]).to(device)[: args.steps * args.batch_size].split(args.batch_size)
+    batches = [(duet.gather_windows(series, starts[some], data.seq_len).contiguous(), labels[some]) for some in rows]
+    model = duet.new_model(args, [data], "none", False, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
+    def bare():
+        model.train()
+        for x, label in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+                logits = model(x)
+            loss = nn.functional.cross_entropy(logits.float(), label)
+            clipped_step(model, optimizer, loss)
+        loss.item()
+
+    def ours():
+        with tempfile.TemporaryDirectory() as folder:
+            return duet.fit(model, [data], args, Path(folder) / "model.pt")[0]["train_seconds"]
+
+    bare()
+    times = [(ours(), seconds(bare)) for _ in range(repeats)]
+    mine, reference = sorted(times, key=lambda pair: pair[1] / pair[0])[repeats // 2]  # the pair of the median ratio
+    report("duet training", "windows/s", args.steps * args.batch_size, mine, "bare loop", reference)
+
+
+def selection_data():
+    """Data of 60,000 × 784: Fashion-MNIST where Debian's package has it, else random bytes."""
+    if batch_selection.folder_of("fashion_mnist", "data"):
+        return batch_selection.load_dataset("fashion_mnist", "data")
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, high, shape).astype(np.uint8)
+             for n in (60_000, 10_000) for high, shape in ((256, (n, 1, 28, 28)), (10, n))]
+    return batch_selection.make_data("random bytes", parts, "random", 10)
+
+
+def selection_training(repeats=5):
+    """Samples per second of an epoch with each strategy; of a bare loop over normalized tensors; of `random`."""
+    args = batch_selection.parse_args([])
+    torch.set_num_threads(1)
+    data = selection_data().to("cpu")
+    x, y = ((data.x_train - data.mean) / data.std).flatten(1), data.y_train
+
+    def fresh():
+        torch.manual_seed(0)
+        model = batch_selection.SimpleMLP((1, 28, 28), 10)
+        return model, torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
+
+    def bare():
+        model, optimizer = fresh()
+        for rows in torch.randperm(len(x)).split(args.batch_size):
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def run(strategy, epochs=2):  # the first, when most are unseen, and one more
+        model, optimizer = fresh()
+        loss, rng, count = np.full(len(x), np.inf, np.float32), np.random.default_rng(0), 0
+
+        def score(rows):
+            with torch.inference_mode():
+                return batch_selection.forward(model, data, *batch_selection.gather(data, rows))[0].numpy()
+
+        began = time.perf_counter()
+        for _ in range(epochs):
+            batches = batch_selection.STRATEGIES[strategy](loss, score, args, rng)
+            count += batch_selection.train_one_epoch(model, optimizer, data, batches, loss, args)
+        return (time.perf_counter() - began) / epochs, count // epochs
+
+    bare()
+    times, counts = {name: [] for name in ["bare loop", *batch_selection.STRATEGIES]}, {}
+    for _ in range(repeats):  # side by side, since the machine's speed drifts
+        times["bare loop"].append(seconds(bare))
+        for name in batch_selection.STRATEGIES:
+            took, counts[name] = run(name)
+            times[name].append(took)
+    medians = {name: np.median(values) for name, values in times.items()}
+    report("random", "samples/s", len(x), medians["random"], "bare loop", medians["bare loop"])
+    for name, count in counts.items():
+        print(f"{name:20} epoch {medians[name]:.3f} s, {medians[name] / medians['random']:.2f} of random, "
+              f"{medians[name] / medians['bare loop']:.2f} of the bare loop; {count:,} samples trained on")
+
+
+def selection_csv():
+    """Rows per second of the conversion of 60,000 × 784 to CSV, and back; of pyarrow.csv alone."""
+    data = selection_data()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.csv"
+        write = seconds(lambda: batch_selection.write_csv(path, data.x_train, data.y_train))
+        read = seconds(lambda: batch_selection.read_csv(path))
+        alone = seconds(lambda: pa.csv.read_csv(path))
+    report("CSV written", "rows/s", len(data.x_train), write, "pyarrow reads", alone)
+    report("CSV read", "rows/s", len(data.x_train), read, "pyarrow reads", alone)
+    print(f"{'':16} written in {write:.2f} s, read back in {read:.2f} s")
+
+
+def forecast_specs(*argv):
+    """The runs of the seed's models on the embedded series, and its normalized values [rows]."""
+    args = forecast.parse_args(["--dataset", "synthetic", "--protocol", "seed", "--learning-rate", "1e-3", *argv])
+    series = forecast.load_series(args)
+    values = torch.from_numpy(series["synthetic"].values).float()
+    specs, _ = forecast.make_specs(args, series, torch.device("cpu"))
+    return [spec for spec in specs if spec["model"] not in forecast.BASELINES], (values - values.mean()) / values.std()
+
+
+def forecast_training(repeats=3, epochs=2):
+    """Windows per second of train(), validation included, and of a bare loop over the same model and ready batches."""
+    torch.set_num_threads(1)
+    specs, z = forecast_specs("--epochs", str(epochs))
+
+    def compare(spec):
+        model = forecast.make_model(spec)
+        windows = z.unfold(0, spec["time_steps"] + model.horizon, 1)
+        fitting, validation = forecast.seed_split(len(windows))
+        batches = [windows[rows].contiguous() for rows in fitting.split(spec["batch_size"])]
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+
+        def bare():
+            for batch in batches * epochs:
+                with torch.autocast("cpu", torch.bfloat16, enabled=spec["bfloat16"]):
+                    loss = forecast.window_loss(model, batch, spec)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        bare()
+        times = [(seconds(lambda: forecast.train(model, z, fitting, validation, spec, False)), seconds(bare))
+                 for _ in range(repeats)]
+        mine, reference = np.median(times, axis=0)
+        report(f"forecast {spec['model']}", "windows/s", len(fitting) * epochs, mine, "bare loop", reference)
+
+    for spec in specs:
+        compare(spec)
+
+
+def forecast_free_run(steps=500):
+    """Values per second of the free run, and of recomputing every forecast in the window for each of them."""
+    torch.set_num_threads(1)
+    specs, z = forecast_specs()
+
+    @torch.inference_mode()
+    def recompute(model, values):
+        for _ in range(steps):
+            values = torch.cat([values[1:], model(values[None], last_only=False)[0, -1:]])
+
+    def compare(spec):
+        model, history = forecast.make_model(spec).eval(), z[: spec["time_steps"]]
+        recompute(model, history)
+        mine = seconds(lambda: forecast.free_run(model, history, steps))
+        reference = seconds(lambda: recompute(model, history))
+        report(f"free run {spec['model']}", "values/s", steps, mine, "recomputed", reference)
+
+    for spec in specs:
+        if spec["model"] != "vq_ar":  # which takes all of its horizon: there is nothing to save
+            compare(spec)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    benchmarks = {function.__name__: function for function in (fire_training, fire_generator, fire_csv, fire_predict)}
+    functions = (fire_training, fire_generator, fire_csv, fire_predict, duet_training, selection_training,
+                 selection_csv, forecast_training, forecast_free_run)
+    benchmarks = {function.__name__: function for function in functions}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bars

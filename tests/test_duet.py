@@ -1,0 +1,791 @@
+"""What users of duet.py rely on: offline, on the CPU. Real files are read where ../shared/data lies beside."""
+
+import csv
+import gc
+import http.server
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import duet
+
+ROOT = Path(duet.__file__).resolve().parent
+ETT = ROOT.parent / "shared/data"
+TINY = ["--windows", "60", "--steps", "4", "--evaluations", "2", "--batch-size", "16", "--device", "cpu"]
+new = duet.MultiDatasetPatchDuET.create_for_dataset
+NAMES = ["indoor_temp", "outdoor_temp", "humidity", "pressure", "wind", "rain", "sun"]
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """A random BERT of 32 dimensions in a local folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    letters = [chr(i) for i in range(97, 123)]
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+                                                + ["##" + letter for letter in letters]))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    small = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(small).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small_csv(tmp_path_factory):
+    """1,600 rows: a date, a text, a constant and three numeric columns, with gaps."""
+    path, rng = tmp_path_factory.mktemp("csv") / "plant.csv", np.random.default_rng(0)
+    walk = np.cumsum(rng.normal(size=(1600, 2)), axis=0)
+    with open(path, "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["date", "site", "fixed", "tempC", "load", "noise"])
+        for i, (a, b) in enumerate(walk):
+            out.writerow([f"2024-01-01 {i // 60 % 24:02}:{i % 60:02}:00", "north", 7, "" if i % 50 == 3 else a, b,
+                          rng.normal()])
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(small_csv, tmp_path_factory):
+    """(folder of a finished run on a CSV and an embedded data set with the shared model, its results)."""
+    output = tmp_path_factory.mktemp("outputs")
+    arguments = ["--data", str(small_csv), "--target", "load", "--dataset", "user_metrics", "--shared", "--runs", "2",
+                 "--strategies", "none", "auto_expanding", "--output-dir", str(output), *TINY]
+    return output / "duet/run-001", duet.main(arguments)
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr with which main() ends."""
+    with pytest.raises(SystemExit) as stop:
+        duet.main([*map(str, arguments)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# --- Model ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy, counts", [("none", (571_459, 573_507, 577_603)),
+                                              ("auto_expanding", (591_572, 594_644, 600_788)),
+                                              ("frozen_bert", (576_324, 579_396, 585_540))])
+def test_parameters_are_exactly_the_seeds_and_hold_no_encoder(strategy, counts, tmp_path):
+    bert = {"known": {name: torch.zeros(768) for name in NAMES}, "cache_dir": tmp_path} if "bert" in strategy else {}
+    for columns, count in zip((4, 5, 7), counts):
+        model = new(
+            c_in=columns, seq_len=96, num_classes=3, column_names=NAMES[:columns], strategy=strategy, **bert)
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
+        assert not [name for name, _ in model.named_parameters() if name.startswith("embedder") and "layer" in name]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("fill", ["mask", "zero", "forward"])
+@pytest.mark.parametrize("head", ["mean", "ordinal"])
+def test_a_nan_never_reaches_the_output(shared, fill, head):
+    one = {"name": "a", "columns": NAMES[:3], "classes": list("xyz"), "target": 1, "limits": [-0.5, 0.5], "seq_len": 96}
+    model = duet.MultiDatasetPatchDuET(3, 96, "auto_expanding", shared, head, fill).train()
+    model.add_dataset(one)
+    x = torch.randn(4, 3, 96)
+    x[0], x[1, 1], x[2, :, ::2], x[3, 1, -30:] = (torch.nan,) * 4
+    logits = model(x)
+    assert logits.shape == (4, 3) and logits.isfinite().all()
+    logits.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_the_mask_tells_a_missing_value_from_a_zero():
+    x = torch.zeros(1, 4, 96)
+    gap = x.clone()
+    gap[..., 40:60] = torch.nan
+    for fill, differs in (("mask", True), ("zero", False)):
+        model = new(4, fill=fill).eval()
+        assert torch.equal(model(x), model(gap)) != differs
+    values, mask = duet.values_and_mask(gap, "mask")
+    assert mask[..., 40:60].sum() == 0 and mask.sum() == 4 * 76 and not values.isnan().any()
+    ramp = torch.arange(5.0).repeat(1, 1, 1)
+    ramp[..., 0], ramp[..., 3] = torch.nan, torch.nan
+    assert duet.values_and_mask(ramp, "forward")[0].tolist() == [[[0, 1, 2, 2, 4]]]
+
+
+def test_patches_are_cut_as_by_hand():
+    x = torch.randn(2, 3, 96)
+    patches = duet.cut_patches(x)
+    assert patches.shape == (2, 3, 11, 16) and duet.num_patches(96) == 11
+    for i in range(11):
+        assert torch.equal(patches[:, :, i], x[..., 8 * i : 8 * i + 16])
+    for length in (5, 16, 17, 100):
+        assert duet.cut_patches(torch.ones(1, 1, length)).shape[2] == duet.num_patches(length)
+        assert duet.cut_patches(torch.ones(1, 1, length)).sum() >= length  # nothing is cut off
+    # The patch layer sees, for each channel, values then masks, as one flat patch.
+    model = new(3).eval()
+    seen = []
+    model.patch_layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(x)
+    assert torch.equal(seen[0][0, 4], torch.cat([x[0, :, 32:48].flatten(), torch.ones(48)]))
+
+
+def test_the_vocabulary_grows_and_keeps_its_rows_its_moments_and_its_place_in_the_optimizer():
+    model = new(2, column_names=["a", "b"], strategy="auto_expanding")
+    table = model.embedder
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(3, 2, 96)).sum().backward()
+        optimizer.step()
+
+    step()
+    old = table.embedding.weight.detach().clone()
+    moments = optimizer.state[table.embedding.weight]["exp_avg"].clone()
+    table.lookup([f"name {i}" for i in range(1500)], optimizer)
+    assert table.embedding.weight.shape == (2000, 16) and torch.equal(table.embedding.weight[:1000], old)
+    assert torch.equal(optimizer.state[table.embedding.weight]["exp_avg"][:1000], moments)
+    model.set_dataset_columns(["name 1300", "a"])
+    step()
+    assert not torch.equal(table.embedding.weight[table.rows["name 1300"]], old[0])
+    assert table.rows["name 1300"] >= 1000 and optimizer.state[table.embedding.weight]["exp_avg"][1302].abs().sum() > 0
+    other = new(2, column_names=["z", "b"], strategy="auto_expanding")
+    other.load_state_dict(model.state_dict())  # a larger vocabulary than its own
+    other.set_dataset_columns(["name 1300", "a"])
+    x = torch.randn(2, 2, 96)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+    small = new(2, column_names=["y", "x"], strategy="auto_expanding").eval()
+    state = new(2, column_names=["x", "y"], strategy="auto_expanding").state_dict()
+    small.load_state_dict(state)  # the same names in other rows: each keeps its vector
+    rows = small.embedder.lookup(small.column_names["default"])
+    wanted = state["embedder.embedding.weight"][[1, 0]]
+    assert rows.tolist() == [1, 0] and torch.equal(small.embedder.embedding(rows), wanted)
+    state["embedder.embedding.weight"] = state["embedder.embedding.weight"][:5]  # a smaller vocabulary than its own
+    other.load_state_dict(state)
+    assert torch.equal(other.embedder.embed(["y", "x"]), wanted) and other(x).isfinite().all()
+    table.grow(4000)  # an optimizer that is not told does not go on silently
+    with pytest.raises(RuntimeError):
+        step()
+
+
+def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_path):
+    weather = ["temperature", "humidity", "pressure", "wind_speed", "rainfall"]
+    model = new(c_in=5, column_names=weather, strategy="auto_expanding")
+    model.set_dataset_columns(["user_count", "session_duration", "page_views", "click_rate", "conversion_rate"])
+    with pytest.raises(ValueError, match=r"4 columns for a model of 5.*shared=True"):
+        model.set_dataset_columns(["price", "volume", "volatility", "market_cap"])
+    with pytest.raises(ValueError, match="has 4 columns, the model 5"):
+        model(torch.zeros(1, 4, 96))
+    with pytest.raises(ValueError, match="strategy 'bert' is none of"):
+        new(4, strategy="bert")
+    shared = new(5, 96, 3, weather, "auto_expanding", shared=True).eval()
+    for names in (["CPU_usage", "memory_usage", "disk_IO"], weather, [f"column {i}" for i in range(12)]):  # the seed's
+        shared.set_dataset_columns(names)
+        x = torch.randn(2, len(names), 96)
+        logits = shared(x)
+        assert logits.shape == (2, 3)
+        order = torch.randperm(len(names))  # a column is known by its name, not by its place
+        shared.set_dataset_columns([names[i] for i in order])
+        torch.testing.assert_close(shared(x[:, order]), logits)
+    shared.set_dataset_columns(["x", "y"], "items", num_classes=4)  # no name clashes with a method of torch's
+    assert shared(torch.randn(2, 2, 96)).shape == (2, 4)
+    with pytest.raises(ValueError, match="no head for data set 'new'"):
+        shared.set_dataset_columns(["x"], "new")
+
+
+def test_an_untrained_ordinal_head_is_persistence():
+    limits = [-0.4, 0.3]
+    one = {"name": "a", "columns": NAMES[:4], "classes": list("xyz"), "target": 2, "limits": limits, "seq_len": 96}
+    model = duet.MultiDatasetPatchDuET(4, head="ordinal").eval()
+    model.add_dataset(one)
+    x = torch.randn(50, 4, 96)
+    x[::3, 2, -5:] = torch.nan
+    last = torch.where(x[:, 2, -1].isnan(), x[:, 2, -6], x[:, 2, -1])
+    torch.testing.assert_close(model(x).exp().sum(1), torch.ones(50))
+    near = np.abs(last.numpy()[:, None] - limits).min(1) > 0.1
+    assert (model(x).argmax(1).numpy() == np.digitize(last, limits))[near].all() and near.sum() > 30
+
+
+# --- The frozen encoder and its cache ---------------------------------------------------------------------------------
+
+
+def test_names_become_words():
+    words = {"CPU_usage": "cpu usage", "tempC": "temperature celsius", "indoor_temp": "indoor temperature",
+             "Temperature[C]": "temperature celsius", "diskIO": "disk input output", "HUFL": "high useful load",
+             "pageViews": "page views", "user-count": "user count", "CPUUsage": "cpu usage", "sensor12_hPa":
+             "sensor 12 hectopascal", "load_kwh": "load kilowatt hours", "größe": "größe", "c": "c", "??": "??"}
+    assert {name: duet.name_to_words(name) for name in words} == words
+
+
+def test_the_encoder_is_loaded_only_for_uncached_names_and_freed(encoder, tmp_path, monkeypatch):
+    loads, load = [], duet.FrozenBERTColumnEmbedder._load_encoder
+
+    def count(self):
+        load(self)
+        loads.append(weakref.ref(self.encoder[1][0]))
+
+    monkeypatch.setattr(duet.FrozenBERTColumnEmbedder, "_load_encoder", count)
+    model = new(2, column_names=["temp", "indoor_temp"], strategy="frozen_bert",
+                                       bert_model=encoder, cache_dir=tmp_path)
+    gc.collect()
+    assert len(loads) == 1 and loads[0]() is None  # gone from memory
+    assert {name for name, _ in model.embedder.named_parameters()} == {"projection.weight", "projection.bias"}
+    assert model.embedder.get_cache_stats() == {
+        "cached_embeddings": 2, "bert_dim": 32, "bert_model": encoder,
+        "cache_size_mb": round(model.embedder.cache_path.stat().st_size / 1e6, 3)}
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index[model.embedder.cache_path.name]["keys"] == ["words/indoor_temp", "words/temp"]
+    again = duet.FrozenBERTColumnEmbedder(encoder, tmp_path)
+    vectors = again.embed(["indoor_temp", "temp"])
+    assert len(loads) == 1 and torch.equal(vectors, model.embedder.table.flip(0))
+    torch.testing.assert_close(vectors.square().mean(1), torch.ones(2))
+    raw = duet.FrozenBERTColumnEmbedder(encoder, tmp_path, tokenization="raw").embed(["temp"])
+    assert len(loads) == 2 and not torch.allclose(raw[0], vectors[1])
+    # The seed's own way to fill the cache.
+    embedder = duet.FrozenBERTColumnEmbedder(encoder, tmp_path)
+    for column in ("wind_speed", "user_id"):
+        embedder._compute_bert_embedding(column)
+    embedder._save_cache()
+    assert embedder.encoder is None and embedder.get_cache_stats()["cached_embeddings"] == 5
+
+
+def test_a_torn_cache_and_changed_weights_are_computed_anew(encoder, tmp_path, capsys):
+    first = duet.FrozenBERTColumnEmbedder(encoder, tmp_path)
+    vectors = first.embed(["temp"])
+    whole = first.cache_path.read_bytes()
+    first.cache_path.write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "index.json").write_text("[1]")
+    again = duet.FrozenBERTColumnEmbedder(encoder, tmp_path)
+    assert "is damaged" in capsys.readouterr().err
+    torch.testing.assert_close(again.embed(["temp"]), vectors)
+    assert duet.FrozenBERTColumnEmbedder(encoder, tmp_path).cache
+    weights = Path(encoder) / "model.safetensors"
+    stamp = weights.stat().st_mtime
+    os.utime(weights, (stamp + 9, stamp + 9))
+    assert not duet.FrozenBERTColumnEmbedder(encoder, tmp_path).cache
+    os.utime(weights, (stamp, stamp))
+
+
+def test_two_processes_write_the_cache_and_nothing_is_lost(encoder, tmp_path):
+    code = ("import sys, torch, duet\n"
+            "for i in range(15):\n"
+            "    one = duet.FrozenBERTColumnEmbedder(sys.argv[1], sys.argv[2], known={'x': torch.zeros(32)})\n"
+            "    key = f'words/{sys.argv[3]}{i}'\n"
+            "    one.cache[key] = torch.full((32,), float(i))\n"
+            "    one.fresh.add(key)\n"
+            "    one._save_cache()\n")
+    both = [subprocess.Popen([sys.executable, "-c", code, encoder, tmp_path, name], cwd=ROOT) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    cache = duet.FrozenBERTColumnEmbedder(encoder, tmp_path).cache
+    assert {f"words/{name}{i}" for name in "ab" for i in range(15)} <= set(cache)
+    assert all(cache[f"words/{name}7"].eq(7).all() for name in "ab")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_without_an_encoder_the_row_is_not_run_and_alone_it_is_an_error(encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(duet, "hub_in_reach", lambda: False)
+    common = ["--dataset", "user_metrics", "--data-dir", tmp_path, "--output-dir", tmp_path / "out",
+              "--bert-model", "no/such-encoder", *TINY]
+    line = fails(capsys, *common, "--strategies", "frozen_bert")
+    assert line.startswith("duet.py: error: --bert-model no/such-encoder: no such encoder here")
+    assert not list((tmp_path / "out/duet").iterdir())
+    results = duet.main([*map(str, common), "--strategies", "none", "frozen_bert"])
+    assert "no such encoder" in results["not_run"]["frozen_bert"]
+    assert [row["model"] for row in results["benchmark"]["tables"]["accuracy"]][-1] == "frozen_bert (not run)"
+    assert "frozen_bert was not run" in capsys.readouterr().out
+    line = fails(capsys, "--columns", *common)
+    assert "no such encoder here" in line
+
+
+def test_prewarm_and_cache_stats(encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
+    names = tmp_path / "names.txt"
+    names.write_text("temperature\n\nCPU_usage\ntemperature\n")
+    cache = ["--data-dir", str(tmp_path), "--bert-model", encoder]
+    empty = duet.main(["--cache-stats", "--data-dir", str(tmp_path), "--bert-model", "no/such-encoder"])
+    assert empty["cached_embeddings"] == 0 and empty["bert_dim"] is None  # and the hub was not asked
+    assert duet.main(["--prewarm", str(names), *cache])["cached_embeddings"] == 2
+    stats = duet.main(["--cache-stats", *cache])
+    assert stats["bert_dim"] == 32 and json.loads(capsys.readouterr().out.split("}\n")[-2] + "}") == stats
+    assert "No such file" in fails(capsys, "--prewarm", tmp_path / "absent", *cache)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def test_embedded_classes_cannot_be_told_apart_by_one_threshold():
+    from sklearn.tree import DecisionTreeClassifier
+
+    for number, (name, recipe) in enumerate(duet.EMBEDDED.items()):
+        data = duet.embedded_dataset(name, *recipe, 2000, [0, number])
+        assert data.series.shape == (2000 * 96, len(recipe[0])) and data.columns == list(recipe[0])
+        assert abs(np.isnan(data.series).mean() - 0.05) < 0.002
+        assert np.bincount(data.labels).min() > 600
+        features = duet.window_features(data, "train")
+        stump = DecisionTreeClassifier(max_leaf_nodes=2).fit(features, data.labels[data.parts["train"]])
+        assert stump.score(duet.window_features(data, "test"), data.labels[data.parts["test"]]) < 0.65
+
+
+def test_schemas_differ_in_their_columns():
+    schemas = [duet.synthetic_schema(i, 60) for i in range(12)]
+    assert {3, 12} & {len(data.columns) for data in schemas} and all(3 <= len(d.columns) <= 12 for d in schemas)
+    assert len({frozenset(data.columns) for data in schemas}) == 12
+    assert sum("outdoor_temp" in data.columns for data in schemas) == 1  # names of one meaning, each in one schema
+    assert np.array_equal(schemas[3].series, duet.synthetic_schema(3, 60).series, equal_nan=True)
+
+
+def test_blocks_never_share_rows():
+    train, validation = duet.split_blocks(13_859, 96)
+    assert 0.17 < len(validation) / 13_859 < 0.23
+    apart = np.abs(train[:, None] - validation[None, :: 20]).min()
+    assert apart > 96  # window i has rows i … i + 96, its label among them
+    exact = np.zeros(13_859 + 97, bool)
+    for start in train:
+        exact[start : start + 97] = True
+    assert not any(exact[start : start + 97].any() for start in validation)
+
+
+def test_a_csv_is_prepared_and_its_classes_are_quantiles_of_the_next_value(small_csv):
+    data = duet.csv_dataset(small_csv, "load", 4, "seed")
+    assert data.columns == ["tempC", "load", "noise"] and data.target == 1
+    left_out = data.info["left_out"]
+    assert left_out == {"date": "a date", "site": "not numeric", "fixed": "constant or empty in the training part"}
+    load = np.genfromtxt(small_csv, delimiter=",", skip_header=1, usecols=4)
+    wanted = np.digitize(load[96:], np.percentile(load, (25, 50, 75)))
+    assert np.array_equal(data.labels, wanted)
+    train = np.zeros(1600, bool)
+    for start in data.parts["train"]:
+        train[start : start + 96] = True
+    np.testing.assert_allclose(data.mean[1], load[train].mean(), rtol=1e-5)  # the scaling knows the training part alone
+    held = duet.csv_dataset(small_csv, "load", 4, "holdout")
+    first_test = held.parts["test"].min()
+    assert held.parts["train"].max() + 97 <= first_test
+    np.testing.assert_allclose(held.info["class_limits"], np.percentile(load[:first_test], (25, 50, 75)), rtol=1e-12)
+    (own,) = duet.load_datasets(duet.parse_args(["--data", str(small_csv), "--target", "load", "--num-classes", "4"]))
+    assert own.info["protocol"] == "holdout" and own.info["sha256"] == held.info["sha256"]  # the default
+
+
+def test_columns_that_are_no_numbers_are_left_out(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("time,time spent,none,big\n" + f"x,1,,{2**60}\n" * 3)
+    numbers, left_out, dates = duet.read_csv(tmp_path / "a.csv")
+    assert list(numbers) == ["time spent", "big"] and left_out == {"time": "a date", "none": "empty"}
+    assert dates == ["x"] * 3 and numbers["big"].dtype == np.float64
+    (tmp_path / "b.csv").write_text("a\n" + "\n".join(["0", "1"] * 800))
+    duet.csv_dataset(tmp_path / "b.csv", "a", 2, "seed")
+    assert "class 'quantile 1' has no window" not in capsys.readouterr().err
+    (tmp_path / "b.csv").write_text("a\n" + "\n".join("0001112" * 300))
+    duet.csv_dataset(tmp_path / "b.csv", "a", 3, "seed")
+    assert "class 'quantile 1' has no window" in capsys.readouterr().err
+
+
+def test_the_last_validation_block_ends_before_the_test_part_and_large_values_keep_their_digits(tmp_path):
+    rows = np.random.default_rng(0).normal(size=4300)
+    (tmp_path / "a.csv").write_text("a\n" + "\n".join(f"{1e9 + value:.6f}" for value in rows))
+    for protocol in ("seed", "holdout"):
+        data = duet.csv_dataset(tmp_path / "a.csv", "a", 3, protocol)
+        assert data.parts["validation"].max() + 96 < data.parts["test"].min()
+        np.testing.assert_allclose(data.series[:, 0], (rows - data.mean + 1e9) / data.std, atol=1e-5)
+
+
+@pytest.mark.skipif(not (ETT / "ett/ETTh1.csv").exists(), reason="ETTh1.csv is not beside the checkout")
+def test_etth1_is_the_seeds_task_and_persistence_is_at_95():
+    args = duet.parse_args(["--dataset", "etth1", "--data-dir", str(ETT)])
+    (data,) = duet.load_datasets(args)
+    assert data.info["windows"]["test"].tolist() == [1870, 1556, 39] and len(data.parts["test"]) == 3465
+    raw = np.genfromtxt(ETT / "ett/ETTh1.csv", delimiter=",", skip_header=1, usecols=7)
+    limits = np.percentile(raw, (33.33, 66.67))  # values that occur: rounding must not move one across
+    assert np.array_equal(np.digitize(data.series[:, data.target], data.limits), np.digitize(raw, limits))
+    persistence = duet.baseline_records(few(data))[0]["accuracy"]
+    assert persistence == np.mean(np.digitize(raw[-3466:-1], limits) == np.digitize(raw[-3465:], limits))
+    assert round(100 * persistence, 2) == 95.12
+
+
+def few(data):
+    """`data` with 200 windows to train on."""
+    return duet.dataclasses.replace(data, parts=data.parts | {"train": data.parts["train"][::60]})
+
+
+HEADER = "# a comment\n@problemName Toy\n@timeStamps false\n@univariate false\n@classLabel true up down\n@data\n"
+
+
+def write_ts(folder, lines, name="Toy.ts", header=HEADER):
+    (folder / name).write_text(header + "\n".join(lines) + "\n")
+    return folder / name
+
+
+def toy_cases(count):
+    rng = np.random.default_rng(0)
+    values = [[",".join(f"{value:.3f}" for value in rng.normal(size=length)) for length in (20 + i % 7, 20)]
+              for i in range(count)]
+    return [f"{a}:{b}:{'up' if i % 2 else 'down'}" for i, (a, b) in enumerate(values)]
+
+
+def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, capsys):
+    write_ts(tmp_path, ["1,2,?:4,5,6:down", "7,8:9,?,11,12:up"])
+    cases, labels = duet.read_ts(tmp_path / "Toy.ts")
+    assert labels == ["down", "up"] and [len(values) for case in cases for values in case] == [3, 3, 2, 4]
+    np.testing.assert_array_equal(cases[0][0], [1, 2, np.nan])
+    stacked = duet.stack_cases(cases, 4).reshape(2, 4, 2)
+    np.testing.assert_array_equal(stacked[1], [[np.nan, 9], [np.nan, np.nan], [7, 11], [8, 12]])
+    (tmp_path / "Toy.ts").unlink()
+    write_ts(tmp_path, toy_cases(60), "Toy_TRAIN.ts")
+    write_ts(tmp_path, [*toy_cases(30), "1,2:3,4:only here"], "Toy_TEST.ts")
+    files = [str(tmp_path / f"Toy_{part}.ts") for part in ("TRAIN", "TEST")]
+    (data,) = duet.load_datasets(duet.parse_args(["--data", *files]))
+    assert data.parts["test"].tolist() == list(range(60, 91))
+    assert "class 'only here' has no window in the training part" in capsys.readouterr().err
+    (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path)]))
+    assert data.name == "Toy" and data.classes == ["down", "only here", "up"] and data.seq_len == 26
+    assert data.parts["test"].tolist() == list(range(31)) and data.parts["train"].min() >= 31  # TEST is read first
+    results = duet.main(["--data", str(tmp_path), "--strategies", "none", "--output-dir", str(tmp_path / "out"), *TINY])
+    models = [row["model"] for row in results["benchmark"]["tables"]["accuracy"]]
+    assert models == ["logistic regression", "gradient boosting", "none"]
+
+
+@pytest.mark.parametrize("lines, header, message", [
+    (["1,2,x:3,4,5:up"], HEADER, "line 7: could not convert string to float: 'x', a number or ? is needed"),
+    (["1,2:3,4:up", "1,2:up"], HEADER, "line 8: 1 dimensions, 2 dimensions are needed"),
+    ([], HEADER, "no cases after @data"),
+    (["1,2:up"], "", "line 1: no @data line before it, this is no .ts file"),
+    (["1,2:up"], "@timeStamps true\n@data\n", "line 1: @timeStamps true: it must have classes and no time stamps"),
+    (["1,2:3:", "1,2:3:up"], HEADER, "line 7: the class after the last colon is missing"),
+    (["1,2:3:up", "1,2:3: ?"], HEADER, "line 8: the class after the last colon is missing"),
+    (["1,2:3"], "@classLabel false\n@data\n", "@classLabel false: it must have"),
+])
+def test_bad_ts_files(tmp_path, capsys, lines, header, message):
+    path = write_ts(tmp_path, lines, header=header)
+    assert message in fails(capsys, "--data", path, "--output-dir", tmp_path)
+
+
+def test_downloads_are_checked(tmp_path, monkeypatch, capsys):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "good.csv").write_bytes(b"a,b\n1,2\n")
+    monkeypatch.setattr(duet, "ETTH1_SHA256", duet.hashlib.sha256(b"a,b\n1,2\n").hexdigest())
+    (site / "wrong.csv").write_bytes(b"a,b\n1,")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(site))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, message in (("wrong.csv", "the checksum is wrong"), ("absent.csv", "404")):
+        monkeypatch.setattr(duet, "ETTH1_URL", f"http://127.0.0.1:{server.server_port}/{name}")
+        assert message in fails(capsys, "--dataset", "etth1", "--data-dir", tmp_path, "--output-dir", tmp_path / "out")
+        assert not list((tmp_path / "ett").glob("*")) if (tmp_path / "ett").exists() else True
+    monkeypatch.setattr(duet, "ETTH1_URL", f"http://127.0.0.1:{server.server_port}/good.csv")
+    assert duet.fetch_etth1(tmp_path).read_bytes() == b"a,b\n1,2\n"
+    server.shutdown()
+    server.server_close()
+    (tmp_path / "ett/ETTh1.csv").unlink()  # no network: without --dataset a warning and the embedded data sets
+    datasets = duet.load_datasets(duet.parse_args(["--data-dir", str(tmp_path), "--windows", "60"]))
+    assert [data.name for data in datasets] == list(duet.EMBEDDED) and "etth1 left out" in capsys.readouterr().err
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_and_pairs_the_seeds(finished):
+    run_dir, results = finished
+    assert results == json.loads((run_dir / "results.json").read_text()) and results["finished"]
+    models = {path.stem for path in (run_dir / "models").glob("*.pt")}
+    assert models == {f"{name}-{strategy}-{seed}" for name in ("plant", "user_metrics", "shared")
+                      for strategy in ("none", "auto_expanding") for seed in (42, 43)}
+    assert {"benchmark.png", "summary.md"} <= {path.name for path in run_dir.iterdir()}
+    rows = {(row["data set"], row["model"]): row for row in results["benchmark"]["tables"]["accuracy"]}
+    assert rows["plant", "persistence"]["accuracy %"] and ("user_metrics", "persistence") not in rows
+    records = results["benchmark"]["records"]
+    mine = [duet.values_of(records, "accuracy", dataset="plant", model=model) for model in ("auto_expanding", "none")]
+    wanted = duet.percent(np.subtract(*mine), "+")
+    assert rows["plant", "auto_expanding"]["minus none"] == wanted and "±" in wanted
+    assert rows["mean of all", "shared, none"]["minus per-dataset"] and rows["plant", "none"]["parameters"] == 569_411
+    assert "| plant | persistence |" in (run_dir / "summary.md").read_text()
+
+
+def test_the_test_part_is_never_used_for_a_choice(small_csv, tmp_path, monkeypatch):
+    asked, predict = [], duet.predict
+    monkeypatch.setattr(duet, "predict", lambda model, data, part: asked.append(part) or predict(model, data, part))
+    args = duet.parse_args([*TINY, "--steps", "8", "--evaluations", "4"])
+    args.torch_device = torch.device("cpu")
+    weights = []
+    for change in (False, True):
+        data = duet.csv_dataset(small_csv, "load", 3, "holdout")
+        if change:
+            data.labels[data.parts["test"]] = 0
+            data.series[data.parts["test"].min() :] = 99.0
+        model = duet.new_model(args, [data], "none", False, 1)
+        duet.fit(model, [data], args, tmp_path / f"{change}.pt")
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert set(asked) == {"validation"}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_killed_run_goes_on_to_the_same_weights(shared, tmp_path, monkeypatch):
+    arguments = ["--dataset", *duet.EMBEDDED, "--strategies", "auto_expanding", "--dropout", "0.2", *TINY,
+                 *["--shared"] * shared]
+    whole = duet.main([*arguments, "--output-dir", str(tmp_path / "whole")])
+    save, saves = duet.save_checkpoint, []
+
+    def stop(state, path):
+        save(state, path)
+        saves.append(path)
+        if len(saves) == (5 if shared else 3):  # in the midst of the shared model, or of the second data set
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(duet, "save_checkpoint", stop)
+    with pytest.raises(SystemExit) as stopped:
+        duet.main([*arguments, "--output-dir", str(tmp_path / "killed")])
+    assert stopped.value.code == 130
+    monkeypatch.setattr(duet, "save_checkpoint", save)
+    resumed = duet.main(["--resume", "--output-dir", str(tmp_path / "killed")])
+    assert [r["accuracy"] for r in resumed["benchmark"]["records"]] == [
+        r["accuracy"] for r in whole["benchmark"]["records"]]
+    for path in sorted((tmp_path / "whole/duet/run-001/models").iterdir()):
+        one, other = (torch.load(folder / "duet/run-001/models" / path.name, weights_only=True)
+                      for folder in (tmp_path / "whole", tmp_path / "killed"))
+        assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"] if "extra" not in key)
+
+
+def test_transfer_and_missing_values(tmp_path, monkeypatch):
+    results = duet.main(["--transfer", "--synthetic-schemas", "3", "--strategies", "none", "auto_expanding", *TINY,
+                         "--windows", "400", "--output-dir", str(tmp_path)])
+    assert results["transfer"]["to"] == "schema_03" and (tmp_path / "duet/run-001/transfer.png").exists()
+    rows = {row["model"]: row for row in results["transfer"]["tables"]["accuracy"]}
+    assert rows["none, pretrained"]["0%"] and rows["none, from scratch"]["0%"] is None
+    assert set(rows) == {"gradient boosting", *(f"{strategy}, {start}" for strategy in ("none", "auto_expanding")
+                                                for start in ("pretrained", "from scratch"))}
+    for checkpoint, names in (("schema_03-none-pretrained-0.1-42", 3), ("sources-auto_expanding-42", 2)):
+        model, cards = duet.restore_model(duet.argparse.Namespace(
+            checkpoint=tmp_path / f"duet/run-001/models/{checkpoint}.pt"))
+        assert [one["name"] for one in cards] == ["schema_01", "schema_02", "schema_03"][:names]
+        assert duet.predict(model, duet.synthetic_schema(0, 400), "test").shape[1] == 3
+    holes, drop = {}, duet.drop_values
+
+    def record(x, share, blocks=False):
+        dropped = drop(x, share, blocks)
+        if isinstance(share, float):  # not in training, where each window has its own
+            holes.setdefault((share, blocks), set()).add(dropped.isnan().numpy().tobytes())
+        return dropped
+
+    monkeypatch.setattr(duet, "drop_values", record)
+    results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path),
+                         "--strategies", "auto_expanding"])
+    assert len(holes) == 10 and all(len(same) == 1 for same in holes.values())  # the same gaps for every model
+    table = results["nan_robustness"]["tables"]["accuracy"]
+    assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "auto_expanding, forward fill")) == 1
+    assert len(table) == 6 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
+
+
+def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(duet.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+    results = duet.main(["--quick", "--windows", "300", "--steps", "2", "--batch-size", "8", "--bert-model", "no/such",
+                         "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)])
+    assert {"nan_robustness", "transfer", "benchmark"} <= set(results) and "frozen_bert" in results["not_run"]
+    assert {data["source"] for data in results["data"].values()} == {"embedded"}
+
+
+def test_few_labels_are_the_share_asked_for():
+    data = duet.synthetic_schema(0, 1000)
+    few = duet.with_labels(data, 0.1, 42)
+    assert abs(len(few.parts["train"]) / len(data.parts["train"]) - 0.1) < 0.01
+    assert set(few.parts["validation"]) < set(data.parts["validation"])
+    assert np.array_equal(few.parts["test"], data.parts["test"])
+    assert set(few.parts["train"]) != set(duet.with_labels(data, 0.1, 43).parts["train"])  # each seed has its own
+    rare = duet.with_labels(duet.synthetic_schema(0, 60), 0.05, 42)
+    assert all(set(rare.labels[rare.parts[part]]) == {0, 1, 2} for part in ("train", "validation"))
+
+
+def test_strategies_with_one_seed_begin_alike(encoder, tmp_path):
+    args = duet.parse_args(["--bert-model", encoder, "--data-dir", str(tmp_path), "--device", "cpu"])
+    args.torch_device, data = torch.device("cpu"), duet.synthetic_schema(0, 60)
+    for shared in (False, True):
+        begun = [(duet.new_model(args, [data], strategy, shared, 1), torch.rand(3)) for strategy in duet.STRATEGIES]
+        for model, random in begun[1:]:
+            assert torch.equal(random, begun[0][1])  # what orders the batches
+            alike = begun[0][0].encoder.state_dict()
+            assert all(torch.equal(value, alike[name]) for name, value in model.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_dropped_values_have_the_share_asked_for(blocks):
+    x = duet.drop_values(torch.zeros(200, 3, 96), 0.25, blocks)
+    assert abs(x.isnan().float().mean() - 0.25) < 0.02
+    if blocks:
+        assert (x.isnan().sum(-1) == 24).all() and (x.isnan().float().diff(dim=-1).abs().sum(-1) <= 2).all()
+
+
+def test_similar_names_are_found(encoder, tmp_path):
+    results = duet.main(["--columns", "--dataset", "user_metrics", "--bert-model", encoder, "--data-dir", str(tmp_path),
+                         "--output-dir", str(tmp_path), "--windows", "60"])
+    (row,) = [row for row in results["columns"]["tables"]["nearest names"] if row["column"] == "temp"]
+    assert row["nearest 1"] == "temperature (1.00)" and len(results["columns"]["tables"]) == 2
+    rows = list(csv.reader((tmp_path / "duet/run-001/column_similarity.csv").read_text().splitlines()))
+    assert rows[0][1:4] == duet.PROBES and float(rows[1][1]) == 1 and rows[1][3] == rows[3][1]
+
+
+def test_prediction_matches_columns_by_name(finished, small_csv, tmp_path):
+    run_dir, _ = finished
+    with open(small_csv) as file:
+        rows = list(csv.reader(file))[:301]
+    path = tmp_path / "new.csv"
+
+    def ask(checkpoint, change):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([change(row) for row in rows])
+        results = duet.main(["--predict", str(path), "--checkpoint", str(run_dir / "models" / checkpoint),
+                             "--output-dir", str(tmp_path)])
+        newest = max((tmp_path / "duet").iterdir())
+        return results["predict"], list(csv.DictReader((newest / "predictions.csv").read_text().splitlines()))
+
+    assert duet.match_columns(["tempC", "temp_c", "load"], {"temp_c": 0, "Load": 1}) == {
+        "tempC": None, "temp_c": "temp_c", "load": "Load"}  # a column of the file is read once
+    assert duet.match_columns(["tempC", "temp_c"], {"TempC": 0}) == {"tempC": "TempC", "temp_c": None}
+    for checkpoint in ("plant-auto_expanding-42.pt", "shared-none-42.pt"):
+        result, same = ask(checkpoint, lambda row: row)
+        assert result["windows"] == len(same) == 205 and result["dataset"] == "plant" and result["missing"] == []
+        assert same[0]["last row"] == "97" and same[0]["date"].startswith("2024-01-01 01:35")
+        assert abs(sum(float(same[0][f"p(quantile {k})"]) for k in (1, 2, 3)) - 1) < 1e-3
+        assert ask(checkpoint, lambda row: row[::-1])[1] == same  # in another order
+        renamed = ask(checkpoint, lambda row: [cell.replace("tempC", "temp_c").replace("load", "Load") for cell in row])
+        assert renamed[1] == same
+        missing, other = ask(checkpoint, lambda row: row[:5])  # without noise
+        assert missing["missing"] == ["noise"] and other != same
+
+
+def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tmp_path, monkeypatch):
+    common = ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]
+    duet.main(["--dataset", "user_metrics", "--strategies", "frozen_bert", "--bert-model", encoder, *common, *TINY])
+    for file in (tmp_path / "column_embeddings").iterdir():
+        file.unlink()
+    monkeypatch.setattr(duet.FrozenBERTColumnEmbedder, "_load_encoder", lambda self: pytest.fail("encoder loaded"))
+    (tmp_path / "a.csv").write_text("user_count,page_views\n" + "800,4000\n" * 50)
+    model = tmp_path / "duet/run-001/models/user_metrics-frozen_bert-42.pt"
+    results = duet.main(["--predict", str(tmp_path / "a.csv"), "--checkpoint", str(model), *common])
+    assert results["predict"]["windows"] == 1 and len(results["predict"]["missing"]) == 3
+    assert duet.main(["--columns", "--checkpoint", str(model), *common])["columns"]["tables"]["nearest names"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--dataset", "no_such"], "invalid choice: 'no_such'"),
+    (["--data", "no/such.csv"], "no/such.csv: no such file or folder"),
+    (["--data", "CSV"], "--target COLUMN is needed for a CSV: fixed, tempC, load, noise"),
+    (["--data", "CSV", "--target", "lod"], "--target 'lod' is not there; numeric columns: fixed, tempC"),
+    (["--data", "CSV", "--target", "site"], "--target 'site' is left out, not numeric"),
+    (["--data", "CSV", "--target", "fixed"], "quantiles of 'fixed' coincide"),
+    (["--data", "SHORT", "--target", "a"], "100 rows, at least 1296 are needed"),
+    (["--data", "TEXT", "--target", "a"], "row 5, column 'a': 'oops', a number is needed"),
+    (["--data", "WORDS", "--target", "a"], "no numeric column, only a"),
+    (["--data", "TWICE", "--target", "a"], "two columns have the same name: a, a"),
+    (["--data", "EMPTY"], "no .ts file in this folder"),
+    (["--data", "HEADER", "--target", "a"], "no rows"),
+    (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
+    (["--data", "SEMICOLON", "--target", "a"], "no numeric column, only a;b; the separator must be a comma"),
+    (["--data", "shared", "--target", "a"], "a data set cannot be called 'shared', a name that results use"),
+    (["--data", ""], "--data is an empty text"),
+    (["--checkpoint", "", "--predict", "CSV"], "--checkpoint is an empty text"),
+    (["--data", "CSV", "CSV", "--target", "load"], "two data sets have the same name"),
+    (["--predict", "CSV"], "--predict needs --checkpoint"),
+    (["--predict", "CSV", "--checkpoint", "no.pt"], "no.pt: no finished model"),
+    (["--predict", "CSV", "--checkpoint", "CSV"], "damaged, or no checkpoint of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "TENSOR"], "damaged, or no checkpoint of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "FOREIGN"], "damaged, or no checkpoint of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "CARDLESS"], "damaged, or no checkpoint of this duet.py"),
+    (["--predict", "SHORT", "--checkpoint", "MODEL"], "none of the columns tempC, load, noise, only a"),
+    (["--predict", "no.csv", "--checkpoint", "MODEL"], "no.csv"),
+    (["--columns", "--checkpoint", "MODEL"], "strategy none has no column embeddings"),
+    (["--checkpoint", "MODEL"], "--checkpoint goes with --predict or --columns"),
+    (["--transfer", "nothing", "--dataset", "user_metrics", "--strategies", "none"], "--transfer nothing: must be one"),
+    (["--dropout", "2"], "argument --dropout: 2 is not between 0 and 0.99"),
+    (["--device", "tpu"], "--device: unknown device 'tpu'"),
+    (["--resume"], "has no unfinished run"),
+    (["--resume", "--steps", "5"], "--resume goes with --output-dir and --device only"),
+    (["--num-class", "5"], "unrecognized arguments: --num-class"),
+])
+def test_errors_are_one_line(arguments, message, finished, small_csv, tmp_path, capsys):
+    files = {"SHORT": "a\n" + "1\n2\n" * 50, "TEXT": "a\n1\n2\n3\noops\n5\n6\n", "WORDS": "a\nx\ny\n",
+             "TWICE": "a,a\n1,2\n", "HEADER": "a\n", "LATIN": "a\xe9,b\n1,2\n", "SEMICOLON": "a;b\n1;2\n",
+             "shared": "a\n" + "1\n2\n3\n" * 500}
+    for name, text in files.items():
+        (tmp_path / f"{name}.csv").write_text(text, encoding="latin-1")
+    for name, state in (("TENSOR", torch.ones(2)), ("FOREIGN", {"model": {}}), ("CARDLESS", {"finished": True})):
+        torch.save(state, tmp_path / f"{name}.csv")
+        files[name] = ""
+    (tmp_path / "empty").mkdir()
+    places = {name: tmp_path / f"{name}.csv" for name in files}
+    places |= {"CSV": small_csv, "EMPTY": tmp_path / "empty", "MODEL": finished[0] / "models/plant-none-42.pt"}
+    line = fails(capsys, *(places.get(word, word) for word in arguments), "--output-dir", tmp_path / "out")
+    assert line.startswith("duet.py: error: ") and message in line
+    assert not list((tmp_path / "out").glob("duet/*"))  # no empty run is left behind
+
+
+def test_resume_takes_no_other_scripts_run_and_no_failed_one(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "duet/run-007"
+    run.mkdir(parents=True)
+    mine = duet.describe_run(duet.parse_args([]))
+    for text in ("{}", "[1]", json.dumps(mine | {"experiment": "fire"}),
+                 json.dumps(mine | {"arguments": {"steps": 3}}), json.dumps(mine | {"arguments": [1]})):
+        (run / "results.json").write_text(text)
+        for name in ([], [run], ["run-007"]):
+            assert "has no unfinished run" in fails(capsys, "--resume", *name, "--output-dir", tmp_path)
+        assert (run / "results.json").read_text() == text
+    arguments = ["--dataset", *duet.EMBEDDED, "--strategies", "none", *TINY, "--output-dir", tmp_path]
+    loss, data = duet.F.cross_entropy, []
+    monkeypatch.setattr(duet.F, "cross_entropy", lambda *both: loss(*both) * (math.nan if len(data) > 4 else 1)
+                        if data.append(0) is None else None)
+    for again in (arguments, ["--resume", "run-008", "--output-dir", tmp_path]):
+        assert "the loss is not finite" in fails(capsys, *again)
+        assert "has no unfinished run of this" in fails(capsys, "--resume", "--output-dir", tmp_path)
+
+
+def test_a_model_made_by_hand_is_fitted_saved_and_read(tmp_path):
+    data, args = duet.synthetic_schema(0, 60), duet.parse_args(TINY)
+    model = new(len(data.columns), strategy="auto_expanding", d_model=32, head="last")
+    duet.fit(model, [data], args, tmp_path / "hand.pt")
+    again, (one,) = duet.restore_model(duet.argparse.Namespace(checkpoint=tmp_path / "hand.pt"))
+    assert one["name"] == data.name
+    assert np.array_equal(duet.predict(again, data, "test"), duet.predict(model, data, "test"))
+    with pytest.raises(ValueError, match=r"columns for a model of 5.*shared=True"):
+        duet.fit(new(5), [duet.synthetic_schema(1, 60)], args, tmp_path / "other.pt")
+
+
+def test_figures_carry_their_interval_and_the_seeds_stand_beside_its_own_protocol(tmp_path):
+    assert duet.percent([0.01, 0.02, 0.03], "+") == "+2.00 ± 2.48" and duet.percent([0.9]) == "90.00"
+    assert duet.percent([0.01, 0.011, 0.012], "+") == "+1.10 ± 0.25 *" and "*" not in duet.percent([0.9, 0.91])
+    command = ["--dataset", "user_metrics", "--strategies", "none", *TINY, "--output-dir", str(tmp_path)]
+    for head, claim in (("mean", 99.0), ("last", None)):
+        results = duet.main([*command, "--head", head])
+        assert results["benchmark"]["tables"]["accuracy"][-1]["seed %"] == claim
+    records = [{"dataset": name, "model": "none", "accuracy": 0.5, "macro_f1": 0.5, "seconds": 1.0}
+               for name in ("a", "b")]
+    assert duet.benchmark_table(records, [], duet.SEED_CLAIM)[-1]["seed %"] == 92.8
+
+
+def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsys, monkeypatch):
+    arguments = ["--data", str(small_csv), "--target", "load", "--strategies", "none", *TINY]
+    arguments += ["--output-dir", str(tmp_path)]
+    monkeypatch.setattr(duet, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        duet.main(arguments)
+    assert "to go on: python duet.py --resume run-001" in capsys.readouterr().err
+    monkeypatch.undo()
+    text = small_csv.read_text()
+    small_csv.write_text(text.replace("north,7", "north,7", 1) + "2024-01-02,north,7,1,1,1\n")
+    assert "the run began with other data" in fails(capsys, "--resume", "--output-dir", tmp_path)
+    small_csv.write_text(text)
+    model = tmp_path / "duet/run-001/models/plant-none-42.pt"
+    torch.save(torch.load(model, weights_only=True) | {"model": {}}, model)
+    assert "damaged" in fails(capsys, "--resume", "--output-dir", tmp_path)
+    model.write_bytes(b"PK torn")
+    assert "damaged" in fails(capsys, "--resume", "--output-dir", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(capsys, *arguments, "--output-dir", tmp_path / "file")
