@@ -1189,9 +1189,9 @@ def find_run(output_dir, name):
     parent = Path(output_dir) / "fire"
     newest_first = sorted(parent.glob("run-*"), key=lambda run: (len(run.name), run.name), reverse=True)
     for run_dir in newest_first if name == "newest" else [Path(name) if os.sep in name else parent / name]:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not a run's file
             results = json.loads((run_dir / "results.json").read_text())
-            if not results["finished"]:
+            if results["experiment"] == "fire" and not results["finished"]:
                 return run_dir, argparse.Namespace(**results["arguments"])
     name = "" if name == "newest" else f" {name!r}"
     raise UserError(f"{parent} has no unfinished run{name}; start one without --resume")

@@ -697,6 +697,7 @@ def run_all(specs, series, jobs, backend):
     # The workers' allocator (glibc) keeps what is freed; to map each step's tensors anew took a tenth of the time.
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())  # one job runs in this process
         if backend == "dask":
             try:
                 import dask
@@ -999,9 +1000,9 @@ def find_run(output_dir, name):
     parent = Path(output_dir) / "forecast"
     newest_first = sorted(parent.glob("run-*"), key=lambda run: (len(run.name), run.name), reverse=True)
     for run_dir in newest_first if name == "newest" else [Path(name) if os.sep in name else parent / name]:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not a run's file
             results = json.loads((run_dir / "results.json").read_text())
-            if not results["finished"]:
+            if results["experiment"] == "forecast" and not results["finished"]:
                 return run_dir, results
     name = "" if name == "newest" else f" {name!r}"
     raise UserError(f"{parent} has no unfinished run{name}; start one without --resume")

@@ -1279,9 +1279,9 @@ def find_run(output_dir, name):
     """(folder, arguments) of the unfinished run called `name`, or of the newest one."""
     named = [Path(name).absolute() if os.sep in name else Path(output_dir).absolute() / "toxicity" / name]
     for run_dir in newest_first(output_dir) if name == "newest" else named:
-        with contextlib.suppress(OSError, ValueError, LookupError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not a run's file
             results = json.loads((run_dir / "results.json").read_text())
-            if not results["finished"]:
+            if results["experiment"] == "toxicity" and not results["finished"]:
                 return run_dir, argparse.Namespace(**results["arguments"])
     which = "" if name == "newest" else f" {name!r}"
     raise UserError(f"{Path(output_dir) / 'toxicity'} has no unfinished run{which}; start one without --resume")

@@ -446,6 +446,10 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, capsys
     with pytest.raises(SystemExit):
         fire.main(["--resume", "run-001", "--output-dir", str(tmp_path / "killed")])
     assert "no unfinished run 'run-001'" in capsys.readouterr().err
+    (run_dir / "results.json").write_text('{"experiment": "duet", "finished": false, "arguments": {}}')
+    with pytest.raises(SystemExit):
+        fire.main(["--resume", str(run_dir)])
+    assert "no unfinished run" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_go_on_and_bad_checkpoints_are_refused(folder, tmp_path, monkeypatch, capsys):

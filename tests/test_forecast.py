@@ -412,6 +412,7 @@ def test_bad_series(capsys, text, options, message):
 def test_bad_command_lines(capsys, tmp_path):
     (tmp_path / "file").write_text("no checkpoint")
     torch.save({"weights": {}}, tmp_path / "other.pt")
+    (tmp_path / "results.json").write_text('{"experiment": "fire", "finished": false, "arguments": {}}')
     for argv, message in {
         ("--data", "absent.csv"): "no such file",
         ("--data", str(tmp_path)): "a folder",
@@ -429,6 +430,7 @@ def test_bad_command_lines(capsys, tmp_path):
         ("--predict-steps", "3", "--checkpoint", str(tmp_path / "other.pt")): "no checkpoint of a run (other content)",
         ("--predict-steps", "3", "--checkpoint", "a.pt", "--model", "att"): "the model are its own",
         ("--resume",): "no unfinished run",
+        ("--resume", str(tmp_path)): "no unfinished run",
         ("--resume", "--epochs", "3"): "a run keeps its own arguments",
         ("--output-dir", str(tmp_path / "file")): "file",
     }.items():
