@@ -2,11 +2,12 @@
 
 Method: BERT-Tiny (4,386,178 parameters) is trained with balanced class weights on texts in length buckets, the epoch is
 chosen by PR AUC on the validation part. Every --switch-every epochs perforatedai gives each neuron of the 14 Linear
-layers a dendrite, a second weight vector behind a sigmoid, and trains on. The decision threshold is tuned on the
-validation part. TF-IDF with logistic regression, the majority class and a really fine-tuned giant stand beside it.
+layers a dendrite (--max-dendrites times), a second weight vector behind a sigmoid, and trains on. The threshold is
+tuned on the validation part. TF-IDF with logistic regression, the majority class and a really fine-tuned giant stand
+beside it.
 
     python toxicity.py                              # 5,000 + 1,000 + 1,000 texts, with dendrites
-    python toxicity.py --quick                      # everything, small, no network: about a minute
+    python toxicity.py --quick                      # with a giant, int8 and ONNX, small, no network: about a minute
     python toxicity.py --no-dendrites               # the baseline
     python toxicity.py --compare-dendrites --runs 3 # dendrites, baseline, the same budget, a wider model
     python toxicity.py --data train.csv --text-column comment_text --label-column toxic --sample-size 0
@@ -17,7 +18,8 @@ validation part. TF-IDF with logistic regression, the majority class and a reall
     python toxicity.py --predict "you are a clown" "that joke killed me"   # or lines on stdin
 
 Written to outputs/toxicity/run-001/ (the next free number): results.json, summary.md, best_model.pt, final_model.pt
-(weights, arguments, tokenizer, dendrites), six pictures, and what was asked for: model_int8.pt, model.onnx, giant.pt.
+(weights, arguments, tokenizer, dendrites), pictures, and what was asked for: model_int8.pt, model.onnx, giant.pt. With
+--runs or --compare-dendrites the models are in seed-42-dendrites/ and so on below it.
 
 Without --data or --dataset it takes civil_comments from the Hugging Face hub, and when that is out of reach embedded,
 synthetic comments. Without --model it takes prajjwal1/bert-tiny from there, and else a BERT of the same size from
@@ -48,14 +50,17 @@ import time
 import urllib.parse
 import urllib.request
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -77,6 +82,7 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SEED_WEIGHTS = [0.52, 11.01]  # of the seed's class-weighted loss
 SEED_CLAIM = {"model": "the seed, a claim (other data)", "F1": 0.36, "recall": 0.71, "accuracy": 0.785}
 ARMS = ["dendrites", "baseline", "same budget", "wider"]
+RESTARTED = ["same budget", "wider"]  # arms with the epochs and the restarts of "dendrites", but none of them
 RATE_FROM_SCRATCH = 5e-4
 LABELS = {"pr_auc": "PR AUC", "roc_auc": "ROC AUC", "f1": "F1"}
 TIERS = ["allow", "monitor", "review", "remove"]
@@ -89,6 +95,10 @@ class UserError(Exception):
 
 def note(text):
     print(f"toxicity.py: {text}", file=sys.stderr)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- Data: the embedded generator -------------------------------------------------------------------------------------
@@ -212,12 +222,14 @@ def read_table(path, columns):
             raise UserError(f"{path}: {kind or 'no ending'}; .csv, .jsonl (JSON lines) and .parquet are read")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    missing = [column for column in columns if column not in table.column_names]
+    missing = [column for column in columns if table.column_names.count(column) != 1]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(map(repr, missing))}, only {', '.join(table.column_names)}; "
-                        "--text-column and --label-column name them")
+        raise UserError(f"{path}: no column {', '.join(map(repr, missing))}, or two, among "
+                        f"{', '.join(table.column_names)}; --text-column and --label-column name them")
     if pa.types.is_binary(table[columns[0]].type):  # pyarrow's answer to text in another encoding
         raise UserError(f"{path}: column {columns[0]!r} is not UTF-8; save the file in that encoding")
+    if any(pa.types.is_nested(table[column].type) for column in columns):
+        raise UserError(f"{path}: lists or objects in {' or '.join(map(repr, columns))}; plain values are needed")
     return table.select(columns)
 
 
@@ -239,7 +251,7 @@ def read_labels(path, column, values, args):
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)):
         raise UserError(f"{path}: column {column!r} is no number, but {values[0].as_py()!r}; --positive-label says "
                         "which value is toxic")
-    return values.cast(pa.float64()).to_numpy() >= args.label_threshold
+    return values.to_numpy() >= args.label_threshold  # in its own precision: a float32 0.7 is at least 0.7
 
 
 def read_file(args):
@@ -293,8 +305,8 @@ def read_civil_comments(args):
                 source = datasets.load_dataset("google/civil_comments", split=part, streaming=bool(size),
                                                cache_dir=args.data_dir).select_columns(["text", "toxicity"])
                 rows = list(source.take(size)) if size else source.to_list()
-            except (OSError, RuntimeError, ValueError) as error:
-                raise UserError(f"civil_comments: {str(error).splitlines()[0]}; try again, or take --data") from None
+            except Exception as error:  # datasets passes on what its libraries raise, of networks, files and formats
+                raise UserError(f"civil_comments: {first_line(error)}; try again, or take --data") from None
             with whole_file(path) as file:
                 pa.parquet.write_table(pa.Table.from_pylist(rows), file)
         table = read_table(path, ["text", "toxicity"])
@@ -337,7 +349,7 @@ def split_texts(texts, labels, sample_size, seed):
                         "needed; see --label-column, --label-threshold and --positive-label")
     groups, parts = np.arange(len(first)), {}
     for part, size in zip(PARTS[::-1], sizes[::-1]):
-        if size < len(groups):
+        if size + 1 < len(groups):
             groups, chosen = train_test_split(groups, test_size=size, random_state=seed, stratify=strata[groups])
         else:
             chosen = groups
@@ -351,15 +363,19 @@ def load_data(args):
 
     source, parts = "real", None
     if args.data:
-        name = str(args.data)
+        name = Path(args.data).name
         texts, labels = read_file(args)
-    elif args.dataset == "civil_comments" or (args.dataset is None and hub_in_reach()):
-        args.dataset = name = "civil_comments"
-        texts, labels, parts = read_civil_comments(args)
-    else:
-        if args.dataset is None:
-            note("warning: civil_comments is out of reach; embedded comments instead, all figures are about those")
-        source, args.dataset, name = "embedded", "embedded", "embedded comments"
+    elif args.dataset != "embedded":
+        try:
+            texts, labels, parts = read_civil_comments(args)
+            args.dataset = name = "civil_comments"
+        except UserError as problem:
+            if args.dataset:
+                raise
+            note(f"warning: {problem}; embedded comments instead, all figures are about those")
+            args.dataset = "embedded"
+    if args.dataset == "embedded":
+        source, name = "embedded", "embedded comments"
         texts, labels = generate_comments(sum(part_sizes(args.sample_size or 5000)) * 3 // 2, args.seed)
     labels = labels.astype(np.int64)
     parts = parts or split_texts(texts, labels, args.sample_size, args.seed)
@@ -399,7 +415,8 @@ def train_wordpiece(texts):
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # The trainer numbers letters as its threads find them; given in order, the vocabulary is the same in every run.
-    letters = sorted(set(tokenizer.normalizer.normalize_str(" ".join(texts))) - {" "})
+    counts = Counter(tokenizer.normalizer.normalize_str("".join(texts)))
+    letters = sorted(letter for letter, _ in counts.most_common(1000) if not letter.isspace())
     known = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
     trainer = trainers.WordPieceTrainer(vocab_size=TINY["vocab_size"], min_frequency=2, limit_alphabet=len(known),
                                         special_tokens=known, show_progress=False)
@@ -468,10 +485,10 @@ def load_pretrained(name):
     transformers.logging.disable_progress_bar()
     try:
         model, loading = BertForSequenceClassification.from_pretrained(
-            name, num_labels=2, local_files_only=offline, output_loading_info=True)
+            name, num_labels=2, dtype=torch.float32, local_files_only=offline, output_loading_info=True)
         tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=offline)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = first_line(error)
         hint = " (the hub is out of reach; give a folder)" if offline and not folder else ""
         raise UserError(f"{name}: no BERT to be loaded: {why}{hint}") from None
     lost = [key for key in loading["missing_keys"] if not key.startswith(("classifier.", "bert.pooler."))]
@@ -562,7 +579,7 @@ def confined_library(folder):
     def refuse(*_, **__):
         raise UserError("perforatedai stopped to ask: " + (" / ".join(said.getvalue().split("\n")[-6:-1]) or "nothing"))
 
-    before, kept = os.getcwd(), (pdb.set_trace, builtins.input)
+    before, kept, backend = os.getcwd(), (pdb.set_trace, builtins.input), matplotlib.get_backend()
     pdb.set_trace = builtins.input = refuse
     os.chdir(folder)
     try:
@@ -571,7 +588,10 @@ def confined_library(folder):
             yield
     except SystemExit:
         raise UserError("perforatedai gave up: " + " / ".join(said.getvalue().split("\n")[-6:-1])) from None
+    except SafetensorError as error:
+        raise UserError(f"{folder}: perforatedai cannot write there ({first_line(error)})") from None
     finally:
+        matplotlib.use(backend)  # importing the library changes it
         os.chdir(before)
         pdb.set_trace, builtins.input = kept
 
@@ -586,7 +606,7 @@ def perforate(model, args, device):
 
     settings = {
         "configuration_confirmed": True, "unwrapped_modules_confirmed": True, "weight_decay_accepted": True,
-        "silent": True, "testing_dendrite_capacity": False, "device": device,
+        "silent": True, "testing_dendrite_capacity": False, "test_saves": False, "device": device,
         "modules_to_perforate": [nn.Linear], "modules_to_track": [nn.LayerNorm, nn.Embedding],
         "output_dimensions": [-1, -1, 0],  # [batch, sequence, feature], 0 marks the neurons
         "switch_mode": GPA.pc.DOING_FIXED_SWITCH, "fixed_switch_num": args.switch_every,
@@ -595,10 +615,9 @@ def perforate(model, args, device):
     }
     for name, value in settings.items():
         getattr(GPA.pc, f"set_{name}")(value)
-    model = UPA.perforate_model(model, save_name="perforatedai", maximizing_score=True)
+    model = UPA.perforate_model(model, save_name="perforatedai", making_graphs=False, maximizing_score=True)
     for module in (model.bert.pooler.dense, model.classifier):
         module.set_this_output_dimensions([-1, 0])  # [batch, feature]
-    GPA.pai_tracker.making_graphs = False  # it would draw after every epoch
     return model.to(device), GPA.pai_tracker
 
 
@@ -647,24 +666,26 @@ def best_threshold(labels, scores):
 
 
 def learning_rate_factor(schedule, step, steps, steps_per_epoch):
-    """What multiplies the learning rate at `step` of `steps`: linear warm-up and decay, constant, or the seed's."""
+    """What multiplies the learning rate at `step` of `steps`: linear warm-up and decay, or the seed's "step"."""
     if schedule == "step":
         return 0.1 ** (step // steps_per_epoch)
     warm_up = max(1, steps // 10)
-    decay = (steps - step) / max(1, steps - warm_up) if schedule == "linear" else 1.0
-    return min((step + 1) / warm_up, max(decay, 0.0))
+    return max(min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up)), 0.0)
 
 
 def train_classifier(model, tokenizer, data, args, arm, path, from_scratch):
     """Train with selection by PR AUC on the validation part; goes on from the checkpoint `path` where that exists.
 
-    `arm`: "dendrites" lets perforatedai add them every --switch-every epochs and end the run; "same budget" restarts
-    from the best weights as often, without dendrites; any other trains over --epochs with --patience. Returns {history:
-    a dict for each epoch, switches: likewise, seconds, best and last: {weights, dendrites, epoch, pr_auc, threshold}}.
+    `arm`: "dendrites" lets perforatedai add them every --switch-every epochs and end the run; those of RESTARTED begin
+    again from the best weights as often; any other trains over --epochs with --patience. Returns {history: a dict for
+    each epoch, switches: likewise, seconds, best and last: {weights, dendrites, epoch, pr_auc, threshold}}.
     """
     from sklearn.metrics import average_precision_score, f1_score
     from sklearn.utils.class_weight import compute_class_weight
 
+    longest = model.config.max_position_embeddings
+    if args.max_length > longest:
+        raise UserError(f"--max-length {args.max_length}: this model reads {longest} tokens")
     device = choose_device(args.device)
     (texts, train_labels), (validation_texts, validation_labels) = data.part("train"), data.part("validation")
     tokens = tokenize(tokenizer, texts, args.max_length).to(device)
@@ -673,7 +694,7 @@ def train_classifier(model, tokenizer, data, args, arm, path, from_scratch):
     class_weights = compute_class_weight("balanced", classes=np.array([0, 1]), y=train_labels)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
     steps_per_epoch = math.ceil(len(labels) / args.batch_size)
-    cycle = args.switch_every if arm in ("dendrites", "same budget") else args.epochs
+    cycle = args.switch_every if arm in ("dendrites", *RESTARTED) else args.epochs
     rate = args.learning_rate or (RATE_FROM_SCRATCH if from_scratch else 2e-5)
     # A large model gains from bfloat16 where the hardware has it; for BERT-Tiny the casts cost more than they save.
     half = has_bfloat16(device) and (device.type == "cuda" or model.config.hidden_size > 256)
@@ -695,13 +716,14 @@ def train_classifier(model, tokenizer, data, args, arm, path, from_scratch):
             state = {"history": [], "switches": [], "best": {"pr_auc": -1.0}, "done": False}
             optimizer, scheduler = new_optimizer()
         else:
-            if tracker:
-                model = reload_perforated(model, f"epoch-{len(state['history'])}")
-            else:
-                model.load_state_dict(state["model"])
-            optimizer, scheduler = new_optimizer()
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
+            if not state["done"]:
+                if tracker:
+                    model = reload_perforated(model, f"epoch-{len(state['history'])}")
+                else:
+                    model.load_state_dict(state["model"])
+                optimizer, scheduler = new_optimizer()
+                optimizer.load_state_dict(state["optimizer"])
+                scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["random"])
         history, best = state["history"], state["best"]
 
@@ -750,7 +772,7 @@ def train_classifier(model, tokenizer, data, args, arm, path, from_scratch):
             if tracker:
                 model, restarted, done = tracker.add_validation_score(pr_auc, model)
                 state["done"] = bool(done) or epoch == args.epochs
-            elif arm == "same budget":
+            elif arm in RESTARTED:
                 restarted = epoch % cycle == 0
                 state["done"] = epoch == args.epochs
             else:
@@ -807,8 +829,7 @@ def read_checkpoint(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: damaged, or no checkpoint of toxicity.py ({why})") from None
+        raise UserError(f"{path}: damaged, or no checkpoint of toxicity.py ({first_line(error)})") from None
 
 
 def load_progress(path, data):
@@ -888,8 +909,7 @@ class Classifier:
                        state["name"], state["dendrites"], parameters, state["threshold"], state["kind"],
                        Path(path).stat().st_size / 1e6)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path}: no finished model of toxicity.py ({why})") from None
+            raise UserError(f"{path}: no finished model of toxicity.py ({first_line(error)})") from None
 
     @property
     def label(self):
@@ -967,11 +987,14 @@ class OnnxModel:
         return SimpleNamespace(logits=torch.from_numpy(self.session.run(None, inputs)[0]))
 
 
-def export_onnx(classifier, path):
-    """Write the model as ONNX with free batch size and length, and tokenizer.json beside it: the Classifier of both."""
+def require_onnx():
     missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"--export-onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def export_onnx(classifier, path):
+    """Write the model as ONNX with free batch size and length, and tokenizer.json beside it: the Classifier of both."""
     model, example, buffer = copy.deepcopy(classifier.model).cpu(), torch.ones(2, 8, dtype=torch.long), io.BytesIO()
     model.config.return_dict = False
     axes, names = {0: "batch", 1: "length"}, ["input_ids", "attention_mask"]
@@ -1004,18 +1027,12 @@ def classification_metrics(labels, scores, threshold):
     }
 
 
-def bootstrap_intervals(labels, scores, threshold, seed, samples=1000):
-    """{"f1": (low, high), "pr_auc": (low, high)}: 95 % percentile intervals over resampled texts."""
-    order = np.argsort(-scores, kind="stable")
-    toxic, called = labels[order] == 1, scores[order] >= threshold
-    # How often each text is drawn, [samples, texts] in order of falling score: then all samples are sums along a row.
-    drawn = np.random.default_rng(seed).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), samples)
-    found = np.cumsum(drawn * toxic, axis=1)
-    positives = np.maximum(found[:, -1:], 1)
-    precision = found / np.maximum(np.cumsum(drawn, axis=1), 1)
-    values = {"f1": 2 * (drawn * (toxic & called)).sum(1) / (positives[:, 0] + (drawn * called).sum(1)),
-              "pr_auc": (drawn * toxic * precision / positives).sum(1)}
-    return {name: np.percentile(own, (2.5, 97.5)).tolist() for name, own in values.items()}
+def bootstrap_f1(labels, called, seed, samples=1000):
+    """(low, high): 95 % percentile interval of F1 over resampled texts, of bool [texts] `labels` and `called`."""
+    cells = np.array([(labels & called).sum(), (labels ^ called).sum(), (~labels & ~called).sum()])
+    # F1 needs only how many true positives and how many errors a sample has, which are multinomial.
+    found, wrong, _ = np.random.default_rng(seed).multinomial(len(labels), cells / len(labels), samples).T
+    return np.percentile(2 * found / np.maximum(2 * found + wrong, 1), (2.5, 97.5)).tolist()
 
 
 LEET = str.maketrans({"a": "4", "e": "3", "i": "1", "o": "0", "s": "5"})
@@ -1044,55 +1061,57 @@ def fit_tfidf(texts, labels):
 
     pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
                              LogisticRegression(class_weight="balanced", max_iter=1000))
-    pipeline.fit(texts, labels)
+    try:
+        pipeline.fit(texts, labels)
+    except ValueError as error:  # for instance no word stands in two texts
+        raise UserError(f"TF-IDF: {first_line(error)}") from None
     return lambda texts: pipeline.predict_proba(texts)[:, 1]
 
 
 def evaluate(scorers, data, seed):
-    """{name: metrics} on the test part, where scorers is {name: texts -> scores [texts]}.
+    """{name: metrics} on the test part, where scorers is {name: (texts -> scores [texts], threshold or None)}.
 
-    Each metrics has those at 0.5, at the F1-optimal threshold of the validation part ("tuned") with bootstrap
-    intervals, and tuned on disguised texts; the majority class stands beside them.
+    Without a threshold it is the F1-optimal one of the validation part. Each metrics has those at 0.5, at the threshold
+    ("tuned") with the bootstrap interval of F1, and at the threshold on disguised texts.
     """
     (validation_texts, validation_labels), (texts, labels) = data.part("validation"), data.part("test")
     disguised, results = disguise(texts, seed), {}
-    for name, scorer in scorers.items():
-        began = time.perf_counter()
+    for name, (scorer, threshold) in scorers.items():
         validation_scores, scores = scorer(validation_texts), scorer(texts)
-        threshold = best_threshold(validation_labels, validation_scores)
+        threshold = best_threshold(validation_labels, validation_scores) if threshold is None else threshold
         results[name] = {
             "at_half": classification_metrics(labels, scores, 0.5),
             "tuned": classification_metrics(labels, scores, threshold),
             "disguised": classification_metrics(labels, scorer(disguised), threshold),
-            "intervals": bootstrap_intervals(labels, scores, threshold, seed),
+            "f1_interval": bootstrap_f1(labels == 1, scores >= threshold, seed),
             "validation_scores": validation_scores, "test_scores": scores,
-            "seconds": round(time.perf_counter() - began, 2),
         }
-    nothing = np.zeros(len(labels))
-    majority = classification_metrics(labels, nothing, 0.5)
-    results["majority class"] = {"at_half": majority, "tuned": majority, "disguised": majority,
-                                 "intervals": {}, "validation_scores": np.zeros(len(validation_labels)),
-                                 "test_scores": nothing}
     return results
 
 
-def benchmark(classifier, texts, repeats=200):
-    """Latency of one text [ms] and throughput [texts/s] over real text lengths, both from text to score.
+def benchmark(classifier, texts):
+    """Latency of one text [ms] and throughput [texts/s] over real text lengths on the CPU, both from text to score.
 
-    The last entry is the throughput of the model alone, on texts that are tokens already.
+    "model alone" is without tokenization, "memory MiB" what the weights take.
     """
-    def seconds(function, some):
+    own = classifier if classifier.kind == "ONNX" else replace(classifier, model=copy.deepcopy(classifier.model).cpu())
+    large, times = own.parameters > 2e7, []
+    own.scores(texts[:INFERENCE_BATCH])
+    for _ in range(1 if large else 3):
         began = time.perf_counter()
-        function(some)
-        return time.perf_counter() - began
-
-    classifier.scores(texts[:INFERENCE_BATCH])
-    single = [seconds(classifier.scores, [texts[i % len(texts)]]) for i in range(repeats)]
-    tokens, best = classifier.tokens(texts), min(seconds(classifier.scores, texts) for _ in range(3))
-    alone = min(seconds(lambda ready: predict_logits(classifier.model, ready).cpu(), tokens) for _ in range(3))
-    median, p95, p99 = 1000 * np.percentile(single, (50, 95, 99))
-    return {"latency ms": median, "p95 ms": p95, "p99 ms": p99, "texts/s": len(texts) / best,
-            "texts/s, model alone": len(texts) / alone}
+        tokens = own.tokens(texts)
+        between = time.perf_counter()
+        predict_logits(own.model, tokens).softmax(1)
+        times.append((time.perf_counter() - began, time.perf_counter() - between))
+    single = []
+    for i in range(50 if large else 200):
+        began = time.perf_counter()
+        own.scores([texts[i % len(texts)]])
+        single.append(time.perf_counter() - began)
+    (whole, alone), (median, p95, p99) = np.min(times, axis=0), 1000 * np.percentile(single, (50, 95, 99))
+    weights = None if own.kind == "ONNX" else sum(tensor.nbytes for tensor in own.model.state_dict().values())
+    return {"memory MiB": weights and weights / 2**20, "latency ms": median, "p95 ms": p95, "p99 ms": p99,
+            "texts/s": len(texts) / whole, "texts/s, model alone": len(texts) / alone}
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -1138,13 +1157,14 @@ def plot_evaluation(results, data, run_dir):
 
     name, one = next(iter(scored.items()))
     fig, axes = new_figure(f"Threshold sweep, {name}", size=(9, 4.6))
-    thresholds = np.linspace(0.01, 0.99, 99)
     for i, (part, true, scores) in enumerate((("validation", validation_labels, one["validation_scores"]),
                                               ("test", labels, one["test_scores"]))):
-        for j, key in enumerate(("f1", "precision", "recall") if part == "validation" else ("f1",)):
-            values = [classification_metrics(true, scores, t)[key] for t in thresholds]
-            axes[0].plot(thresholds, values, LINES[j], color=COLORS[3 * i + j], linewidth=1.5 + 1.5 * i,
-                         label=f"{key.replace('f1', 'F1')}, {part}")
+        precision, recall, thresholds = precision_recall_curve(true, scores)
+        curves = {"F1": 2 * precision * recall / np.maximum(precision + recall, 1e-12)}
+        curves |= {} if i else {"precision": precision, "recall": recall}
+        for j, (key, values) in enumerate(curves.items()):
+            axes[0].plot(thresholds, values[:-1], LINES[j], color=COLORS[3 * i + j], linewidth=1.5 + 1.5 * i,
+                         label=f"{key}, {part}")
     axes[0].axvline(one["tuned"]["threshold"], linestyle=":", color="0.3", label="chosen on validation")
     axes[0].set(xlabel="threshold on the score", ylabel="of the toxic class")
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5, fontsize=9)
@@ -1275,14 +1295,17 @@ def newest_first(output_dir):
     return sorted(runs, key=lambda run: (len(run.name), run.name), reverse=True)
 
 
-def find_run(output_dir, name):
-    """(folder, arguments) of the unfinished run called `name`, or of the newest one."""
+def find_run(output_dir, name, known):
+    """(folder, arguments) of the unfinished run called `name`, or of the newest one, with all `known` arguments."""
     named = [Path(name).absolute() if os.sep in name else Path(output_dir).absolute() / "toxicity" / name]
     for run_dir in newest_first(output_dir) if name == "newest" else named:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not a run's file
-            results = json.loads((run_dir / "results.json").read_text())
-            if results["experiment"] == "toxicity" and not results["finished"]:
-                return run_dir, argparse.Namespace(**results["arguments"])
+            results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+            arguments = results["arguments"]
+            mine = results["experiment"] == "toxicity" and known.keys() <= arguments.keys()
+            part = "arm" in results and (arguments["compare_dendrites"] or arguments["runs"] > 1)  # of a larger run
+            if mine and not part and not results["finished"]:
+                return run_dir, argparse.Namespace(**arguments)
     which = "" if name == "newest" else f" {name!r}"
     raise UserError(f"{Path(output_dir) / 'toxicity'} has no unfinished run{which}; start one without --resume")
 
@@ -1297,6 +1320,7 @@ def find_checkpoint(args):
     for run_dir in newest_first(args.output_dir):
         for path in (run_dir / "best_model.pt", *sorted(run_dir.glob("seed-*/best_model.pt"))):
             if path.exists():
+                note(f"the model is {path}")
                 return path
     raise UserError(f"{Path(args.output_dir) / 'toxicity'} has no best_model.pt yet; train first: python toxicity.py")
 
@@ -1327,7 +1351,9 @@ def between(kind, low, high=math.inf):
     return number
 
 
-MODES = ("evaluate", "compare_base", "benchmark_only", "quantize", "export_onnx", "export_hf", "predict")
+DATA_ARGUMENTS = ("dataset", "data", "text_column", "label_column", "positive_label", "label_threshold", "sample_size",
+                  "data_dir", "max_length", "seed")
+MODES = ("predict", "export_hf", "evaluate", "compare_base", "benchmark_only", "quantize", "export_onnx")
 
 
 def parse_args(argv):
@@ -1342,12 +1368,13 @@ def parse_args(argv):
     add("--positive-label", metavar="VALUE", help="the toxic label (default: numbers from --label-threshold on)")
     add("--label-threshold", type=between(float, 0, 1), default=0.5, metavar="P", help="toxic from this label on")
     add("--sample-size", type=between(int, 0), default=5000, metavar="N", help="training texts; validation and test "
-        "get a fifth of it each; 0 is everything, 80, 10 and 10 %%")
+        "get a fifth of it each; 0, or more than there are: all, in 80, 10 and 10 %% (civil_comments: its own parts)")
     add("--data-dir", default="data", metavar="FOLDER", help="downloads and caches")
     add("--max-length", type=between(int, 4, 512), default=128, metavar="N", help="tokens of a text that are read")
 
     add = parser.add_argument_group("model and training").add_argument
-    add("--quick", action="store_true", help="everything, small, without a network: under 90 s")
+    add("--quick", action="store_true", help="train with dendrites, then a small giant from scratch, int8 and ONNX "
+        "(where installed), on few embedded comments without a network: under 90 s")
     add("--model", metavar="ID|FOLDER", help=f"a pretrained BERT (default: {DEFAULT_MODEL}, from scratch when that is "
         "out of reach)")
     add("--from-scratch", action="store_true", help="BERT-Tiny's sizes, random weights, a vocabulary of the "
@@ -1356,11 +1383,11 @@ def parse_args(argv):
     add("--patience", type=between(int, 1), default=3, metavar="N", help="epochs without a better PR AUC on the "
         "validation part; with dendrites perforatedai ends the run instead")
     add("--batch-size", type=between(int, 1), default=32, metavar="N", help="texts in a batch")
-    add("--learning-rate", type=between(float, 0), metavar="RATE", help="highest, of AdamW (default: 2e-5, from "
+    add("--learning-rate", type=between(float, 1e-9), metavar="RATE", help="highest, of AdamW (default: 2e-5, from "
         f"scratch {RATE_FROM_SCRATCH})")
     add("--weight-decay", type=between(float, 0), default=0.01, metavar="RATE", help="of AdamW")
-    add("--schedule", choices=["linear", "constant", "step"], default="linear", help="of the learning rate after a "
-        "warm-up: linear to zero; step is the seed's, a tenth each epoch")
+    add("--schedule", choices=["linear", "step"], default="linear", help="of the learning rate: linear to zero "
+        "after a warm-up, or the seed's, a tenth each epoch")
     add("--no-dendrites", action="store_true", help="the baseline: plain training, with --patience")
     add("--switch-every", type=between(int, 2), default=4, metavar="N", help="epochs from one set of dendrites to the "
         "next, or to the end")
@@ -1379,7 +1406,8 @@ def parse_args(argv):
     add("--quantize", action="store_true", help="write model_int8.pt and compare it")
     add("--export-onnx", action="store_true", help="write model.onnx with tokenizer.json and compare it")
     add("--export-hf", metavar="FOLDER", help="write a model without dendrites for transformers")
-    add("--predict", nargs="*", metavar="TEXT", help="score texts, or the lines on stdin")
+    add("--predict", nargs="*", metavar="TEXT", help="score texts, or the lines on stdin; tier by the tuned "
+        "threshold T: monitor from T/2, review from T, remove from (1 + T)/2 on")
     add("--format", choices=["table", "json"], default="table", help="of --predict; json is one object a line")
 
     add = parser.add_argument_group("runs").add_argument
@@ -1392,15 +1420,21 @@ def parse_args(argv):
     if "--quick" in argv:
         parser.set_defaults(sample_size=1200, epochs=6, switch_every=3, dataset="embedded", from_scratch=True,
                             giant="scratch")
-    args = parser.parse_args(argv)
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    unset = object()
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset)))
+    given = {name for name, value in vars(args).items() if value is not unset}
+    for name in vars(args).keys() - given:
+        setattr(args, name, parser.get_default(name))
+    for name in ("data", "data_dir", "model", "giant", "checkpoint"):  # a run may be resumed from another folder
+        path = getattr(args, name)
+        if path and Path(path).exists():
+            setattr(args, name, str(Path(path).absolute()))
     if args.resume is not None:
         other = given - {"resume", "output_dir", "device"}
         if other:
             raise UserError(f"--{sorted(other)[0].replace('_', '-')} cannot be given with --resume, which keeps the "
                             "run's own arguments")
         return args
-    args.given = sorted(given)
     args.mode = next((mode for mode in MODES if mode in given), None)
     check_args(args, given)
     return args
@@ -1408,23 +1442,29 @@ def parse_args(argv):
 
 def check_args(args, given):
     """Raise UserError where arguments contradict each other."""
-    def together(one, other):
-        if one in given and other in given:
-            names = (name.replace("_", "-") for name in (one, other))
-            raise UserError("--{} and --{} cannot be given together".format(*names))
+    def refuse(*pairs):
+        for one, other in pairs:
+            if one in given and other in given:
+                names = (name.replace("_", "-") for name in (one, other))
+                raise UserError("--{} and --{} cannot be given together".format(*names))
 
-    for one, other in (("data", "dataset"), ("model", "from_scratch"), ("no_dendrites", "compare_dendrites"),
-                       ("checkpoint", "evaluate"), ("quick", "data"), ("quick", "model")):
-        if one != "checkpoint" or args.evaluate != "newest":
-            together(one, other)
-    training = {"model", "from_scratch", "no_dendrites", "compare_dendrites", "switch_every", "max_dendrites", "runs",
-                "quick", "max_length"}
+    refuse(("data", "dataset"), ("model", "from_scratch"), ("no_dendrites", "compare_dendrites"), ("quick", "data"),
+           ("quick", "model"), *product(("predict", "export_hf"), MODES[2:]), ("predict", "export_hf"))
+    if args.evaluate not in (None, "newest"):
+        refuse(("checkpoint", "evaluate"))
     if args.mode:
-        for name in sorted(training & given):
-            together(name, args.mode)
+        refuse(*product(("model", "from_scratch", "no_dendrites", "compare_dendrites", "switch_every", "max_dendrites",
+                         "runs", "quick"), MODES))
+        other = sorted(given & {*DATA_ARGUMENTS} - {"data", "dataset"})
+        if other and not given & {"data", "dataset"}:
+            raise UserError(f"--{other[0].replace('_', '-')}: the texts and parts are those that the model was trained "
+                            "with; other texts come with --data or --dataset")
+        refuse(("data", "compare_base"), ("dataset", "compare_base"))
     elif "checkpoint" in given:
-        raise UserError("--checkpoint goes with --quantize, --export-onnx, --export-hf, --compare-base, "
-                        "--benchmark-only or --predict")
+        raise UserError("--checkpoint goes with --predict, --quantize, --export-onnx, --export-hf, --compare-base or "
+                        "--benchmark-only")
+    if 0 < args.sample_size < 50:
+        raise UserError(f"--sample-size {args.sample_size}: at least 50, or 0 for everything")
     if not args.no_dendrites and not args.mode:
         tries = (args.epochs // args.switch_every - 1) // args.max_dendrites
         if tries < 1:
@@ -1441,11 +1481,6 @@ def choose_device(name):
 
 
 # --- The experiment ---------------------------------------------------------------------------------------------------
-
-DATA_ARGUMENTS = ("dataset", "data", "text_column", "label_column", "positive_label", "label_threshold", "sample_size",
-                  "data_dir", "max_length", "seed", "quick", "epochs", "patience", "batch_size", "weight_decay",
-                  "schedule")
-
 
 def make_classifier(base, kept, arguments, tokenizer, name):
     """The Classifier of `kept`, one of the best and last weights that train_classifier returns; `base` is its BERT."""
@@ -1466,7 +1501,8 @@ def train_tiny(args, data, arm, run_dir):
     write_results(describe_run(args) | {"arm": arm}, run_dir / "results.json")  # with what it falls back to
     plain = copy.deepcopy(model)
     training = train_classifier(model, tokenizer, data, args, arm, run_dir / "checkpoint.pt", args.from_scratch)
-    best, last = (make_classifier(plain, training[which], vars(args), tokenizer, name) for which in ("best", "last"))
+    arguments = vars(args) | {"data_sha256": data.info["sha256"]}
+    best, last = (make_classifier(plain, training[which], arguments, tokenizer, name) for which in ("best", "last"))
     last.save(run_dir / "final_model.pt")
     return best.save(run_dir / "best_model.pt"), training
 
@@ -1496,15 +1532,23 @@ def giant_killer(tiny, giant):
 
 def run_experiment(args, run_dir, arm="dendrites"):
     """Train, or take a trained model, then evaluate, compress and compare as asked; returns the results dictionary."""
-    device = choose_device(args.device)
-    seed_everything(args.seed)
-    results, began, seconds = describe_run(args) | {"arm": arm}, time.perf_counter(), {}
+    device, began, seconds = choose_device(args.device), time.perf_counter(), {}
     if args.mode:
         tiny, training = Classifier.load(args.checkpoint, device), None
-        own = {"data", "dataset", *args.given} if {"data", "dataset"} & set(args.given) else args.given
-        kept = {name: tiny.arguments[name] for name in DATA_ARGUMENTS if name not in own}
-        args = argparse.Namespace(**vars(args) | kept)
-    data = load_data(args)
+        if tiny.kind != "float32" and (args.quantize or args.export_onnx):
+            raise UserError(f"{args.checkpoint}: int8 already; take the best_model.pt that it was made of")
+        own_texts = not (args.data or args.dataset)
+        if own_texts:
+            args = argparse.Namespace(**vars(args) | {name: tiny.arguments[name] for name in DATA_ARGUMENTS})
+        elif args.data and args.data == tiny.arguments["data"]:
+            raise UserError(f"--data {args.data}: the model was trained with it; without --data its test part is taken")
+    if args.export_onnx:
+        require_onnx()
+    seed_everything(args.seed)
+    results, data = describe_run(args) | {"arm": arm}, load_data(args)
+    if args.mode and own_texts and data.info["sha256"] != tiny.arguments["data_sha256"]:
+        raise UserError(f"{data.info['name']}: not the texts that the model was trained with, so that it may have seen "
+                        "some of the test part; bring them back, or give other texts with --data")
     note(f"{data.info['name']}: " + ", ".join(
         f"{sum(counts.values()):,} {part} ({counts['toxic'] / sum(counts.values()):.1%} toxic)"
         for part, counts in data.info["counts"].items()))
@@ -1534,16 +1578,17 @@ def run_experiment(args, run_dir, arm="dendrites"):
     test_texts = data.part("test")[0]
     if not args.benchmark_only:
         began = time.perf_counter()
-        scorers = {own.label: own.scores for own in models} | {"TF-IDF": fit_tfidf(*data.part("train"))}
+        scorers = {own.label: (own.scores, own.threshold) for own in models}
+        scorers |= {"TF-IDF": (fit_tfidf(*data.part("train")), None),
+                    "majority class": (lambda texts: np.zeros(len(texts)), 0.5)}
         results["models"] = evaluate(scorers, data, args.seed)
         seconds["evaluation"] = time.perf_counter() - began
     began, rows = time.perf_counter(), []
-    some = (test_texts + data.part("validation")[0] + data.part("train")[0])[:2000]
+    some = (test_texts + data.part("validation")[0])[:1000]
     for own in models:
-        large = own.parameters > 1e7
         f1 = results["models"][own.label]["tuned"]["f1"] if "models" in results else None
         rows.append({"model": own.label, "parameters": own.parameters, "MB": own.megabytes, "F1": f1}
-                    | benchmark(own, some[::10] if large else some, 50 if large else 200))
+                    | benchmark(own, some))
         if own.kind != "float32":
             logits = [predict_logits(one.model, one.tokens(test_texts)).cpu() for one in (tiny, own)]
             rows[-1]["largest logit difference"] = (logits[0] - logits[1]).abs().max().item()
@@ -1551,9 +1596,6 @@ def run_experiment(args, run_dir, arm="dendrites"):
     results["deployments"] = rows
     if giant:
         results["giant_killer"] = giant_killer(rows[0], next(row for row in rows if row["model"] == giant.label))
-    if args.export_hf:
-        save_for_transformers(tiny, Path(args.export_hf))
-
     if training:
         plot_learning(training, run_dir / "learning_curves.png")
     if "models" in results:
@@ -1565,26 +1607,12 @@ def run_experiment(args, run_dir, arm="dendrites"):
         "finished": True, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(), "data": data.info, "parameters": tiny.parameters,
         "seconds": {name: round(value, 1) for name, value in seconds.items()}, "peak_memory_mib": memory_mib()}
-    (run_dir / "summary.md").write_text(summary(results))
+    (run_dir / "summary.md").write_text(summary(results), encoding="utf-8")
     results = write_results(results, run_dir / "results.json")
     for name in ("checkpoint.pt", "giant_checkpoint.pt"):  # only an unfinished run needs them
         (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "perforatedai", ignore_errors=True)
     return results
-
-
-def save_for_transformers(classifier, folder):
-    """Write a model without dendrites as a folder that transformers' from_pretrained reads."""
-    from transformers import BertTokenizerFast
-
-    if classifier.dendrites or classifier.kind != "float32":
-        raise UserError(f"--export-hf: {classifier.label} is no plain BERT, which is all that transformers can load; "
-                        "train with --no-dendrites")
-    try:
-        classifier.model.save_pretrained(folder)
-        BertTokenizerFast(tokenizer_object=classifier.tokenizer).save_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"--export-hf {folder}: {error.strerror}") from None
 
 
 def summary(results):
@@ -1603,10 +1631,10 @@ def summary(results):
     if "models" in results:
         table = []
         for name, one in results["models"].items():
-            half, tuned, interval = one["at_half"], one["tuned"], one["intervals"].get("f1")
+            half, tuned, interval = one["at_half"], one["tuned"], one["f1_interval"]
             table.append({
                 "model": name, "F1 at 0.5": half["f1"], "threshold": tuned["threshold"], "F1": tuned["f1"],
-                "95 % interval": interval and f"{interval[0]:.3f} to {interval[1]:.3f}",
+                "95 % interval": f"{interval[0]:.3f} to {interval[1]:.3f}",
                 "precision": tuned["precision"], "recall": tuned["recall"], "accuracy": tuned["accuracy"],
                 "weighted F1": tuned["weighted_f1"], "ROC AUC": tuned["roc_auc"], "PR AUC": tuned["pr_auc"],
                 "F1 disguised": one["disguised"]["f1"]})
@@ -1614,7 +1642,7 @@ def summary(results):
         text.append(markdown_table([*table, SEED_CLAIM]))
         text.append("Thresholds are the F1-optimal ones of the validation part; intervals are of 1,000 bootstrap "
                     "samples of the test texts. Disguised: leetspeak and swapped letters in 30 % of the longer words.")
-    text.append(f"## Size and speed on {results['device']}, {results['threads']} threads, tokenization included")
+    text.append(f"## Size and speed on the CPU, {results['threads']} threads, tokenization included")
     text.append(markdown_table(results["deployments"]))
     if "giant_killer" in results:
         text.append("## A giant-killer?")
@@ -1632,53 +1660,72 @@ def run_seeds(args, run_dir):
         own_dir = run_dir / f"seed-{seed}-{arm.replace(' ', '-')}"
         own_dir.mkdir(exist_ok=True)
         one = argparse.Namespace(**vars(args) | {"seed": seed})
-        if arm == "same budget":
+        if arm in RESTARTED:
             one.epochs = len(finished["dendrites"][-1]["training"]["history"])
         done = own_dir / "results.json"
-        kept = json.loads(done.read_text()) if done.exists() else {"finished": False}
+        kept = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {"finished": False}
         finished[arm].append(kept if kept["finished"] else run_experiment(one, own_dir, arm))
+        used = finished[arm][-1]["arguments"]  # all runs on what the first one found in reach
+        args.dataset, args.from_scratch = used["dataset"], used["from_scratch"]
     return combine_runs(args, finished, run_dir)
 
 
 def combine_runs(args, finished, run_dir):
     """Mean ± 95 % interval over the seeds of each arm, and paired differences, written to `run_dir`."""
-    scores, table = {}, []
-    for arm, runs in finished.items():
-        tuned = [next(iter(run["models"].values()))["tuned"] for run in runs]
-        scores[arm] = {key: [one[key] for one in tuned] for key in LABELS}
-        scores[arm]["epochs"] = [len(run["training"]["history"]) for run in runs]
-        scores[arm]["parameters"] = [run["parameters"] for run in runs]
-    runs = next(iter(finished.values()))
-    tfidf = [run["models"]["TF-IDF"]["tuned"] for run in runs]
-    scores["TF-IDF"] = {key: [one[key] for one in tfidf] for key in LABELS}
+    runs, scores, table = next(iter(finished.values())), {}, []
+    for arm, own in (finished | {"TF-IDF": runs}).items():
+        tuned = [run["models"]["TF-IDF"] if arm == "TF-IDF" else next(iter(run["models"].values())) for run in own]
+        scores[arm] = {key: [one["tuned"][key] for one in tuned] for key in LABELS}
 
-    def interval(values):
+    def interval(values, marked=False):
         mean, width = mean_and_interval(values)
-        return f"{mean:.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else "")
+        text = f"{mean:.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else "")
+        return text + "*" * (marked and abs(mean) > width)
 
     first = next(iter(finished))
     for arm, own in scores.items():
-        means = {label: interval(own[key]) for key, label in LABELS.items()}
-        table.append({"arm": arm, "parameters": own.get("parameters", [None])[0]} | means)
+        row = {"arm": arm} | {label: interval(own[key]) for key, label in LABELS.items()}
         if arm != first:
-            table[-1] |= {f"{first} minus this, {label}": interval(np.subtract(scores[first][key], own[key]))
-                          for key, label in LABELS.items()}
+            row |= {f"{first} minus this, {label}": interval(np.subtract(scores[first][key], own[key]), True)
+                    for key, label in LABELS.items()}
+        if arm in finished:
+            row |= {name: ", ".join(map(str, (run[key] for run in finished[arm])))
+                    for name, key in (("best epochs", "best_epoch"), ("dendrites kept", "dendrites"))}
+            row["parameters"] = max(run["parameters"] for run in finished[arm])
+        table.append(row)
     if len(runs) > 1:
         plot_arms(scores, run_dir)
     seeds = [run["seed"] for run in runs]
     text = (f"# toxicity.py, {runs[0]['data']['name']}, seeds {seeds[0]} to {seeds[-1]}: mean ± 95 % interval "
-            f"(Student's t), test part\n\n{markdown_table(table)}\n\nDifferences are paired by seed.\n")
-    (run_dir / "summary.md").write_text(text)
+            f"(Student's t), test part\n\n{markdown_table(table)}\n\nDifferences are paired by seed; * marks an "
+            "interval without 0. \"same budget\" and \"wider\" have the epochs and the restarts of \"dendrites\".\n")
+    (run_dir / "summary.md").write_text(text, encoding="utf-8")
     return write_results(describe_run(args) | {
         "finished": True, "data": runs[0]["data"], "seeds": seeds, "scores": scores, "table": table,
-        "seconds": {arm: [run["training"]["seconds"] for run in runs] for arm, runs in finished.items()},
+        "seconds": {arm: [run["training"]["seconds"] for run in own] for arm, own in finished.items()},
         "peak_memory_mib": memory_mib()}, run_dir / "results.json")
+
+
+def export_for_transformers(args):
+    """Write a model without dendrites as a folder that transformers' from_pretrained reads."""
+    from transformers import BertTokenizerFast
+
+    classifier, folder = Classifier.load(find_checkpoint(args), torch.device("cpu")), args.export_hf
+    if classifier.dendrites or classifier.kind != "float32":
+        raise UserError(f"--export-hf: {classifier.label} is no plain BERT, which is all that transformers can load; "
+                        "train with --no-dendrites")
+    classifier.model.save_pretrained(folder)
+    BertTokenizerFast(tokenizer_object=classifier.tokenizer).save_pretrained(folder)
+    print(f"{classifier.label} for transformers is in {folder}")
 
 
 def predict(args):
     """Print score, decision and tier of each text of --predict, or of each line on stdin; returns them as a list."""
     classifier = Classifier.load(find_checkpoint(args), choose_device(args.device))
-    texts = args.predict or [line for line in map(str.strip, sys.stdin) if line]
+    try:
+        texts = args.predict or sys.stdin.read().splitlines()
+    except UnicodeDecodeError:
+        raise UserError("--predict: stdin is not UTF-8") from None
     if not texts:
         raise UserError("--predict: no text given, and none on stdin")
     threshold = classifier.threshold
@@ -1707,10 +1754,10 @@ def main(argv=None):
         args = parse_args(([] if in_notebook() else sys.argv[1:]) if argv is None else argv)
         if args.resume is not None:
             given, resumed = {"device": args.device} if args.device != "auto" else {}, True
-            run_dir, kept = find_run(args.output_dir, args.resume)
-            args = argparse.Namespace(**vars(kept) | given)
-        if args.mode == "predict":
-            return predict(args)
+            run_dir, kept = find_run(args.output_dir, args.resume, vars(args))
+            args = argparse.Namespace(**vars(kept) | given | {"output_dir": args.output_dir})
+        if args.mode in ("predict", "export_hf"):
+            return predict(args) if args.mode == "predict" else export_for_transformers(args)
         if args.mode:
             args.checkpoint = str(find_checkpoint(args).absolute())
         run_dir = run_dir or new_run(args.output_dir)
@@ -1728,10 +1775,10 @@ def main(argv=None):
     except OSError as problem:
         error = f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)
     else:
-        print((run_dir / "summary.md").read_text())
+        print((run_dir / "summary.md").read_text(encoding="utf-8"))
         print(f"Everything is in {run_dir}")
         return results
-    if run_dir and not resumed and not list(run_dir.rglob("*checkpoint.pt")):  # leave no empty run behind
+    if run_dir and not resumed and not any(run_dir.rglob("*.pt")):  # leave no empty run behind
         shutil.rmtree(run_dir)
     print(f"toxicity.py: error: {error}", file=sys.stderr)
     raise SystemExit(2)

@@ -280,9 +280,10 @@ def test_a_dendritic_checkpoint_comes_back_whole(dendritic, tmp_path):
 
 
 @pytest.mark.parametrize("arm", ["--no-dendrites", "--max-dendrites=1"])
-def test_a_killed_run_goes_on_from_its_last_epoch(arm, tmp_path, monkeypatch, capsys):
-    argv = [*DENDRITES, arm, "--schedule", "constant"]
-    whole = toxicity.main([*argv, "--output-dir", str(tmp_path / "whole")])
+def test_a_killed_run_goes_on_from_where_it_was(arm, dendritic, tmp_path, monkeypatch, capsys):
+    argv, whole = [*DENDRITES, arm], dendritic
+    if arm == "--no-dendrites":
+        whole = tmp_path / "whole", toxicity.main([*argv, "--output-dir", str(tmp_path / "whole")])
     saved, calls = toxicity.save_checkpoint, []
 
     def kill_after_the_third(state, path):
@@ -292,20 +293,65 @@ def test_a_killed_run_goes_on_from_its_last_epoch(arm, tmp_path, monkeypatch, ca
             raise KeyboardInterrupt
         return size
 
-    monkeypatch.setattr(toxicity, "save_checkpoint", kill_after_the_third)
-    with pytest.raises(SystemExit) as stopped:
-        toxicity.main([*argv, "--output-dir", str(tmp_path / "killed")])
-    monkeypatch.undo()
-    assert stopped.value.code == 130 and "--resume run-001" in capsys.readouterr().err
-    resumed = toxicity.main(["--resume", "--output-dir", str(tmp_path / "killed")])
-    assert len(resumed["training"]["history"]) == len(whole["training"]["history"]) >= 4
-    assert resumed["training"]["switches"] == whole["training"]["switches"]
-    one, other = (torch.load(tmp_path / name / "toxicity/run-001/final_model.pt", weights_only=True)["model"]
-                  for name in ("whole", "killed"))
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    again = ["--resume", "--output-dir", str(tmp_path / "killed")]
+    for argv, name, function in ((argv + again[1:], "save_checkpoint", kill_after_the_third), (again, "evaluate", kill)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(toxicity, name, function)
+            toxicity.main(argv)
+        assert stopped.value.code == 130 and "--resume run-001" in capsys.readouterr().err
+    resumed = toxicity.main(again)  # in the third epoch, then after the training
+    assert len(resumed["training"]["history"]) == len(whole[1]["training"]["history"]) >= 4
+    assert resumed["training"]["switches"] == whole[1]["training"]["switches"]
+    one, other = (torch.load(folder / "toxicity/run-001/final_model.pt", weights_only=True)["model"]
+                  for folder in (whole[0], tmp_path / "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)  # bit for bit
-    with pytest.raises(SystemExit):
-        toxicity.main(["--resume", "--output-dir", str(tmp_path / "killed")])
-    assert "no unfinished run" in capsys.readouterr().err
+    assert "no unfinished run" in error_of(again, capsys)
+    results = tmp_path / "killed/toxicity/run-001/results.json"
+    results.write_text(json.dumps({"experiment": "fire", "finished": False, "arguments": {}}))
+    assert "no unfinished run" in error_of(["--resume", str(results.parent)], capsys)
+
+
+def test_a_comparison_that_fails_keeps_what_is_done_and_goes_on(tmp_path, monkeypatch, capsys):
+    argv = [*DENDRITES, "--sample-size", "100", "--compare-dendrites", "--output-dir", str(tmp_path)]
+    train = toxicity.train_classifier
+
+    def fail_in_the_second_arm(model, tokenizer, data, args, arm, path, from_scratch):
+        if arm == "baseline":
+            raise toxicity.UserError("out of luck")
+        return train(model, tokenizer, data, args, arm, path, from_scratch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toxicity, "train_classifier", fail_in_the_second_arm)
+        assert "out of luck" in error_of(argv, capsys)
+    run = tmp_path / "toxicity/run-001"
+    first = (run / "seed-42-dendrites/best_model.pt").stat().st_mtime_ns
+    results = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
+    assert (run / "seed-42-dendrites/best_model.pt").stat().st_mtime_ns == first
+    assert [row["arm"] for row in results["table"]] == [*toxicity.ARMS, "TF-IDF"]
+    epochs = {arm: json.loads((run / f"seed-42-{arm.replace(' ', '-')}/results.json").read_text())["training"]
+              for arm in toxicity.ARMS}
+    assert {len(epochs[arm]["history"]) for arm in ("dendrites", "same budget", "wider")} == {4}
+    assert [switch["epoch"] for switch in epochs["same budget"]["switches"]] == [2]
+    wider = results["table"][3]["parameters"]
+    assert abs(wider - 4_800_902) < 100 and "dendrites minus this, F1" in results["table"][1]
+
+
+def test_the_texts_of_a_trained_model_stay_its_own(tmp_path, capsys):
+    texts, labels = toxicity.generate_comments(300, seed=1)
+    path, out = write_csv(tmp_path / "comments.csv", texts, labels.astype(int)), ["--output-dir", tmp_path / "out"]
+    argv = ["--data", path, "--from-scratch", "--no-dendrites", "--epochs", "1", "--max-length", "16", *out]
+    toxicity.main(list(map(str, argv)))
+    for more in (["--seed", "42"], ["--sample-size", "50"], ["--label-threshold", "0.4"]):
+        assert "the model was trained with" in error_of(["--evaluate", *more, *out], capsys)
+    assert "the model was trained with it" in error_of(["--evaluate", "--data", path, *out], capsys)
+    assert toxicity.main(["--evaluate", *map(str, out)])["data"]["rows"] == 300  # all rows: those of the run
+    write_csv(path, texts[::-1], labels.astype(int)[::-1])
+    assert "may have seen" in error_of(["--quantize", *out], capsys)
+    other = write_csv(tmp_path / "other.csv", *(own[:250] for own in (texts, labels.astype(int))))
+    assert toxicity.main(list(map(str, ["--evaluate", "--data", other, *out])))["data"]["rows"] == 250
 
 
 def test_foreign_and_truncated_files_are_refused(dendritic, tmp_path, capsys):
@@ -340,9 +386,10 @@ def test_the_threshold_is_chosen_on_validation_alone():
         moved = np.where(np.arange(600) >= 400, np.clip(scores - shift, 0, 1), scores)
         data = toxicity.Texts(texts, labels, parts, {})
         # Disguised texts are still the numbers: words below four letters stay as they are.
-        results = toxicity.evaluate({"model": lambda own, m=moved: m[[int(text) for text in own]]}, data, seed=0)
+        scorer = (lambda own, m=moved: m[[int(text) for text in own]], None)
+        results = toxicity.evaluate({"model": scorer}, data, seed=0)
         thresholds.append(results["model"]["tuned"]["threshold"])
-        low, high = results["model"]["intervals"]["f1"]
+        low, high = results["model"]["f1_interval"]
         assert low < results["model"]["tuned"]["f1"] < high
     assert thresholds[0] == thresholds[1] == toxicity.best_threshold(labels[200:400], scores[200:400])
 
@@ -406,14 +453,16 @@ def test_texts_and_stdin_are_scored(dendritic, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("you are a clown\n\nthis joke killed me\n"))
     rows = toxicity.main(argv)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed == rows and [row["text"] for row in rows] == ["you are a clown", "this joke killed me"]
+    assert printed == rows and [row["text"] for row in rows] == ["you are a clown", "", "this joke killed me"]
     threshold = toxicity.Classifier.load(toxicity.find_checkpoint(toxicity.parse_args(argv)), "cpu").threshold
     for row in rows:
         assert row["toxic"] == (row["tier"] in ("review", "remove")) == (row["score"] >= round(threshold, 4))
     assert toxicity.main([*argv[:1], "you are a clown", *argv[3:]])[0] == rows[0]
     assert "score   decision" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert "no text" in error_of(argv, capsys)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("schön".encode("latin-1")), encoding="utf-8"))
+    assert "not UTF-8" in error_of(argv, capsys)
     assert "perforatedai" not in subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "toxicity.py"), *argv[:1], "hello", *argv[3:]],
         capture_output=True, text=True, check=True).stderr
@@ -466,9 +515,11 @@ def test_bad_arguments_end_in_one_line(dendritic, tmp_path, capsys):
         (["--epochs", "4"], "8 are needed"), (["--data", "x.csv", "--dataset", "embedded"], "together"),
         (["--evaluate", "--no-dendrites"], "together"), (["--checkpoint", "x.pt"], "goes with"),
         (["--model", "x", "--from-scratch"], "together"), (["--resume", "--seed", "1"], "--resume"),
+        (["--evaluate", "--predict", "hello"], "train first"), (["--quantize", "--predict", "hello"], "together"),
+        (["--sample-size", "7"], "at least 50"), ([*SMALL[:2], "--no-dendrites", "--max-length", "600"], "--max-length"),
         (["--evaluate"], "train first"), (["--predict", "hello"], "train first"),
         ([*SMALL[:2], "--no-dendrites", "--model", tmp_path], "no BERT"),
-        ([*DENDRITES, "--learning-rate", "1e9", "--schedule", "constant"], "not finite"),
+        ([*DENDRITES, "--learning-rate", "1e9"], "not finite"),
         (["--compare-base", "--giant", tmp_path / "absent", "--checkpoint",
           dendritic[0] / "toxicity/run-001/best_model.pt"], "no such folder"),
         (["--export-hf", tmp_path / "hf", "--checkpoint", dendritic[0] / "toxicity/run-001/final_model.pt"],
