@@ -297,10 +297,11 @@ def test_a_killed_run_goes_on_from_where_it_was(arm, dendritic, tmp_path, monkey
         raise KeyboardInterrupt
 
     again = ["--resume", "--output-dir", str(tmp_path / "killed")]
-    for argv, name, function in ((argv + again[1:], "save_checkpoint", kill_after_the_third), (again, "evaluate", kill)):
+    for command, name, function in (([*argv, *again[1:]], "save_checkpoint", kill_after_the_third),
+                                    (again, "evaluate", kill)):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(toxicity, name, function)
-            toxicity.main(argv)
+            toxicity.main(command)
         assert stopped.value.code == 130 and "--resume run-001" in capsys.readouterr().err
     resumed = toxicity.main(again)  # in the third epoch, then after the training
     assert len(resumed["training"]["history"]) == len(whole[1]["training"]["history"]) >= 4
@@ -516,7 +517,7 @@ def test_bad_arguments_end_in_one_line(dendritic, tmp_path, capsys):
         (["--evaluate", "--no-dendrites"], "together"), (["--checkpoint", "x.pt"], "goes with"),
         (["--model", "x", "--from-scratch"], "together"), (["--resume", "--seed", "1"], "--resume"),
         (["--evaluate", "--predict", "hello"], "train first"), (["--quantize", "--predict", "hello"], "together"),
-        (["--sample-size", "7"], "at least 50"), ([*SMALL[:2], "--no-dendrites", "--max-length", "600"], "--max-length"),
+        (["--sample-size", "7"], "at least 50"), (["--max-length", "600"], "--max-length"),
         (["--evaluate"], "train first"), (["--predict", "hello"], "train first"),
         ([*SMALL[:2], "--no-dendrites", "--model", tmp_path], "no BERT"),
         ([*DENDRITES, "--learning-rate", "1e9"], "not finite"),
