@@ -64,8 +64,8 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import (COLORS, HATCHES, LINES, detect_device, has_bfloat16, in_notebook, mean_and_interval, new_figure,
-                    plot_bars, plot_confusion, plot_curve, save_figure, seed_everything)
+from common import (COLORS, LINES, detect_device, has_bfloat16, in_notebook, mean_and_interval, new_figure,
+                    plot_bars, plot_confusion, plot_curve, plot_ranking, save_figure, seed_everything)
 
 try:
     import resource
@@ -1190,24 +1190,12 @@ def plot_deployments(rows, run_dir):
         axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=9)
         save_figure(fig, run_dir / "size_f1.png")
 
-    fig, axes = new_figure("Speed on this machine, tokenization included", 1, 2, (13, 0.6 * len(rows) + 3))
-    names = [row["model"] for row in rows]
-    for ax, columns, label in ((axes[0], ("latency ms", "p95 ms", "p99 ms"), "latency of one text [ms]"),
-                               (axes[1], ("texts/s",), "throughput over real lengths [texts/s]")):
-        height = 0.8 / len(columns)
-        for i, column in enumerate(columns):
-            at = np.arange(len(rows)) + (i - (len(columns) - 1) / 2) * height
-            bars = ax.barh(at, [row[column] for row in rows], height, color=COLORS[i], hatch=HATCHES[i],
-                           edgecolor="white", label={"latency ms": "median"}.get(column, column.removesuffix(" ms")))
-            ax.bar_label(bars, [f"{row[column]:,.3g}" if row[column] < 100 else f"{row[column]:,.0f}" for row in rows],
-                         padding=3, fontsize=8)
-        lowest, highest = (limit(row[column] for row in rows for column in columns) for limit in (min, max))
-        ax.set(xlabel=label, xscale="log", xlim=(lowest / 3, 3 * highest), yticks=range(len(rows)))
-        ax.xaxis.set_minor_formatter("")
-        ax.set_yticklabels(names if ax is axes[0] else [])
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
-    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=9)
+    fig, axes = new_figure("Speed on the CPU, tokenization included", 1, 2, (13, 0.5 * len(rows) + 2))
+    for ax, column, label, number in ((axes[0], "latency ms", "median latency of one text [ms]", "{:,.2f}"),
+                                      (axes[1], "texts/s", "throughput over real lengths [texts/s]", "{:,.0f}")):
+        values = {row["model"]: row[column] for row in rows}
+        plot_ranking(ax, values, number)
+        ax.set(xlabel=label, xscale="log", xlim=(min(values.values()) / 3, 3 * max(values.values())))
     save_figure(fig, run_dir / "speed.png")
 
 

@@ -20,6 +20,7 @@ import batch_selection
 import duet
 import fire
 import forecast
+import toxicity
 from common import detect_device, has_bfloat16
 
 
@@ -289,10 +290,66 @@ def forecast_free_run(steps=500):
             compare(spec)
 
 
+def toxicity_data(count=2000):
+    """Embedded comments, a BERT-Tiny with random weights, and the WordPiece tokenizer of their vocabulary."""
+    args = toxicity.parse_args(["--dataset", "embedded", "--from-scratch", "--no-dendrites", "--epochs", "1",
+                                "--sample-size", str(count)])
+    data = toxicity.load_data(args)
+    data.parts["validation"] = data.parts["validation"][:50]
+    return args, data, toxicity.build_bert(toxicity.TINY), toxicity.train_wordpiece(data.part("train")[0])
+
+
+def toxicity_training(repeats=5):
+    """Texts per second of an epoch of train_classifier, and of a bare loop over the same model and ready batches."""
+    args, data, model, tokenizer = toxicity_data()
+    device, (texts, labels) = detect_device(), data.part("train")
+    tokens = toxicity.tokenize(tokenizer, texts, args.max_length).to(device)
+    labels, weights = torch.from_numpy(labels).to(device), torch.ones(2, device=device)
+    batches = [(*toxicity.pad_batch(tokens, rows), labels[rows])
+               for rows in toxicity.bucket_batches(tokens.lengths, args.batch_size, shuffle=True)]
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+    def bare():
+        model.train()
+        for ids, mask, label in batches:
+            loss = F.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, label, weights)
+            clipped_step(model, optimizer, loss)
+        loss.item()
+
+    def ours():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "checkpoint.pt"
+            return toxicity.train_classifier(model, tokenizer, data, args, "baseline", path, True)["seconds"]
+
+    bare()
+    times = [(ours(), seconds(bare)) for _ in range(repeats)]
+    mine, reference = sorted(times, key=lambda pair: pair[1] / pair[0])[repeats // 2]  # the pair of the median ratio
+    report("toxicity training", "texts/s", len(texts), mine, "bare loop", reference)
+
+
+def toxicity_scoring():
+    """Texts per second from text to score in length buckets, and with every text padded to --max-length."""
+    args, data, model, tokenizer = toxicity_data()
+    texts, _ = data.part("train")
+    classifier = toxicity.Classifier(model.eval(), tokenizer, vars(args), "", 0, 0, 0.5)
+
+    @torch.inference_mode()
+    def padded():
+        tokens = classifier.tokens(texts)
+        rows = torch.nn.utils.rnn.pad_sequence(tokens.ids.split(tokens.lengths.tolist()), batch_first=True)
+        rows = F.pad(rows, (0, args.max_length - rows.shape[1])).long()
+        for ids in rows.split(toxicity.INFERENCE_BATCH):
+            model(input_ids=ids, attention_mask=(ids > 0).long()).logits.softmax(1)
+
+    classifier.scores(texts)
+    report("toxicity scoring", "texts/s", len(texts), seconds(lambda: classifier.scores(texts)), "padded", seconds(padded))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     functions = (fire_training, fire_generator, fire_csv, fire_predict, duet_training, selection_training,
-                 selection_csv, forecast_training, forecast_free_run)
+                 selection_csv, forecast_training, forecast_free_run, toxicity_training, toxicity_scoring)
     benchmarks = {function.__name__: function for function in functions}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:
