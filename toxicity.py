@@ -224,7 +224,7 @@ def read_table(path, columns):
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     missing = [column for column in columns if table.column_names.count(column) != 1]
     if missing:
-        raise UserError(f"{path}: no column {', '.join(map(repr, missing))}, or two, among "
+        raise UserError(f"{path}: one column {' and one '.join(map(repr, missing))} is needed, there are "
                         f"{', '.join(table.column_names)}; --text-column and --label-column name them")
     if pa.types.is_binary(table[columns[0]].type):  # pyarrow's answer to text in another encoding
         raise UserError(f"{path}: column {columns[0]!r} is not UTF-8; save the file in that encoding")
@@ -1437,7 +1437,7 @@ def check_args(args, given):
                 raise UserError("--{} and --{} cannot be given together".format(*names))
 
     refuse(("data", "dataset"), ("model", "from_scratch"), ("no_dendrites", "compare_dendrites"), ("quick", "data"),
-           ("quick", "model"), *product(("predict", "export_hf"), MODES[2:]), ("predict", "export_hf"))
+           ("quick", "model"), *product(("predict", "export_hf"), MODES[3:]), ("predict", "export_hf"))
     if args.evaluate not in (None, "newest"):
         refuse(("checkpoint", "evaluate"))
     if args.mode:
@@ -1668,7 +1668,7 @@ def combine_runs(args, finished, run_dir):
     def interval(values, marked=False):
         mean, width = mean_and_interval(values)
         text = f"{mean:.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else "")
-        return text + "*" * (marked and abs(mean) > width)
+        return text + "*" * bool(marked and abs(mean) > width)
 
     first = next(iter(finished))
     for arm, own in scores.items():

@@ -316,7 +316,7 @@ def test_a_killed_run_goes_on_from_where_it_was(arm, dendritic, tmp_path, monkey
 
 
 def test_a_comparison_that_fails_keeps_what_is_done_and_goes_on(tmp_path, monkeypatch, capsys):
-    argv = [*DENDRITES, "--sample-size", "100", "--compare-dendrites", "--output-dir", str(tmp_path)]
+    argv = [*DENDRITES, "--sample-size", "200", "--compare-dendrites", "--output-dir", str(tmp_path)]
     train = toxicity.train_classifier
 
     def fail_in_the_second_arm(model, tokenizer, data, args, arm, path, from_scratch):
@@ -491,7 +491,7 @@ def test_bad_files_end_in_one_line(tmp_path, capsys):
     one = write_csv(tmp_path / "one.csv", texts, np.zeros(300, int))
     gap = write_csv(tmp_path / "gap.csv", texts, [None, *labels[1:].astype(int).tolist()])
     cases = [
-        (["--data", good, "--text-column", "comment"], "no column 'comment', only text, toxicity"),
+        (["--data", good, "--text-column", "comment"], "one column 'comment' is needed, there are text, toxicity"),
         (["--data", blank], "row 5 of the data, column 'text': empty text"),
         (["--data", one], "0 of them toxic"),
         (["--data", latin], "UTF-8"),
