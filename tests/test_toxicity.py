@@ -210,11 +210,13 @@ def test_class_weights_parameters_and_switches_are_reported(dendritic):
     assert (run / "final_model.pt").stat().st_size < 20e6
 
 
-def perforated_model(tmp_path, dendrites):
+def perforated_model(dendrites, idle_layer=False):
     """(a perforated BERT with so many sets of random dendrites, a batch): made by the library itself."""
     args = toxicity.parse_args(["--epochs", "8", "--switch-every", "2", "--max-dendrites", "3"])
     torch.manual_seed(0)
     model = toxicity.build_bert(toxicity.TINY | {"vocab_size": 200})
+    if idle_layer:
+        model.idle = nn.Linear(4, 4)
     model, tracker = toxicity.perforate(model, args, torch.device("cpu"))
     batch = {"input_ids": torch.randint(5, 200, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
     tracker.set_optimizer_instance(torch.optim.SGD(model.parameters(), 0.1))
@@ -230,7 +232,7 @@ def perforated_model(tmp_path, dendrites):
 
 def test_the_plain_layers_compute_what_the_library_does(tmp_path):
     with toxicity.confined_library(tmp_path):
-        model, batch = perforated_model(tmp_path, dendrites=2)
+        model, batch = perforated_model(dendrites=2)
         wrapped = [m for m in model.modules() if hasattr(m, "dendrite_modules_added")]
         with torch.no_grad():
             expected = model(**batch).logits
@@ -253,6 +255,8 @@ def test_the_debugger_prompts_and_exits_of_the_library_become_errors(tmp_path):
         with pytest.raises(toxicity.UserError, match="the reason"), toxicity.confined_library(tmp_path):
             print("the reason")
             stop()
+    with pytest.raises(toxicity.UserError, match="stopped to ask"), toxicity.confined_library(tmp_path):
+        perforated_model(dendrites=1, idle_layer=True)  # a layer that forward leaves out: the library opens pdb
     assert (Path.cwd(), pdb.set_trace) == before
 
 
@@ -408,6 +412,16 @@ def test_int8_and_onnx_agree_with_the_float_model(dendritic, tmp_path):
               for path in (checkpoint, run / "model_int8.pt")]
     np.testing.assert_allclose(*scores, atol=0.03)
     assert (run / "tokenizer.json").exists()
+
+
+def test_speed_is_measured_beside_a_bert_base(plain, tmp_path, monkeypatch, capsys):
+    argv = ["--checkpoint", str(plain[0] / "toxicity/run-001/best_model.pt"), "--output-dir", str(tmp_path)]
+    tiny, base = toxicity.main(["--benchmark-only", *argv])["deployments"]
+    assert (tiny["parameters"], base["parameters"]) == (4_386_178, 109_483_778)
+    assert tiny["latency ms"] < tiny["p95 ms"] <= tiny["p99 ms"] and tiny["texts/s"] < tiny["texts/s, model alone"]
+    assert tiny["texts/s"] > 5 * base["texts/s"] and tiny["memory MiB"] == pytest.approx(4 * 4_386_178 / 2**20, 0.01)
+    monkeypatch.setattr(toxicity.importlib.util, "find_spec", lambda name: None)
+    assert "pip install onnx onnxruntime" in error_of(["--export-onnx", *argv], capsys)
 
 
 def test_int8_layers_against_their_definition():
