@@ -430,6 +430,7 @@ def test_int8_layers_against_their_definition():
     small = toxicity.Int8Linear(linear)
     rebuilt = small.weight * small.scale.unsqueeze(1)
     assert (rebuilt - linear.weight).abs().max() <= small.scale.max() / 2 + 1e-7
+    assert small.weight.abs().amax(1).eq(127).all()  # the whole range of int8 is used
     torch.testing.assert_close(small(x), x @ rebuilt.T + linear.bias, atol=0.05, rtol=0)
     ids = torch.tensor([[1, 7], [49, 0]])
     torch.testing.assert_close(toxicity.Int8Embedding(embedding)(ids), embedding(ids), atol=0.02, rtol=0)
