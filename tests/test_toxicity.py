@@ -376,6 +376,20 @@ def test_foreign_and_truncated_files_are_refused(dendritic, tmp_path, capsys):
     assert "no such file" in error_of(["--evaluate", tmp_path / "absent.pt", "--output-dir", tmp_path], capsys)
 
 
+def test_the_best_epoch_is_kept_and_its_loss_is_weighted_by_class(plain):
+    output, results = plain
+    classifier = toxicity.Classifier.load(output / "toxicity/run-001/best_model.pt", torch.device("cpu"))
+    data = toxicity.load_data(toxicity.parse_args(SMALL))
+    (_, train_labels), (texts, labels) = data.part("train"), data.part("validation")
+    logits = toxicity.predict_logits(classifier.model, classifier.tokens(texts))
+    weights = torch.tensor([len(train_labels) / (2 * (train_labels == label).sum()) for label in (0, 1)]).float()
+    history = results["training"]["history"]
+    best = max(history, key=lambda epoch: epoch["validation_pr_auc"])
+    assert history.index(best) == results["best_epoch"] - 1
+    loss = nn.functional.cross_entropy(logits, torch.from_numpy(labels), weights).item()
+    assert best["validation_loss"] == pytest.approx(loss, rel=1e-4)
+
+
 # --- Evaluation and deployment ----------------------------------------------------------------------------------------
 
 
