@@ -77,6 +77,7 @@ PARTS = ["train", "validation", "test"]
 DEFAULT_MODEL = "prajjwal1/bert-tiny"
 TINY = {"vocab_size": 30522, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 512}
+BERT_SIZES = (*TINY, "max_position_embeddings", "type_vocab_size", "pad_token_id", "layer_norm_eps", "hidden_act")
 SCRATCH_GIANT = TINY | {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SEED_WEIGHTS = [0.52, 11.01]  # of the seed's class-weighted loss
@@ -87,6 +88,7 @@ RATE_FROM_SCRATCH, DROPOUT_FROM_SCRATCH = 3e-4, 0.3  # chosen by PR AUC on the v
 LABELS = {"pr_auc": "PR AUC", "roc_auc": "ROC AUC", "f1": "F1"}
 TIERS = ["allow", "monitor", "review", "remove"]
 INFERENCE_BATCH = 64  # texts
+ONNX = ["onnx", "onnxruntime"]  # packages that only the export needs
 
 
 class UserError(Exception):
@@ -226,11 +228,11 @@ def read_table(path, columns):
     if missing:
         raise UserError(f"{path}: one column {' and one '.join(map(repr, missing))} is needed, there are "
                         f"{', '.join(table.column_names)}; --text-column and --label-column name them")
-    if pa.types.is_binary(table[columns[0]].type):  # pyarrow's answer to text in another encoding
-        raise UserError(f"{path}: column {columns[0]!r} is not UTF-8; save the file in that encoding")
+    if any(pa.types.is_binary(table[column].type) for column in columns):  # pyarrow's answer to another encoding
+        raise UserError(f"{path}: {' or '.join(map(repr, columns))} is not UTF-8; save the file in that encoding")
     if any(pa.types.is_nested(table[column].type) for column in columns):
         raise UserError(f"{path}: lists or objects in {' or '.join(map(repr, columns))}; plain values are needed")
-    return table.select(columns)
+    return table
 
 
 def read_labels(path, column, values, args):
@@ -364,7 +366,10 @@ def load_data(args):
     source, parts = "real", None
     if args.data:
         name = Path(args.data).name
-        texts, labels = read_file(args)
+        try:
+            texts, labels = read_file(args)
+        except UnicodeDecodeError:
+            raise UserError(f"{args.data}: not UTF-8; save the file in that encoding") from None
     elif args.dataset != "embedded":
         try:
             texts, labels, parts = read_civil_comments(args)
@@ -376,7 +381,7 @@ def load_data(args):
             args.dataset = "embedded"
     if args.dataset == "embedded":
         source, name = "embedded", "embedded comments"
-        texts, labels = generate_comments(sum(part_sizes(args.sample_size or 5000)) * 3 // 2, args.seed)
+        texts, labels = generate_comments(max(3000, 3 * sum(part_sizes(args.sample_size or 5000))), args.seed)
     labels = labels.astype(np.int64)
     parts = parts or split_texts(texts, labels, args.sample_size, args.seed)
     counts = {part: np.bincount(labels[rows], minlength=2).tolist() for part, rows in parts.items()}
@@ -418,8 +423,9 @@ def train_wordpiece(texts):
     counts = Counter(tokenizer.normalizer.normalize_str("".join(texts)))
     letters = sorted(letter for letter, _ in counts.most_common(1000) if not letter.isspace())
     known = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
-    trainer = trainers.WordPieceTrainer(vocab_size=TINY["vocab_size"], min_frequency=2, limit_alphabet=len(known),
-                                        special_tokens=known, show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=TINY["vocab_size"], min_frequency=2, special_tokens=known, initial_alphabet=letters,
+        limit_alphabet=len(letters), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     words = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))  # without letters as special tokens
     words.normalizer, words.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
@@ -487,7 +493,7 @@ def load_pretrained(name):
         model, loading = BertForSequenceClassification.from_pretrained(
             name, num_labels=2, dtype=torch.float32, local_files_only=offline, output_loading_info=True)
         tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=offline)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # transformers passes on what its libraries raise for damaged files
         why = first_line(error)
         hint = " (the hub is out of reach; give a folder)" if offline and not folder else ""
         raise UserError(f"{name}: no BERT to be loaded: {why}{hint}") from None
@@ -576,8 +582,11 @@ def confined_library(folder):
     """Run perforatedai inside `folder`, where it writes, with its debugger, prompts and exits turned into errors."""
     said = io.StringIO()
 
+    def last_lines():
+        return " / ".join(said.getvalue().split("\n")[-6:-1]) or "it said nothing"
+
     def refuse(*_, **__):
-        raise UserError("perforatedai stopped to ask: " + (" / ".join(said.getvalue().split("\n")[-6:-1]) or "nothing"))
+        raise UserError(f"perforatedai stopped to ask: {last_lines()}")
 
     before, kept, backend = os.getcwd(), (pdb.set_trace, builtins.input), matplotlib.get_backend()
     pdb.set_trace = builtins.input = refuse
@@ -587,9 +596,9 @@ def confined_library(folder):
             warnings.simplefilter("ignore", DeprecationWarning)  # numpy's, about the library
             yield
     except SystemExit:
-        raise UserError("perforatedai gave up: " + " / ".join(said.getvalue().split("\n")[-6:-1])) from None
+        raise UserError(f"perforatedai gave up: {last_lines()}") from None
     except SafetensorError as error:
-        raise UserError(f"{folder}: perforatedai cannot write there ({first_line(error)})") from None
+        raise UserError(f"{folder}: perforatedai cannot read or write there ({first_line(error)})") from None
     finally:
         matplotlib.use(backend)  # importing the library changes it
         os.chdir(before)
@@ -916,10 +925,6 @@ class Classifier:
         return self.name + " + dendrites" * bool(self.dendrites) + f", {self.kind}" * (self.kind != "float32")
 
 
-
-BERT_SIZES = (*TINY, "max_position_embeddings", "type_vocab_size", "pad_token_id", "layer_norm_eps", "hidden_act")
-
-
 # --- int8 and ONNX ----------------------------------------------------------------------------------------------------
 
 
@@ -988,7 +993,7 @@ class OnnxModel:
 
 
 def require_onnx():
-    missing = [name for name in ("onnx", "onnxruntime") if not importlib.util.find_spec(name)]
+    missing = [name for name in ONNX if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"--export-onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
@@ -1165,7 +1170,7 @@ def plot_evaluation(results, data, run_dir):
         for j, (key, values) in enumerate(curves.items()):
             axes[0].plot(thresholds, values[:-1], LINES[j], color=COLORS[3 * i + j], linewidth=1.5 + 1.5 * i,
                          label=f"{key}, {part}")
-    axes[0].axvline(one["tuned"]["threshold"], linestyle=":", color="0.3", label="chosen on validation")
+    axes[0].axvline(one["tuned"]["threshold"], linestyle=":", color="0.3", label="the model's")
     axes[0].set(xlabel="threshold on the score", ylabel="of the toxic class")
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5, fontsize=9)
     save_figure(fig, run_dir / "threshold_sweep.png")
@@ -1201,7 +1206,7 @@ def plot_deployments(rows, run_dir):
 
 def plot_arms(scores, run_dir):
     """Test PR AUC and F1 of each arm of --compare-dendrites with its 95 % interval."""
-    fig, axes = new_figure("What dendrites add: mean and 95 % interval over seeds", size=(9, 4.8))
+    fig, axes = new_figure("Test part: mean and 95 % interval over seeds", size=(9, 4.8))
     series, errors = {}, {}
     for key, label in LABELS.items():
         both = [mean_and_interval(values[key]) for values in scores.values()]
@@ -1306,7 +1311,8 @@ def find_checkpoint(args):
             raise UserError(f"{path}: no such file; best_model.pt of a run is needed")
         return Path(path)
     for run_dir in newest_first(args.output_dir):
-        for path in (run_dir / "best_model.pt", *sorted(run_dir.glob("seed-*/best_model.pt"))):
+        arms = sorted(run_dir.glob("seed-*/best_model.pt"), key=lambda path: "dendrites" not in path.parent.name)
+        for path in (run_dir / "best_model.pt", *arms):
             if path.exists():
                 note(f"the model is {path}")
                 return path
@@ -1332,7 +1338,7 @@ def between(kind, low, high=math.inf):
 
     def number(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not (low <= value <= high and value < math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -1384,7 +1390,8 @@ def parse_args(argv):
         "dendrites, and a wider model of the same size")
 
     add = parser.add_argument_group("a trained model").add_argument
-    add("--evaluate", nargs="?", const="newest", metavar="CKPT", help="of a best_model.pt (default: the newest one)")
+    add("--evaluate", nargs="?", const="newest", metavar="CKPT", help="a best_model.pt (default: the newest one) on "
+        "its own test part, or on that of --data")
     add("--checkpoint", metavar="CKPT", help="the model for the next ones (default: the newest best_model.pt)")
     add("--compare-base", action="store_true", help="fine-tune --giant on the same data and compare")
     add("--giant", default="bert-base-uncased", metavar="ID|FOLDER|scratch", help="for --compare-base; scratch is a "
@@ -1408,23 +1415,22 @@ def parse_args(argv):
     if "--quick" in argv:
         parser.set_defaults(sample_size=1200, epochs=6, switch_every=3, dataset="embedded", from_scratch=True,
                             giant="scratch")
-    unset = object()
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset)))
-    given = {name for name, value in vars(args).items() if value is not unset}
-    for name in vars(args).keys() - given:
-        setattr(args, name, parser.get_default(name))
+    defaults = vars(parser.parse_args([]))
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in given.items() if value is not None}
+    args = argparse.Namespace(**defaults | given)
     for name in ("data", "data_dir", "model", "giant", "checkpoint"):  # a run may be resumed from another folder
         path = getattr(args, name)
-        if path and Path(path).exists():
-            setattr(args, name, str(Path(path).absolute()))
+        if path and path != "scratch" and Path(path).exists():
+            setattr(args, name, str(Path(path).resolve()))
     if args.resume is not None:
-        other = given - {"resume", "output_dir", "device"}
+        other = given.keys() - {"resume", "output_dir", "device"}
         if other:
             raise UserError(f"--{sorted(other)[0].replace('_', '-')} cannot be given with --resume, which keeps the "
                             "run's own arguments")
         return args
     args.mode = next((mode for mode in MODES if mode in given), None)
-    check_args(args, given)
+    check_args(args, given.keys())
     return args
 
 
@@ -1437,13 +1443,14 @@ def check_args(args, given):
                 raise UserError("--{} and --{} cannot be given together".format(*names))
 
     refuse(("data", "dataset"), ("model", "from_scratch"), ("no_dendrites", "compare_dendrites"), ("quick", "data"),
-           ("quick", "model"), *product(("predict", "export_hf"), MODES[3:]), ("predict", "export_hf"))
+           ("quick", "model"), ("predict", "export_hf"), ("benchmark_only", "compare_base"),
+           ("benchmark_only", "evaluate"), *product(("predict", "export_hf"), (*MODES[3:], *DATA_ARGUMENTS)))
     if args.evaluate not in (None, "newest"):
         refuse(("checkpoint", "evaluate"))
     if args.mode:
         refuse(*product(("model", "from_scratch", "no_dendrites", "compare_dendrites", "switch_every", "max_dendrites",
                          "runs", "quick"), MODES))
-        other = sorted(given & {*DATA_ARGUMENTS} - {"data", "dataset"})
+        other = sorted(given & {*DATA_ARGUMENTS} - {"data", "dataset", "data_dir"})
         if other and not given & {"data", "dataset"}:
             raise UserError(f"--{other[0].replace('_', '-')}: the texts and parts are those that the model was trained "
                             "with; other texts come with --data or --dataset")
@@ -1451,8 +1458,13 @@ def check_args(args, given):
     elif "checkpoint" in given:
         raise UserError("--checkpoint goes with --predict, --quantize, --export-onnx, --export-hf, --compare-base or "
                         "--benchmark-only")
-    if 0 < args.sample_size < 50:
-        raise UserError(f"--sample-size {args.sample_size}: at least 50, or 0 for everything")
+    for name in ("text_column", "label_column", "positive_label"):
+        if name in given and "data" not in given:
+            raise UserError(f"--{name.replace('_', '-')} goes with --data")
+    if args.text_column == args.label_column:
+        raise UserError("--text-column and --label-column are the same")
+    if 0 < args.sample_size < 100:
+        raise UserError(f"--sample-size {args.sample_size}: at least 100, or 0 for everything")
     if not args.no_dendrites and not args.mode:
         tries = (args.epochs // args.switch_every - 1) // args.max_dendrites
         if tries < 1:
@@ -1469,6 +1481,7 @@ def choose_device(name):
 
 
 # --- The experiment ---------------------------------------------------------------------------------------------------
+
 
 def make_classifier(base, kept, arguments, tokenizer, name):
     """The Classifier of `kept`, one of the best and last weights that train_classifier returns; `base` is its BERT."""
@@ -1504,7 +1517,8 @@ def train_giant(args, data, run_dir):
         model, tokenizer = load_pretrained(args.giant)
     training = train_classifier(model, tokenizer, data, args, "giant", run_dir / "giant_checkpoint.pt", scratch)
     name = "a small giant from scratch" if scratch else f"giant {Path(args.giant).name}"
-    giant = make_classifier(model, training["best"], vars(args), tokenizer, name)
+    arguments = vars(args) | {"data_sha256": data.info["sha256"]}
+    giant = make_classifier(model, training["best"], arguments, tokenizer, name)
     return giant.save(run_dir / "giant.pt"), training
 
 
@@ -1533,8 +1547,8 @@ def run_experiment(args, run_dir, arm="dendrites"):
     if args.export_onnx:
         require_onnx()
     seed_everything(args.seed)
-    results, data = describe_run(args) | {"arm": arm}, load_data(args)
-    if args.mode and own_texts and data.info["sha256"] != tiny.arguments["data_sha256"]:
+    results, data = describe_run(args) | ({} if args.mode else {"arm": arm}), load_data(args)
+    if args.mode and own_texts and data.info["sha256"] != tiny.arguments.get("data_sha256"):
         raise UserError(f"{data.info['name']}: not the texts that the model was trained with, so that it may have seen "
                         "some of the test part; bring them back, or give other texts with --data")
     note(f"{data.info['name']}: " + ", ".join(
@@ -1546,13 +1560,13 @@ def run_experiment(args, run_dir, arm="dendrites"):
         seconds["training"] = training["seconds"]
         results["training"] = {key: training[key] for key in ("history", "switches", "class_weights", "seconds")}
         results["best_epoch"], results["dendrites"] = training["best"]["epoch"], tiny.dendrites
-    everything, models, giant = args.quick and not args.mode, [tiny], None
-    if args.quantize or everything:
+    models, giant = [tiny], None
+    if args.quantize or args.quick:
         small = replace(tiny, model=make_int8(copy.deepcopy(tiny.model).cpu()), kind="int8")
         models.append(small.save(run_dir / "model_int8.pt"))
-    if args.export_onnx or (everything and importlib.util.find_spec("onnxruntime")):
+    if args.export_onnx or (args.quick and all(map(importlib.util.find_spec, ONNX))):
         models.append(export_onnx(tiny, run_dir / "model.onnx"))
-    if args.compare_base or everything:
+    if args.compare_base or args.quick:
         giant, giant_training = train_giant(args, data, run_dir)
         models.append(giant)
         seconds["giant training"] = giant_training["seconds"]
@@ -1577,7 +1591,7 @@ def run_experiment(args, run_dir, arm="dendrites"):
         f1 = results["models"][own.label]["tuned"]["f1"] if "models" in results else None
         rows.append({"model": own.label, "parameters": own.parameters, "MB": own.megabytes, "F1": f1}
                     | benchmark(own, some))
-        if own.kind != "float32":
+        if own.kind != "float32" and own is not tiny:
             logits = [predict_logits(one.model, one.tokens(test_texts)).cpu() for one in (tiny, own)]
             rows[-1]["largest logit difference"] = (logits[0] - logits[1]).abs().max().item()
     seconds["benchmark"] = time.perf_counter() - began
@@ -1628,8 +1642,9 @@ def summary(results):
                 "F1 disguised": one["disguised"]["f1"]})
         text.append("## Quality on the test part, toxic class")
         text.append(markdown_table([*table, SEED_CLAIM]))
-        text.append("Thresholds are the F1-optimal ones of the validation part; intervals are of 1,000 bootstrap "
-                    "samples of the test texts. Disguised: leetspeak and swapped letters in 30 % of the longer words.")
+        text.append("A model's threshold is the F1-optimal one of the validation part of its training, TF-IDF's that "
+                    "of this one; intervals are of 1,000 bootstrap samples of the test texts. Disguised: "
+                    "leetspeak and swapped letters in 30 % of the longer words.")
     text.append(f"## Size and speed on the CPU, {results['threads']} threads, tokenization included")
     text.append(markdown_table(results["deployments"]))
     if "giant_killer" in results:
@@ -1647,11 +1662,11 @@ def run_seeds(args, run_dir):
     for seed, arm in product(range(args.seed, args.seed + args.runs), arms):
         own_dir = run_dir / f"seed-{seed}-{arm.replace(' ', '-')}"
         own_dir.mkdir(exist_ok=True)
-        one = argparse.Namespace(**vars(args) | {"seed": seed})
+        done = own_dir / "results.json"
+        kept = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {"finished": False, "arguments": {}}
+        one = argparse.Namespace(**vars(args) | kept["arguments"] | {"seed": seed, "device": args.device})
         if arm in RESTARTED:
             one.epochs = len(finished["dendrites"][-1]["training"]["history"])
-        done = own_dir / "results.json"
-        kept = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {"finished": False}
         finished[arm].append(kept if kept["finished"] else run_experiment(one, own_dir, arm))
         used = finished[arm][-1]["arguments"]  # all runs on what the first one found in reach
         args.dataset, args.from_scratch = used["dataset"], used["from_scratch"]
@@ -1686,7 +1701,8 @@ def combine_runs(args, finished, run_dir):
     seeds = [run["seed"] for run in runs]
     text = (f"# toxicity.py, {runs[0]['data']['name']}, seeds {seeds[0]} to {seeds[-1]}: mean ± 95 % interval "
             f"(Student's t), test part\n\n{markdown_table(table)}\n\nDifferences are paired by seed; * marks an "
-            "interval without 0. \"same budget\" and \"wider\" have the epochs and the restarts of \"dendrites\".\n")
+            "interval without 0." + " \"same budget\" and \"wider\" have the epochs and the restarts of \"dendrites\"."
+            * args.compare_dendrites + "\n")
     (run_dir / "summary.md").write_text(text, encoding="utf-8")
     return write_results(describe_run(args) | {
         "finished": True, "data": runs[0]["data"], "seeds": seeds, "scores": scores, "table": table,
@@ -1702,6 +1718,7 @@ def export_for_transformers(args):
     if classifier.dendrites or classifier.kind != "float32":
         raise UserError(f"--export-hf: {classifier.label} is no plain BERT, which is all that transformers can load; "
                         "train with --no-dendrites")
+    Path(folder).mkdir(parents=True, exist_ok=True)
     classifier.model.save_pretrained(folder)
     BertTokenizerFast(tokenizer_object=classifier.tokenizer).save_pretrained(folder)
     print(f"{classifier.label} for transformers is in {folder}")
@@ -1711,9 +1728,10 @@ def predict(args):
     """Print score, decision and tier of each text of --predict, or of each line on stdin; returns them as a list."""
     classifier = Classifier.load(find_checkpoint(args), choose_device(args.device))
     try:
-        texts = args.predict or sys.stdin.read().splitlines()
-    except UnicodeDecodeError:
-        raise UserError("--predict: stdin is not UTF-8") from None
+        texts = args.predict or [line.rstrip("\n") for line in sys.stdin]
+        "".join(texts).encode()
+    except UnicodeError:
+        raise UserError("--predict: a text is not UTF-8") from None
     if not texts:
         raise UserError("--predict: no text given, and none on stdin")
     threshold = classifier.threshold
@@ -1753,7 +1771,7 @@ def main(argv=None):
             write_results(describe_run(args), run_dir / "results.json")
         results = run_seeds(args, run_dir)
     except KeyboardInterrupt:
-        where = run_dir and f"; to go on: python toxicity.py --resume {run_dir.name} --output-dir {args.output_dir}"
+        where = run_dir and f"; to go on: python toxicity.py --resume {run_dir}"
         note(f"stopped{where or ''}")
         raise SystemExit(130) from None
     except UserError as problem:
@@ -1766,8 +1784,8 @@ def main(argv=None):
         print((run_dir / "summary.md").read_text(encoding="utf-8"))
         print(f"Everything is in {run_dir}")
         return results
-    if run_dir and not resumed and not any(run_dir.rglob("*.pt")):  # leave no empty run behind
-        shutil.rmtree(run_dir)
+    if run_dir and not resumed and not [*run_dir.rglob("*.pt"), *run_dir.rglob("*.onnx")]:  # leave no empty run behind
+        shutil.rmtree(run_dir, ignore_errors=True)
     print(f"toxicity.py: error: {error}", file=sys.stderr)
     raise SystemExit(2)
 

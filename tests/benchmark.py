@@ -313,7 +313,9 @@ def toxicity_training(repeats=5):
     def bare():
         model.train()
         for ids, mask, label in batches:
-            loss = F.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, label, weights)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and has_bfloat16(device)):
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            loss = F.cross_entropy(logits.float(), label, weights)
             clipped_step(model, optimizer, loss)
         loss.item()
 

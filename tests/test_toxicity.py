@@ -184,7 +184,8 @@ def test_buckets_give_the_logits_of_plain_padding():
 
 def test_the_vocabulary_is_the_same_in_every_run():
     texts, _ = toxicity.generate_comments(500, seed=1)
-    first, second = (toxicity.train_wordpiece(texts) for _ in range(2))
+    rare = "".join(map(chr, range(0x4E00, 0x4E00 + 1500)))  # more letters than the vocabulary has room for
+    first, second = (toxicity.train_wordpiece([*texts, rare]) for _ in range(2))
     assert first.to_str() == second.to_str()
     assert first.encode("You are a clown").tokens == ["[CLS]", "you", "are", "a", "clown", "[SEP]"]
     tokens = toxicity.tokenize(first, ["you are a clown " * 10, "you"], 8)
@@ -306,7 +307,7 @@ def test_a_killed_run_goes_on_from_where_it_was(arm, dendritic, tmp_path, monkey
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(toxicity, name, function)
             toxicity.main(command)
-        assert stopped.value.code == 130 and "--resume run-001" in capsys.readouterr().err
+        assert stopped.value.code == 130 and f"--resume {tmp_path}/killed/tox" in capsys.readouterr().err
     resumed = toxicity.main(again)  # in the third epoch, then after the training
     assert len(resumed["training"]["history"]) == len(whole[1]["training"]["history"]) >= 4
     assert resumed["training"]["switches"] == whole[1]["training"]["switches"]
@@ -315,7 +316,7 @@ def test_a_killed_run_goes_on_from_where_it_was(arm, dendritic, tmp_path, monkey
     assert all(torch.equal(one[name], other[name]) for name in one)  # bit for bit
     assert "no unfinished run" in error_of(again, capsys)
     results = tmp_path / "killed/toxicity/run-001/results.json"
-    results.write_text(json.dumps({"experiment": "fire", "finished": False, "arguments": {}}))
+    results.write_text(json.dumps(resumed | {"experiment": "fire", "finished": False}))
     assert "no unfinished run" in error_of(["--resume", str(results.parent)], capsys)
 
 
@@ -349,7 +350,7 @@ def test_the_texts_of_a_trained_model_stay_its_own(tmp_path, capsys):
     path, out = write_csv(tmp_path / "comments.csv", texts, labels.astype(int)), ["--output-dir", tmp_path / "out"]
     argv = ["--data", path, "--from-scratch", "--no-dendrites", "--epochs", "1", "--max-length", "16", *out]
     toxicity.main(list(map(str, argv)))
-    for more in (["--seed", "42"], ["--sample-size", "50"], ["--label-threshold", "0.4"]):
+    for more in (["--seed", "42"], ["--sample-size", "100"], ["--label-threshold", "0.4"]):
         assert "the model was trained with" in error_of(["--evaluate", *more, *out], capsys)
     assert "the model was trained with it" in error_of(["--evaluate", "--data", path, *out], capsys)
     assert toxicity.main(["--evaluate", *map(str, out)])["data"]["rows"] == 300  # all rows: those of the run
@@ -418,13 +419,13 @@ def test_int8_and_onnx_agree_with_the_float_model(dendritic, tmp_path):
     argv = ["--quantize", "--export-onnx", "--checkpoint", str(checkpoint), "--output-dir", str(tmp_path)]
     results = toxicity.main(argv)
     full, int8, onnx = results["deployments"]
-    assert int8["MB"] < 6 and int8["largest logit difference"] < 0.1 and abs(int8["F1"] - full["F1"]) <= 0.2
+    assert int8["MB"] < 6 and int8["largest logit difference"] < 0.05
     assert onnx["largest logit difference"] < 1e-4 and onnx["F1"] == full["F1"]
     run = tmp_path / "toxicity/run-001"
     texts = toxicity.generate_comments(50, seed=9)[0]
     scores = [toxicity.Classifier.load(path, torch.device("cpu")).scores(texts)
               for path in (checkpoint, run / "model_int8.pt")]
-    np.testing.assert_allclose(*scores, atol=0.03)
+    np.testing.assert_allclose(*scores, atol=0.005)
     assert (run / "tokenizer.json").exists()
 
 
@@ -465,6 +466,8 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(plain, tmp_pa
     argv.remove("--from-scratch")
     results = toxicity.main(argv)
     assert results["parameters"] == 4_386_178 and "hf" in results["models"]
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    assert "no BERT" in error_of(argv, capsys)
     os.remove(folder / "model.safetensors")
     assert "no BERT" in error_of(argv, capsys)
 
@@ -512,6 +515,10 @@ def test_bad_files_end_in_one_line(tmp_path, capsys):
     good = write_csv(tmp_path / "good.csv", texts, labels.astype(int))
     latin = tmp_path / "latin.csv"
     latin.write_bytes("text,toxicity\nschön,1\n".encode("latin-1"))
+    head = tmp_path / "latin_head.csv"
+    head.write_bytes("text,größe,toxicity\na,b,1\n".encode("latin-1"))
+    lines = tmp_path / "latin.jsonl"
+    lines.write_bytes('{"text": "schön", "toxicity": 1}\n'.encode("latin-1"))
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "head.csv").write_text("text,toxicity\n")
     (tmp_path / "comments.xlsx").write_text("x")
@@ -523,7 +530,8 @@ def test_bad_files_end_in_one_line(tmp_path, capsys):
         (["--data", good, "--text-column", "comment"], "one column 'comment' is needed, there are text, toxicity"),
         (["--data", blank], "row 5 of the data, column 'text': empty text"),
         (["--data", one], "0 of them toxic"),
-        (["--data", latin], "UTF-8"),
+        (["--data", latin], "UTF-8"), (["--data", head], "UTF-8"), (["--data", lines], "UTF-8"),
+        (["--data", good, "--text-column", "toxicity"], "are the same"),
         (["--data", words], "--positive-label"),
         (["--data", words, "--positive-label", "worse"], "'bad'"),
         (["--data", gap], "no label"),
@@ -546,7 +554,9 @@ def test_bad_arguments_end_in_one_line(dendritic, tmp_path, capsys):
         (["--evaluate", "--no-dendrites"], "together"), (["--checkpoint", "x.pt"], "goes with"),
         (["--model", "x", "--from-scratch"], "together"), (["--resume", "--seed", "1"], "--resume"),
         (["--evaluate", "--predict", "hello"], "train first"), (["--quantize", "--predict", "hello"], "together"),
-        (["--sample-size", "7"], "at least 50"), (["--max-length", "600"], "--max-length"),
+        (["--predict", "hello", "--data", "x.csv"], "together"), (["--benchmark-only", "--compare-base"], "together"),
+        (["--positive-label", "0"], "goes with --data"),
+        (["--sample-size", "7"], "at least 100"), (["--max-length", "600"], "--max-length"),
         (["--evaluate"], "train first"), (["--predict", "hello"], "train first"),
         ([*SMALL[:2], "--no-dendrites", "--model", tmp_path], "no BERT"),
         ([*DENDRITES, "--learning-rate", "1e9"], "not finite"),
