@@ -1188,7 +1188,8 @@ def plot_deployments(rows, run_dir):
     if rows[0]["F1"] is not None:
         fig, axes = new_figure("Size on disk and quality", size=(8, 5))
         for i, row in enumerate(rows):
-            axes[0].plot(row["MB"], row["F1"], "osD^vPX*"[i % 8], color=COLORS[i % 8], markersize=9, label=row["model"])
+            axes[0].plot(row["MB"], row["F1"], "osD^vPX*"[i % 8], color=COLORS[i % 8], markersize=9, alpha=0.8,
+                         label=row["model"])
         axes[0].axvline(25, linestyle=":", color="0.3", label="the seed's limit, 25 MB")
         axes[0].set(xlabel="size on disk [MB]", ylabel="F1 of the toxic class (tuned, test part)", xscale="log",
                     xlim=(1, 1000), ylim=(0, 1))
@@ -1201,6 +1202,7 @@ def plot_deployments(rows, run_dir):
         values = {row["model"]: row[column] for row in rows}
         plot_ranking(ax, values, number)
         ax.set(xlabel=label, xscale="log", xlim=(min(values.values()) / 3, 3 * max(values.values())))
+        ax.xaxis.set_minor_formatter("")  # its labels would overlap
     save_figure(fig, run_dir / "speed.png")
 
 
@@ -1626,7 +1628,7 @@ def summary(results):
         weights = ", ".join(f"{weight:.2f}" for weight in training["class_weights"])
         text.append(f"Class weights {weights} (the seed: {SEED_WEIGHTS[0]}, {SEED_WEIGHTS[1]}); "
                     f"{len(training['history'])} epochs in {training['seconds']} s, best: epoch "
-                    f"{results['best_epoch']}, which has {results['dendrites']} dendrites on each neuron.")
+                    f"{results['best_epoch']}, dendrites on each neuron then: {results['dendrites']}.")
         if training["switches"]:
             text.append("## Switches (best validation PR AUC before and after)")
             text.append(markdown_table(training["switches"]))
