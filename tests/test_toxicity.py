@@ -36,7 +36,8 @@ def dendritic(tmp_path_factory):
     folder = tmp_path_factory.mktemp("working")
     parent, child = pty.openpty()  # with a terminal the library would open its debugger and wait
     command = [sys.executable, str(ROOT / "toxicity.py"), *DENDRITES]
-    process = subprocess.Popen(command, cwd=folder, stdin=child, stdout=child, stderr=child, close_fds=True)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, for the same last bits
+    process = subprocess.Popen(command, cwd=folder, env=threads, stdin=child, stdout=child, stderr=child)
     os.close(child)
     said = []
 
