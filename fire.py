@@ -1635,3 +1635,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+    if RANK:  # torch's clean-up at the exit of a process aborts now and then while the first one still runs
+        os._exit(0)
