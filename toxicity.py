@@ -605,6 +605,11 @@ def confined_library(folder):
         pdb.set_trace, builtins.input = kept
 
 
+def dendrite_tries(args):
+    """How often --epochs has room to try each set of dendrites."""
+    return (args.epochs // args.switch_every - 1) // args.max_dendrites
+
+
 def perforate(model, args, device):
     """(wrapped model, tracker): perforatedai set up so that the neuron axis is the last one of every layer.
 
@@ -620,7 +625,7 @@ def perforate(model, args, device):
         "output_dimensions": [-1, -1, 0],  # [batch, sequence, feature], 0 marks the neurons
         "switch_mode": GPA.pc.DOING_FIXED_SWITCH, "fixed_switch_num": args.switch_every,
         "first_fixed_switch_num": args.switch_every, "max_dendrites": args.max_dendrites,
-        "max_dendrite_tries": (args.epochs // args.switch_every - 1) // args.max_dendrites,
+        "max_dendrite_tries": dendrite_tries(args),
     }
     for name, value in settings.items():
         getattr(GPA.pc, f"set_{name}")(value)
@@ -665,13 +670,19 @@ def predict_logits(model, tokens, batch_size=INFERENCE_BATCH):
     return logits
 
 
-def best_threshold(labels, scores):
-    """The score from which on a text is called toxic so that F1 is highest on these [texts]."""
+def threshold_sweep(labels, scores):
+    """(F1, precision, recall, thresholds), each [thresholds], when a text is called toxic from that score on."""
     from sklearn.metrics import precision_recall_curve
 
     precision, recall, thresholds = precision_recall_curve(labels, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return float(thresholds[f1[:-1].argmax()])
+    precision, recall = precision[:-1], recall[:-1]  # sklearn's last point has no threshold
+    return 2 * precision * recall / np.maximum(precision + recall, 1e-12), precision, recall, thresholds
+
+
+def best_threshold(labels, scores):
+    """The score from which on a text is called toxic so that F1 is highest on these [texts]."""
+    f1, _, _, thresholds = threshold_sweep(labels, scores)
+    return float(thresholds[f1.argmax()])
 
 
 def learning_rate_factor(schedule, step, steps, steps_per_epoch):
@@ -1164,11 +1175,10 @@ def plot_evaluation(results, data, run_dir):
     fig, axes = new_figure(f"Threshold sweep, {name}", size=(9, 4.6))
     for i, (part, true, scores) in enumerate((("validation", validation_labels, one["validation_scores"]),
                                               ("test", labels, one["test_scores"]))):
-        precision, recall, thresholds = precision_recall_curve(true, scores)
-        curves = {"F1": 2 * precision * recall / np.maximum(precision + recall, 1e-12)}
-        curves |= {} if i else {"precision": precision, "recall": recall}
+        f1, precision, recall, thresholds = threshold_sweep(true, scores)
+        curves = {"F1": f1} if i else {"F1": f1, "precision": precision, "recall": recall}
         for j, (key, values) in enumerate(curves.items()):
-            axes[0].plot(thresholds, values[:-1], LINES[j], color=COLORS[3 * i + j], linewidth=1.5 + 1.5 * i,
+            axes[0].plot(thresholds, values, LINES[j], color=COLORS[3 * i + j], linewidth=1.5 + 1.5 * i,
                          label=f"{key}, {part}")
     axes[0].axvline(one["tuned"]["threshold"], linestyle=":", color="0.3", label="the model's")
     axes[0].set(xlabel="threshold on the score", ylabel="of the toxic class")
@@ -1467,12 +1477,10 @@ def check_args(args, given):
         raise UserError("--text-column and --label-column are the same")
     if 0 < args.sample_size < 100:
         raise UserError(f"--sample-size {args.sample_size}: at least 100, or 0 for everything")
-    if not args.no_dendrites and not args.mode:
-        tries = (args.epochs // args.switch_every - 1) // args.max_dendrites
-        if tries < 1:
-            raise UserError(f"--epochs {args.epochs} has no room for --max-dendrites {args.max_dendrites} with "
-                            f"--switch-every {args.switch_every}: {(args.max_dendrites + 1) * args.switch_every} are "
-                            "needed; or take --no-dendrites")
+    if not args.no_dendrites and not args.mode and dendrite_tries(args) < 1:
+        raise UserError(f"--epochs {args.epochs} has no room for --max-dendrites {args.max_dendrites} with "
+                        f"--switch-every {args.switch_every}: {(args.max_dendrites + 1) * args.switch_every} are "
+                        "needed; or take --no-dendrites")
 
 
 def choose_device(name):
@@ -1485,11 +1493,12 @@ def choose_device(name):
 # --- The experiment ---------------------------------------------------------------------------------------------------
 
 
-def make_classifier(base, kept, arguments, tokenizer, name):
+def make_classifier(base, kept, args, data, tokenizer, name):
     """The Classifier of `kept`, one of the best and last weights that train_classifier returns; `base` is its BERT."""
     model = grow_dendrites(build_bert({key: base.config.to_dict()[key] for key in BERT_SIZES}), kept["dendrites"])
     model.load_state_dict(kept["weights"])
-    device, parameters = choose_device(arguments["device"]), count_parameters(model)
+    device, parameters = choose_device(args.device), count_parameters(model)
+    arguments = vars(args) | {"data_sha256": data.info["sha256"]}
     return Classifier(model.to(device).eval(), tokenizer, arguments, name, kept["dendrites"], parameters,
                       kept["threshold"])
 
@@ -1504,8 +1513,7 @@ def train_tiny(args, data, arm, run_dir):
     write_results(describe_run(args) | {"arm": arm}, run_dir / "results.json")  # with what it falls back to
     plain = copy.deepcopy(model)
     training = train_classifier(model, tokenizer, data, args, arm, run_dir / "checkpoint.pt", args.from_scratch)
-    arguments = vars(args) | {"data_sha256": data.info["sha256"]}
-    best, last = (make_classifier(plain, training[which], arguments, tokenizer, name) for which in ("best", "last"))
+    best, last = (make_classifier(plain, training[which], args, data, tokenizer, name) for which in ("best", "last"))
     last.save(run_dir / "final_model.pt")
     return best.save(run_dir / "best_model.pt"), training
 
@@ -1519,8 +1527,7 @@ def train_giant(args, data, run_dir):
         model, tokenizer = load_pretrained(args.giant)
     training = train_classifier(model, tokenizer, data, args, "giant", run_dir / "giant_checkpoint.pt", scratch)
     name = "a small giant from scratch" if scratch else f"giant {Path(args.giant).name}"
-    arguments = vars(args) | {"data_sha256": data.info["sha256"]}
-    giant = make_classifier(model, training["best"], arguments, tokenizer, name)
+    giant = make_classifier(model, training["best"], args, data, tokenizer, name)
     return giant.save(run_dir / "giant.pt"), training
 
 

@@ -36,6 +36,13 @@ def report(name, unit, count, mine, reference_name, reference):
     print(f"{speeds}   ratio {reference / mine:.2f}")
 
 
+def median_pair(ours, bare, repeats):
+    """(seconds that `ours` returns, seconds of `bare`) of the repeat with the median ratio, after a warm-up."""
+    bare()
+    times = [(ours(), seconds(bare)) for _ in range(repeats)]
+    return sorted(times, key=lambda pair: pair[1] / pair[0])[repeats // 2]
+
+
 def clipped_step(model, optimizer, loss):
     """One step of the bare loops over models whose scripts clip the gradient at 1."""
     optimizer.zero_grad()
@@ -152,9 +159,7 @@ def duet_training(repeats=5):
         with tempfile.TemporaryDirectory() as folder:
             return duet.fit(model, [data], args, Path(folder) / "model.pt")[0]["train_seconds"]
 
-    bare()
-    times = [(ours(), seconds(bare)) for _ in range(repeats)]
-    mine, reference = sorted(times, key=lambda pair: pair[1] / pair[0])[repeats // 2]  # the pair of the median ratio
+    mine, reference = median_pair(ours, bare, repeats)
     report("duet training", "windows/s", args.steps * args.batch_size, mine, "bare loop", reference)
 
 
@@ -324,9 +329,7 @@ def toxicity_training(repeats=5):
             path = Path(folder) / "checkpoint.pt"
             return toxicity.train_classifier(model, tokenizer, data, args, "baseline", path, True)["seconds"]
 
-    bare()
-    times = [(ours(), seconds(bare)) for _ in range(repeats)]
-    mine, reference = sorted(times, key=lambda pair: pair[1] / pair[0])[repeats // 2]  # the pair of the median ratio
+    mine, reference = median_pair(ours, bare, repeats)
     report("toxicity training", "texts/s", len(texts), mine, "bare loop", reference)
 
 
