@@ -1209,7 +1209,7 @@ def run_experiment(args, run_dir):
     else:
         try:
             device = detect_device(args.device)
-        except ValueError as problem:
+        except argparse.ArgumentTypeError as problem:
             raise UserError(f"--device: {problem}") from None
         names = args.benchmark_datasets if args.only == "benchmark" else [args.dataset, *args.benchmark_datasets]
         all_data = {name: load(name, args) for name in names}

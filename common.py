@@ -1,5 +1,6 @@
 """Shared by the five experiments: device detection, seeding and plotting helpers. Nothing else belongs here."""
 
+import argparse
 import random
 import sys
 
@@ -7,24 +8,25 @@ import matplotlib
 import numpy as np
 import torch
 
-# --- Device -----------------------------------------------------------------------------------------------------------
+# --- Device ------------------------------------------------------------------------------------
 
 
 def detect_device(name="auto"):
-    """The torch device called `name`; `auto` takes cuda, then mps, then cpu.
+    """The torch device called `name`; `auto` takes cuda, then mps, then cpu. Usable as an argparse type.
 
-    Raises ValueError when the device is unknown or not on this machine.
+    Raises argparse.ArgumentTypeError when the device is unknown or not on this machine.
     """
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in here.items() if there))
+        return torch.device(next(kind for kind, present in available.items() if present))
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; take auto, cuda, mps or cpu") from None
-    known = here.get(device.type, False)
-    if not known or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not on this machine, which has {', '.join(k for k in here if here[k])}")
+        raise argparse.ArgumentTypeError(f"unknown device {name!r}; choose auto, cuda, mps or cpu") from None
+    present = available.get(device.type, False)
+    if not present or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        kinds = ", ".join(kind for kind in available if available[kind])
+        raise argparse.ArgumentTypeError(f"device {name!r} is not on this machine, which has {kinds}")
     return device
 
 
@@ -43,7 +45,7 @@ def in_notebook():
     return "ipykernel" in sys.modules and "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
 
 
-# --- Seeding ----------------------------------------------------------------------------------------------------------
+# --- Seeding -----------------------------------------------------------------------------------
 
 
 def seed_everything(seed):
@@ -53,7 +55,7 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-# --- Plotting: one style, readable in grey (each series has its own line style, marker or hatch) ---------------------
+# --- Plotting: one style, readable in grey (each series has its own line style, marker or hatch) ----
 
 if not in_notebook():
     matplotlib.use("Agg")
@@ -61,6 +63,7 @@ import matplotlib.pyplot as plt  # noqa: E402  after the choice of the backend
 
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666", "#F0E442"]  # Okabe and Ito
 LINES = ["-", "--", "-.", ":"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]  # seven: with eight colors, no two of 56 series look alike
 HATCHES = ["", "//", "..", "xx", "\\\\", "++", "oo", "--"]
 STYLE = {
     "figure.dpi": 110,
@@ -103,6 +106,18 @@ def plot_curve(ax, x, runs, label, index=0, marker=None):
         ax.fill_between(x, mean - width, mean + width, color=COLORS[index % 8], alpha=0.2, linewidth=0)
 
 
+def legend_below(ax, columns=6):
+    """One legend below the whole figure, for what `ax` shows; nothing inside the axes is covered."""
+    handles, labels = ax.get_legend_handles_labels()
+    ax.figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), columns), fontsize=9)
+
+
+def epoch_axis(ax, label="epoch"):
+    """An x axis for counts, with whole numbers only."""
+    ax.set_xlabel(label)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
 def plot_bars(ax, labels, series, number="{:.1f}", errors=None):
     """Grouped vertical bars with their values above them.
 
@@ -112,10 +127,10 @@ def plot_bars(ax, labels, series, number="{:.1f}", errors=None):
     width = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
         values = np.array(values, dtype=float)
-        at = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
-        ends = None if errors is None else errors[name]
-        bars = ax.bar(at, values, width, yerr=ends, label=name, color=COLORS[i % 8], hatch=HATCHES[i % 8], alpha=0.85,
-                      edgecolor="white", linewidth=0.5, capsize=3)
+        positions = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
+        half_widths = None if errors is None else errors[name]
+        bars = ax.bar(positions, values, width, yerr=half_widths, label=name, color=COLORS[i % 8],
+                      hatch=HATCHES[i % 8], alpha=0.85, edgecolor="white", linewidth=0.5, capsize=3)
         texts = [number.format(v) if np.isfinite(v) else "" for v in values]
         ax.bar_label(bars, texts, padding=2, fontsize=8, rotation=90 if len(series) * len(labels) > 15 else 0)
     ax.set_xticks(range(len(labels)), labels)
@@ -123,6 +138,25 @@ def plot_bars(ax, labels, series, number="{:.1f}", errors=None):
     ax.margins(y=0.18)
     if len(series) > 1:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=min(len(series), 6), fontsize=9)
+
+
+def plot_dots(ax, labels, series, number=None, errors=None, highlight=None):
+    """Dots, a row for each label (the first on top) and a marker for each series; the axis need not start at zero.
+
+    `series` maps each legend entry to one value a label; `errors` likewise to half widths of intervals. The label or
+    the series called `highlight` is larger and black; `number` is a format that writes values beside the dots.
+    """
+    for i, (name, values) in enumerate(series.items()):
+        rows = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * 0.7 / len(series)
+        colors = ["black" if highlight in (name, label) else COLORS[i % 8] for label in labels]
+        sizes = [80 if highlight in (name, label) else 35 for label in labels]
+        ax.scatter(values, rows, sizes, colors, MARKERS[i % 7], label=name, zorder=3)
+        if errors is not None:
+            ax.errorbar(values, rows, xerr=errors[name], fmt="none", ecolor=colors, capsize=3)
+        for value, row in zip(values, rows) if number else ():
+            ax.annotate(number.format(value), (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
 
 
 def plot_ranking(ax, values, number="{:.2f}", highlight=None):
@@ -135,22 +169,24 @@ def plot_ranking(ax, values, number="{:.2f}", highlight=None):
 
 
 def plot_history(axes, history, step_losses=None):
-    """Loss and accuracy over the epochs of `history` [{train_loss, validation_loss, train_accuracy, …}] on two axes.
+    """Loss and accuracy over the epochs of `history` [{train_loss, val_loss, train_accuracy, …}] on two axes.
 
-    `step_losses` [steps] adds the loss of each training step and its moving average.
+    Training figures are means over an epoch and stand at its middle, validation figures at its end. `step_losses`
+    [steps] adds the loss of each training step and its moving average.
     """
+    ends = np.arange(1, len(history) + 1)
     for ax, name, scale in zip(axes, ("loss", "accuracy"), (1, 100)):
-        for i, part in enumerate(("train", "validation")):
-            values = [scale * epoch[f"{part}_{name}"] for epoch in history]
-            plot_curve(ax, np.arange(1, len(history) + 1), values, part, index=i, marker="os"[i])
-        ax.set(xlabel="epoch", ylabel="accuracy [%]" if scale == 100 else "loss")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        for i, (split, x) in enumerate({"train": ends - 0.5, "val": ends}.items()):
+            values = [scale * epoch[f"{split}_{name}"] for epoch in history]
+            plot_curve(ax, x, values, {"train": "training", "val": "validation"}[split], index=i, marker=MARKERS[i])
+        ax.set_ylabel("accuracy [%]" if scale == 100 else "loss")
+        epoch_axis(ax)
     if step_losses is not None:
-        at = np.linspace(0, len(history), len(step_losses) + 1)[1:]
+        positions = np.linspace(0, len(history), len(step_losses) + 1)[1:]
         width = min(len(step_losses), max(5, len(step_losses) // 50))
         mean = np.convolve(step_losses, np.ones(width) / width, "valid")
-        axes[0].plot(at, step_losses, color="0.8", linewidth=0.7, zorder=0, label="train, each step")
-        axes[0].plot(at[width - 1 :], mean, ":", color="0.2", label=f"moving average of {width} steps")
+        axes[0].plot(positions, step_losses, color="0.8", linewidth=0.7, zorder=0, label="training, each step")
+        axes[0].plot(positions[width - 1 :], mean, ":", color="0.2", label=f"moving average of {width} steps")
     for ax in axes:
         ax.legend()
 

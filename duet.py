@@ -1617,7 +1617,7 @@ def run_experiments(args, run_dir):
     (run_dir / "models").mkdir(exist_ok=True)
     try:
         device = detect_device(args.device)
-    except ValueError as problem:
+    except argparse.ArgumentTypeError as problem:
         raise UserError(f"--device: {problem}") from None
     todo = [name for name in EXPERIMENTS if getattr(args, name, False)]
     if args.quick or not todo:

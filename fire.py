@@ -1,95 +1,64 @@
-"""Can a small transformer tell fire from burnt toast, and does it beat trees on the same sensor windows?
+"""Can a small transformer tell fire from burnt toast, and does it beat trees on the same windows?
 
-Method: windows of 60 s from five areas of a building (1 to 6 sensors each, 1 Hz) are classified as normal, warning or
-fire at their last second. A transformer with an area embedding is trained on the raw windows; random forest, extra
-trees and gradient boosting on summary statistics of the same windows; a majority vote joins the four. All of them,
-logistic regression and the majority class are scored on the same later, unseen part of every area.
-
-    python fire.py                                        # embedded sensors, 100,000 rows an area: 2 minutes
-    python fire.py --sample-per-area 1000000              # the full job, 5 M rows: 20 minutes on 2 cores
-    python fire.py --quick                                # everything, small: under a minute
-    python fire.py --data FOLDER --label-column alarm     # your own CSV or Parquet files, one an area
-    python fire.py --data s3://bucket/prefix --save-to s3://bucket/models    # versions v0001, v0002, …
-    python fire.py --resume                               # go on with the newest unfinished run
-    python fire.py --predict NEW.csv --area voc --checkpoint outputs/fire/run-001/transformer.pt
-    python fire.py --compare outputs/fire/*/results.json  # accuracy, hours, cost
-    torchrun --nproc-per-node 2 fire.py                   # two processes; more machines: see the README
-
-Written to outputs/fire/run-001/ (the next free number): results.json, summary.md, transformer.pt (weights, arguments,
-normalization), trees.joblib, checkpoint.pt (for --resume), nine pictures, training_progress.gif and
-model_comparison.html; or predictions.csv; or cost_comparison.png.
-
-Without --data the sensors are synthetic. Their labels follow the hidden intensity of an incident, with limits that
-differ a little from incident to incident as annotators do, so nothing can be perfect: an oracle that knows the
-intensity itself, without noise, reaches 98.3 % (measured, 5 M rows, seed 42).
-
-The risk head (0 to 100) is trained towards 0, 50 and 100 for normal, warning and fire at the last row. The loss is
-the class-weighted cross-entropy plus RISK_WEIGHT times the squared error of risk / 100.
-
-Measured so, test accuracy: gradient boosting 95.7, ensemble 95.6, transformer 94.6 (95.1 with --patch-len 5, in a
-third of the time), logistic regression 94.3, always "normal" 71.3 %.
-
-Sources: a plan to train a "Fire Detection AI" on 5 M of 50 M rows (its bucket is not public), which sampled single
-rows and let windows of one incident fall on both sides of its split; the first is not done here, the second only where
-a class would be missing otherwise (it says so) or no quiet stretch is near the cut. Transformer: Vaswani et al. 2017,
-pre-norm after Xiong et al. 2020. Trees: Breiman 2001, Geurts et al. 2006, Ke et al. 2017.
+DOCSTRING
 """
 
 import argparse
 import contextlib
 import copy
+import csv
+import gzip
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
 import os
 import pickle
-import platform
-import random
 import re
-import shutil
+import secrets
 import subprocess
 import sys
-import threading
 import time
-import uuid
-from dataclasses import dataclass
-from itertools import chain, pairwise, zip_longest
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import joblib
 import numpy as np
+import pandas as pd
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from common import (detect_device, has_bfloat16, in_notebook, mean_and_interval, new_figure, plot_bars, plot_confusion,
-                    plot_curve, plot_history, plot_ranking, plt, save_figure, seed_everything)
+from common import (MARKERS, detect_device, epoch_axis, has_bfloat16, in_notebook,
+                    legend_below, mean_and_interval, new_figure, plot_bars, plot_confusion,
+                    plot_curve, plot_dots, plot_history, plot_ranking, plt, save_figure,
+                    seed_everything)
 
-try:
-    import resource
-except ImportError:  # Windows: memory is then not reported
-    resource = None
-
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+EXPERIMENT = "fire"
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 CLASSES = ["normal", "warning", "fire"]
-TARGET_MIX = np.array([0.70, 0.20, 0.10])  # the seed's aim for its sample
-TARGET_ACCURACY = 0.94  # the seed expects 94 to 96 %
-SEED_CLAIM = {"model": "the seed's plan, a claim", "accuracy %": "94 to 96"}
-SEED_REFERENCE = {"run": "the seed's 50M model, a claim", "rows": "50,000,000", "training h": 43.0, "$ per h": 3.825}
-MAX_SENSORS = 6
-PARTS = {"train": 0.70, "validation": 0.15, "test": 0.15}
-MIN_WINDOWS = 5  # a part with fewer windows of a class cannot measure it
+SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
+TARGET_MIX = np.array([0.70, 0.20, 0.10])  # shares of the classes at which sampling aims
+MIN_WINDOWS = 5  # a split with fewer windows of a class cannot measure that class
 RISK_WEIGHT = 0.5
-MAX_FIRES = 200  # fires of the test part whose detection delay is measured
+MAX_FIRES = 200  # fires of the test split whose detection delay is measured
+BASELINES = ["logistic regression", "random forest", "extra trees", "gradient boosting"]
 VOTERS = ["transformer", "random forest", "extra trees", "gradient boosting"]
+ORIGINAL_ROW = {"model": "the original's expectation", "accuracy %": "94 to 96"}
+ORIGINAL_RUN = {"run": "the original's 50M model, as claimed", "rows": "50,000,000",
+                "training h": 43.0, "$ per h": 3.825}
+BASELINE_SECONDS = 3600
+BASELINE_QUANTILE = 0.3  # below the median, so that an incident of half an hour hardly moves it
+BASELINE_BLOCK = 60  # rows whose mean enters the baseline as one value
 
-# The embedded generator. Each sensor: level, daily swing, drift, noise, rise at the outbreak of fire, lag [s], rise in
-# the area's harmless look-alike.
+# The embedded generator. Each sensor: level, daily swing, drift, noise, rise at the outbreak of
+# fire, lag [s], rise in the area's harmless look-alike.
 SENSORS = {
     "basement": {
         "temperature_c": (18.0, 1.0, 0.6, 0.3, 8.0, 40, 4.0),
@@ -125,25 +94,94 @@ SENSORS = {
         "ozone_ppb": (15.0, 3.0, 1.5, 2.0, 25.0, 12, 16.0),
     },
 }
-LOOKALIKES = {"basement": "cooking", "laundry": "dryer cycle", "asd": "dust", "voc": "solvent", "arc": "switching arcs"}
+LOOKALIKES = {"basement": "cooking", "laundry": "dryer cycle", "asd": "dust", "voc": "solvent",
+              "arc": "switching arcs"}
 BLOCK_ROWS = 3600
-WARNING_AT, FIRE_AT = 0.17, 1.0  # limits of the hidden intensity
+WARNING_LIMIT, FIRE_LIMIT = 0.17, 1.0  # of the hidden intensity
+
+# Files. A label is compared in lower case; 1 means fire where no label means warning.
+LABELS = {"0": 0, "normal": 0, "no fire": 0, "no": 0, "off": 0, "false": 0, "1": 1, "warning": 1,
+          "2": 2, "fire": 2, "yes": 2, "on": 2, "true": 2}
+LABEL_COLUMNS = ("label", "is_anomaly")
+TIME_COLUMNS = ("timestamp", "datetime", "time", "date", "utc")
+DEVICE_COLUMN = re.compile(r"(device|room|area|node|zone|location|sensor)(_?(id|name|no))?", re.I)
+DATA_FILE = re.compile(r"/[^._/][^/]*\.(csv|csv\.gz|tsv|parquet)$", re.I)  # none that is hidden
+SMOKE = re.compile("smoke", re.I)
+CO = re.compile(r"(^|[^a-z])co([^a-z0-9]|$)|carbon.?monoxide", re.I)
+INDEX_COLUMN = re.compile(r"|unnamed: \d+|__index_level_\d+__|index", re.I)
 
 
-class UserError(Exception):
-    """Something that the user can put right: main() makes it one line on stderr and exit code 2."""
+def parse_args(argv=None):
+    """The command line as a namespace; an error is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small data and a short training: under a minute")
+    add("--sample-per-area", type=int, default=100_000, help="rows of each area to use")
+    add("--data", nargs="+", metavar="PATH", help="CSV or Parquet files or folders, also s3://…; without it the embedded generator is used")
+    add("--label-column", help="label column; if unset, label or is_anomaly")
+    add("--time-column", help="time column, or none; if unset, timestamp, datetime, time, date or utc")
+    add("--area-column", help="column that names the area (or the device) of a row; if unset, each file is an area")
+    add("--columns", nargs="+", metavar="NAME", help="sensor columns; if unset, all other numeric columns")
+    add("--na-values", nargs="+", default=[], metavar="VALUE", help="readings that mean missing, such as -999")
+    add("--split", choices=["auto", "time", "runs", "files"], default="auto", help="how training, validation and test are told apart: 70/15/15 in order of time, of each run of one label, or whole recordings; auto is time, or runs where a class would be missing")
+    add("--baseline-seconds", type=int, help="trailing window of the drift compensation, 0 for none; if unset, 3600, or 0 where incidents last longer")
+    add("--seq-len", type=int, default=60, help="rows of a window")
+    add("--stride", type=int, help="rows from one evaluated window to the next; if unset, --seq-len")
+    add("--patch-len", type=int, default=15, help="rows in one token of the transformer")
+    add("--original-model", action="store_true", help="the original's exact model: one row a token, no summary token")
+    add("--d-model", type=int, default=128, help="width of the transformer")
+    add("--num-heads", type=int, default=4, help="attention heads")
+    add("--num-layers", type=int, default=3, help="transformer layers")
+    add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
+    add("--gain-noise", type=float, default=0.2, help="training noise: each sensor of a window times exp(this times a normal number)")
+    add("--ema-decay", type=float, default=0.99, help="decay of the moving average of the weights, which is what is evaluated")
+    add("--epochs", type=int, default=20, help="largest number of epochs; the learning rate decays over them")
+    add("--steps-per-epoch", type=int, default=100, help="training steps from one validation to the next")
+    add("--min-epochs", type=int, default=10, help="epochs before early stopping may happen")
+    add("--patience", type=int, default=5, help="epochs without a lower validation loss before stopping")
+    add("--batch-size", type=int, default=256, help="windows in a step, of all processes together")
+    add("--learning-rate", type=float, default=0.001, help="largest learning rate")
+    add("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
+    add("--class-weight-power", type=float, default=0.25, help="class weights are (1 / share) to this power: 0 is none, 1 balances")
+    add("--num-trees", type=int, default=100, help="trees of a forest")
+    add("--seed", type=int, default=42, help="random seed")
+    add("--runs", type=int, default=1, help="number of seeds in a row, for a mean and its interval")
+    add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
+    add("--output-dir", default="outputs", help="folder of all results")
+    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on with; without a name, the newest")
+    add("--save-to", metavar="FOLDER", help="folder, also s3://…, to which models and metadata are copied as a new version")
+    add("--predict", metavar="FILE", help="new readings to classify with --checkpoint")
+    add("--checkpoint", metavar="FILE", help="transformer.pt of a run")
+    add("--area", help="area of the checkpoint for --predict; if unset, the file's name up to the first _")
+    add("--compare", nargs="+", metavar="RESULTS", help="results.json files of runs to set side by side")
+    add("--price-per-hour", type=float, default=1.624, help="dollars an hour of the machine, for --compare")
+    if "--quick" in (argv or []):
+        parser.set_defaults(sample_per_area=30_000, epochs=3, min_epochs=3, batch_size=128, num_trees=30)
+    args = parser.parse_args(argv)
+    args.stride = args.stride or args.seq_len
+    if args.original_model:
+        args.patch_len = 1
+    for name in ("sample_per_area", "seq_len", "stride", "patch_len", "d_model", "num_heads", "num_layers", "epochs",
+                 "steps_per_epoch", "min_epochs", "patience", "batch_size", "num_trees", "runs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.seq_len % args.patch_len:
+        parser.error(f"--patch-len {args.patch_len} does not divide --seq-len {args.seq_len}")
+    if args.d_model % args.num_heads:
+        parser.error(f"--num-heads {args.num_heads} does not divide --d-model {args.d_model}")
+    if args.predict and not args.checkpoint:
+        parser.error("--predict needs --checkpoint, the transformer.pt of a run")
+    return args
 
 
-def note(text):
-    if RANK == 0:
-        print(f"fire.py: {text}", file=sys.stderr)
-
-
-# --- Data: the embedded generator -----------------------------------------------------------------------------------
+# --- Data: the embedded generator ---------------------------------------------------------------
 
 
 def intensity(t, onset, growth, burn, decay, scale):
-    """Hidden intensity of an incident at `t` [s]: quadratic growth to `scale` in `growth` seconds and on for `burn`."""
+    """Hidden intensity of an incident at `t` [s]: it grows with the square of time for `growth` seconds, up to
+    `scale`, and on for `burn` seconds, then decays."""
     grown = scale * (np.clip(t - onset, 0, growth + burn) / growth) ** 2
     return grown * np.exp(-np.clip(t - onset - growth - burn, 0, None) / decay)
 
@@ -154,9 +192,10 @@ def lookalike(kind, t, start, length, rng):
     if kind == "cooking":
         return np.sin(np.pi * phase) ** 2
     if kind == "dryer cycle":
-        return ((phase > 0) & (phase < 1)) * np.clip(2 * np.sin(2 * np.pi * (t - start) / 240), 0, 1)
+        cycles = np.clip(2 * np.sin(2 * np.pi * (t - start) / 240), 0, 1)
+        return np.where((phase > 0) & (phase < 1), cycles, 0)
     if kind == "solvent":
-        return (phase > 0) * np.exp(-4 * (t - start).clip(0) / length)
+        return np.where(phase > 0, np.exp(-4 * (t - start).clip(0) / length), 0)
     bursts = start + length * rng.random((12, 1))  # dust and switching arcs
     return np.exp(-np.abs(t - bursts) / rng.uniform(4, 20, (12, 1))).max(axis=0)
 
@@ -164,546 +203,794 @@ def lookalike(kind, t, start, length, rng):
 def generate_block(area, block, seed):
     """Hour number `block` of an area, the same whichever blocks were made before.
 
-    Returns readings [3600, sensors] float32 with NaN where a sensor drops out, labels [3600] int8, and what the oracle
-    answers [3600] int8: the class by the noise-free intensity and the usual limits.
+    Returns readings [3600, sensors] float32 with NaN where a sensor drops out, labels [3600] int8,
+    and the oracle's answers [3600] int8: the class by the noise-free intensity and the usual limits.
     """
     number = list(SENSORS).index(area)
     rng = np.random.default_rng([seed, number, 1 + block])
-    level, swing, drift, noise, rise, lag, false_rise = np.array(list(SENSORS[area].values())).T[:, :, None]
+    sensors = np.array(list(SENSORS[area].values())).T[:, :, None]
+    level, swing, drift, noise, rise, lag, false_rise = sensors
     t = np.arange(BLOCK_ROWS)
     hours = block + t / 3600
 
     growth, burn, decay = rng.uniform((500, 200, 60), (1100, 650, 180))
     onset = rng.uniform(0, BLOCK_ROWS - growth - burn - 6 * decay)
-    scale = 1.0 if rng.random() < 0.66 else rng.uniform(0.35, 0.85) / (1 + burn / growth) ** 2  # else it never ignites
-    incident = growth, burn, decay, scale
-    hidden = intensity(t, onset, *incident)
-    felt = intensity(t, onset + lag, *incident)  # [sensors, time]: each sensor lags behind
-    gain = np.exp(0.1 * rng.standard_normal() + 0.25 * rng.standard_normal((len(level), 1)))  # how near each sensor is
+    if rng.random() < 0.66:
+        scale = 1.0
+    else:  # it never ignites
+        scale = rng.uniform(0.35, 0.85) / (1 + burn / growth) ** 2
+    hidden = intensity(t, onset, growth, burn, decay, scale)
+    sensed = intensity(t, onset + lag, growth, burn, decay, scale)  # [sensors, time]
+    distance = 0.1 * rng.standard_normal() + 0.25 * rng.standard_normal((len(level), 1))
 
     x = level + swing * np.sin(2 * np.pi * (hours - 9) / 24)
     phases = np.random.default_rng([seed, number]).uniform(0, 2 * np.pi, (3, len(level), 1))
     for period, phase in zip((7.3, 31.0, 170.0), phases):
         x = x + drift / math.sqrt(3) * np.sin(2 * np.pi * hours / period + phase)
-    x += rise * gain * felt
+    x += rise * np.exp(distance) * sensed
     for start, length, size in rng.uniform((0, 300, -0.5), (BLOCK_ROWS - 900, 900, 0.5), (3, 3)):
         x += false_rise * math.exp(size) * lookalike(LOOKALIKES[area], t, start, length, rng)
-    x += noise * (1 + 0.5 * felt) * rng.standard_normal(x.shape, dtype=np.float32)
+    x += noise * (1 + 0.5 * sensed) * rng.standard_normal(x.shape, dtype=np.float32)
     x = np.maximum(x, 0)
     x[rng.random(x.shape, dtype=np.float32) < 0.002] = np.nan
     for sensor in np.flatnonzero(rng.random(len(level)) < 0.15):
         start, length = rng.integers((0, 10), (BLOCK_ROWS, 300))
         x[sensor, start : start + length] = np.nan
 
-    usual = np.array([WARNING_AT, FIRE_AT])
-    annotated = usual * np.exp(rng.normal(0, (0.15, 0.10)))
-    labels, oracle = (np.searchsorted(limits, hidden, side="right").astype(np.int8) for limits in (annotated, usual))
+    limits = np.array([WARNING_LIMIT, FIRE_LIMIT])
+    annotated = limits * np.exp(rng.normal(0, (0.15, 0.10)))  # annotators differ a little
+    labels = np.searchsorted(annotated, hidden, side="right").astype(np.int8)
+    oracle = np.searchsorted(limits, hidden, side="right").astype(np.int8)
     return x.T.astype(np.float32), labels, oracle
 
 
 def generate_area(area, rows, seed):
     """The first `rows` seconds of an area: readings [rows, sensors], labels [rows], oracle [rows]."""
-    blocks = [generate_block(area, block, seed) for block in range(math.ceil(rows / BLOCK_ROWS))]
+    count = math.ceil(rows / BLOCK_ROWS)
+    blocks = [generate_block(area, block, seed) for block in range(count)]
     return tuple(np.concatenate(arrays)[:rows] for arrays in zip(*blocks))
 
 
-# --- Data: CSV and Parquet files, on this machine or in S3 ------------------------------------------------------------
+# --- Data: CSV and Parquet files, on this machine or in S3 --------------------------------------
 
 
-LABEL_COLUMNS = ("label", "is_anomaly")
-LABEL_CODES = {"normal": 0, "warning": 1, "fire": 2, "0": 0, "1": 1, "2": 2, "0.0": 0, "1.0": 1, "2.0": 2,
-               "false": 0, "true": 1}
+@dataclass
+class Area:
+    """All rows of one area in order of time."""
 
-
-@contextlib.contextmanager
-def file_errors(where, names=()):
-    """Turn what pyarrow says about a bad file into one line with file, row and column (`names`: those of a CSV)."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        text = " ".join(str(error).split())
-        cell = re.search(r"In CSV column #(\d+): Row #(\d+): CSV conversion error to (\w+).*?: (.*)", text)
-        ragged = re.search(r"Row #(\d+): Expected (\d+) columns, got (\d+)", text)
-        if cell:
-            wanted = "readable text" if cell[3] == "string" else "a number"
-            text = f"row {cell[2]}, column {names[int(cell[1])]!r}: {cell[4]}, {wanted} is needed"
-        elif ragged:
-            text = f"row {ragged[1]}: {ragged[3]} cells, the header has {ragged[2]}"
-        raise UserError(f"{where}: {text}") from None
+    sensors: list  # names
+    readings: np.ndarray  # [rows, sensors] float32, NaN where missing
+    labels: np.ndarray  # [rows] int8
+    oracle: np.ndarray | None = None  # [rows] int8, with the embedded generator
+    breaks: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # rows that follow a gap
+    recordings: np.ndarray = field(default_factory=lambda: np.zeros(1, int))  # first row of each file
+    step: float = 1.0  # usual seconds from one row to the next
 
 
 def open_address(address):
-    """(pyarrow filesystem, path in it) of a path or of s3://bucket/key, with the usual AWS_… variables and profiles."""
+    """(pyarrow file system, path in it) of a local path or s3://bucket/key. S3 takes the usual AWS_…
+    variables and profiles; AWS_ENDPOINT_URL names another server."""
     from pyarrow import fs
 
     if not str(address).startswith("s3://"):
         return fs.LocalFileSystem(), os.path.abspath(address)
     path = str(address).removeprefix("s3://").strip("/")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    with file_errors(address):
-        if endpoint:
-            return fs.S3FileSystem(endpoint_override=endpoint), path
-        return fs.FileSystem.from_uri("s3://" + path.split("/")[0])[0], path  # finds the bucket's region
+    return fs.FileSystem.from_uri("s3://" + path.split("/")[0])[0], path
 
 
-def file_sha256(address):
+def read_bytes(address):
+    """The content of a file, here or in S3."""
     filesystem, path = open_address(address)
-    with file_errors(address), filesystem.open_input_stream(path, compression=None) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with filesystem.open_input_file(path) as file:
+        return file.read_buffer()
 
 
 def list_files(addresses):
-    """{area: address} of files and folders; an area is a stem up to the first _, or whole where those clash."""
+    """The CSV and Parquet files among `addresses`, and all such files in folders among them."""
     from pyarrow import fs
 
     files = []
     for address in addresses:
         filesystem, path = open_address(address)
-        with file_errors(address):
-            found = [filesystem.get_file_info(path)]
-            if found[0].type == fs.FileType.NotFound:
-                raise UserError(f"{address}: no such file, folder or bucket; CSV and Parquet files are read")
-            if found[0].type == fs.FileType.Directory:
-                found = [info for info in filesystem.get_file_info(fs.FileSelector(path))
-                         if info.is_file and info.extension.lower() in ("csv", "parquet")]
-        if not found:
-            raise UserError(f"{address}: no .csv or .parquet file in this folder")
-        files += sorted(("s3://" if str(address).startswith("s3://") else "") + info.path for info in found)
-    for name in (lambda file: Path(file).stem.split("_")[0], lambda file: Path(file).stem):
-        areas = {name(file): file for file in files}
-        if len(areas) == len(files):
-            return areas
-    raise UserError(f"two --data files have the same name, rename one: {', '.join(files)}")
+        kind = filesystem.get_file_info(path).type
+        if kind == fs.FileType.NotFound:
+            raise UserError(f"{address}: no such file, folder or bucket")
+        paths = [path]
+        if kind == fs.FileType.Directory:
+            inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+            paths = sorted(info.path for info in inside if DATA_FILE.search(info.path))
+        if not paths:
+            raise UserError(f"{address}: no .csv, .csv.gz, .tsv or .parquet file in this folder")
+        prefix = "s3://" if str(address).startswith("s3://") else ""
+        files += [prefix + path for path in paths]
+    return files
 
 
-def is_parquet(address):
-    return str(address).lower().endswith(".parquet")
+def name_areas(files, split):
+    """The area of each file: what follows area= in its path, or its name up to the first _, or as much
+    more as tells all files apart. With the split "files" several files are recordings of one area:
+    those with the same beginning, or all, where a beginning has fewer than three."""
+    stems = [Path(file).name.split(".")[0] for file in files]
+    beginnings = [stem.split("_")[0] for stem in stems]
+    if all("area=" in file for file in files):
+        return [re.search("area=([^/]*)", file)[1] for file in files]
+    if split == "files":
+        few = min(beginnings.count(name) for name in beginnings) < 3
+        return ["all"] * len(files) if few else beginnings
+    candidates = [beginnings, stems, files]
+    return next((names for names in candidates if len(set(names)) == len(files)), files)
 
 
-def is_text(column):
+def csv_format(head):
+    """(encoding, delimiter, decimal point, column names) of a CSV file, from its first bytes."""
+    encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    try:
+        text = head[: head.rfind(b"\n") + 1].decode(encoding, "ignore" if encoding == "utf-16" else "strict")
+    except UnicodeDecodeError:
+        encoding = "latin-1"
+        text = head.decode(encoding)
+    first, second, *_ = [*text.lstrip("\ufeff").splitlines(), "", ""]
+    delimiter = max(",;\t|", key=first.count)
+    decimal = "," if delimiter != "," and re.search(r"\d,\d", text) else "."
+    header, row = csv.reader([first, second], delimiter=delimiter)
+    if len(row) == len(header) + 1:
+        header = ["", *header]  # a row index whose column has no name, as R writes it
+    return encoding, delimiter, decimal, header
+
+
+def read_frame(address, na_values):
+    """(pandas DataFrame, sha256) of a CSV or Parquet file."""
     import pyarrow as pa
-
-    return pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-
-
-def column_names(address):
-    """The columns of a CSV or Parquet file, each of them once."""
     import pyarrow.csv
     import pyarrow.parquet
 
-    filesystem, path = open_address(address)
-    with file_errors(address):
-        if is_parquet(address):
-            names = pyarrow.parquet.ParquetFile(filesystem.open_input_file(path)).schema_arrow.names
+    content = read_bytes(address)
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        if str(address).lower().endswith(".parquet"):
+            table = pa.parquet.read_table(pa.BufferReader(content))
         else:
-            read = pyarrow.csv.ReadOptions(use_threads=False)  # with threads the errors would have no row numbers
-            names = pyarrow.csv.open_csv(filesystem.open_input_stream(path), read).schema.names
-    if len(set(names)) < len(names):
-        raise UserError(f"{address}: two columns have the same name: {', '.join(names)}")
-    return names
+            if str(address).lower().endswith(".gz"):
+                content = pa.py_buffer(gzip.decompress(content))
+            encoding, delimiter, decimal, names = csv_format(content[:65536].to_pybytes())
+            null_values = [*pa.csv.ConvertOptions().null_values, *na_values]
+            table = pa.csv.read_csv(
+                pa.BufferReader(content),
+                # without threads an error names its row
+                pa.csv.ReadOptions(use_threads=False, column_names=names, skip_rows=1, encoding=encoding),
+                pa.csv.ParseOptions(delimiter=delimiter),
+                pa.csv.ConvertOptions(null_values=null_values, decimal_point=decimal))
+    except (pa.ArrowException, gzip.BadGzipFile) as error:
+        raise UserError(f"{address}: {error}") from None
+    names = table.column_names
+    if not table.num_rows or len(set(names)) < len(names) or any(map(is_number, names)):
+        raise UserError(f"{address}: a header with different column names, and rows, are needed; the "
+                        f"first line is {', '.join(names)}")
+    return table.to_pandas(), digest
 
 
-def choose_columns(address, label_column=None):
-    """(sensor columns, label column) of a file with labels."""
-    names = column_names(address)
-    label = label_column or next((name for name in LABEL_COLUMNS if name in names), "label")
-    if label not in names:
-        raise UserError(f"{address}: no column {label!r}, only {', '.join(names)}; --label-column names the label")
-    left_out = [name for name in names if re.fullmatch(r"|Unnamed: \d+|__index_level_\d+__", name)]
-    left_out += [name for name in LABEL_COLUMNS if name in names and name != label]
+def is_number(text):
+    """Whether a text reads as a number."""
+    return re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", text) is not None
+
+
+def refuse(bad, column, where, problem):
+    """Raise UserError with the first cell of a column where `bad` [rows] is true, if there is one."""
+    if np.any(bad):
+        row = int(np.argmax(bad))
+        cell = f"{where}, row {row + 1}, column {column.name!r}: {str(column.iloc[row])!r}"
+        raise UserError(f"{cell} {problem}")
+
+
+def parse_times(column, where):
+    """Seconds [rows] of a time column: timestamps, text, or numbers of seconds, which may count
+    milli-, micro- or nanoseconds since 1970."""
+    if pd.api.types.is_numeric_dtype(column):
+        seconds = column.astype(float)
+        while seconds.abs().max() > 1e11:
+            seconds = seconds / 1000
+    else:
+        day_first = "." in str(column.iloc[0])[:6]  # as in 31.12.2024
+        try:
+            times = pd.to_datetime(column, dayfirst=day_first, utc=True)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}, column {column.name!r}: {error}") from None
+        seconds = (times - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+    refuse(seconds.isna(), column, where, "is not a time")
+    return seconds.to_numpy()
+
+
+def check_times(column, where):
+    """(usual step [s], rows that follow a gap) of a time column, which must rise."""
+    steps = np.diff(parse_times(column, where), prepend=-np.inf)
+    hint = "sort the file, or choose the column that tells devices apart with --area-column"
+    refuse(np.abs(steps + 3600) < 2, column, where, "is an hour back, a clock change? Use UTC")
+    refuse(steps == 0, column, where, f"repeats the time of the row above; {hint}")
+    refuse(steps < 0, column, where, f"is earlier than the row above; {hint}")
+    step = float(np.median(steps[1:])) if len(steps) > 1 else 1.0
+    return step, np.flatnonzero(steps[1:] > 1.5 * step) + 1
+
+
+def read_readings(frame, sensors, na_values, where):
+    """Readings [rows, sensors] float32 of columns of numbers, NaN where missing."""
+    columns = []
+    for name in sensors:
+        numbers = pd.to_numeric(frame[name], errors="coerce")
+        refuse(numbers.isna() & frame[name].notna(), frame[name], where,
+               "is not a number; see --na-values, --columns and --area-column")
+        column = numbers.to_numpy(np.float32, copy=True, na_value=np.nan)
+        column[~np.isfinite(column) | numbers.isin(pd.to_numeric(na_values, errors="coerce"))] = np.nan
+        note_sentinel(column[np.isfinite(column)], f"{where}, column {name!r}")
+        columns.append(column)
+    return np.column_stack(columns)
+
+
+def note_sentinel(readings, where):
+    """Note a value such as -999: an extreme that repeats, farther from all others than they spread."""
+    for extreme in {readings.min(initial=0), readings.max(initial=0)}:
+        others = readings[readings != extreme]
+        repeats = len(readings) - len(others)
+        if repeats >= MIN_WINDOWS and len(others) and np.abs(others - extreme).min() > np.ptp(others) > 0:
+            note(f"{where}: {extreme:g} in {repeats} rows is far from all other readings; if it means "
+                 f"missing, add --na-values {extreme:g}")
+
+
+def read_labels(column, where):
+    """Positions [rows] int8 of a column's labels in LABELS."""
+    codes, labels = pd.factorize(column, use_na_sentinel=False)
+    texts = [str(label).strip().lower().removesuffix(".0") for label in labels]
+    positions = np.array([list(LABELS).index(text) if text in LABELS else -1 for text in texts])
+    refuse(positions[codes] < 0, column, where, f"is no label; labels are {', '.join(LABELS)}")
+    return positions.astype(np.int8)[codes]
+
+
+def decode_labels(areas, column):
+    """Turn positions in LABELS into classes, for all files whose label column has one name. A 1 is
+    fire, unless other labels of these files are a 2, a warning or a fire."""
+    texts, classes = list(LABELS), np.array(list(LABELS.values()), np.int8)
+    used = np.unique(np.concatenate([np.unique(area.labels) for area in areas]))
+    if not {"2", "warning", "fire"} & {texts[position] for position in used}:
+        classes[texts.index("1")] = 2
+    meanings = [f"{texts[position]} is {CLASSES[classes[position]]}" for position in used]
+    note(f"labels in column {column!r}: {', '.join(meanings)}")
+    for area in areas:
+        area.labels = classes[area.labels]
+
+
+def find_time_column(names, args):
+    """--time-column, or the first column of TIME_COLUMNS; None without one."""
+    default = next((name for name in names if name.lower() in TIME_COLUMNS), None)
+    return {"none": None, None: default}.get(args.time_column, args.time_column)
+
+
+def find_columns(frame, args, where):
+    """(sensors, label column, time column or None) of a file with labels."""
+    names = list(frame)
+    label = args.label_column or next((name for name in LABEL_COLUMNS if name in names), "label")
+    times = find_time_column(names, args)
+    for name in (label, times, args.area_column, *(args.columns or [])):
+        if name not in (None, *names):
+            raise UserError(f"{where}: no column {name!r}, only {', '.join(names)}")
+    if args.columns:
+        return args.columns, label, times
+    sensors, left_out = [], []
+    for name in [name for name in names if name not in (label, times, args.area_column)]:
+        if DEVICE_COLUMN.fullmatch(name):
+            raise UserError(f"{where}: does column {name!r} name a device or a room? Choose it with "
+                            "--area-column, or list the sensors with --columns")
+        rises = frame[name].is_monotonic_increasing and frame[name].is_unique
+        is_index = name in LABEL_COLUMNS or INDEX_COLUMN.fullmatch(name)
+        (left_out if rises or is_index else sensors).append(name)
     if left_out:
-        columns = ", ".join(map(repr, left_out))
-        note(f"{address}: column {columns} left out, since a row index or a second label gives the answer away")
-    sensors = [name for name in names if name not in (label, *left_out) and name.lower() != "timestamp"]
-    if not 1 <= len(sensors) <= MAX_SENSORS:
-        raise UserError(f"{address}: {len(sensors)} sensor columns ({', '.join(sensors)}), must be 1 to {MAX_SENSORS}")
-    return sensors, label
+        note(f"{where}: left out {left_out}, since a row index, a clock, a counter or a second label "
+             "gives the answer away; --columns keeps them")
+    if not sensors:
+        raise UserError(f"{where}: no sensor column in {', '.join(names)}")
+    return sensors, label, times
 
 
-def read_file(address, sensors, label=None):
-    """(readings, codes, times) of a CSV or Parquet file.
-
-    Readings [rows, 6] float32 are NaN where missing and 0 in the columns beyond `sensors`; codes [rows] int8 are
-    positions in LABEL_CODES, None without `label`; times are the column "timestamp", None where there is none.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.csv
-    import pyarrow.parquet
-
-    names, codes, times = column_names(address), None, None
-    stamp = next((name for name in names if name.lower() == "timestamp"), None)
-    columns = [*sensors, *filter(None, (label, stamp))]
-    first = 1 if is_parquet(address) else 2  # in a CSV the header is row 1
-    filesystem, path = open_address(address)
-    with file_errors(address, names):
-        if is_parquet(address):
-            table = pa.parquet.read_table(filesystem.open_input_file(path), columns=columns)
-        else:
-            types = dict.fromkeys(sensors, pa.float32()) | ({label: pa.string()} if label else {})
-            convert = pa.csv.ConvertOptions(include_columns=columns, column_types=types)
-            read = pa.csv.ReadOptions(use_threads=False)
-            table = pa.csv.read_csv(filesystem.open_input_stream(path), read, convert_options=convert)
-    if not table.num_rows:
-        raise UserError(f"{address}: no rows")
-    readings = np.zeros((table.num_rows, MAX_SENSORS), np.float32)
-    for i, name in enumerate(sensors):
-        if is_text(table[name]):  # in Parquet
-            text = f"row {first}, column {name!r}: {table[name][0].as_py()!r} is text, numbers are needed"
-            raise UserError(f"{address}: {text}")
-        with file_errors(f"{address}: column {name!r}"):
-            readings[:, i] = table[name].cast(pa.float32(), safe=False)
-    readings[~np.isfinite(readings)] = np.nan
-    if label:
-        text = pc.utf8_lower(pc.utf8_trim_whitespace(table[label].cast(pa.string())))
-        codes = pc.index_in(text, pa.array(LABEL_CODES)).fill_null(-1).to_numpy().astype(np.int8)
-        if codes.min() < 0:
-            bad = int(codes.argmin())
-            raise UserError(f"{address}: row {first + bad}, column {label!r}: {table[label][bad].as_py()!r} is no "
-                            "label, which are 0, 1, 2 or normal, warning, fire")
-    if stamp:
-        times = table[stamp].combine_chunks()
-        with file_errors(f"{address}: column {stamp!r}"):
-            back = [] if is_text(times) else pc.indices_nonzero(pc.less(times[1:], times[:-1]))
-        if len(back):
-            where = f"{address}: row {first + 1 + back[0].as_py()}, column {stamp!r}"
-            raise UserError(f"{where}: earlier than the row above; sort the file by time")
-    return readings, codes, times
+def join_recordings(recordings, name):
+    """The recordings of one area, in order, as one Area."""
+    first = recordings[0]
+    if any(recording.sensors != first.sensors for recording in recordings):
+        raise UserError(f"area {name!r}: its files differ in their columns; see --columns")
+    starts = np.cumsum([0] + [len(recording.labels) for recording in recordings[:-1]])
+    breaks = [start + np.append(recording.breaks, 0) for start, recording in zip(starts, recordings)]
+    return Area(first.sensors, np.concatenate([recording.readings for recording in recordings]),
+                np.concatenate([recording.labels for recording in recordings]), None,
+                np.unique(np.concatenate(breaks)), starts, first.step)
 
 
-# --- Data: areas, split, sample, windows -----------------------------------------------------------------------------
+def file_areas(args):
+    """({area: Area}, [{path, area, rows, sha256}, …]) of the files in args.data."""
+    addresses = list_files(args.data)
+    recordings, label_columns, files = {}, {}, []
+    for address, area in zip(addresses, name_areas(addresses, args.split)):
+        frame, digest = read_frame(address, args.na_values)
+        files.append({"path": address, "area": area, "rows": len(frame), "sha256": digest})
+        sensors, label, times = find_columns(frame, args, address)
+        groups = frame.groupby(args.area_column) if args.area_column else [(area, frame)]
+        for name, rows in groups:
+            recording = Area(sensors, read_readings(rows, sensors, args.na_values, address),
+                             read_labels(rows[label], address))
+            if times:
+                recording.step, recording.breaks = check_times(rows[times], address)
+            recordings.setdefault(str(name), []).append(recording)
+            label_columns.setdefault(label, []).append(recording)
+    for column, group in label_columns.items():
+        decode_labels(group, column)
+    return {name: join_recordings(group, name) for name, group in recordings.items()}, files
 
 
-@dataclass
-class Area:
-    """One area before sampling."""
-
-    sensors: list  # names
-    labels: np.ndarray  # [rows] int8
-    readings: np.ndarray  # [rows, 6] float32, NaN where missing
-    oracle: np.ndarray | None = None  # [rows] int8, in the embedded generator
+# --- Data: drift, split, sample, windows --------------------------------------------------------
 
 
 def embedded_areas(rows, seed):
     """{area: Area} of the embedded generator, `rows` seconds each."""
     areas = {}
-    for area, sensors in SENSORS.items():
-        readings, labels, oracle = generate_area(area, rows, seed)
-        readings = np.pad(readings, ((0, 0), (0, MAX_SENSORS - len(sensors))))
-        areas[area] = Area(list(sensors), labels, readings, oracle)
+    for name, sensors in SENSORS.items():
+        areas[name] = Area(list(sensors), *generate_area(name, rows, seed))
     return areas
 
 
-def file_areas(addresses, label_column):
-    """{area: Area} of CSV and Parquet files, and [{path, area, rows, sha256}, …]."""
-    addresses, read = list_files(addresses), {}
-    for area, address in addresses.items():
-        sensors, label = choose_columns(address, label_column)
-        read[area] = sensors, label, *read_file(address, sensors, label)[:2]
-    texts, areas, files = np.array(list(LABEL_CODES)), {}, []
-    for area, (sensors, label, readings, codes) in read.items():
-        classes = np.array(list(LABEL_CODES.values()), np.int8)
-        alike = [other for _, column, _, other in read.values() if column == label]  # it means the same everywhere
-        if not {"2", "2.0", *CLASSES} & {text for other in alike for text in texts[np.unique(other)]}:
-            classes[classes == 1] = 2  # 0 and 1 alone are normal and fire
-        areas[area] = Area(sensors, classes[codes], readings)
-        address = addresses[area]
-        files.append({"path": address, "area": area, "rows": len(codes), "sha256": file_sha256(address)})
-    return areas, files
+def remove_drift(readings, rows):
+    """Take a baseline of about `rows` rows (0: none) off each sensor of `readings` [rows, sensors], in
+    place.
+
+    It is a low quantile of the means of the minutes (BASELINE_BLOCK rows) before, so it knows nothing
+    of what comes later; only the first minute of a sensor is its own baseline. Fire standards call
+    this drift compensation (EN 54, UL 268).
+    """
+    if not rows:
+        return
+    blocks = np.arange(0, len(readings), BASELINE_BLOCK)
+    known = np.isfinite(readings)
+    counts = np.add.reduceat(known, blocks, dtype=np.int32)
+    sums = np.add.reduceat(np.where(known, readings, 0), blocks)
+    means = pd.DataFrame(sums / np.where(counts, counts, np.nan))
+    window = means.rolling(max(1, int(rows) // BASELINE_BLOCK), min_periods=1)
+    trailing = window.quantile(BASELINE_QUANTILE)
+    baseline = trailing.shift(1).ffill().fillna(trailing.bfill().iloc[0])
+    readings -= baseline.to_numpy(np.float32).repeat(BASELINE_BLOCK, axis=0)[: len(readings)]
 
 
-def calm_row(labels, row, gap):
-    """The first row from `row` on that begins `gap` normal rows; `row` itself where there is none within 5 % of all."""
+def next_quiet_row(labels, row, gap):
+    """The first row from `row` on that begins `gap` normal rows; `row`, if none is within 5 % of all."""
     incidents = np.append(0, np.cumsum(labels > 0))
-    calm = np.flatnonzero(incidents[row + gap :] == incidents[row : len(incidents) - gap])
-    return row + int(calm[0]) if len(calm) and calm[0] <= 0.05 * len(labels) else row
+    quiet = np.flatnonzero(incidents[row + gap :] == incidents[row : len(incidents) - gap])
+    return row + int(quiet[0]) if len(quiet) and quiet[0] <= 0.05 * len(labels) else row
 
 
-def split_rows(labels, gap, by_run=False):
-    """{part: [(start, stop), …]} of one area: 70, 15 and 15 % in order of time, `gap` rows apart.
-
-    A cut waits for the next `gap` normal rows, if they are near, so that no incident is on both sides. With `by_run`
-    each run of one label is split so (all of a short one is for training): every class gets into every part, but parts
-    of one incident are on both sides, which is optimistic.
-    """
-    edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist() * by_run, len(labels) + gap]
-    parts = {part: [] for part in PARTS}
-    for start, stop in pairwise(edges):
-        stop -= gap  # from the next run, too
-        first, second = (start + int(share * (stop - start)) for share in np.cumsum(list(PARTS.values()))[:2])
-        if not by_run:
-            first, second = calm_row(labels, first, gap), calm_row(labels, second, gap)
-        ranges = [(start, first), (first + gap, second), (second + gap, stop)]
-        if by_run and stop - second < 2 * gap:
-            ranges = [(start, stop)]
-        for part, (begin, end) in zip(PARTS, ranges):
-            parts[part] += [(begin, end)] if end - begin >= gap else []
-    return parts
+def cut_range(start, stop, gap, labels=None):
+    """{split: (start, stop)}: 70, 15 and 15 % of a range of rows in order, `gap` rows apart. With
+    `labels` a cut waits for normal rows, if some are near, so that no incident is on both sides."""
+    first, second = (start + int(share * (stop - start)) for share in (0.70, 0.85))
+    if labels is not None:
+        first, second = (next_quiet_row(labels, row, gap) for row in (first, second))
+    return {"train": (start, first), "val": (first + gap, second), "test": (second + gap, stop)}
 
 
-def window_starts(segments, seq_len, stride):
-    """First rows [windows] of the windows that lie whole in one of `segments` [(start, stop), …]."""
-    starts = [np.arange(start, stop - seq_len + 1, stride) for start, stop in segments]
-    return np.concatenate([np.zeros(0, np.int64), *starts])
+def cut_runs(area, gap):
+    """[{split: (start, stop)}]: each run of one label is cut, a short one is for training. All classes
+    are in all splits, but parts of one incident are on both sides, which is optimistic."""
+    edges = np.union1d(np.flatnonzero(np.diff(area.labels)) + 1, area.breaks[area.breaks > 0])
+    cuts = []
+    for start, stop in pairwise([0, *edges.tolist(), len(area.labels)]):
+        cut = cut_range(start, stop - gap, gap)  # a gap to the next run, too
+        is_short = cut["test"][1] - cut["test"][0] < gap
+        cuts.append({"train": (start, stop - gap)} if is_short else cut)
+    return cuts
 
 
-def sample_blocks(ranges, labels, rows, block_rows, rng=None):
-    """About `rows` rows of `ranges` [(start, stop), …] in blocks of `block_rows`; all, where there are hardly more.
+def deal_recordings(area, seed):
+    """[{split: (start, stop)}]: whole recordings, the dangerous ones first, each to the split that lacks
+    the most rows."""
+    bounds = list(pairwise([*area.recordings.tolist(), len(area.labels)]))
+    danger = [area.labels[start:stop].max() for start, stop in bounds]
+    order = np.random.default_rng(seed).permutation(len(bounds))
+    rows, cuts = dict.fromkeys(SPLITS, 0), []
+    for i in sorted(order, key=lambda i: -danger[i]):
+        start, stop = bounds[i]
+        total = sum(rows.values()) + stop - start
+        split = max(SPLITS, key=lambda split: SPLITS[split] * total - rows[split])
+        rows[split] += stop - start
+        cuts.append({split: (start, stop)})
+    return cuts
 
-    Evenly spaced; with `rng` at random instead, and so that the classes come near TARGET_MIX.
-    """
-    if sum(stop - start for start, stop in ranges) <= 1.1 * rows:
-        return ranges
-    blocks = [(begin, min(begin + block_rows, stop)) for start, stop in ranges
+
+def split_area(area, how, args):
+    """{split: [(start, stop), …]}: the unbroken stretches of one area that hold a window."""
+    if how == "time":
+        cuts = [cut_range(0, len(area.labels), args.seq_len, area.labels)]
+    elif how == "runs":
+        cuts = cut_runs(area, args.seq_len)
+    else:
+        cuts = deal_recordings(area, args.seed)
+    stretches = {split: [] for split in SPLITS}
+    for cut in cuts:
+        for split, (start, stop) in cut.items():
+            inside = area.breaks[(area.breaks > start) & (area.breaks < stop)].tolist()
+            for begin, end in pairwise([start, *inside, stop]):
+                if end - begin >= args.seq_len:
+                    stretches[split].append((begin, end))
+    return stretches
+
+
+def sample_blocks(stretches, labels, rows, block_rows, rng=None):
+    """About `rows` rows of `stretches` [(start, stop), …] in blocks of `block_rows`, evenly spaced; all,
+    where there are hardly more. With `rng` at random instead, near TARGET_MIX."""
+    if sum(stop - start for start, stop in stretches) <= 1.1 * rows:
+        return stretches
+    blocks = [(begin, min(begin + block_rows, stop)) for start, stop in stretches
               for begin in range(start, stop, block_rows)]
     count = min(len(blocks), max(1, rows // block_rows))
     if rng is None:
-        return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).round().astype(int)]
-    classes = np.array([np.bincount(labels[begin:end], minlength=3) for begin, end in blocks])  # [blocks, 3] rows
-    order, chosen = rng.permutation(len(blocks)), np.zeros(len(blocks), bool)
-    for rare in (2, 1):  # blocks with fire until there is enough of it, then with warnings, then the most normal ones
+        return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).astype(int)]
+    classes = np.array([np.bincount(labels[start:stop], minlength=3) for start, stop in blocks])
+    order = rng.permutation(len(blocks))
+    chosen = []
+    for rare in (2, 1):  # blocks with fire until there is enough of it, then blocks with warnings
         for i in order[classes[order, rare] > 0]:
-            if chosen.sum() == count or classes[chosen, rare].sum() >= TARGET_MIX[rare] * rows:
-                break
-            chosen[i] = True
-    rest = order[~chosen[order]]
-    rest = rest[np.argsort(classes[rest, 1:].sum(axis=1), kind="stable")]
-    chosen[rest[: count - chosen.sum()]] = True
-    return [blocks[i] for i in np.flatnonzero(chosen)]
+            if i not in chosen and classes[chosen, rare].sum() < TARGET_MIX[rare] * rows:
+                chosen.append(i)
+    rest = sorted(set(order) - set(chosen), key=lambda i: classes[i, 1:].sum())  # the most normal ones
+    return [blocks[i] for i in sorted([*chosen, *rest][:count])]
 
 
-def sample_parts(labels, split, args, rng):
-    """{part: [(start, stop), …]} of one area, about --sample-per-area rows in all, out of a `split` of that form."""
+def sample_area(area, how, args, seed):
+    """split_area, with about --sample-per-area rows in all: for training many short blocks, for the mix
+    of classes; for the others few long ones, which leave fires whole."""
     sampled = {}
-    for part, share in PARTS.items():
-        rows = int(share * args.sample_per_area)
-        # Training takes many short blocks, for the mix of classes; the others few long ones, which leave fires whole.
-        block_rows = max(args.seq_len, min(50 * args.seq_len, rows // 10) if part == "train" else rows // 4)
-        sampled[part] = sample_blocks(split[part], labels, rows, block_rows, rng if part == "train" else None)
+    for split, stretches in split_area(area, how, args).items():
+        rows = int(SPLITS[split] * args.sample_per_area)
+        if split == "train":
+            block_rows = max(args.seq_len, min(50 * args.seq_len, rows // 10))
+            rng = np.random.default_rng(seed)
+            sampled[split] = sample_blocks(stretches, area.labels, rows, block_rows, rng)
+        else:
+            sampled[split] = sample_blocks(stretches, area.labels, rows, max(args.seq_len, rows // 4))
     return sampled
 
 
-def choose_split(areas, args):
-    """({area: {part: [(start, stop), …]}}, name of the split): sampled in order of time, or by label run if that helps.
+def count_windows(areas, stretches, args):
+    """Windows [splits, classes] by the class in which they end."""
+    counts = np.zeros((len(SPLITS), len(CLASSES)), int)
+    for area, by_split in zip(areas.values(), stretches):
+        for i, split in enumerate(SPLITS):
+            for start, stop in by_split[split]:
+                ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
+                counts[i] += np.bincount(ends, minlength=len(CLASSES))
+    return counts
 
-    Raises UserError where there are too few rows, or one class only.
-    """
-    needed = math.ceil(2 * args.seq_len / PARTS["test"]) + 1
-    for name, area in areas.items():
-        if len(area.labels) < needed:
-            raise UserError(f"area {name!r} has {len(area.labels)} rows, --seq-len {args.seq_len} needs {needed}")
-    present = np.unique(np.concatenate([np.unique(area.labels) for area in areas.values()]))
-    splits, lacking = [], []
-    for by_run in (False, True):
-        split, windows = {}, {part: [] for part in PARTS}
-        for number, (name, area) in enumerate(areas.items()):
-            rng = np.random.default_rng([args.seed, number])
-            split[name] = sample_parts(area.labels, split_rows(area.labels, args.seq_len, by_run), args, rng)
-            for part, ranges in split[name].items():
-                windows[part].append(area.labels[window_starts(ranges, args.seq_len, args.stride) + args.seq_len - 1])
-        counts = {part: np.bincount(np.concatenate(labels), minlength=3) for part, labels in windows.items()}
-        splits.append((split, counts))
-        lacking.append([f"{CLASSES[c]} in {part}" for part in PARTS for c in present if counts[part][c] < MIN_WINDOWS])
-        if not lacking[-1]:
+
+def choose_split(areas, args):
+    """(name of the split, [{split: [(start, stop), …]} for each area]), sampled. Raises UserError where
+    a split is empty or the training part has one class only."""
+    present = [c for c in range(3) if any((area.labels == c).any() for area in areas.values())]
+    candidates = []
+    for how in ["time", "runs"] if args.split == "auto" else [args.split]:
+        stretches = [sample_area(area, how, args, [args.seed, number])
+                     for number, area in enumerate(areas.values())]
+        counts = count_windows(areas, stretches, args)
+        lacking = [f"{CLASSES[c]} in {split}" for split, row in zip(SPLITS, counts)
+                   for c in present if row[c] < MIN_WINDOWS]
+        candidates.append((len(lacking), how, stretches, counts, lacking))
+        if not lacking:
             break
-    by_run = len(lacking[-1]) < len(lacking[0])
-    if lacking[0]:
-        note(f"in order of time there are fewer than {MIN_WINDOWS} windows of {', '.join(lacking[0])}")
-    if by_run:
-        note("each label run is split instead: parts of one incident are on both sides, all figures are optimistic")
-    if lacking[by_run]:
-        note(f"figures about {', '.join(lacking[by_run])} say little")
-    split, counts = splits[by_run]
-    if np.count_nonzero(counts["train"]) < 2 or not all(part.any() for part in counts.values()):
-        raise UserError(f"the training part has {counts['train'].tolist()} windows of {', '.join(CLASSES)}: nothing to "
-                        "tell apart; take more rows, or a shorter --seq-len or --stride")
-    return split, "by label run (optimistic)" if by_run else "chronological"
+    _, how, stretches, counts, lacking = min(candidates, key=lambda candidate: candidate[0])
+    if how == "runs":
+        note("each run of one label is split, so parts of one incident are on both sides: all figures "
+             "are optimistic")
+    if lacking:
+        note(f"figures say little about what has fewer than {MIN_WINDOWS} windows: {', '.join(lacking)}")
+    if np.count_nonzero(counts[0]) < 2 or not counts.any(axis=1).all():
+        raise UserError(f"windows of {', '.join(CLASSES)} in {', '.join(SPLITS)}: {counts.tolist()}, "
+                        "too few; take more rows, a smaller --seq-len or --stride, or another --split")
+    return how, stretches
+
+
+def choose_baseline(areas, how, args):
+    """Seconds of the drift baseline: --baseline-seconds, or an hour, or 0 where an incident of the
+    training part lasts longer, since the baseline would adapt to it."""
+    if args.baseline_seconds is not None:
+        return args.baseline_seconds
+    for area in areas.values():
+        for start, stop in split_area(area, how, args)["train"]:
+            incident = area.labels[start:stop] > 0
+            edges = np.flatnonzero(np.diff(incident, prepend=False, append=False))
+            longest = area.step * max(edges[1::2] - edges[::2], default=0)
+            if longest > BASELINE_SECONDS:
+                note(f"no drift compensation, since an incident lasts {longest:,.0f} s")
+                return 0
+    return BASELINE_SECONDS
+
+
+def assign_columns(areas):
+    """{sensor: input column}: the same one in all areas, and not that of another sensor of an area."""
+    owners = {}
+    for area in areas.values():
+        for sensor in area.sensors:
+            owners.setdefault(sensor, []).append(area)
+    columns = {}
+    for sensor in sorted(owners, key=lambda sensor: -len(owners[sensor])):
+        taken = {columns.get(other) for area in owners[sensor] for other in area.sensors}
+        columns[sensor] = min(set(range(len(taken) + 1)) - taken)
+    return columns
+
+
+def normalize(readings, stretches):
+    """Scale the `readings` [rows, sensors] of an area, in place, by mean and standard deviation of its
+    training part; returns both. They are NaN for a sensor without a training reading, which then
+    counts as missing everywhere."""
+    train = pd.DataFrame(np.concatenate([readings[start:stop] for start, stop in stretches]))
+    mean, std = train.mean().to_numpy(), train.std(ddof=0).to_numpy()
+    std = np.where(std <= 1e-6 * np.abs(mean), 1, std)  # 1 for a constant
+    readings -= mean.astype(np.float32)
+    readings /= std.astype(np.float32)
+    return mean.tolist(), std.tolist()
 
 
 @dataclass
-class SensorData:
-    """The sampled rows of all areas end to end; a window is seq_len of them from its first row on."""
+class Data:
+    """The rows of all areas, end to end; a window is `seq_len` of them, in one segment of a split."""
 
-    readings: np.ndarray  # [rows, 6] float32, normalized with mean and std, NaN where missing
-    labels: np.ndarray  # [rows] int8
-    areas: np.ndarray  # [rows] int16, number of the area
-    oracle: np.ndarray | None  # [rows] int8, what the oracle answers
-    segments: dict  # part: [(start, stop), …], unbroken in time
-    mean: np.ndarray  # [areas, 6] of the training part
-    std: np.ndarray
-    info: dict  # for results.json: source, files, areas with their sensors, rows, sha256, split
+    readings: torch.Tensor  # [rows, columns] float32, normalized, NaN where missing
+    labels: torch.Tensor  # [rows] int8
+    areas: torch.Tensor  # [rows] int16, number of the area
+    segments: dict  # {split: tensor [segments, 2]}, first row and the row after the last
+    seq_len: int
+    num_areas: int
+    oracle: torch.Tensor | None = None  # [rows] int8
 
+    def windows(self, starts):
+        """(readings [batch, seq_len, columns], areas [batch], labels [batch]) of windows that begin at
+        the rows `starts`; a window has the label of its last row."""
+        readings = self.readings.unfold(0, self.seq_len, 1)[starts].transpose(1, 2)
+        ends = starts + self.seq_len - 1
+        return readings, self.areas[starts].long(), self.labels[ends].long()
 
-def normalize(readings, areas, train):
-    """Scale `readings` [rows, 6] in place, each of `areas` [rows] by its rows in `train` [rows] bool.
+    def starts(self, split, stride):
+        """First rows of the windows of a split, `stride` rows apart."""
+        rows = [torch.arange(start, stop - self.seq_len + 1, stride)
+                for start, stop in self.segments[split].tolist()]
+        return torch.cat(rows).to(self.labels.device)
 
-    Returns mean and std [areas, 6]. The mean of a sensor that no training row has is NaN, so that it stays missing.
-    """
-    mean, std = (np.zeros((areas[-1] + 1, MAX_SENSORS)) for _ in range(2))
-    for area in range(len(mean)):
-        known = readings[train & (areas == area)]
-        count = np.isfinite(known).sum(axis=0)
-        mean[area] = np.where(count, np.nansum(known, axis=0, dtype=np.float64) / count.clip(1), np.nan)
-        std[area] = np.sqrt(np.nansum((known - mean[area]) ** 2, axis=0) / count.clip(1))
-        std[area][std[area] <= 1e-6 * np.abs(mean[area])] = 1  # a constant column
-        readings[areas == area] = (readings[areas == area] - mean[area]) / std[area]
-    return mean, std
+    def random_starts(self, split, count, generator):
+        """First rows [count] of windows at random rows of a split, all equally likely."""
+        first, stop = self.segments[split].T
+        windows = (stop - first - self.seq_len + 1).cumsum(0)
+        drawn = torch.randint(int(windows[-1]), (count,), generator=generator)
+        segment = torch.searchsorted(windows, drawn, right=True)
+        return (stop[segment] - self.seq_len + 1 - (windows[segment] - drawn)).to(self.labels.device)
 
 
 def load_data(args):
-    """Read or generate the areas, split them, sample blocks and normalize: SensorData."""
+    """(Data, info): read or generate the areas, split, take off drift, normalize. `info` describes them
+    in results.json, and tells what a checkpoint needs for new readings."""
     if args.data:
-        areas, files = file_areas(args.data, args.label_column)
+        areas, files = file_areas(args)
     else:
-        note("no --data: the embedded generator makes the readings, all figures are about synthetic sensors")
+        note("no --data: the sensors are synthetic, from the embedded generator")
         areas, files = embedded_areas(args.sample_per_area, args.seed), []
-    split, split_name = choose_split(areas, args)
-    kept = {}
-    for name, area in areas.items():
-        kept[name] = np.zeros(len(area.labels), bool)
-        for start, stop in chain.from_iterable(split[name].values()):
-            kept[name][start:stop] = True
-    rows = sum(map(np.count_nonzero, kept.values()))
-    readings, labels = np.empty((rows, MAX_SENSORS), np.float32), np.empty(rows, np.int8)
-    oracle, numbers = np.empty(rows, np.int8), np.empty(rows, np.int16)
-    available, segments, offset = sum(map(len, kept.values())), {part: [] for part in PARTS}, 0
-    for number, (name, area) in enumerate(areas.items()):
-        place = np.cumsum(kept[name]) - 1 + offset  # where a kept row comes to lie
-        for part in PARTS:
-            ranges = split[name][part]
-            segments[part] += [(int(place[start]), int(place[start]) + stop - start) for start, stop in ranges]
-        own = slice(offset, int(place[-1]) + 1)
-        readings[own], labels[own], numbers[own] = area.readings[kept[name]], area.labels[kept[name]], number
-        if area.oracle is not None:
-            oracle[own] = area.oracle[kept[name]]
-        area.readings, offset = None, own.stop  # its memory is needed
-    train = np.zeros(len(labels), bool)
-    for start, stop in segments["train"]:
-        train[start:stop] = True
-    mean, std = normalize(readings, numbers, train)
-    digest = hashlib.sha256(readings)
-    digest.update(labels)
-    info = {"source": "real" if args.data else "embedded", "files": files, "split": split_name,
-            "areas": {name: area.sensors for name, area in areas.items()},
-            "rows_available": available, "rows": rows,
+    how, stretches = choose_split(areas, args)
+    columns = assign_columns(areas)
+    baseline_seconds = choose_baseline(areas, how, args)
+    rows = sum(len(area.labels) for area in areas.values())
+    readings = torch.zeros(rows, max(columns.values()) + 1)  # 0 where an area has no such sensor
+    segments, described, offset = {split: [] for split in SPLITS}, {}, 0
+    for (name, area), by_split in zip(areas.items(), stretches):
+        remove_drift(area.readings, baseline_seconds / area.step)
+        mean, std = normalize(area.readings, by_split["train"])
+        own_columns = [columns[sensor] for sensor in area.sensors]
+        readings[offset : offset + len(area.labels), own_columns] = torch.from_numpy(area.readings)
+        for split in SPLITS:
+            segments[split] += [(offset + start, offset + stop) for start, stop in by_split[split]]
+        described[name] = {"sensors": area.sensors, "columns": own_columns, "mean": mean, "std": std,
+                           "step": area.step}
+        offset += len(area.labels)
+    labels = torch.from_numpy(np.concatenate([area.labels for area in areas.values()]))
+    numbers = np.repeat(np.arange(len(areas), dtype=np.int16), [len(area.labels) for area in areas.values()])
+    oracle = None
+    if not args.data:
+        oracle = torch.from_numpy(np.concatenate([area.oracle for area in areas.values()]))
+    segments = {split: torch.tensor(bounds) for split, bounds in segments.items()}
+    data = Data(readings.to(args.device), labels.to(args.device),
+                torch.from_numpy(numbers).to(args.device), segments, args.seq_len, len(areas), oracle)
+    digest = hashlib.sha256(readings.numpy())
+    digest.update(labels.numpy())
+    digest.update(str(segments).encode())
+    info = {"source": "files" if args.data else "embedded", "files": files, "split": how,
+            "rows_available": rows, "rows": sum(int((part[:, 1] - part[:, 0]).sum()) for part in segments.values()),
+            "baseline_seconds": baseline_seconds, "input_dim": readings.shape[1], "areas": described,
             "sha256": digest.hexdigest()}
-    return SensorData(readings, labels, numbers, None if args.data else oracle, segments, mean, std, info)
+    return data, info
 
 
-def gather_windows(readings, starts, seq_len):
-    """Readings [rows, 6] -> the windows [batch, seq_len, 6] that begin at the rows `starts` [batch]."""
-    return readings.unfold(0, seq_len, 1)[starts].transpose(1, 2)
+# --- Models -------------------------------------------------------------------------------------
+
+STATISTICS = ["mean", "std", "min", "max", "last", "slope", "mean step", "missing"]
 
 
-# --- Models -----------------------------------------------------------------------------------------------------------
+def window_statistics(x):
+    """STATISTICS of each column of windows [batch, seq_len, columns]: [batch, 8 * columns]. NaN
+    (missing) counts as the mean of the others."""
+    missing = x.isnan()
+    mean = x.nanmean(1).nan_to_num()
+    x = torch.where(missing, mean.unsqueeze(1), x)
+    time_steps = torch.linspace(-0.5, 0.5, x.shape[1], device=x.device)
+    slope = torch.einsum("bsc,s->bc", x, time_steps) / (time_steps**2).sum()  # rise over a window
+    mean_step = x.diff(dim=1).abs().mean(1)
+    return torch.cat((mean, x.std(1), x.amin(1), x.amax(1), x[:, -1], slope, mean_step,
+                      missing.float().mean(1)), dim=1)
+
+
+class LastTokenLayer(nn.TransformerEncoderLayer):
+    """A pre-norm encoder layer that computes its last token alone: [batch, tokens, d_model] to
+    [batch, d_model]. The same numbers as the whole layer gives, and faster."""
+
+    def forward(self, x):
+        keys = self.norm1(x)
+        attended, _ = self.self_attn(keys[:, -1:], keys, keys, need_weights=False)
+        x = x[:, -1] + self.dropout1(attended.squeeze(1))
+        hidden = self.dropout(self.activation(self.linear1(self.norm2(x))))
+        return x + self.dropout2(self.linear2(hidden))
 
 
 class OptimizedFireTransformer(nn.Module):
-    """The seed's transformer: area embedding, learned positions, a fire classifier and a risk head.
+    """The original's transformer: area embedding, learned positions, a fire classifier, a risk head.
 
-    Reads [batch, seq_len, input_dim] normalized readings, where NaN (missing) counts as 0, the mean of the training
-    part, and area numbers [batch]; returns logits [batch, num_classes] and risk [batch] in 0 to 100. A token is
-    `patch_len` time steps. 621,316 parameters at the defaults.
+    Reads normalized readings [batch, seq_len, input_dim], where NaN (missing) counts as 0, the mean,
+    and area numbers [batch]; returns logits [batch, num_classes] and risk [batch] in 0 to 100. A
+    token is `patch_len` rows; with `summary_token` the last one is the statistics of the window.
+    621,316 parameters with the arguments below, the original's.
     """
 
-    def __init__(self, input_dim=6, seq_len=60, d_model=128, num_heads=4, num_layers=3, num_classes=3, num_areas=5,
-                 dropout=0.1, patch_len=1):
+    def __init__(self, input_dim=6, seq_len=60, d_model=128, num_heads=4, num_layers=3,
+                 num_classes=3, num_areas=5, dropout=0.1, patch_len=1, summary_token=False):
         super().__init__()
         self.patch_len = patch_len
         self.input_proj = nn.Linear(input_dim * patch_len, d_model)
         self.area_embedding = nn.Embedding(num_areas, d_model)
-        self.pos_encoding = nn.Parameter(torch.randn(seq_len // patch_len, d_model))
-        # Pre-norm, because the seed's learning rate of 0.002 is too much for post-norm; both heads begin with a norm.
-        layer = nn.TransformerEncoderLayer(d_model, num_heads, 4 * d_model, dropout, "gelu", batch_first=True,
-                                           norm_first=True)
-        self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        self.pos_encoding = nn.Parameter(0.02 * torch.randn(seq_len // patch_len, d_model))
+        nn.init.normal_(self.area_embedding.weight, std=0.02)
+        self.summary_proj = None
+        if summary_token:
+            self.summary_proj = nn.Linear(len(STATISTICS) * input_dim, d_model)
+        # Pre-norm (Xiong et al. 2020) bears a high learning rate, and both heads begin with a norm.
+        layer = {"d_model": d_model, "nhead": num_heads, "dim_feedforward": 4 * d_model,
+                 "dropout": dropout, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layers = [nn.TransformerEncoderLayer(**layer) for _ in range(num_layers - 1)]
+        self.transformer = nn.Sequential(*layers, LastTokenLayer(**layer))
         self.fire_classifier = nn.Sequential(
             nn.LayerNorm(d_model), nn.Dropout(dropout), nn.Linear(d_model, d_model // 2), nn.GELU(),
             nn.Linear(d_model // 2, num_classes))
         self.risk_predictor = nn.Sequential(
             nn.LayerNorm(d_model), nn.Linear(d_model, 64), nn.ReLU(), nn.Linear(64, 1), nn.Sigmoid())
 
-    @classmethod
-    def from_arguments(cls, arguments, areas):
-        """The model that a run with `arguments` {name: value} trains on so many `areas`."""
-        names = "seq_len", "d_model", "num_heads", "num_layers", "dropout", "patch_len"
-        return cls(num_areas=areas, **{name: arguments[name] for name in names})
-
     def forward(self, x, area):
-        x = torch.nan_to_num(x).unflatten(1, (-1, self.patch_len)).flatten(2)  # [batch, tokens, patch_len * input_dim]
-        x = self.input_proj(x) + self.pos_encoding + self.area_embedding(area).unsqueeze(1)  # [batch, tokens, d_model]
-        for layer in self.transformer.layers[:-1]:
-            x = layer(x)
-        # The label is that of the last row, so only the last token is read, and the last layer need compute no other:
-        # the same numbers as the whole layer gives, 1.6 times as fast.
-        layer = self.transformer.layers[-1]
-        keys = layer.norm1(x)
-        x = x[:, -1:] + layer.dropout1(layer.self_attn(keys[:, -1:], keys, keys, need_weights=False)[0])
-        hidden = layer.dropout(layer.activation(layer.linear1(layer.norm2(x))))
-        x = (x + layer.dropout2(layer.linear2(hidden))).squeeze(1)  # [batch, d_model]
-        return self.fire_classifier(x), 100 * self.risk_predictor(x).squeeze(1)
+        patches = x.nan_to_num().unflatten(1, (-1, self.patch_len)).flatten(2)
+        tokens = self.input_proj(patches) + self.pos_encoding  # [batch, tokens, d_model]
+        if self.summary_proj is not None:
+            summary = self.summary_proj(window_statistics(x))
+            tokens = torch.cat((tokens, summary.unsqueeze(1)), dim=1)
+        last = self.transformer(tokens + self.area_embedding(area).unsqueeze(1))  # [batch, d_model]
+        return self.fire_classifier(last), 100 * self.risk_predictor(last).squeeze(1)
 
 
-STATISTICS = ["mean", "std", "min", "max", "last", "slope", "mean step", "missing"]
+def make_model(arguments, info):
+    """The transformer for a run's arguments {name: value} and the description of its data."""
+    names = ("seq_len", "d_model", "num_heads", "num_layers", "dropout", "patch_len")
+    return OptimizedFireTransformer(
+        info["input_dim"], num_areas=len(info["areas"]),
+        summary_token=not arguments["original_model"], **{name: arguments[name] for name in names})
 
 
-def window_features(data, starts, seq_len, chunk=8192):
-    """What the trees see: STATISTICS of the six columns, then the area one-hot: [windows, 48 + areas] float32."""
-    readings, time_steps = torch.from_numpy(data.readings), torch.arange(seq_len) - (seq_len - 1) / 2
+def window_features(data, starts):
+    """What the baselines see: the statistics of a window and its area one-hot, float32 [windows,
+    8 * columns + areas]."""
     features = []
-    for some in torch.from_numpy(starts).split(chunk):
-        x = gather_windows(readings, some, seq_len)  # [chunk, seq_len, 6]
-        missing = x.isnan()
-        mean = x.nansum(1) / (~missing).sum(1).clamp(min=1)
-        x = torch.where(missing, mean.unsqueeze(1), x)
-        slope = torch.einsum("bsf,s->bf", x, time_steps) / (time_steps**2).sum()
-        step = x.diff(dim=1).abs().mean(1)
-        statistics = mean, x.std(1), x.amin(1), x.amax(1), x[:, -1], slope, step, missing.float().mean(1)
-        features.append(torch.cat(statistics, dim=1))
-    return np.hstack([torch.cat(features).numpy(), np.eye(len(data.mean), dtype=np.float32)[data.areas[starts]]])
+    for chunk in starts.split(8192):
+        readings, area, _ = data.windows(chunk)
+        one_hot = F.one_hot(area, data.num_areas)
+        features.append(torch.cat((window_statistics(readings), one_hot), dim=1))
+    return torch.cat(features).cpu().numpy()
 
 
-def make_baselines(args):
-    """{name: untrained scikit-learn model}; few estimators, as the seed asks."""
-    from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier, RandomForestClassifier
+def make_baselines(labels, args):
+    """{name: candidates}: untrained scikit-learn models; few trees, as the original asks. `labels`
+    [windows] of the training part weigh the classes."""
+    from sklearn.ensemble import (ExtraTreesClassifier, HistGradientBoostingClassifier,
+                                  RandomForestClassifier)
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    forest = dict(n_estimators=args.num_trees, min_samples_leaf=2, n_jobs=-1, random_state=args.seed)
-    boosting = dict(max_iter=args.num_trees, early_stopping=False, random_state=args.seed)
+    weights = class_weights(labels, args.class_weight_power)
+    shared = {"random_state": args.seed, "class_weight": {c: weights[c] for c in np.unique(labels)}}
+    forest = shared | {"n_estimators": args.num_trees, "min_samples_leaf": 2, "n_jobs": -1}
+    boosting = shared | {"max_iter": 5 * args.num_trees, "early_stopping": True, "scoring": "loss"}
     return {
-        "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
-        "random forest": RandomForestClassifier(**forest),
-        "extra trees": ExtraTreesClassifier(**forest),
-        "gradient boosting": HistGradientBoostingClassifier(**boosting),
+        "logistic regression": [make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, **shared))],
+        "random forest": [RandomForestClassifier(**forest)],
+        "extra trees": [ExtraTreesClassifier(**forest)],
+        "gradient boosting": [HistGradientBoostingClassifier(learning_rate=rate, **boosting)
+                              for rate in (0.03, 0.1)],
     }
 
 
-def feature_importance(baselines, data, starts, args):
-    """{tree model: {feature: importance}}: decrease of impurity; for boosting, accuracy lost by shuffling."""
-    from sklearn.inspection import permutation_importance
+def fit_baselines(features, labels, args):
+    """({name: fitted model}, {name: seconds}). Of several candidates the one with the lowest validation
+    loss stays, and that loss ends the boosting. `features`, `labels`: {split: array}."""
+    from sklearn.metrics import log_loss
 
-    columns = [set(sensors) - {None} for sensors in zip_longest(*data.info["areas"].values(), [None] * MAX_SENSORS)]
-    columns = [names.pop() if len(names) == 1 else f"column {i}" for i, names in enumerate(columns, start=1)]
-    names = [f"{statistic}, {column}" for statistic in STATISTICS for column in columns] + list(data.info["areas"])
-    some = np.random.default_rng(args.seed).permutation(starts)[:2000]
-    lost = permutation_importance(baselines["gradient boosting"], window_features(data, some, args.seq_len),
-                                  data.labels[some + args.seq_len - 1], n_repeats=3, random_state=args.seed)
-    values = {name: baselines[name].feature_importances_ for name in ("random forest", "extra trees")}
-    values["gradient boosting"] = lost.importances_mean
-    return {name: dict(zip(names, scores)) for name, scores in values.items()}
+    known = np.isin(labels["val"], labels["train"])
+    validation = {"X_val": features["val"][known], "y_val": labels["val"][known]}
+    models, seconds = {}, {}
+    for name, candidates in make_baselines(labels["train"], args).items():
+        start_time, losses = time.perf_counter(), []
+        for model in candidates:
+            extra = validation if name == "gradient boosting" else {}
+            model.fit(features["train"], labels["train"], **extra)
+            if hasattr(model, "n_jobs"):
+                model.n_jobs = 1  # threads add up the trees in any order, which changes last bits
+            probabilities = model.predict_proba(validation["X_val"])
+            losses.append(log_loss(validation["y_val"], probabilities, labels=model.classes_))
+        models[name] = candidates[int(np.argmin(losses))]
+        seconds[name] = round(time.perf_counter() - start_time, 1)
+    return models, seconds
+
+
+def smoke_times_co(features, labels, areas):
+    """Classes [test windows] by an old rule of fire engineers (Gottuk et al. 2002): alarm where smoke
+    times the rise of CO passes a limit. -1 in areas without both sensors.
+
+    The two limits of each area come from its training windows. `features`, `labels`: {split: array}.
+    """
+    from sklearn.tree import DecisionTreeClassifier
+
+    answers = np.full(len(labels["test"]), -1)
+    for number, area in enumerate(areas.values()):
+        smoke = [column for name, column in zip(area["sensors"], area["columns"]) if SMOKE.search(name)]
+        co = [column for name, column in zip(area["sensors"], area["columns"]) if CO.search(name)]
+        if not smoke or not co:
+            continue
+        rows, product = {}, {}
+        for split in ("train", "test"):
+            rows[split] = features[split][:, number - len(areas)] == 1
+            means = features[split][rows[split]][:, [smoke[0], co[0]]]
+            product[split] = means.clip(0).prod(axis=1, keepdims=True)
+        if rows["train"].any() and rows["test"].any():
+            rule = DecisionTreeClassifier(max_leaf_nodes=3)
+            rule.fit(product["train"], labels["train"][rows["train"]])
+            answers[rows["test"]] = rule.predict(product["test"])
+    return answers
 
 
 def majority_vote(votes):
-    """Class [windows] that most of `votes` [voters, windows] name; of tied classes the most dangerous one."""
-    counts = (np.asarray(votes)[:, :, None] == np.arange(len(CLASSES))).sum(axis=0)  # [windows, classes]
+    """Class [windows] that most of `votes` [voters, windows] name; of tied ones the most dangerous."""
+    counts = (np.asarray(votes)[:, :, None] == np.arange(len(CLASSES))).sum(axis=0)
     return len(CLASSES) - 1 - counts[:, ::-1].argmax(axis=1)
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+def feature_importance(models, features, labels, info, seed):
+    """{tree model: {feature: importance}}: the decrease of impurity; for boosting, the accuracy lost by
+    shuffling the feature in up to 2,000 of the windows [windows, features]."""
+    from sklearn.inspection import permutation_importance
+
+    columns = [{} for _ in range(info["input_dim"])]  # the sensors of each input column
+    for area in info["areas"].values():
+        for sensor, column in zip(area["sensors"], area["columns"]):
+            columns[column][sensor] = True
+    names = [f"{statistic} of {' or '.join(sensors)}" for statistic in STATISTICS for sensors in columns]
+    names += [f"area {name}" for name in info["areas"]]
+    rows = np.random.default_rng(seed).permutation(len(labels))[:2000]
+    shuffled = permutation_importance(models["gradient boosting"], features[rows], labels[rows],
+                                      n_repeats=3, random_state=seed)
+    importance = {name: dict(zip(names, models[name].feature_importances_)) for name in VOTERS[1:3]}
+    return importance | {"gradient boosting": dict(zip(names, shuffled.importances_mean))}
+
+
+# --- Training -----------------------------------------------------------------------------------
 
 
 def class_weights(labels, power):
@@ -713,359 +1000,352 @@ def class_weights(labels, power):
     return weights * len(labels) / (weights @ counts)
 
 
-def fire_loss(logits, risk, labels, weights, batch_labels):
-    """Class-weighted cross-entropy plus RISK_WEIGHT times the squared error of risk / 100, aimed at 0, ½ and 1.
-
-    The means are over `batch_labels`, of which `labels` may be the part of one process: the losses of the parts add up.
-    """
-    cross_entropy = F.cross_entropy(logits, labels, weights, reduction="sum") / weights[batch_labels].sum()
-    squared_error = F.mse_loss(risk / 100, labels / 2, reduction="sum") / len(batch_labels)
-    return cross_entropy + RISK_WEIGHT * squared_error
+def fire_loss(logits, risk, labels, weights):
+    """Mean over windows of the class-weighted cross-entropy plus RISK_WEIGHT times the squared error
+    of risk / 100, whose targets are 0, 0.5 and 1 for normal, warning and fire."""
+    cross_entropy = weights[labels] * F.cross_entropy(logits, labels, reduction="none")
+    squared_error = (risk / 100 - labels / 2) ** 2
+    return (cross_entropy + RISK_WEIGHT * squared_error).mean()
 
 
-def from_rank_0(value):
-    """What the first process of torchrun has as `value`, in all of them."""
-    box = [value]
-    if PROCESSES > 1:
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
+def warm_up_then_cosine(step, steps):
+    """Share of the largest learning rate: a rise over 5 % of the steps, then half a cosine to 0."""
+    warm_up = max(1, steps // 20)
+    return min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
 
 
-def sum_over_processes(*tensors):
-    """Each of `tensors`, summed in place over the processes of torchrun."""
-    for tensor in tensors if PROCESSES > 1 else ():
-        dist.all_reduce(tensor)
-    return tensors
+def vary_gains(readings, noise):
+    """Multiply each sensor of each window [batch, seq_len, columns] by exp(noise * a normal number),
+    since no two fires reach a sensor alike."""
+    batch, _, columns = readings.shape
+    return readings * torch.exp(noise * torch.randn(batch, 1, columns, device=readings.device))
+
+
+def autocast(device):
+    """bfloat16 where the hardware has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 @torch.inference_mode()
-def predict(model, readings, areas, starts, seq_len, batch_size=1024):
-    """(logits [windows, 3], risk [windows]) of the windows from `starts` on in `readings` [rows, 6], `areas` [rows]."""
+def predict(model, data, starts):
+    """(logits [windows, 3], risk [windows]) of the windows that begin at the rows `starts`."""
     model.eval()
-    device, outputs = readings.device, []
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-        batches = torch.as_tensor(starts, device=device).split(batch_size)
-        for batch in tqdm(batches, "predicting", unit="batch", leave=False, disable=RANK > 0):
-            outputs.append(model(gather_windows(readings, batch, seq_len), areas[batch].long()))
-    return tuple(torch.cat(parts).float() for parts in zip(*outputs))
+    logits, risk = [], []
+    for batch in progress(starts.split(1024), "predicting"):
+        readings, area, _ = data.windows(batch)
+        with autocast(starts.device):
+            batch_logits, batch_risk = model(readings, area)
+        logits.append(batch_logits.float())
+        risk.append(batch_risk.float())
+    return torch.cat(logits), torch.cat(risk)
 
 
-def train_transformer(model, data, validation, args, run_dir):
-    """Train on the training part, with early stopping by accuracy on the windows from rows `validation` on.
-
-    Every epoch cuts the windows anew, from a random row below the stride on, so that their number stays and they
-    differ: that keeps 621,316 parameters from learning 58,000 windows by heart. Goes on from `run_dir`/checkpoint.pt
-    where that exists; the model ends with its best weights. Returns the history, a dict for each epoch.
-    """
-    device = next(model.parameters()).device
-    readings, areas, labels = (torch.from_numpy(array).to(device) for array in (data.readings, data.areas, data.labels))
-    last, network = args.seq_len - 1, DistributedDataParallel(model) if PROCESSES > 1 else model
-    own_validation = validation[RANK::PROCESSES]
-    own_labels, validation_labels = (labels[torch.from_numpy(rows).to(device) + last].long()
-                                     for rows in (own_validation, validation))
-    segments = data.segments["train"]
-    grid = window_starts(segments, args.seq_len, args.stride)
-    weights = class_weights(data.labels[grid + last], args.class_weight_power)
-    weights = torch.tensor(weights, dtype=torch.float32, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    steps = args.epochs * math.ceil(len(grid) / args.batch_size)
-    warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # half a cosine, down to zero at the last step, after a warm-up
-        optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
-    saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    history, best = load_checkpoint(run_dir / "checkpoint.pt", saved, data) or ([], {"accuracy": -1.0, "epoch": 0})
-
-    first = len(history) + 1
-    while len(history) < args.epochs and len(history) - best["epoch"] < args.patience:
-        began, losses, correct = time.perf_counter(), [], torch.zeros((), dtype=torch.long, device=device)
-        model.train()
-        if RANK:
-            torch.manual_seed(args.seed + RANK + PROCESSES * len(history))  # other dropout than in the first process
-        offsets = torch.randint(args.stride, (len(segments),)).tolist()
-        cut = [(start + offset, stop) for (start, stop), offset in zip(segments, offsets)]
-        train = torch.from_numpy(window_starts(cut, args.seq_len, args.stride))
-        batches = from_rank_0(train[torch.randperm(len(train))]).to(device).split(args.batch_size)
-        bar = tqdm(batches, f"epoch {len(history) + 1}/{args.epochs}", unit="batch", leave=False, disable=RANK > 0)
-        for batch in bar:
-            starts = batch[RANK::PROCESSES]  # each process takes its share of the batch
-            true = labels[starts + last].long()
-            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-                logits, risk = network(gather_windows(readings, starts, args.seq_len), areas[starts].long())
-            loss = fire_loss(logits.float(), risk.float(), true, weights, labels[batch + last].long())
-            optimizer.zero_grad()
-            (loss * PROCESSES).backward()  # DistributedDataParallel takes the mean of the gradients, wanted is the sum
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-            correct += (logits.argmax(1) == true).sum()
-            if len(losses) % 20 == 1:
-                bar.set_postfix(loss=f"{PROCESSES * loss.item():.3f}")
-        logits, risk = predict(model, readings, areas, own_validation, args.seq_len)
-        losses, loss, correct, right = sum_over_processes(
-            torch.stack(losses), fire_loss(logits, risk, own_labels, weights, validation_labels), correct,
-            (logits.argmax(1) == own_labels).sum())
-        if not (losses.isfinite().all() and loss.isfinite()):
-            raise UserError(f"the loss in epoch {len(history) + 1} is not finite; lower the --learning-rate")
-
-        accuracy = right.item() / len(validation)
-        history.append({
-            "train_loss": losses.mean().item(),
-            "validation_loss": loss.item(),
-            "train_accuracy": correct.item() / sum(map(len, batches)),
-            "validation_accuracy": accuracy,
-            "learning_rate": schedule.get_last_lr()[0],
-            "memory_mib": memory_mib(),
-            "seconds": time.perf_counter() - began,
-            "step_losses": losses.tolist(),
-        })
-        if accuracy > best["accuracy"]:
-            best = {"accuracy": accuracy, "epoch": len(history), "model": copy.deepcopy(model.state_dict())}
-        if RANK:
-            continue
-        state = {name: part.state_dict() for name, part in saved.items()} | model_card(data, args)
-        state |= {"history": history, "best": best, "data": data.info["sha256"], "random": torch.get_rng_state(),
-                  "cuda_random": torch.cuda.get_rng_state_all()}
-        save_checkpoint(state, run_dir / "checkpoint.pt")
-        plot_dashboard(history, args, run_dir / "dashboard.png", update=len(history) > first)
-        note(f"epoch {len(history)}: loss {losses.mean():.3f}, validation accuracy {accuracy:.2%} "
-             f"(best {best['accuracy']:.2%})")
-    model.load_state_dict(best["model"])
-    return history
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Open `path` to write under another name, and rename at the end: a killed run leaves the older file whole."""
-    try:
-        with open(f"{path}.part", "wb") as file:
-            yield file
-        os.replace(f"{path}.part", path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make room, or take another --output-dir") from None
-
-
-def save_checkpoint(state, path):
-    """torch.save to a whole file."""
-    buffer = io.BytesIO()  # writing to the disk itself, torch hides a full one behind a RuntimeError
-    torch.save(state, buffer)
-    with whole_file(path) as file:
-        file.write(buffer.getbuffer())
-
-
-def model_card(data, args):
-    """What a checkpoint needs to be used: arguments, areas with their sensors, classes, normalization."""
-    return {"arguments": vars(args), "areas": data.info["areas"], "classes": CLASSES,
-            "mean": torch.from_numpy(data.mean), "std": torch.from_numpy(data.std)}
-
-
-def read_checkpoint(address):
-    """The dictionary in a checkpoint, wherever it lies."""
-    filesystem, path = open_address(address)
-    with file_errors(address), filesystem.open_input_stream(path, compression=None) as stream:
-        whole = io.BytesIO(stream.read())
-    with checkpoint_errors(address):
-        return torch.load(whole, map_location="cpu", weights_only=True)
-
-
-@contextlib.contextmanager
-def checkpoint_errors(address):
-    try:
-        yield
-    except (RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{address}: damaged, or no checkpoint of this model ({why})") from None
-
-
-def load_checkpoint(path, saved, data):
-    """Restore the parts in `saved` and the random states; returns (history, best), or None where there is no file."""
-    state = from_rank_0(read_checkpoint(path) if RANK == 0 and path.exists() else None)
-    if state is None:
-        return None
-    with checkpoint_errors(path):
-        if state["data"] != data.info["sha256"]:
-            raise UserError(f"{path}: the run began with other data; bring the files back or start a new run")
-        for name, part in saved.items():
-            part.load_state_dict(state[name])
-        if RANK == 0:
-            torch.set_rng_state(state["random"])
-            torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
-        return state["history"], state["best"]
-
-
-# --- Evaluation -------------------------------------------------------------------------------------------------------
-
-
-def predict_classes(model, baselines, data, starts, majority, args):
-    """({name: class [windows]}, risk [windows]): transformer, baselines, vote, `majority` class and, if any, oracle."""
-    device = next(model.parameters()).device
-    readings, areas = torch.from_numpy(data.readings).to(device), torch.from_numpy(data.areas).to(device)
-    features = window_features(data, starts, args.seq_len)
-    answers = {name: baseline.predict(features) for name, baseline in baselines.items()}
-    logits, risk = predict(model, readings, areas, starts, args.seq_len)
-    answers["transformer"] = logits.argmax(1).cpu().numpy()
-    answers["ensemble"] = majority_vote([answers[name] for name in VOTERS])
-    answers["majority class"] = np.full(len(starts), majority)
-    if data.oracle is not None:
-        answers["oracle"] = data.oracle[starts + args.seq_len - 1]
-    return answers, risk.cpu().numpy()
-
-
-def classification_metrics(true, predicted):
-    """Metrics of predicted classes [windows]. False alarms are windows called fire among those that are not fire."""
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-    present, fire, alarm = np.unique(true), true == 2, predicted == 2
-    scores = precision_recall_fscore_support(true, predicted, labels=present, zero_division=0)
+def new_state(args, info):
+    """What training keeps up to date and a checkpoint holds; "model", "average", "optimizer" and
+    "scheduler", their state dictionaries, come with the first epoch."""
     return {
-        "accuracy": np.mean(true == predicted),
-        "macro_precision": np.mean(scores[0]),
-        "macro_recall": np.mean(scores[1]),
-        "macro_f1": np.mean(scores[2]),
-        "false_alarm_rate": None if fire.all() else np.mean(alarm[~fire]),
-        "missed_fire_rate": np.mean(~alarm[fire]) if fire.any() else None,
-        "per_class": {CLASSES[c]: dict(zip(("precision", "recall", "f1", "windows"), row))
-                      for c, row in zip(present, zip(*scores))},
-        "confusion_matrix": confusion_matrix(true, predicted, labels=range(len(CLASSES))),
+        "arguments": plain_arguments(args),
+        "data": info,
+        "processes": WORLD_SIZE,
+        "stages": [],  # {"name", "seconds", "memory_mib"} of each stage of the run and each epoch
+        "history": [],  # a dictionary of metrics for each epoch
+        "best": {"loss": math.inf, "epoch": 0},  # and "model", the averaged weights
     }
 
 
-def fire_windows(data, seq_len):
-    """First rows of windows, one a second, that end in the fires of the test part, and how many each fire has [fires].
+def is_finished(state, args):
+    """Whether all epochs are done, or the validation loss has not fallen for --patience epochs."""
+    epochs = len(state["history"])
+    return epochs >= args.epochs or epochs - max(state["best"]["epoch"], args.min_epochs) >= args.patience
 
-    The first window of a fire ends at its onset. At most MAX_FIRES fires, evenly chosen among those that lie whole in
-    an unbroken stretch, with a window before them.
+
+def train_transformer(model, data, args, state, run_dir):
+    """Train with early stopping by the validation loss; the model ends with its best weights.
+
+    An epoch is --steps-per-epoch steps on windows that begin at random rows of the training part,
+    whatever the size of the data. All that is random in it follows from --seed and its number, so a
+    resumed run needs no random state; under torchrun all processes draw the same windows, and each
+    takes its share. `state` is that of new_state or of a checkpoint, and is kept up to date.
     """
+    val_starts = data.starts("val", args.stride)
+    val_labels = data.windows(val_starts)[2]
+    train_labels = data.windows(data.starts("train", args.stride))[2].cpu().numpy()
+    weights = class_weights(train_labels, args.class_weight_power)
+    weights = torch.tensor(weights, dtype=torch.float32, device=args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate,
+                                  weight_decay=args.weight_decay, fused=True)
+    steps = args.epochs * args.steps_per_epoch
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_up_then_cosine(step, steps))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+    modules = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+    if state["history"]:
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+
+    while not is_finished(state, args):
+        epoch, start_time = len(state["history"]) + 1, time.perf_counter()
+        seed = 1000 * args.seed + epoch
+        generator = torch.Generator().manual_seed(seed)
+        starts = data.random_starts("train", args.steps_per_epoch * args.batch_size, generator)
+        torch.manual_seed(seed * WORLD_SIZE + RANK)  # for dropout and gains
+        model.train()
+        losses, correct = [], 0
+        for batch in progress(starts.split(args.batch_size), f"epoch {epoch} of {args.epochs}"):
+            readings, area, labels = data.windows(batch[RANK::WORLD_SIZE])
+            with autocast(args.device):
+                logits, risk = network(vary_gains(readings, args.gain_noise), area)
+            loss = fire_loss(logits.float(), risk.float(), labels, weights)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            average.update_parameters(model)
+            losses.append(loss.detach())
+            correct += (logits.argmax(1) == labels).sum()
+        logits, risk = predict(average.module, data, val_starts)
+        step_losses = torch.stack(losses).tolist()
+        state["history"].append({
+            "train_loss": sum(step_losses) / len(step_losses),
+            "val_loss": fire_loss(logits, risk, val_labels, weights).item(),
+            "train_accuracy": WORLD_SIZE * correct.item() / len(starts),
+            "val_accuracy": (logits.argmax(1) == val_labels).float().mean().item(),
+            "learning_rate": scheduler.get_last_lr()[0],
+            "step_losses": step_losses,
+        })
+        end_epoch(state, modules, args, run_dir, time.perf_counter() - start_time)
+    model.load_state_dict(state["best"]["model"])
+
+
+def end_epoch(state, modules, args, run_dir, seconds):
+    """Keep the best weights, write the checkpoint and draw the dashboard."""
+    history = state["history"]
+    loss = history[-1]["val_loss"]
+    if not math.isfinite(loss):
+        raise UserError(f"the loss in epoch {len(history)} is not finite; lower --learning-rate")
+    if len(history) <= args.min_epochs or loss < state["best"]["loss"]:
+        weights = copy.deepcopy(modules["average"].module.state_dict())
+        state["best"] = {"loss": loss, "epoch": len(history), "model": weights}
+    add_stage(state["stages"], "transformer", seconds)
+    state.update({name: module.state_dict() for name, module in modules.items()})
+    if RANK == 0:
+        with atomic_write(run_dir / "checkpoint.pt") as path:
+            torch.save(state, path)
+        plot_dashboard(history, state["stages"], args, run_dir / "dashboard.png")
+        log(f"epoch {len(history)}: training loss {history[-1]['train_loss']:.3f}, validation loss "
+            f"{loss:.3f}, validation accuracy {history[-1]['val_accuracy']:.2%}")
+
+
+# --- Evaluation ---------------------------------------------------------------------------------
+
+
+def classify(model, baselines, data, starts):
+    """{name: class [windows]} by transformer, baselines, their vote and, if any, the oracle."""
+    answers = {"transformer": predict(model, data, starts)[0].argmax(1).cpu().numpy()}
+    features = window_features(data, starts)
+    answers |= {name: baseline.predict(features) for name, baseline in baselines.items()}
+    answers["ensemble"] = majority_vote([answers[name] for name in VOTERS])
+    if data.oracle is not None:
+        answers["oracle"] = data.oracle[starts.cpu() + data.seq_len - 1].numpy()
+    return answers
+
+
+def classification_metrics(labels, predicted, areas):
+    """Metrics of predicted classes [windows], those of -1 left out: no answer. `areas` [windows] are
+    names. A false alarm is a window called fire that is none."""
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    answered = predicted >= 0
+    labels, predicted, areas = labels[answered], predicted[answered], areas[answered]
+    fire, alarm = labels == 2, predicted == 2
+    present = np.unique(labels)
+    report = classification_report(labels, predicted, labels=present, output_dict=True, zero_division=0,
+                                   target_names=[CLASSES[c] for c in present])
+    return {
+        "accuracy": np.mean(labels == predicted),
+        "macro_f1": report["macro avg"]["f1-score"],
+        "false_alarm_rate": None if fire.all() else np.mean(alarm[~fire]),
+        "missed_fire_rate": np.mean(~alarm[fire]) if fire.any() else None,
+        "per_class": {CLASSES[c]: report[CLASSES[c]] for c in present},
+        "per_area": pd.Series(labels == predicted).groupby(areas, sort=False).mean().to_dict(),
+        "confusion_matrix": confusion_matrix(labels, predicted, labels=range(len(CLASSES))),
+    }
+
+
+def find_fires(labels, segments, seq_len):
+    """[(onset, end), …], rows of at most MAX_FIRES fires, evenly chosen: those that lie whole in one of
+    `segments` [(start, stop), …], with a window before them."""
     fires = []
-    for start, stop in data.segments["test"]:
-        edges = np.flatnonzero(np.diff(data.labels[start:stop] == 2, prepend=False, append=False)) + start
-        fires += [(onset, end) for onset, end in edges.reshape(-1, 2) if onset - start >= seq_len and end < stop]
-    fires = fires[:: math.ceil(len(fires) / MAX_FIRES) or 1]
-    starts = [np.arange(onset, end) - seq_len + 1 for onset, end in fires]
-    return np.concatenate([np.zeros(0, np.int64), *starts]), [len(windows) for windows in starts]
+    for start, stop in segments:
+        is_fire = labels[start:stop] == 2
+        edges = start + np.flatnonzero(np.diff(is_fire, prepend=False, append=False))
+        fires += [(onset, end) for onset, end in edges.reshape(-1, 2)
+                  if onset >= start + seq_len and end < stop]
+    return fires[:: math.ceil(len(fires) / MAX_FIRES) or 1]
 
 
-def detection_delay(predicted, lengths):
-    """Seconds (rows) from the onset of each fire to the first window called fire, over the fires that are detected."""
-    fires = np.split(predicted == 2, np.cumsum(lengths)[:-1]) if lengths else []
-    delays = [fire.argmax() for fire in fires if fire.any()]
+def detection_delays(model, baselines, data, info):
+    """{name: delays} from the onset of each fire to the first window called fire, one window a row."""
+    fires = find_fires(data.labels.cpu().numpy(), data.segments["test"].tolist(), data.seq_len)
+    if not fires:
+        return {}
+    rows = torch.cat([torch.arange(onset, end) for onset, end in fires]).to(data.labels.device)
+    answers = classify(model, baselines, data, rows - data.seq_len + 1)
+    steps = [area["step"] for area in info["areas"].values()]
+    steps = [steps[data.areas[onset]] for onset, _ in fires]
+    ends = np.cumsum([end - onset for onset, end in fires])[:-1]
+    return {name: summarize_delays(np.split(answer == 2, ends), steps)
+            for name, answer in answers.items()}
+
+
+def summarize_delays(alarms, steps):
+    """Median and 90th percentile [s] of the first alarm of each fire; `alarms` [fires] are arrays of
+    bool, `steps` [fires] the seconds between their rows."""
+    delays = [step * alarm.argmax() for alarm, step in zip(alarms, steps) if alarm.any()]
     median, late = np.percentile(delays, (50, 90)).round(1) if delays else (None, None)
-    return {"fires": len(fires), "never_detected": len(fires) - len(delays), "median_s": median, "p90_s": late}
+    return {"fires": len(alarms), "never_detected": len(alarms) - len(delays),
+            "median_s": median, "p90_s": late}
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
+def evaluate(model, baselines, data, features, labels, info, args):
+    """({name: metrics}, metrics of the risk head) on the test part."""
+    starts = data.starts("test", args.stride)
+    true = labels["test"]
+    answers = classify(model, baselines, data, starts)
+    answers["majority class"] = np.full(len(true), np.bincount(labels["train"]).argmax())
+    answers["smoke × CO rule"] = smoke_times_co(features, labels, info["areas"])
+    areas = np.array(list(info["areas"]))[data.areas[starts].cpu()]
+    metrics = {name: classification_metrics(true, answer, areas)
+               for name, answer in answers.items() if (answer >= 0).any()}
+    delays = detection_delays(model, baselines, data, info)
+    for name in metrics:
+        metrics[name]["detection_delay"] = delays.get(name)
+    risk = predict(model, data, starts)[1].cpu().numpy()
+    return metrics, {
+        "mean_absolute_error": np.abs(risk - 50 * true).mean(),
+        "of_a_constant": np.abs(50 * labels["train"].mean() - 50 * true).mean(),
+        "mean_by_class": {CLASSES[c]: risk[true == c].mean() for c in np.unique(true)},
+    }
 
 
-def plot_dashboard(history, args, path, update):
-    """Loss, accuracy, learning rate and memory; drawn again after every epoch, in a notebook in place with `update`."""
-    fig, axes = new_figure(f"Training: epoch {len(history)} of {args.epochs}", 2, 2, (10, 6.5))
+# --- Pictures -----------------------------------------------------------------------------------
+
+
+def plot_dashboard(history, stages, args, path):
+    """Loss, accuracy, learning rate and memory, drawn again after every epoch; in place in a notebook."""
+    fig, axes = new_figure(f"Training, epoch {len(history)} of at most {args.epochs}", 2, 2, (10, 6.5))
     plot_history(axes[:2], history)
-    for axis, name, label in zip(axes[2:], ("learning_rate", "memory_mib"), ("learning rate", "resident memory [MiB]")):
-        values = np.array([epoch[name] for epoch in history], float)  # None becomes NaN
-        plot_curve(axis, range(1, len(history) + 1), values, name, marker="o")
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    save_figure(fig, path, display_id=str(path.resolve()), update=update)
+    rates = [epoch["learning_rate"] for epoch in history]
+    memory = [stage["memory_mib"] for stage in stages if stage["name"] == "transformer"]
+    for ax, values, label in ((axes[2], rates, "learning rate"), (axes[3], memory, "resident memory [MiB]")):
+        plot_curve(ax, range(1, len(history) + 1), np.array(values, float), None, marker="o")
+        ax.set_ylabel(label)
+        epoch_axis(ax)
+    save_figure(fig, path, display_id=str(path.resolve()), update=len(history) > 1)
 
 
 def animate_history(history, path):
-    """GIF with one frame an epoch: how loss and accuracy came about."""
+    """GIF of loss and accuracy, a frame for each epoch, on axes that stand still."""
     from matplotlib.animation import FuncAnimation, PillowWriter
 
     fig, axes = new_figure("Training of the transformer", 1, 2, (9, 3.6))
+    plot_history(axes, history)
+    limits = [{"xlim": ax.get_xlim(), "ylim": ax.get_ylim()} for ax in axes]
 
-    def draw(epoch):
-        for axis in axes:
-            axis.clear()
-        plot_history(axes, history[: epoch + 1])
-        for axis in axes:
-            axis.set_xlim(0.5, len(history) + 0.5)
+    def draw(frame):
+        for ax in axes:
+            ax.clear()
+        plot_history(axes, history[: frame + 1])
+        for ax, limit in zip(axes, limits):
+            ax.set(**limit)
+            ax.legend(loc="center right")
 
     FuncAnimation(fig, draw, frames=len(history)).save(path, PillowWriter(fps=2))
     plt.close(fig)
 
 
-def plot_results(results, history, monitor, run_dir):
-    """Every picture but the dashboard."""
-    models, windows = results["models"], results["data"]["windows"]
-    learned = ["logistic regression", *VOTERS, "ensemble"]
-    accuracy = {name: 100 * scores["accuracy"] for name, scores in models.items()}
-
-    fig, axes = new_figure("Windows of each class in each part", 1, 2)
-    plot_bars(axes[0], CLASSES, windows, "{:,.0f}")
-    plot_bars(axes[1], CLASSES, {part: 100 * counts / counts.sum() for part, counts in windows.items()})
+def plot_classes(counts, path):
+    """How many windows of each class each split has."""
+    fig, axes = new_figure("Windows of each class in each split", 1, 2)
+    plot_bars(axes[0], CLASSES, counts, "{:,.0f}")
+    plot_bars(axes[1], CLASSES, {split: 100 * row / row.sum() for split, row in counts.items()})
     axes[0].set_ylabel("windows")
-    axes[1].set_ylabel("share of the part [%]")
-    save_figure(fig, run_dir / "class_distribution.png")
+    axes[1].set_ylabel("share of the split [%]")
+    save_figure(fig, path)
 
-    fig, axes = new_figure("Test accuracy by area", size=(11, 4.5))
-    by_area = {name: [100 * scores["accuracy"] for scores in models[name]["per_area"].values()] for name in learned}
-    plot_bars(axes[0], list(models["ensemble"]["per_area"]), by_area)
-    axes[0].set(ylabel="accuracy [%]", ylim=(max(0, min(map(min, by_area.values())) - 5), 102.5))
+
+def plot_models(metrics, run_dir):
+    """Test accuracy of all models, together and by area, and two confusion matrices."""
+    names = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])
+    fig, (ax,) = new_figure("Test accuracy of all models", size=(8, 4.5))
+    accuracy = [100 * metrics[name]["accuracy"] for name in names]
+    plot_dots(ax, names, {"accuracy": accuracy}, "{:.2f}", highlight="transformer")
+    ax.axvspan(94, 96, color="0.9", label="what the original expects of its transformer, 94 to 96 %")
+    ax.set_xlabel("accuracy [%]")
+    legend_below(ax)
+    save_figure(fig, run_dir / "model_comparison.png")
+
+    areas = list(metrics["transformer"]["per_area"])
+    fig, (ax,) = new_figure("Test accuracy by area", size=(9, 2 + 0.8 * len(areas)))
+    by_area = {name: [100 * metrics[name]["per_area"].get(area, np.nan) for area in areas] for name in names}
+    plot_dots(ax, areas, by_area, highlight="transformer")
+    ax.set_xlabel("accuracy [%]")
+    legend_below(ax, 4)
     save_figure(fig, run_dir / "area_performance.png")
 
     fig, axes = new_figure("Test windows by true and predicted class", 1, 2, (10, 4.6))
-    for axis, name in zip(axes, ("transformer", "ensemble")):
-        plot_confusion(axis, models[name]["confusion_matrix"], CLASSES, name)
+    for ax, name in zip(axes, ("transformer", "ensemble")):
+        plot_confusion(ax, metrics[name]["confusion_matrix"], CLASSES, name)
     save_figure(fig, run_dir / "confusion_matrices.png")
 
-    fig, axes = new_figure("The twelve most important window features of each tree model", 1, 3, (14, 5))
-    for axis, (name, values) in zip(axes, results["importance"].items()):
-        plot_ranking(axis, {feature: values[feature] for feature in sorted(values, key=values.get)[-12:]}, "{:.3f}")
-        what = "accuracy lost by shuffling it" if name == "gradient boosting" else "share of the decrease of impurity"
-        axis.set(title=name, xlabel=what)
-    columns = zip_longest(*results["data"]["areas"].values())
-    fig.supxlabel("\n".join(f"column {i}: {', '.join(dict.fromkeys(filter(None, names)))}"
-                            for i, names in enumerate(columns, start=1) if len(set(names) - {None}) > 1), fontsize=8)
-    save_figure(fig, run_dir / "feature_importance.png")
 
-    fig, axes = new_figure("Learning curves of the transformer", 1, 2)
-    plot_history(axes, history, np.concatenate([epoch["step_losses"] for epoch in history]))
-    save_figure(fig, run_dir / "learning_curves.png")
-    animate_history(history, run_dir / "training_progress.gif")
+def plot_importance(importance, path):
+    """The most important window features of each tree model."""
+    fig, axes = new_figure("The eight most important window features", 3, 1, (10, 9))
+    for ax, (name, values) in zip(axes, importance.items()):
+        top = sorted(values, key=values.get)[-8:]
+        plot_ranking(ax, {feature: values[feature] for feature in top}, "{:.3f}")
+        ax.set(title=name, xlabel="share of the decrease of impurity")
+    axes[2].set_xlabel("accuracy lost when the feature is shuffled")
+    save_figure(fig, path)
 
+
+def plot_resources(stages, run_dir):
+    """Time and memory of each stage, those before an interruption included."""
+    seconds = sum_seconds(stages)
     fig, axes = new_figure("Where the time went", 1, 2)
-    seconds = results["seconds"]
-    axes[0].pie(seconds.values(), labels=seconds, autopct=lambda share: f"{share:.0f} %" if share > 5 else "")
+    wedges, _ = axes[0].pie(seconds.values(), counterclock=False, startangle=90)
+    shares = [f"{name}, {value / sum(seconds.values()):.0%}" for name, value in seconds.items()]
+    axes[0].legend(wedges, shares, loc="center left", bbox_to_anchor=(1, 0.5))
     plot_bars(axes[1], list(seconds), {"time": list(seconds.values())})
     axes[1].set_ylabel("time [s]")
     save_figure(fig, run_dir / "time_breakdown.png")
 
-    fig, (axis,) = new_figure("Memory of the process over time", size=(9, 4))
-    axis.plot(*np.array(monitor.samples, float).reshape(-1, 2).T)
-    for i, (name, (begin, end)) in enumerate(monitor.parts.items()):
-        axis.axvspan(begin, end, color=f"C{i + 1}", alpha=0.15, label=name)
-    axis.set(xlabel="time [s]", ylabel="resident memory [MiB]")
-    fig.legend(loc="outside lower center", ncols=len(monitor.parts))
+    fig, (ax,) = new_figure("Memory at the end of each stage and each epoch", size=(9, 4))
+    table = pd.DataFrame(stages)
+    table["end"] = table["seconds"].cumsum()
+    for i, (name, rows) in enumerate(table.groupby("name", sort=False)):
+        ax.plot(rows["end"], rows["memory_mib"].astype(float), MARKERS[i % 7], label=name)
+    ax.set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
+    legend_below(ax)
     save_figure(fig, run_dir / "memory.png")
-
-    fig, (axis,) = new_figure("Test accuracy of all models (orange: the best that learned)", size=(8, 4))
-    plot_ranking(axis, accuracy, highlight=max(learned, key=accuracy.get))
-    axis.axvline(100 * TARGET_ACCURACY, color="k", linestyle="--", label=f"target {TARGET_ACCURACY:.0%}")
-    axis.set(xlabel="accuracy [%]", xlim=(max(0, min(accuracy.values()) - 5), 104))
-    fig.legend(loc="outside lower right")
-    save_figure(fig, run_dir / "model_comparison.png")
 
 
 HTML = """<!doctype html><meta charset="utf-8"><title>fire.py: models compared</title><style>
 body {font: 15px sans-serif; margin: 2em} td, th {padding: .3em .8em; text-align: right}
 th:first-child, td:first-child {text-align: left} th {cursor: pointer; border-bottom: 1px solid}
-.bar {position: relative; width: 20em} .bar i {display: block; height: 1.1em; background: #0072B2}
-.bar b {position: absolute; top: 0; height: 1.1em; border-left: 2px dashed}
+i {display: block; height: 1em; background: #0072B2}
 </style><h1>fire.py: models on the same test windows</h1>
-<p>Click a heading to sort by it; point at a bar for its values. Bold: the best that learned. Dashed: the target.</p>
-<table></table><script>
+<p>Click a heading to sort by it. Bars show the accuracy from 0 to 100 %.</p><table></table><script>
 const rows = ROWS, columns = Object.keys(rows[0]), table = document.querySelector("table");
-const best = Math.max(...rows.filter(row => row.model !== "oracle").map(row => row[columns[1]]));
 let by = columns[1], down = true;
-const text = value => value ?? "–";
 function draw() {
   rows.sort((a, b) => (down ? -1 : 1) * ((a[by] ?? -1) > (b[by] ?? -1) ? 1 : -1));
   table.innerHTML = "<tr>" + columns.map(c => `<th>${c}</th>`).join("") + "</tr>" + rows.map(row =>
-    `<tr ${row[columns[1]] === best ? 'style="font-weight: bold"' : ""}>` +
-    columns.map(c => `<td>${text(row[c])}</td>`).join("") +
-    `<td><div class="bar" title="${columns.map(c => `${c}: ${text(row[c])}`).join("&#10;")}">
-     <i style="width: ${row[columns[1]]}%"></i><b style="left: TARGET%"></b></div></td></tr>`).join("");
+    "<tr>" + columns.map(c => `<td>${row[c] ?? "–"}</td>`).join("") +
+    `<td style="width: 20em"><i style="width: ${row[columns[1]]}%"></i></td></tr>`).join("");
 }
 table.onclick = event => {
   if (event.target.tagName !== "TH") return;
@@ -1077,563 +1357,575 @@ draw();
 </script>"""
 
 
-# --- Results --------------------------------------------------------------------------------------------------------
+# --- The experiment -----------------------------------------------------------------------------
+
+
+def add_stage(stages, name, seconds):
+    """Append the seconds and the memory of a stage of the run to the list `stages`."""
+    stages.append({"name": name, "seconds": seconds, "memory_mib": memory_mib()})
+
+
+def sum_seconds(stages):
+    """{name of a stage: seconds}, those of all its entries together."""
+    seconds = {}
+    for stage in stages:
+        seconds[stage["name"]] = round(seconds.get(stage["name"], 0) + stage["seconds"], 1)
+    return seconds
+
+
+def model_table(metrics, seconds):
+    """Rows [{column: value}] with the figures of each model, the best accuracy first."""
+    rows = []
+    for name, scores in sorted(metrics.items(), key=lambda item: -item[1]["accuracy"]):
+        row = {"model": name}
+        for column, key in (("accuracy %", "accuracy"), ("macro F1 %", "macro_f1"),
+                            ("false alarms %", "false_alarm_rate"), ("missed fire %", "missed_fire_rate")):
+            row[column] = None if scores[key] is None else round(100 * scores[key], 2)
+        delay = scores["detection_delay"]
+        rows.append(row | {"delay s": delay and delay["median_s"], "training s": seconds.get(name)})
+    return rows
+
+
+def best_baseline(accuracy):
+    """The name of the best single model that is not ours, of {name: accuracy}."""
+    return max(BASELINES, key=lambda name: np.mean(accuracy[name]))
+
+
+def format_summary(results):
+    """The tables of one seed as Markdown; the main table and the answer come last."""
+    data, risk, models = results["data"], results["risk"], results["models"]
+    areas = [{"model": name} | {area: round(100 * value, 2) for area, value in models[name]["per_area"].items()}
+             for name in models]
+    accuracy = {row["model"]: row["accuracy %"] for row in results["table"]}
+    baseline = best_baseline(accuracy)
+    return f"""Test accuracy by area [%]:
+
+{markdown_table(areas)}
+
+Test part; {data["rows"]:,} rows in all ({data["source"]}), split by {data["split"]}, seed {results["seed"]}:
+
+{markdown_table([*results["table"], ORIGINAL_ROW])}
+
+False alarms: windows called fire, of those that are none. Missed fire: windows of fire called
+otherwise. Delay: median seconds from the onset of a fire. The ensemble is the majority of the
+{", ".join(VOTERS)}. The rule counts only where there are both sensors.
+Risk head, 0 to 100: mean absolute error {risk["mean_absolute_error"]:.1f}; a constant has {risk["of_a_constant"]:.1f}.
+
+The transformer is right in {accuracy["transformer"]:.2f} % of the test windows, the best baseline, {baseline}, in
+{accuracy[baseline]:.2f} %, and naming always the most frequent class in {accuracy["majority class"]:.2f} %.
+"""
+
+
+def restore_state(args, info, path):
+    """The state in a run's checkpoint. Raises UserError where it does not fit data and processes."""
+    state = load_checkpoint(path, path, new_state(args, info))
+    if state["data"]["sha256"] != info["sha256"]:
+        raise UserError(f"{path}: the run began with other data; start a new run")
+    if state["processes"] != WORLD_SIZE:
+        raise UserError(f"{path}: the run began with {state['processes']} processes; take as many")
+    return state
+
+
+def run_experiment(args, data, info, run_dir, load_seconds):
+    """Train, evaluate and draw everything for one seed; returns the results, or None in all
+    processes of torchrun but the first."""
+    checkpoint = run_dir / "checkpoint.pt"
+    state = restore_state(args, info, checkpoint) if checkpoint.exists() else new_state(args, info)
+    stages = state["stages"]
+    add_stage(stages, "data", load_seconds)
+    seed_everything(args.seed)
+    model = make_model(state["arguments"], info).to(args.device)
+    train_transformer(model, data, args, state, run_dir)
+    if RANK > 0:
+        return None
+
+    start_time = time.perf_counter()
+    starts = {split: data.starts(split, args.stride) for split in SPLITS}
+    features = {split: window_features(data, rows) for split, rows in starts.items()}
+    labels = {split: data.windows(rows)[2].cpu().numpy() for split, rows in starts.items()}
+    baselines, seconds = fit_baselines(features, labels, args)
+    add_stage(stages, "baselines", time.perf_counter() - start_time)
+    start_time = time.perf_counter()
+    metrics, risk = evaluate(model, baselines, data, features, labels, info, args)
+    importance = feature_importance(baselines, features["val"], labels["val"], info, args.seed)
+    add_stage(stages, "evaluation", time.perf_counter() - start_time)
+
+    counts = {split: np.bincount(labels[split], minlength=len(CLASSES)) for split in SPLITS}
+    history = [{key: value for key, value in epoch.items() if key != "step_losses"} for epoch in state["history"]]
+    seconds["transformer"] = sum_seconds(stages)["transformer"]
+    results = {"seed": args.seed, "table": model_table(metrics, seconds), "models": metrics, "risk": risk,
+               "data": info | {"windows": counts}, "importance": importance, "history": history,
+               "parameters": sum(weight.numel() for weight in model.parameters()),
+               "stages": stages, "seconds": sum_seconds(stages)}
+    plot_results(results, state, run_dir)
+    with atomic_write(run_dir / "transformer.pt") as path:
+        torch.save({key: state[key] for key in ("arguments", "data", "best")}, path)
+    with atomic_write(run_dir / "trees.joblib") as path:
+        joblib.dump(baselines, path)
+    return results
+
+
+def plot_results(results, state, run_dir):
+    """Every picture but the dashboard, which training draws."""
+    history = state["history"]
+    plot_classes(results["data"]["windows"], run_dir / "class_distribution.png")
+    plot_models(results["models"], run_dir)
+    plot_importance(results["importance"], run_dir / "feature_importance.png")
+    fig, axes = new_figure("Learning curves of the transformer", 1, 2)
+    plot_history(axes, history, np.concatenate([epoch["step_losses"] for epoch in history]))
+    save_figure(fig, run_dir / "learning_curves.png")
+    animate_history(history, run_dir / "training_progress.gif")
+    plot_resources(state["stages"], run_dir)
+    html = HTML.replace("ROWS", to_json(results["table"]))
+    (run_dir / "model_comparison.html").write_text(html, encoding="utf-8")
+
+
+def join_processes(args):
+    """Join the other processes of torchrun; returns the device of this one."""
+    if args.predict or args.compare or args.runs > 1 or args.batch_size % WORLD_SIZE:
+        raise UserError("torchrun trains one model, without --predict, --compare or --runs, and with a "
+                        "--batch-size that the processes can share evenly")
+    is_cuda = args.device.type == "cuda"
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if is_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs; or take --device cpu")
+    dist.init_process_group("nccl" if is_cuda else "gloo")
+    return torch.device("cuda", local_rank) if is_cuda else args.device
+
+
+def run(args):
+    """What the arguments ask for, from data to results; returns the results."""
+    if WORLD_SIZE > 1:
+        args = argparse.Namespace(**vars(args) | {"device": join_processes(args)})
+    if args.predict or args.compare:
+        return predict_file(args) if args.predict else compare_runs(args)
+    if args.save_to:
+        check_writable(args.save_to)
+    run_dir = Path(args.resume) if args.resume else None
+    runs = []
+    for seed in range(args.seed, args.seed + args.runs):
+        start_time = time.perf_counter()
+        seed_args = argparse.Namespace(**vars(args) | {"seed": seed})
+        data, info = load_data(seed_args)
+        if run_dir is None:  # now arguments and data are known to be good
+            run_dir = next_run_dir(args) if RANK == 0 else Path()
+        seed_dir = run_dir / f"seed-{seed}" if args.runs > 1 else run_dir
+        if (seed_dir / "results.json").exists():
+            runs.append(json.loads((seed_dir / "results.json").read_text()))
+            continue
+        seed_dir.mkdir(exist_ok=True)
+        results = run_experiment(seed_args, data, info, seed_dir, time.perf_counter() - start_time)
+        if RANK > 0:
+            return None
+        summary = format_summary(results)
+        if args.save_to:
+            description = describe_run(seed_args) | results
+            results["saved_to"] = save_version(description, summary, seed_dir, args.save_to)
+        runs.append(write_results(results, summary, seed_args, seed_dir))
+    if args.runs > 1:
+        return write_results(*combine_runs(runs), args, run_dir)
+    return runs[0]
+
+
+# --- Extras: several seeds (--runs) -------------------------------------------------------------
+
+
+def format_mean(values):
+    """Mean ± half width of the 95 % interval (Student's t); None where no value is there."""
+    values = [value for value in values if value is not None]
+    return "{:.2f} ± {:.2f}".format(*mean_and_interval(values)) if values else None
+
+
+def combine_runs(runs):
+    """(results, summary) of several seeds: means with intervals, and what a paired test finds."""
+    from scipy.stats import ttest_rel
+
+    tables = pd.concat([pd.DataFrame(run["table"]) for run in runs]).astype(object)
+    table = []
+    for name, rows in tables.groupby("model", sort=False):
+        columns = {column: format_mean(rows[column].dropna()) for column in rows.columns[1:]}
+        table.append({"model": name} | columns)
+    accuracy = {name: rows["accuracy %"].to_numpy(float) for name, rows in tables.groupby("model")}
+    baseline = best_baseline(accuracy)
+    difference = accuracy["transformer"] - accuracy[baseline]
+    p = ttest_rel(accuracy["transformer"], accuracy[baseline]).pvalue
+    summary = f"""Test part, mean ± 95 % interval over {len(runs)} seeds, split by {runs[0]["data"]["split"]}:
+
+{markdown_table([*table, ORIGINAL_ROW])}
+
+The transformer is right in {format_mean(accuracy["transformer"])} % of the test windows, {format_mean(difference)}
+points from the best baseline, {baseline} (paired t-test: p = {p:.2g}).
+"""
+    shared = {key: runs[0][key] for key in ("data", "parameters")}
+    return shared | {"seeds": [run["seed"] for run in runs], "table": table, "accuracy": accuracy,
+                     "p": p, "seconds": [run["seconds"] for run in runs]}, summary
+
+
+# --- Extras: versions in a folder or in S3 (--save-to) ------------------------------------------
+
+
+def check_writable(address):
+    """Fail before hours of training, not after, where nothing can be written under `address`."""
+    from pyarrow import fs
+
+    filesystem, root = open_address(address)
+    bucket = filesystem.get_file_info(root.split("/")[0])
+    if filesystem.type_name == "s3" and bucket.type == fs.FileType.NotFound:
+        raise UserError(f"--save-to {address}: there is no bucket {bucket.path!r}")
+    filesystem.create_dir(root)
+    with filesystem.open_output_stream(f"{root}/write-test") as stream:
+        stream.write(b"")
+    filesystem.delete_file(f"{root}/write-test")
+
+
+def save_version(description, summary, run_dir, address):
+    """Copy models and tables to a new version under `address`; returns the version's address.
+
+    Its name, the time in UTC and four random hexadecimal digits, clashes with no other writer's.
+    metadata.json comes last: a version without it is not complete.
+    """
+    filesystem, root = open_address(address)
+    version = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{secrets.token_hex(2)}"
+    filesystem.create_dir(f"{root}/{version}")
+    contents = {name: (run_dir / name).read_bytes() for name in ("transformer.pt", "trees.joblib")}
+    contents["summary.md"] = summary.encode()
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    contents["metadata.json.part"] = to_json(description | {"files": files}).encode()
+    for name, content in contents.items():
+        with filesystem.open_output_stream(f"{root}/{version}/{name}") as stream:
+            stream.write(content)
+    filesystem.move(f"{root}/{version}/metadata.json.part", f"{root}/{version}/metadata.json")
+    return f"{address.rstrip('/')}/{version}"
+
+
+# --- Extras: new readings (--predict) -----------------------------------------------------------
+
+
+def load_transformer(address):
+    """(model, arguments, description of the data) of a checkpoint, here or in S3."""
+    fields = ["arguments", "data", "best"]
+    checkpoint = load_checkpoint(io.BytesIO(read_bytes(address)), address, fields)
+    try:
+        model = make_model(checkpoint["arguments"], checkpoint["data"])
+        model.load_state_dict(checkpoint["best"]["model"])
+    except (LookupError, TypeError, AttributeError, RuntimeError):
+        raise UserError(f"{address}: not a checkpoint of this version of the script") from None
+    return model, checkpoint["arguments"], checkpoint["data"]
+
+
+def load_new_data(args, arguments, info):
+    """(Data with the segments "new", its area, time column or None) of the readings in args.predict."""
+    name = args.area or name_areas([args.predict], "time")[0]
+    if name not in info["areas"]:
+        raise UserError(f"{args.predict}: --area takes {', '.join(info['areas'])}, not {name!r}")
+    area = info["areas"][name]
+    frame, _ = read_frame(args.predict, args.na_values)
+    missing = sorted(set(area["sensors"]) - set(frame))
+    if missing:
+        raise UserError(f"{args.predict}: no column {missing} among {', '.join(frame)}")
+    times = find_time_column(list(frame), args)
+    unused = sorted(set(frame) - {*area["sensors"], times})
+    if unused:
+        note(f"{args.predict}: columns not used: {unused}")
+    readings = read_readings(frame, area["sensors"], args.na_values, args.predict)
+    step, breaks = check_times(frame[times], args.predict) if times else (1.0, np.zeros(0, int))
+    remove_drift(readings, info["baseline_seconds"] / step)
+    readings = (readings - np.array(area["mean"], np.float32)) / np.array(area["std"], np.float32)
+    columns = torch.zeros(len(frame), info["input_dim"])
+    columns[:, area["columns"]] = torch.from_numpy(readings)
+    seq_len = arguments["seq_len"]
+    segments = [(start, stop) for start, stop in pairwise([0, *breaks.tolist(), len(frame)])
+                if stop - start >= seq_len]
+    if not segments:
+        raise UserError(f"{args.predict}: a window needs {seq_len} rows without a gap in time")
+    numbers = torch.full((len(frame),), list(info["areas"]).index(name))
+    data = Data(columns.to(args.device), torch.zeros_like(numbers).to(args.device), numbers.to(args.device),
+                {"new": torch.tensor(segments)}, seq_len, len(info["areas"]))
+    return data, area, frame[times] if times else None
+
+
+def predict_file(args):
+    """Class, probabilities and risk of each window of new readings, as predictions.csv. A window
+    without any reading has no class. Returns the results."""
+    start_time = time.perf_counter()
+    model, arguments, info = load_transformer(args.checkpoint)
+    data, area, times = load_new_data(args, arguments, info)
+    starts = data.starts("new", args.stride or arguments["stride"])
+    logits, risk = predict(model.to(args.device), data, starts)
+    known = data.readings[:, area["columns"]].isfinite().any(1).cumsum(0).cpu().numpy()
+    first, last = starts.cpu().numpy(), starts.cpu().numpy() + data.seq_len - 1
+    empty = known[last] == np.append(0, known)[first]
+    table = pd.DataFrame({"first row": first + 1, "last row": last + 1})
+    if times is not None:
+        table["time"] = times.to_numpy()[last]
+    table["class"] = np.array(CLASSES, object)[logits.argmax(1).cpu()]
+    table[CLASSES] = logits.softmax(1).cpu().numpy()
+    table["risk"] = risk.cpu().numpy()
+    table.loc[empty, ["class", *CLASSES, "risk"]] = None
+    if empty.any():
+        note(f"{empty.sum()} windows without any reading have no class")
+    run_dir = next_run_dir(args)
+    with atomic_write(run_dir / "predictions.csv") as path:
+        table.to_csv(path, index=False)
+    counts = {name: int((table["class"] == name).sum()) for name in CLASSES}
+    rows = [{"class": name, "windows": count, "share %": round(100 * count / len(table), 2)}
+            for name, count in counts.items()]
+    summary = f"{len(table):,} windows of {data.seq_len} rows:\n\n{markdown_table(rows)}\n"
+    results = {"rows": len(data.labels), "windows": len(table), "counts": counts,
+               "seconds": round(time.perf_counter() - start_time, 2)}
+    return write_results(results, summary, args, run_dir)
+
+
+# --- Extras: runs side by side (--compare) ------------------------------------------------------
+
+
+def first_number(cell):
+    """95.1 for 95.1 and for "95.1 ± 0.4", 0 for None."""
+    return float(str(cell or 0).split()[0])
+
+
+def read_results(address):
+    """The results.json of a finished training run, here or in S3."""
+    try:
+        results = json.loads(bytes(read_bytes(address)))
+        known = {"table", "arguments", "data"} <= set(results) and "accuracy %" in results["table"][0]
+    except (ValueError, LookupError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{address}: not the results.json of a finished training run")
+    return results
+
+
+def compare_runs(args):
+    """Accuracy of all models, time and cost of finished runs beside what the original claims.
+
+    A row names the arguments in which the runs differ. A run on other data than the first is marked,
+    since its accuracy is about something else. Returns the results.
+    """
+    runs = [read_results(address) for address in args.compare]
+    differing = [name for name in runs[0]["arguments"] if name not in ("output_dir", "resume")
+                 and len({str(run["arguments"].get(name)) for run in runs}) > 1]
+    claimed = ORIGINAL_RUN["training h"] * ORIGINAL_RUN["$ per h"]
+    table, labels, accuracy = [], [], {}
+    for i, run in enumerate(runs):
+        name = f"{i + 1}. {Path(args.compare[i]).parent.name}"
+        if run["data"]["sha256"] != runs[0]["data"]["sha256"]:
+            name += " (OTHER DATA)"
+        flags = [f"--{flag.replace('_', '-')} {run['arguments'].get(flag)}" for flag in differing]
+        models = {row["model"]: row["accuracy %"] for row in run["table"]}
+        hours = sum(first_number(row["training s"]) for row in run["table"]) / 3600
+        cost = hours * args.price_per_hour
+        table.append({"run": name, "differs in": " ".join(flags) or None, "rows": f"{run['data']['rows']:,}",
+                      **models, "training h": round(hours, 4), "$ per h": args.price_per_hour,
+                      "cost $": round(cost, 4), "saved $": round(claimed - cost, 2)})
+        labels.append("\n".join([name, *flags]))
+        for model, value in models.items():
+            accuracy.setdefault(model, [np.nan] * len(runs))[i] = first_number(value)
+
+    fig, axes = new_figure("Runs side by side", 1, 2, (14, 2.5 + 0.7 * len(runs)))
+    plot_dots(axes[0], labels, accuracy, highlight="transformer")
+    costs = [row["cost $"] for row in table] + [claimed]
+    plot_dots(axes[1], [*labels, ORIGINAL_RUN["run"]], {"cost": costs}, "{:.4g}")
+    axes[0].set_xlabel("test accuracy [%]")
+    axes[1].set(xlabel="cost of training all models [$]", xscale="log")
+    legend_below(axes[0], 5)
+    run_dir = next_run_dir(args)
+    save_figure(fig, run_dir / "cost_comparison.png")
+    table.append(ORIGINAL_RUN | {"cost $": round(claimed, 2)})
+    summary = (f"{markdown_table(table)}\n\nTest accuracy in %; time and cost of training all models. "
+               "Saved: against the original's claim, which we have not checked.\n")
+    return write_results({"table": table}, summary, args, run_dir)
+
+
+# --- Plumbing: nothing below is about the experiment --------------------------------------------
+
+NOTES = []
+
+
+class UserError(Exception):
+    """A problem that the user can solve: main() makes it one line on stderr and exit code 2."""
+
+
+def log(text):
+    """Print a line on stderr; under torchrun in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)
+
+
+def note(text):
+    """Log what a reader of the results must know as well; it is written to them, too."""
+    if text not in NOTES:
+        NOTES.append(text)
+        log(text)
+
+
+def progress(iterable, description):
+    """A progress bar on a terminal and in a notebook, and nothing elsewhere."""
+    return tqdm(iterable, description, leave=False, disable=not (sys.stderr.isatty() or in_notebook()))
 
 
 def memory_mib(peak=False):
-    """Resident memory of this process [MiB], now (on Linux) or at its peak so far; None where it is not known."""
-    try:
+    """Resident memory of this process [MiB], now or at its peak; None where it is not known."""
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
         if peak:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    except (OSError, AttributeError):
-        return None
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+    return None
 
 
-class Monitor(threading.Thread):
-    """Seconds of each part of a run, and memory over its time, sampled twice a second until `done` is set."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.began, self.parts, self.samples, self.done = time.perf_counter(), {}, [], threading.Event()
-        self.start()
-
-    def run(self):
-        while not self.done.wait(0.5):
-            self.samples.append((self.seconds(), memory_mib()))
-
-    def seconds(self):
-        return time.perf_counter() - self.began
-
-    @contextlib.contextmanager
-    def part(self, name):
-        began = self.seconds()
-        try:
-            yield
-        except BaseException:
-            self.done.set()
-            raise
-        self.parts[name] = began, self.seconds()
+@contextlib.contextmanager
+def atomic_write(path):
+    """A temporary path to write to, renamed to `path` at the end: a file is whole or absent."""
+    try:
+        yield Path(f"{path}.part")
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
+        raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 
-def to_json(results):
-    """Plain JSON, without NaN, in bytes."""
-    return json.dumps(results, indent=1, allow_nan=False, default=lambda array: array.tolist()).encode()
+def load_checkpoint(file, name, fields):
+    """The dictionary that torch.save wrote to `file`, a path or a stream. Raises UserError with its
+    `name`, unless it has the `fields`."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError):
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or not set(fields) <= set(checkpoint):
+        raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py")
+    return checkpoint
 
 
-def write_results(results, path):
-    """Write JSON; returns the results as they are read back."""
-    with whole_file(path) as file:
-        file.write(to_json(results))
+def plain_arguments(args):
+    """{name: value} of the arguments, all of which JSON can hold."""
+    return vars(args) | {"device": str(args.device)}
+
+
+def changed_arguments(args):
+    """{flag: value} of the arguments that differ from their defaults."""
+    defaults = vars(parse_args([]))
+    return {f"--{name.replace('_', '-')}": value for name, value in plain_arguments(args).items()
+            if str(value) != str(defaults.get(name))}
+
+
+def next_run_dir(args):
+    """The folder of this run: that of --resume, or else a new one with arguments.json."""
+    if args.resume:
+        return Path(args.resume)
+    parent = Path(args.output_dir) / EXPERIMENT
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.name[4:]) for path in parent.glob("run-*[0-9]")), default=0)
+    run_dir = parent / f"run-{number:03d}"
+    try:
+        run_dir.mkdir()
+    except FileExistsError:  # another process was faster
+        return next_run_dir(args)
+    (run_dir / "arguments.json").write_text(to_json(plain_arguments(args)))
+    return run_dir
+
+
+def resume_arguments(args):
+    """The arguments of the unfinished run in --resume, a folder, or of the newest one."""
+    parent = Path(args.output_dir) / EXPERIMENT
+    folders = [Path(args.resume), parent / args.resume]
+    if args.resume == "newest":
+        folders = sorted(parent.glob("run-*"))
+    unfinished = [folder for folder in folders if (folder / "arguments.json").exists()
+                  and not (folder / "results.json").exists()]
+    if not unfinished:
+        raise UserError(f"no unfinished run in {parent if args.resume == 'newest' else args.resume}")
+    changed = set(changed_arguments(args)) - {"--resume", "--output-dir", "--device"}
+    if changed:
+        raise UserError(f"--resume keeps the arguments of the run; leave out {', '.join(sorted(changed))}")
+    arguments = json.loads((unfinished[-1] / "arguments.json").read_text())
+    return argparse.Namespace(**arguments | {"device": args.device, "resume": str(unfinished[-1])})
+
+
+def git(*command):
+    """What git says about the folder of this script; None where it cannot."""
+    folder = Path(globals().get("__file__", "")).resolve().parent
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+
+def describe_run(args):
+    """What made the results: arguments, script, versions, device and peak memory."""
+    script = Path(globals().get("__file__", "pasted into a notebook"))
+    packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets", "perforatedai")
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "experiment": EXPERIMENT,
+        "arguments": plain_arguments(args),
+        "changed_arguments": changed_arguments(args),
+        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest() if script.exists() else None,
+        "git_commit": git("rev-parse", "--verify", "HEAD"),
+        "git_clean": None if changes is None else not changes,
+        "versions": {name: sys.modules[name].__version__ for name in packages if name in sys.modules},
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device),
+        "peak_memory_mib": memory_mib(peak=True),
+        "notes": list(NOTES),
+    }
+
+
+def to_json(value):
+    """JSON with arrays as lists, and null for NaN."""
+    text = json.dumps(value, default=lambda array: array.tolist())
+    return json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=1)
+
+
+def write_results(results, summary, args, run_dir):
+    """Write and print summary.md, then write results.json, with which a run is finished; returns the
+    results as they are read back."""
+    results = describe_run(args) | results
+    flags = [f"{flag} {value}" for flag, value in results["changed_arguments"].items()]
+    title = f"# {EXPERIMENT}.py {' '.join(flags) or '(default arguments)'}"
+    text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
+    (run_dir / "summary.md").write_text(text, encoding="utf-8")
+    with atomic_write(run_dir / "results.json") as path:
+        path.write_text(to_json(results))
+    if in_notebook():
+        from IPython.display import Markdown, display
+
+        display(Markdown(text))
+    else:
+        print(text)
+    print(f"Everything is in {run_dir}")
     return json.loads(to_json(results))
-
-
-def model_table(models, seconds):
-    """[{column: value}] with a row for each model, the best accuracy first."""
-    rows = []
-    for name, scores in sorted(models.items(), key=lambda item: -item[1]["accuracy"]):
-        shares = {"accuracy %": "accuracy", "macro F1 %": "macro_f1", "false alarms %": "false_alarm_rate",
-                  "missed fire %": "missed_fire_rate"}
-        row = {column: None if scores[key] is None else round(100 * scores[key], 2) for column, key in shares.items()}
-        delay = scores["detection_delay"]["median_s"]
-        rows.append({"model": name} | row | {"delay s": delay, "training s": seconds.get(name)})
-    return rows
 
 
 def markdown_table(rows):
     """Rows [{column: value}] as a Markdown table; a value that is missing or None is a dash."""
-    columns = list(dict.fromkeys(chain.from_iterable(rows)))
-    cells = [[("–" if row.get(column) is None else str(row[column])) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *cells])
-
-
-def summary(results):
-    """The tables of a finished run as Markdown."""
-    data, models, risk = results["data"], results["models"], results["risk"]
-    classes = [{"model": name} | {f"{c} {key}": f"{100 * scores[key]:.1f}" for c, scores in model["per_class"].items()
-                                  for key in ("precision", "recall", "f1")} for name, model in models.items()]
-    areas = [{"model": name} | {area: f"{100 * scores['accuracy']:.2f}" for area, scores in model["per_area"].items()}
-             for name, model in models.items()]
-    return f"""# fire.py, {data['source']} data, {data['rows']:,} rows, split {data['split']}, seed {results['seed']}
-
-{markdown_table([*results['table'], SEED_CLAIM])}
-
-False alarms: windows called fire among those that are not. Delay: median seconds from the onset of a fire.
-The ensemble is the majority of transformer and trees; a tie goes to the most dangerous of the tied classes.
-Risk head, 0 to 100: mean absolute error {risk['mean_absolute_error']:.1f}, of a constant {risk['of_a_constant']:.1f}.
-
-## Classes [%]
-
-{markdown_table(classes)}
-
-## Accuracy by area [%]
-
-{markdown_table(areas)}
-"""
-
-
-def new_run(output_dir):
-    """Make and return the next free folder run-001, run-002, … of this experiment."""
-    parent = Path(output_dir) / "fire"
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        taken = [int(run.name[4:]) for run in parent.glob("run-*") if run.name[4:].isdigit()]
-        run_dir = parent / f"run-{max(taken, default=0) + 1:03d}"
-        with contextlib.suppress(FileExistsError):  # another process may have been quicker
-            run_dir.mkdir()
-            return run_dir
-
-
-def find_run(output_dir, name):
-    """(folder, arguments) of the unfinished run called `name`, or of the newest one."""
-    parent = Path(output_dir) / "fire"
-    newest_first = sorted(parent.glob("run-*"), key=lambda run: (len(run.name), run.name), reverse=True)
-    for run_dir in newest_first if name == "newest" else [Path(name) if os.sep in name else parent / name]:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not a run's file
-            results = json.loads((run_dir / "results.json").read_text())
-            if results["experiment"] == "fire" and not results["finished"]:
-                return run_dir, argparse.Namespace(**results["arguments"])
-    name = "" if name == "newest" else f" {name!r}"
-    raise UserError(f"{parent} has no unfinished run{name}; start one without --resume")
-
-
-def describe_run(args):
-    """What results.json holds from the beginning: arguments, versions, git commit."""
-    folder = Path(globals().get("__file__", "fire.py")).resolve().parent
-    commit, packages = None, ("torch", "numpy", "scikit-learn", "pyarrow")
-    with contextlib.suppress(OSError):  # no git on this machine
-        git = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    return {"experiment": "fire", "finished": False, "arguments": vars(args), "seed": args.seed, "git_commit": commit,
-            "processes": PROCESSES,
-            "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}}
-
-
-# --- Saving versions, predicting, comparing runs ----------------------------------------------------------------------
-
-
-def claim_version(filesystem, root):
-    """(next version v0001, v0002, … under `root`, the claim on it), which no other writer has or gets.
-
-    Neither pyarrow nor every S3 server can create a file only if it is not there. So each writer leaves a claim of its
-    own name and then looks: who sees no other claim and no such version owns it, since whoever comes later sees that
-    claim; else it takes the claim back and tries again. The claim of a writer that died stays: its version is skipped.
-    """
-    from pyarrow import fs
-
-    def names():  # claims first: a claim that is gone by then has its version in the second listing
-        folders = [fs.FileSelector(folder, allow_not_found=True) for folder in (f"{root}/claims", root)]
-        return [info.base_name for folder in folders for info in filesystem.get_file_info(folder)]
-
-    while True:
-        taken = [int(name.split("-")[0][1:]) for name in names() if re.fullmatch(r"v\d{4,}(-.*)?", name)]
-        version = f"v{max(taken, default=0) + 1:04d}"
-        claim = f"{root}/claims/{version}-{uuid.uuid4().hex}"
-        filesystem.create_dir(f"{root}/claims")
-        with filesystem.open_output_stream(claim) as stream:
-            stream.write(b"being written")
-        if sum(name.split("-")[0] == version for name in names()) == 1:
-            return version, claim
-        filesystem.delete_file(claim)
-        time.sleep(random.random())  # lest two writers meet again and again
-
-
-def save_version(results, run_dir, address):
-    """Copy the models and tables of a finished run to the next version under `address`: the new folder's address.
-
-    metadata.json (metrics, arguments, versions, commit, sha256 of each file) comes last: a folder without it is not
-    complete.
-    """
-    from pyarrow import fs
-
-    filesystem, root = open_address(address)
-    with file_errors(f"{run_dir} is kept, and --resume saves it again; --save-to {address}"):
-        version, claim = claim_version(filesystem, root)
-        folder, files = f"{root}/{version}", {}
-        filesystem.create_dir(folder)
-        for name in ("transformer.pt", "trees.joblib", "summary.md"):
-            fs.copy_files(str(run_dir / name), f"{folder}/{name}", fs.LocalFileSystem(), filesystem)
-            files[name] = {"bytes": (run_dir / name).stat().st_size, "sha256": file_sha256(run_dir / name)}
-        about = {name: results[name] for name in ("experiment", "arguments", "seed", "versions", "git_commit", "data")}
-        metadata = about | {"metrics": results["models"], "parameters": results["parameters"], "files": files}
-        part = ".part" if filesystem.type_name == "local" else ""  # in S3 an object appears whole or not at all
-        with filesystem.open_output_stream(f"{folder}/metadata.json{part}") as stream:
-            stream.write(to_json(metadata))
-        if part:
-            filesystem.move(f"{folder}/metadata.json{part}", f"{folder}/metadata.json")
-    with contextlib.suppress(OSError):  # a claim that stays does no harm
-        filesystem.delete_file(claim)
-    return f"{address.rstrip('/')}/{version}"
-
-
-def predict_file(args, run_dir):
-    """Class, probabilities and risk of each window of the readings in --predict, as `run_dir`/predictions.csv.
-
-    Columns are found by name, and normalized as the checkpoint's training part was. Returns the results dictionary.
-    """
-    import pyarrow as pa
-    import pyarrow.csv
-
-    device, began = choose_device(args.device), time.perf_counter()
-    state = read_checkpoint(args.checkpoint)
-    with checkpoint_errors(args.checkpoint):
-        kept, areas = state["arguments"], state["areas"]
-        model = OptimizedFireTransformer.from_arguments(kept, len(areas)).to(device)
-        model.load_state_dict(state.get("best", state)["model"])
-        mean, std = state["mean"], state["std"]
-    name = args.area or Path(args.predict).stem.split("_")[0]
-    if name not in areas:
-        raise UserError(f"{args.predict}: the checkpoint has no area {name!r}; --area takes {', '.join(areas)}")
-    number, sensors, names = list(areas).index(name), areas[name], column_names(args.predict)
-    missing = [sensor for sensor in sensors if sensor not in names]
-    if missing:
-        raise UserError(f"{args.predict}: area {name!r} needs column {', '.join(missing)}; it has {', '.join(names)}")
-    unused = [column for column in names if column not in sensors and column.lower() != "timestamp"]
-    if unused:
-        note(f"{args.predict}: column {', '.join(map(repr, unused))} not used")
-    readings, _, times = read_file(args.predict, sensors)
-    rows, seq_len = len(readings), kept["seq_len"]
-    if rows < seq_len:
-        raise UserError(f"{args.predict}: {rows} rows, a window needs {seq_len}")
-    readings = ((torch.from_numpy(readings).double() - mean[number]) / std[number]).float().to(device)
-    starts = np.arange(0, rows - seq_len + 1, args.stride or kept["stride"])
-    logits, risk = predict(model, readings, torch.full((rows,), number, device=device), starts, seq_len)
-
-    classes, last = logits.argmax(1).cpu().numpy(), starts + seq_len - 1
-    columns = {"area": pa.repeat(name, len(starts)), "first row": starts + 1, "last row": last + 1}
-    if times is not None:
-        columns["timestamp"] = times.take(pa.array(last))
-    columns["class"] = pa.array(CLASSES).take(pa.array(classes))
-    columns |= dict(zip(CLASSES, logits.softmax(1).cpu().numpy().T)) | {"risk": risk.cpu().numpy()}
-    with whole_file(run_dir / "predictions.csv") as file:
-        pa.csv.write_csv(pa.table(columns), file)
-    counts = dict(zip(CLASSES, np.bincount(classes, minlength=len(CLASSES)).tolist()))
-    results = describe_run(args) | {
-        "finished": True, "device": device.type, "rows": rows, "windows": len(starts), "counts": counts,
-        "sha256": {address: file_sha256(address) for address in (args.predict, args.checkpoint)},
-        "seconds": round(time.perf_counter() - began, 2), "peak_memory_mib": memory_mib(peak=True)}
-    text = (f"# fire.py: {len(starts):,} windows of {seq_len} rows, one each {args.stride or kept['stride']} rows, of "
-            f"{args.predict}, area {name!r}\n\n")
-    rows = [{"class": c, "windows": n, "share %": round(100 * n / len(starts), 2)} for c, n in counts.items()]
-    (run_dir / "summary.md").write_text(text + markdown_table(rows) + "\n")
-    return write_results(results, run_dir / "results.json")
-
-
-def compare_runs(args, run_dir):
-    """Accuracy, training time, cost and savings of finished runs beside the seed's reference; returns the results."""
-    reference = SEED_REFERENCE | {"cost $": round(SEED_REFERENCE["training h"] * SEED_REFERENCE["$ per h"], 2)}
-    table = []
-    for address in args.compare:
-        filesystem, path = open_address(address)
-        with file_errors(address), filesystem.open_input_stream(path) as stream:
-            text = stream.read()
-        try:
-            results = json.loads(text)
-            models = {row["model"]: row for row in results["table"] if row["model"] != "oracle"}
-            accuracy = {name: float(str(row["accuracy %"]).split()[0]) for name, row in models.items()}
-            best = max(accuracy, key=accuracy.get)
-            hours = sum(float(str(row["training s"] or 0).split()[0]) for row in models.values()) / 3600
-            row = {"run": Path(address).parent.name, "rows": f"{results['data']['rows']:,}",
-                   "training windows": sum(results["data"]["windows"]["train"]), "best model": best,
-                   "accuracy %": models[best]["accuracy %"], "transformer %": models["transformer"]["accuracy %"],
-                   "majority class %": models["majority class"]["accuracy %"], "training h": round(hours, 4)}
-        except (ValueError, LookupError, TypeError):
-            note(f"{address}: left out, since it is not of a finished training run")
-            continue
-        cost = hours * args.price_per_hour
-        saved = reference["cost $"] - cost
-        table.append(row | {"$ per h": args.price_per_hour, "cost $": round(cost, 4), "saved $": round(saved, 2),
-                            "saved %": round(100 * saved / reference["cost $"], 2)})
-    if not table:
-        raise UserError(f"{', '.join(args.compare)}: not the results.json of a finished training run of fire.py")
-    table.append(reference)
-
-    size = 14, 1.6 + 0.4 * len(table)
-    fig, axes = new_figure("Runs compared (orange: the seed's claim, which gives no accuracy)", 1, 3, size)
-    labels = [f"{i}. {row['run']}" for i, row in enumerate(table, start=1)]
-    for axis, (column, what) in zip(axes, (("accuracy %", "accuracy of the best model [%]"),
-                                           ("training h", "training time [h]"), ("cost $", "training cost [$]"))):
-        values = {label: float(str(row[column]).split()[0]) for label, row in zip(labels, table) if column in row}
-        plot_ranking(axis, values, "{:.4g}", highlight=labels[-1])
-        axis.set(xlabel=what)
-        if column != "accuracy %":
-            axis.set(xscale="log", xlim=(min(values.values()) / 2, 20 * max(values.values())))
-    save_figure(fig, run_dir / "cost_comparison.png")
-    (run_dir / "summary.md").write_text(
-        f"# fire.py: {len(table) - 1} runs at ${args.price_per_hour} per hour, and the seed's claim\n\n"
-        f"{markdown_table(table)}\n\nTraining: of all models. Saved: against the seed's claim, which we did not "
-        "check; its data and machine are others.\n")
-    return write_results(describe_run(args) | {"finished": True, "table": table}, run_dir / "results.json")
-
-
-# --- Command line ----------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
-
-
-def between(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` from `low` to `high`."""
-
-    def number(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
-
-
-def parse_args(argv):
-    parser = Parser("fire.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="everything, small: 30,000 rows an area, 3 epochs, 30 trees, under 60 s")
-    add("--data", nargs="+", metavar="PATH", help="a folder, or CSV or Parquet files, one an area, here or at "
-        "s3://bucket/prefix, with 1 to 6 numeric columns, a label (0/1/2, 0/1 for normal/fire, or normal/warning/fire) "
-        "and perhaps a timestamp; rows in order of time (default: the embedded generator)")
-    add("--label-column", metavar="NAME", help="(default: label, else is_anomaly)")
-    add("--predict", metavar="FILE", help="classify the windows of new readings (CSV or Parquet)")
-    add("--checkpoint", metavar="CKPT", help="for --predict: transformer.pt or checkpoint.pt of a run")
-    add("--area", metavar="NAME", help="of the checkpoint, for --predict (default: the file's name up to a _)")
-    add("--compare", nargs="+", metavar="RESULTS.json", help="accuracy, hours and cost of finished runs, side by side")
-    add("--price-per-hour", type=between(float, 1e-6), default=1.624, metavar="$", help="of all machines (--compare)")
-    add("--save-to", metavar="FOLDER", help="copy the models with metadata.json to its next version, v0001, v0002, …; "
-        "also s3://bucket/prefix")
-    add("--sample-per-area", type=between(int, 1), default=100_000, metavar="ROWS", help="rows of each area to use")
-    add("--seq-len", type=between(int, 2), default=60, metavar="ROWS", help="window length; at 1 Hz, seconds")
-    add("--stride", type=between(int, 1), metavar="ROWS", help="from window to window (default: --seq-len, no overlap)")
-    add("--patch-len", type=between(int, 1), default=1, metavar="ROWS", help="time steps in a token of the transformer")
-    add("--d-model", type=between(int, 1), default=128, metavar="N", help="width of the transformer")
-    add("--num-heads", type=between(int, 1), default=4, metavar="N", help="attention heads; they divide --d-model")
-    add("--num-layers", type=between(int, 1), default=3, metavar="N", help="layers of the transformer")
-    add("--dropout", type=between(float, 0, 0.99), default=0.0, metavar="P", help="of the transformer; seed: 0.1")
-    add("--epochs", type=between(int, 1), default=12, metavar="N", help="over which the rate decays; seed: 50")
-    add("--patience", type=between(int, 1), default=5, metavar="N", help="epochs without better validation accuracy")
-    add("--batch-size", type=between(int, 1), default=256, metavar="N", help="windows in a batch")
-    add("--learning-rate", type=between(float, 0), default=0.002, metavar="RATE", help="after warm-up, before decay")
-    add("--weight-decay", type=between(float, 0), default=0.01, metavar="RATE", help="of AdamW")
-    add("--class-weight-power", type=between(float, 0, 1), default=0.25, metavar="P",
-        help="class weights of every model: (1 / share of the class) to this power; 0 is none, 1 is balanced")
-    add("--num-trees", type=between(int, 1), default=100, metavar="N", help="trees of a forest, rounds of the boosting")
-    add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/fire/run-001, run-002, …")
-    add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with an unfinished run, the newest or the "
-        "one named, with its own arguments")
-    add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of generator, sampling and models")
-    add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds in a row: mean ± 95 %% CI")
-    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
-    if "--quick" in argv:
-        parser.set_defaults(sample_per_area=30_000, epochs=3, num_trees=30)
-    args = parser.parse_args(argv)
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    goes_with = {"resume": {"output_dir", "device", "save_to"}, "compare": {"output_dir", "price_per_hour"},
-                 "predict": {"output_dir", "device", "checkpoint", "area", "stride"}}
-    mode = next((mode for mode in goes_with if mode in given), None)
-    alone = {"checkpoint", "area", "price_per_hour"} if mode is None else given - goes_with[mode] - {mode}
-    if given & alone:
-        names = ", ".join(f"--{name}".replace("_", "-") for name in sorted(given & alone))
-        raise UserError(f"{names} cannot be given " + (f"with --{mode}" if mode else "without --predict or --compare"))
-    if mode == "predict":
-        if not args.checkpoint:
-            raise UserError("--predict needs --checkpoint, the transformer.pt of a run")
-        return args
-    args.stride = args.stride or args.seq_len
-    for part, whole in (("patch_len", "seq_len"), ("num_heads", "d_model")):
-        if getattr(args, whole) % getattr(args, part):
-            text = f"--{part} {getattr(args, part)} does not divide --{whole} {getattr(args, whole)}"
-            raise UserError(text.replace("_", "-"))
-    return args
-
-
-def choose_device(name):
-    """The device called `name`; under torchrun each process of a machine has its own GPU."""
-    try:
-        device = detect_device(name)
-    except ValueError as problem:
-        raise UserError(f"--device: {problem}") from None
-    if PROCESSES > 1 and device.type != "cpu":
-        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= there:
-            raise UserError(f"--nproc-per-node takes up to {there} processes with {there} GPUs; or take --device cpu")
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
-    return device
-
-
-def run_experiment(args, run_dir):
-    """One seed from data to pictures, written to `run_dir`; returns the results dictionary."""
-    device = choose_device(args.device)
-    seed_everything(args.seed)
-    monitor, results = Monitor(), describe_run(args)
-    with monitor.part("data"):
-        data = load_data(args)
-        if data.info["sha256"] != from_rank_0(data.info["sha256"]):
-            raise UserError(f"process {RANK} has read other data than process 0; give every machine the same files")
-        areas = data.info["areas"]
-        starts = {part: window_starts(data.segments[part], args.seq_len, args.stride) for part in PARTS}
-        labels = {part: data.labels[rows + args.seq_len - 1] for part, rows in starts.items()}
-        counts = {part: np.bincount(classes, minlength=len(CLASSES)) for part, classes in labels.items()}
-        results["data"] = data.info | {"windows": counts}
-        note(f"{len(data.labels):,} rows; windows: " + ", ".join(f"{n.sum():,} {part}" for part, n in counts.items()))
-
-    with monitor.part("transformer"):
-        model = OptimizedFireTransformer.from_arguments(vars(args), len(areas)).to(device)
-        history = train_transformer(model, data, starts["validation"], args, run_dir)
-        if RANK:
-            return None  # the first process does the rest
-        seconds = {"transformer": round(sum(epoch["seconds"] for epoch in history), 1)}
-        save_checkpoint({"model": model.state_dict()} | model_card(data, args), run_dir / "transformer.pt")
-
-    with monitor.part("trees"):
-        baselines, features = make_baselines(args), window_features(data, starts["train"], args.seq_len)
-        weights = class_weights(labels["train"], args.class_weight_power)[labels["train"]]
-        for name, baseline in tqdm(baselines.items(), "baselines", leave=False):
-            began = time.perf_counter()
-            key = "logisticregression__sample_weight" if name == "logistic regression" else "sample_weight"
-            baseline.fit(features, labels["train"], **{key: weights})
-            seconds[name] = round(time.perf_counter() - began, 1)
-        with whole_file(run_dir / "trees.joblib") as file:
-            joblib.dump({"models": baselines} | model_card(data, args), file)
-        results["importance"] = feature_importance(baselines, data, starts["validation"], args)
-
-    with monitor.part("evaluation"):
-        test, owners = labels["test"], data.areas[starts["test"]]
-        majority = np.bincount(labels["train"]).argmax()
-        answers, risk = predict_classes(model, baselines, data, starts["test"], majority, args)
-        fire_starts, lengths = fire_windows(data, args.seq_len)
-        in_fires = predict_classes(model, baselines, data, fire_starts, majority, args)[0] if lengths else {}
-        results["models"] = {}
-        for name, answer in answers.items():
-            of_area = {area: owners == number for number, area in enumerate(areas) if number in owners}
-            results["models"][name] = classification_metrics(test, answer) | {
-                "per_area": {area: classification_metrics(test[own], answer[own]) for area, own in of_area.items()},
-                "detection_delay": detection_delay(in_fires.get(name), lengths),
-            }
-        results["risk"] = {"mean_absolute_error": np.abs(risk - 50 * test).mean(),
-                           "of_a_constant": np.abs(50 * labels["train"].mean() - 50 * test).mean(),
-                           "mean_by_class": {CLASSES[c]: risk[test == c].mean() for c in np.unique(test)}}
-        results["table"] = model_table(results["models"], seconds)
-
-    with monitor.part("pictures"):
-        results["seconds"] = {name: round(end - begin, 1) for name, (begin, end) in monitor.parts.items()}
-        plot_results(results, history, monitor, run_dir)
-        html = HTML.replace("ROWS", json.dumps(results["table"])).replace("TARGET", str(100 * TARGET_ACCURACY))
-        (run_dir / "model_comparison.html").write_text(html)
-    monitor.done.set()
-    cuda = device.type == "cuda"
-    results |= {
-        "finished": True,
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "history": [{key: value for key, value in epoch.items() if key != "step_losses"} for epoch in history],
-        "seconds": {name: round(end - begin, 1) for name, (begin, end) in monitor.parts.items()},
-        "peak_memory_mib": memory_mib(peak=True),
-        "peak_gpu_memory_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
-    }
-    (run_dir / "summary.md").write_text(summary(results))
-    if args.save_to:
-        results["saved_to"] = save_version(results, run_dir, args.save_to)
-    return write_results(results, run_dir / "results.json")
-
-
-def run_seeds(args, run_dir):
-    """The experiment once, or with --runs seeds; returns the results dictionary."""
-    if args.save_to and RANK == 0:  # whether it can be written, before hours of training and not after them
-        filesystem, root = open_address(args.save_to)
-        with file_errors(f"--save-to {args.save_to}"):
-            filesystem.delete_file(claim_version(filesystem, root)[1])
-    if args.runs == 1:
-        return run_experiment(args, run_dir)
-    all_results = []
-    for seed in range(args.seed, args.seed + args.runs):
-        seed_dir = run_dir / f"seed-{seed}"
-        seed_dir.mkdir(exist_ok=True)
-        done = seed_dir / "results.json"
-        one = argparse.Namespace(**vars(args) | {"seed": seed})
-        all_results.append(json.loads(done.read_text()) if done.exists() else run_experiment(one, seed_dir))
-    return combine_runs(args, all_results, run_dir)
-
-
-def combine_runs(args, all_results, run_dir):
-    """The table of models over several seeds as mean ± 95 % confidence interval, written to `run_dir`."""
-    table = []
-    for name in (row["model"] for row in all_results[0]["table"]):
-        rows = [row for results in all_results for row in results["table"] if row["model"] == name]
-        table.append({"model": name})
-        for column in list(rows[0])[1:]:
-            values = [row[column] for row in rows if row[column] is not None]
-            mean, width = mean_and_interval(values) if values else (None, None)
-            table[-1][column] = mean if mean is None or len(values) < 2 else f"{mean:.2f} ± {width:.2f}"
-    seeds = [results["seed"] for results in all_results]
-    results = describe_run(args) | {key: all_results[0][key] for key in ("data", "device", "parameters")}
-    results |= {"finished": True, "seeds": seeds, "table": table,
-                "seconds": [one["seconds"] for one in all_results],
-                "peak_memory_mib": max(one["peak_memory_mib"] or 0 for one in all_results)}
-    text = (f"# fire.py, {results['data']['source']} data, {results['data']['rows']:,} rows, split "
-            f"{results['data']['split']}, seeds {seeds[0]} to {seeds[-1]}: mean ± 95 % interval (Student's t)\n\n")
-    (run_dir / "summary.md").write_text(text + markdown_table([*table, SEED_CLAIM]) + "\n")
-    return write_results(results, run_dir / "results.json")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [["–" if row.get(column) is None else str(row[column]) for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
 
 
 def main(argv=None):
-    """Run the experiment with `argv` as on a command line (default: this process's, in a notebook none).
+    """Run the script with the arguments `argv`: those of the command line, or none in a notebook.
 
-    Returns the results dictionary; what a user can put right raises SystemExit(2), Ctrl-C SystemExit(130).
+    Returns the results. A problem that the user can solve is one line and SystemExit(2), an
+    interruption one line and SystemExit(130); in a notebook only the line.
     """
-    run_dir = None
+    if argv is None:
+        argv = [] if in_notebook() else sys.argv[1:]
+    args = parse_args(argv)
+    NOTES.clear()
     try:
-        args = parse_args(([] if in_notebook() else sys.argv[1:]) if argv is None else argv)
-        resumed = args.resume is not None
-        if PROCESSES > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if RANK == 0:
-            if resumed:
-                given = {name: getattr(args, name) for name in ("output_dir", "device", "save_to")}
-                given = {name: value for name, value in given.items() if value not in ("auto", None)}
-                run_dir, kept = find_run(args.output_dir, args.resume)
-                args = argparse.Namespace(**vars(kept) | given)
-            run_dir = run_dir or new_run(args.output_dir)
-            write_results(describe_run(args), run_dir / "results.json")
-        args, run_dir = from_rank_0((args, run_dir))
-        job = predict_file if args.predict is not None else compare_runs if args.compare else run_seeds
-        if PROCESSES > 1 and (job is not run_seeds or args.runs > 1):
-            raise UserError("several processes (torchrun) train one model; --predict, --compare and --runs go without")
-        results = job(args, run_dir)
+        return run(resume_arguments(args) if args.resume else args)
     except KeyboardInterrupt:
-        go_on = f"; to go on: python fire.py --resume {run_dir.name} --output-dir {args.output_dir}" if run_dir else ""
-        note(f"stopped{go_on}")
-        raise SystemExit(130) from None
-    except UserError as problem:
-        error = str(problem)
-    except torch.OutOfMemoryError:
-        error = "not enough GPU memory; lower --batch-size or --sample-per-area, or take --device cpu"
-    except OSError as problem:
-        error = f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)
-    else:
-        if RANK == 0:
-            print((run_dir / "summary.md").read_text())
-            print(f"Everything is in {run_dir}")
-        return results
-    finally:
-        if PROCESSES > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-    if RANK == 0 and run_dir and not resumed and not list(run_dir.rglob("checkpoint.pt")):  # leave no empty run behind
-        shutil.rmtree(run_dir)
-    if RANK:
-        time.sleep(2)  # torchrun ends all processes with the first that fails: let that be the one that cleans up
-    print(f"fire.py: error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+        command = f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}"
+        log(f"interrupted; to go on: {'main([--resume])' if in_notebook() else command}")
+        code = 130
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        log(f"error: {' '.join(str(error).split())}")
+        code = 2
+    if not in_notebook():
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":
     main()
-    if RANK:  # torch's clean-up at the exit of a process aborts now and then while the first one still runs
-        os._exit(0)

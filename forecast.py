@@ -1156,7 +1156,7 @@ def run_sweep(args, run_dir, before):
     """All runs that are not done yet, then tables and pictures; `before` is the results.json of a resumed sweep."""
     try:
         device = detect_device(args.device)
-    except ValueError as problem:
+    except argparse.ArgumentTypeError as problem:
         raise UserError(f"--device: {problem}") from None
     began, series = time.perf_counter(), load_series(args)
     specs, skipped = make_specs(args, series, device)

@@ -1486,7 +1486,7 @@ def check_args(args, given):
 def choose_device(name):
     try:
         return detect_device(name)
-    except ValueError as problem:
+    except argparse.ArgumentTypeError as problem:
         raise UserError(f"--device: {problem}") from None
 
 

@@ -1,5 +1,6 @@
 """Device detection, seeding and plotting helpers."""
 
+import argparse
 import random
 
 import matplotlib
@@ -15,14 +16,14 @@ def test_detect_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert common.detect_device() == common.detect_device("cpu") == torch.device("cpu")
     for name in ("cuda", "mps", "cuda:1", "xpu", "nonsense"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(argparse.ArgumentTypeError, match=name):
             common.detect_device(name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert common.detect_device().type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert common.detect_device().type == "cuda"
-    with pytest.raises(ValueError, match="cuda:1"):
+    with pytest.raises(argparse.ArgumentTypeError, match="cuda:1"):
         common.detect_device("cuda:1")
 
 
