@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -19,7 +20,7 @@ import secrets
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,6 +107,7 @@ LABEL_COLUMNS = ("label", "is_anomaly")
 TIME_COLUMNS = ("timestamp", "datetime", "time", "date", "utc")
 DEVICE_COLUMN = re.compile(r"(device|room|area|node|zone|location|sensor)(_?(id|name|no))?", re.I)
 DATA_FILE = re.compile(r"/[^._/][^/]*\.(csv|csv\.gz|tsv|parquet)$", re.I)  # none that is hidden
+NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d*)?\s*")
 SMOKE = re.compile("smoke", re.I)
 CO = re.compile(r"(^|[^a-z])co([^a-z0-9]|$)|carbon.?monoxide", re.I)
 INDEX_COLUMN = re.compile(r"|unnamed: \d+|__index_level_\d+__|index", re.I)
@@ -117,56 +119,64 @@ def parse_args(argv=None):
         f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="small data and a short training: under a minute")
-    add("--sample-per-area", type=int, default=100_000, help="rows of each area to use")
-    add("--data", nargs="+", metavar="PATH", help="CSV or Parquet files or folders, also s3://…; without it the embedded generator is used")
-    add("--label-column", help="label column; if unset, label or is_anomaly")
-    add("--time-column", help="time column, or none; if unset, timestamp, datetime, time, date or utc")
-    add("--area-column", help="column that names the area (or the device) of a row; if unset, each file is an area")
-    add("--columns", nargs="+", metavar="NAME", help="sensor columns; if unset, all other numeric columns")
-    add("--na-values", nargs="+", default=[], metavar="VALUE", help="readings that mean missing, such as -999")
-    add("--split", choices=["auto", "time", "runs", "files"], default="auto", help="how training, validation and test are told apart: 70/15/15 in order of time, of each run of one label, or whole recordings; auto is time, or runs where a class would be missing")
-    add("--baseline-seconds", type=int, help="trailing window of the drift compensation, 0 for none; if unset, 3600, or 0 where incidents last longer")
+    add("--quick", action="store_true", help="small data, a short training: under a minute")
+    add("--data", nargs="+", metavar="PATH", help="CSV or Parquet files, or folders of them, "
+        "here or at s3://bucket/prefix; without it the embedded generator is used")
+    add("--sample-per-area", type=int, default=300_000, help="rows of each area to use")
+    add("--label-column", help="label column; default: label, or is_anomaly")
+    add("--time-column", help="time column, or none; default: timestamp, datetime, time, date or utc")
+    add("--area-column", help="column that names the area or the device of a row")
+    add("--columns", nargs="+", metavar="NAME", help="sensor columns; default: all that remain")
+    add("--na-values", nargs="+", default=[], metavar="VALUE", help="values that mean missing")
+    add("--split", choices=["auto", "time", "runs", "files"], default="auto",
+        help="what is cut 70/15/15: each area in order of time, each run of one label, or the list "
+        "of files; auto takes time, or runs where some split would lack a class")
+    add("--baseline-seconds", type=int, help="span of the drift baseline, 0 for none; default: "
+        "3600, or 0 where an incident lasts longer")
     add("--seq-len", type=int, default=60, help="rows of a window")
-    add("--stride", type=int, help="rows from one evaluated window to the next; if unset, --seq-len")
+    add("--stride", type=int, help="rows between evaluated windows; default: --seq-len")
     add("--patch-len", type=int, default=15, help="rows in one token of the transformer")
-    add("--original-model", action="store_true", help="the original's exact model: one row a token, no summary token")
+    add("--original-model", action="store_true", help="the original's exact model: one row a "
+        "token, no summary token")
     add("--d-model", type=int, default=128, help="width of the transformer")
     add("--num-heads", type=int, default=4, help="attention heads")
     add("--num-layers", type=int, default=3, help="transformer layers")
     add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
-    add("--gain-noise", type=float, default=0.2, help="training noise: each sensor of a window times exp(this times a normal number)")
-    add("--ema-decay", type=float, default=0.99, help="decay of the moving average of the weights, which is what is evaluated")
-    add("--epochs", type=int, default=20, help="largest number of epochs; the learning rate decays over them")
-    add("--steps-per-epoch", type=int, default=100, help="training steps from one validation to the next")
-    add("--min-epochs", type=int, default=10, help="epochs before early stopping may happen")
-    add("--patience", type=int, default=5, help="epochs without a lower validation loss before stopping")
-    add("--batch-size", type=int, default=256, help="windows in a step, of all processes together")
+    add("--gain-noise", type=float, default=0.2, help="standard deviation of the logarithm of the "
+        "random gain of each sensor in training")
+    add("--epochs", type=int, default=20, help="largest number of epochs, for the decay of the rate")
+    add("--steps-per-epoch", type=int, default=100, help="steps from one validation to the next")
+    add("--min-epochs", type=int, default=10, help="epochs before the first that may be the best")
+    add("--patience", type=int, default=5, help="epochs to wait for a lower validation loss")
+    add("--batch-size", type=int, default=256, help="windows in a step, over all processes")
     add("--learning-rate", type=float, default=0.001, help="largest learning rate")
     add("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
-    add("--class-weight-power", type=float, default=0.25, help="class weights are (1 / share) to this power: 0 is none, 1 balances")
+    add("--ema-decay", type=float, default=0.99, help="decay of the average of the weights")
+    add("--class-weight-power", type=float, default=0.25, help="class weights are (1 / share) to "
+        "this power; 0 is none, 1 balances")
     add("--num-trees", type=int, default=100, help="trees of a forest")
     add("--seed", type=int, default=42, help="random seed")
-    add("--runs", type=int, default=1, help="number of seeds in a row, for a mean and its interval")
+    add("--runs", type=int, default=1, help="number of seeds, for a mean and its interval")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--output-dir", default="outputs", help="folder of all results")
-    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on with; without a name, the newest")
-    add("--save-to", metavar="FOLDER", help="folder, also s3://…, to which models and metadata are copied as a new version")
+    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
+        "with; without a value, the newest")
+    add("--save-to", metavar="FOLDER", help="folder or s3:// address for a version of the models")
     add("--predict", metavar="FILE", help="new readings to classify with --checkpoint")
     add("--checkpoint", metavar="FILE", help="transformer.pt of a run")
-    add("--area", help="area of the checkpoint for --predict; if unset, the file's name up to the first _")
-    add("--compare", nargs="+", metavar="RESULTS", help="results.json files of runs to set side by side")
-    add("--price-per-hour", type=float, default=1.624, help="dollars an hour of the machine, for --compare")
+    add("--area", help="area of the new readings; default: their file's name up to the first _")
+    add("--compare", nargs="+", metavar="FILE", help="results.json of runs to set side by side")
+    add("--price-per-hour", type=float, default=1.624, help="price of the machine [$], to compare")
     if "--quick" in (argv or []):
-        parser.set_defaults(sample_per_area=30_000, epochs=3, min_epochs=3, batch_size=128, num_trees=30)
+        parser.set_defaults(sample_per_area=30_000, epochs=4, min_epochs=3, batch_size=128,
+                            num_trees=30)
     args = parser.parse_args(argv)
     args.stride = args.stride or args.seq_len
     if args.original_model:
         args.patch_len = 1
-    for name in ("sample_per_area", "seq_len", "stride", "patch_len", "d_model", "num_heads", "num_layers", "epochs",
-                 "steps_per_epoch", "min_epochs", "patience", "batch_size", "num_trees", "runs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, value in vars(args).items():
+        if type(value) is int and value < (name not in ("seed", "baseline_seconds")):
+            parser.error(f"--{name.replace('_', '-')} {value} is too small")
     if args.seq_len % args.patch_len:
         parser.error(f"--patch-len {args.patch_len} does not divide --seq-len {args.seq_len}")
     if args.d_model % args.num_heads:
@@ -260,11 +270,11 @@ class Area:
 
     sensors: list  # names
     readings: np.ndarray  # [rows, sensors] float32, NaN where missing
-    labels: np.ndarray  # [rows] int8
+    labels: np.ndarray | None = None  # [rows] int8
     oracle: np.ndarray | None = None  # [rows] int8, with the embedded generator
-    breaks: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # rows that follow a gap
-    recordings: np.ndarray = field(default_factory=lambda: np.zeros(1, int))  # first row of each file
     step: float = 1.0  # usual seconds from one row to the next
+    recordings: tuple = (0,)  # first row of each file
+    breaks: tuple = (0,)  # rows that follow a gap or begin a recording
 
 
 def open_address(address):
@@ -363,23 +373,18 @@ def read_frame(address, na_values):
     except (pa.ArrowException, gzip.BadGzipFile) as error:
         raise UserError(f"{address}: {error}") from None
     names = table.column_names
-    if not table.num_rows or len(set(names)) < len(names) or any(map(is_number, names)):
+    if not table.num_rows or len(set(names)) < len(names) or any(map(NUMBER.fullmatch, names)):
         raise UserError(f"{address}: a header with different column names, and rows, are needed; the "
                         f"first line is {', '.join(names)}")
     return table.to_pandas(), digest
-
-
-def is_number(text):
-    """Whether a text reads as a number."""
-    return re.fullmatch(r"\s*[-+]?\d+([.,]\d*)?\s*", text) is not None
 
 
 def refuse(bad, column, where, problem):
     """Raise UserError with the first cell of a column where `bad` [rows] is true, if there is one."""
     if np.any(bad):
         row = int(np.argmax(bad))
-        cell = f"{where}, row {row + 1}, column {column.name!r}: {str(column.iloc[row])!r}"
-        raise UserError(f"{cell} {problem}")
+        raise UserError(f"{where}, row {column.index[row] + 1}, column {column.name!r}: "
+                        f"{str(column.iloc[row])!r} {problem}")
 
 
 def parse_times(column, where):
@@ -400,36 +405,37 @@ def parse_times(column, where):
     return seconds.to_numpy()
 
 
-def check_times(column, where):
-    """(usual step [s], rows that follow a gap) of a time column, which must rise."""
-    steps = np.diff(parse_times(column, where), prepend=-np.inf)
+def check_times(column, recordings, where):
+    """(usual step [s], rows that follow a gap or begin a recording) of a time column, which must rise
+    in each recording; `recordings` are their first rows."""
+    steps = np.diff(parse_times(column, where), prepend=0)
+    steps[recordings] = np.inf
     hint = "sort the file, or choose the column that tells devices apart with --area-column"
     refuse(np.abs(steps + 3600) < 2, column, where, "is an hour back, a clock change? Use UTC")
     refuse(steps == 0, column, where, f"repeats the time of the row above; {hint}")
     refuse(steps < 0, column, where, f"is earlier than the row above; {hint}")
-    step = float(np.median(steps[1:])) if len(steps) > 1 else 1.0
-    return step, np.flatnonzero(steps[1:] > 1.5 * step) + 1
+    step = float(np.median(steps))
+    return step, np.flatnonzero(steps > 1.5 * step)
 
 
 def read_readings(frame, sensors, na_values, where):
     """Readings [rows, sensors] float32 of columns of numbers, NaN where missing."""
-    columns = []
-    for name in sensors:
+    readings = np.empty((len(frame), len(sensors)), np.float32)
+    for i, name in enumerate(sensors):
         numbers = pd.to_numeric(frame[name], errors="coerce")
         refuse(numbers.isna() & frame[name].notna(), frame[name], where,
                "is not a number; see --na-values, --columns and --area-column")
-        column = numbers.to_numpy(np.float32, copy=True, na_value=np.nan)
-        column[~np.isfinite(column) | numbers.isin(pd.to_numeric(na_values, errors="coerce"))] = np.nan
-        note_sentinel(column[np.isfinite(column)], f"{where}, column {name!r}")
-        columns.append(column)
-    return np.column_stack(columns)
+        readings[:, i] = numbers.mask(numbers.isin(pd.to_numeric(na_values, errors="coerce")))
+        note_sentinel(readings[:, i], f"{where}, column {name!r}")
+    readings[~np.isfinite(readings)] = np.nan
+    return readings
 
 
 def note_sentinel(readings, where):
     """Note a value such as -999: an extreme that repeats, farther from all others than they spread."""
-    for extreme in {readings.min(initial=0), readings.max(initial=0)}:
-        others = readings[readings != extreme]
-        repeats = len(readings) - len(others)
+    for extreme in {np.nanmin(readings, initial=0), np.nanmax(readings, initial=0)}:
+        others = readings[np.isfinite(readings) & (readings != extreme)]
+        repeats = np.count_nonzero(readings == extreme)
         if repeats >= MIN_WINDOWS and len(others) and np.abs(others - extreme).min() > np.ptp(others) > 0:
             note(f"{where}: {extreme:g} in {repeats} rows is far from all other readings; if it means "
                  f"missing, add --na-values {extreme:g}")
@@ -444,15 +450,14 @@ def read_labels(column, where):
     return positions.astype(np.int8)[codes]
 
 
-def decode_labels(areas, column):
-    """Turn positions in LABELS into classes, for all files whose label column has one name. A 1 is
-    fire, unless other labels of these files are a 2, a warning or a fire."""
+def decode_labels(areas):
+    """Turn positions in LABELS into classes. A 1 is fire, unless a label of any area is a 2, a warning
+    or a fire."""
     texts, classes = list(LABELS), np.array(list(LABELS.values()), np.int8)
-    used = np.unique(np.concatenate([np.unique(area.labels) for area in areas]))
+    used = sorted(set().union(*(np.unique(area.labels) for area in areas)))
     if not {"2", "warning", "fire"} & {texts[position] for position in used}:
         classes[texts.index("1")] = 2
-    meanings = [f"{texts[position]} is {CLASSES[classes[position]]}" for position in used]
-    note(f"labels in column {column!r}: {', '.join(meanings)}")
+    note("labels: " + ", ".join(f"{texts[position]} is {CLASSES[classes[position]]}" for position in used))
     for area in areas:
         area.labels = classes[area.labels]
 
@@ -468,7 +473,7 @@ def find_columns(frame, args, where):
     names = list(frame)
     label = args.label_column or next((name for name in LABEL_COLUMNS if name in names), "label")
     times = find_time_column(names, args)
-    for name in (label, times, args.area_column, *(args.columns or [])):
+    for name in (label, times, *(args.columns or [])):
         if name not in (None, *names):
             raise UserError(f"{where}: no column {name!r}, only {', '.join(names)}")
     if args.columns:
@@ -489,37 +494,40 @@ def find_columns(frame, args, where):
     return sensors, label, times
 
 
-def join_recordings(recordings, name):
-    """The recordings of one area, in order, as one Area."""
-    first = recordings[0]
-    if any(recording.sensors != first.sensors for recording in recordings):
-        raise UserError(f"area {name!r}: its files differ in their columns; see --columns")
-    starts = np.cumsum([0] + [len(recording.labels) for recording in recordings[:-1]])
-    breaks = [start + np.append(recording.breaks, 0) for start, recording in zip(starts, recordings)]
-    return Area(first.sensors, np.concatenate([recording.readings for recording in recordings]),
-                np.concatenate([recording.labels for recording in recordings]), None,
-                np.unique(np.concatenate(breaks)), starts, first.step)
+def make_area(frames, sensors, times, args, where):
+    """Area of the recordings of one area, DataFrames, one after the other; labels are still to come."""
+    recordings = np.cumsum([0] + [len(frame) for frame in frames[:-1]])
+    frame = pd.concat(frames) if len(frames) > 1 else frames[0]
+    area = Area(sensors, read_readings(frame, sensors, args.na_values, where))
+    area.recordings = area.breaks = recordings
+    if times:
+        area.step, area.breaks = check_times(frame[times], recordings, where)
+    return area
 
 
 def file_areas(args):
     """({area: Area}, [{path, area, rows, sha256}, …]) of the files in args.data."""
     addresses = list_files(args.data)
-    recordings, label_columns, files = {}, {}, []
+    frames, owners, files = {}, {}, []
     for address, area in zip(addresses, name_areas(addresses, args.split)):
         frame, digest = read_frame(address, args.na_values)
         files.append({"path": address, "area": area, "rows": len(frame), "sha256": digest})
-        sensors, label, times = find_columns(frame, args, address)
+        if args.area_column not in (None, *frame):
+            raise UserError(f"{address}: no column {args.area_column!r}, only {', '.join(frame)}")
         groups = frame.groupby(args.area_column) if args.area_column else [(area, frame)]
         for name, rows in groups:
-            recording = Area(sensors, read_readings(rows, sensors, args.na_values, address),
-                             read_labels(rows[label], address))
-            if times:
-                recording.step, recording.breaks = check_times(rows[times], address)
-            recordings.setdefault(str(name), []).append(recording)
-            label_columns.setdefault(label, []).append(recording)
-    for column, group in label_columns.items():
-        decode_labels(group, column)
-    return {name: join_recordings(group, name) for name, group in recordings.items()}, files
+            frames.setdefault(str(name), []).append(rows)
+            owners.setdefault(str(name), address)
+    areas = {}
+    for name, recordings in frames.items():
+        where = owners[name]
+        if any(list(rows) != list(recordings[0]) for rows in recordings):
+            raise UserError(f"{where}: other files of area {name!r} have other columns")
+        sensors, label, times = find_columns(recordings[0], args, where)
+        areas[name] = make_area(recordings, sensors, times, args, where)
+        areas[name].labels = np.concatenate([read_labels(rows[label], where) for rows in recordings])
+    decode_labels(areas.values())
+    return areas, files
 
 
 # --- Data: drift, split, sample, windows --------------------------------------------------------
@@ -527,6 +535,7 @@ def file_areas(args):
 
 def embedded_areas(rows, seed):
     """{area: Area} of the embedded generator, `rows` seconds each."""
+    note("no --data: the sensors are synthetic, from the embedded generator")
     areas = {}
     for name, sensors in SENSORS.items():
         areas[name] = Area(list(sensors), *generate_area(name, rows, seed))
@@ -561,132 +570,117 @@ def next_quiet_row(labels, row, gap):
     return row + int(quiet[0]) if len(quiet) and quiet[0] <= 0.05 * len(labels) else row
 
 
-def cut_range(start, stop, gap, labels=None):
-    """{split: (start, stop)}: 70, 15 and 15 % of a range of rows in order, `gap` rows apart. With
-    `labels` a cut waits for normal rows, if some are near, so that no incident is on both sides."""
-    first, second = (start + int(share * (stop - start)) for share in (0.70, 0.85))
-    if labels is not None:
-        first, second = (next_quiet_row(labels, row, gap) for row in (first, second))
-    return {"train": (start, first), "val": (first + gap, second), "test": (second + gap, stop)}
+def cut_rows(start, first, second, stop, gap):
+    """[(split, start, stop), …] of rows that are cut at two rows, with a gap after each cut."""
+    return [("train", start, first), ("val", first + gap, second), ("test", second + gap, stop)]
 
 
-def cut_runs(area, gap):
-    """[{split: (start, stop)}]: each run of one label is cut, a short one is for training. All classes
+def cut_in_time(labels, gap):
+    """[(split, start, stop), …]: 70/15/15 % in order. A cut waits for normal rows, if some are near, so
+    that no incident is on both sides."""
+    rows = [next_quiet_row(labels, int(share * len(labels)), gap) for share in (0.70, 0.85)]
+    return cut_rows(0, *rows, len(labels), gap)
+
+
+def cut_runs(labels, gap):
+    """[(split, start, stop), …]: each run of one label is cut, a short one is for training. All classes
     are in all splits, but parts of one incident are on both sides, which is optimistic."""
-    edges = np.union1d(np.flatnonzero(np.diff(area.labels)) + 1, area.breaks[area.breaks > 0])
+    edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
     cuts = []
-    for start, stop in pairwise([0, *edges.tolist(), len(area.labels)]):
-        cut = cut_range(start, stop - gap, gap)  # a gap to the next run, too
-        is_short = cut["test"][1] - cut["test"][0] < gap
-        cuts.append({"train": (start, stop - gap)} if is_short else cut)
+    for start, stop in pairwise(edges):
+        rows = stop - start - gap  # a gap to the next run, too
+        if 0.15 * rows < 2 * gap:
+            cuts.append(("train", start, stop - gap))
+        else:
+            cuts += cut_rows(start, start + int(0.70 * rows), start + int(0.85 * rows), stop - gap, gap)
     return cuts
 
 
-def deal_recordings(area, seed):
-    """[{split: (start, stop)}]: whole recordings, the dangerous ones first, each to the split that lacks
-    the most rows."""
-    bounds = list(pairwise([*area.recordings.tolist(), len(area.labels)]))
-    danger = [area.labels[start:stop].max() for start, stop in bounds]
-    order = np.random.default_rng(seed).permutation(len(bounds))
+def deal_recordings(labels, recordings, seed):
+    """[(split, start, stop), …]: whole recordings, in random order but the dangerous ones first, each to
+    the split that is farthest from its share of the rows."""
+    bounds = list(pairwise([*recordings, len(labels)]))
+    order = np.random.default_rng(seed).permutation(bounds).tolist()
     rows, cuts = dict.fromkeys(SPLITS, 0), []
-    for i in sorted(order, key=lambda i: -danger[i]):
-        start, stop = bounds[i]
+    for start, stop in sorted(order, key=lambda bound: -labels[slice(*bound)].max()):
         total = sum(rows.values()) + stop - start
         split = max(SPLITS, key=lambda split: SPLITS[split] * total - rows[split])
         rows[split] += stop - start
-        cuts.append({split: (start, stop)})
+        cuts.append((split, start, stop))
     return cuts
 
 
 def split_area(area, how, args):
-    """{split: [(start, stop), …]}: the unbroken stretches of one area that hold a window."""
+    """[(split, start, stop), …]: the unbroken stretches of one area that hold a window."""
     if how == "time":
-        cuts = [cut_range(0, len(area.labels), args.seq_len, area.labels)]
+        cuts = cut_in_time(area.labels, args.seq_len)
     elif how == "runs":
-        cuts = cut_runs(area, args.seq_len)
+        cuts = cut_runs(area.labels, args.seq_len)
     else:
-        cuts = deal_recordings(area, args.seed)
-    stretches = {split: [] for split in SPLITS}
-    for cut in cuts:
-        for split, (start, stop) in cut.items():
-            inside = area.breaks[(area.breaks > start) & (area.breaks < stop)].tolist()
-            for begin, end in pairwise([start, *inside, stop]):
-                if end - begin >= args.seq_len:
-                    stretches[split].append((begin, end))
+        cuts = deal_recordings(area.labels, area.recordings, args.seed)
+    stretches = []
+    for split, start, stop in cuts:
+        inside = [row for row in area.breaks if start < row < stop]
+        stretches += [(split, begin, end) for begin, end in pairwise([start, *inside, stop])
+                      if end - begin >= args.seq_len]
     return stretches
 
 
-def sample_blocks(stretches, labels, rows, block_rows, rng=None):
-    """About `rows` rows of `stretches` [(start, stop), …] in blocks of `block_rows`, evenly spaced; all,
-    where there are hardly more. With `rng` at random instead, near TARGET_MIX."""
+def sample_blocks(stretches, labels, split, args, seed):
+    """Blocks [(start, stop), …] of `stretches` with about a split's share of --sample-per-area rows;
+    all stretches, where there are hardly more.
+
+    Validation and test take few long blocks, evenly spaced, which leave fires whole. Training takes
+    many short ones at random, those with incidents first until they are as many as TARGET_MIX wants.
+    """
+    rows = int(SPLITS[split] * args.sample_per_area)
     if sum(stop - start for start, stop in stretches) <= 1.1 * rows:
         return stretches
+    block_rows = max(args.seq_len, min(50 * args.seq_len, rows // 10) if split == "train" else rows // 4)
     blocks = [(begin, min(begin + block_rows, stop)) for start, stop in stretches
               for begin in range(start, stop, block_rows)]
     count = min(len(blocks), max(1, rows // block_rows))
-    if rng is None:
+    if split != "train":
         return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).astype(int)]
-    classes = np.array([np.bincount(labels[start:stop], minlength=3) for start, stop in blocks])
-    order = rng.permutation(len(blocks))
-    chosen = []
-    for rare in (2, 1):  # blocks with fire until there is enough of it, then blocks with warnings
-        for i in order[classes[order, rare] > 0]:
-            if i not in chosen and classes[chosen, rare].sum() < TARGET_MIX[rare] * rows:
-                chosen.append(i)
-    rest = sorted(set(order) - set(chosen), key=lambda i: classes[i, 1:].sum())  # the most normal ones
-    return [blocks[i] for i in sorted([*chosen, *rest][:count])]
-
-
-def sample_area(area, how, args, seed):
-    """split_area, with about --sample-per-area rows in all: for training many short blocks, for the mix
-    of classes; for the others few long ones, which leave fires whole."""
-    sampled = {}
-    for split, stretches in split_area(area, how, args).items():
-        rows = int(SPLITS[split] * args.sample_per_area)
-        if split == "train":
-            block_rows = max(args.seq_len, min(50 * args.seq_len, rows // 10))
-            rng = np.random.default_rng(seed)
-            sampled[split] = sample_blocks(stretches, area.labels, rows, block_rows, rng)
-        else:
-            sampled[split] = sample_blocks(stretches, area.labels, rows, max(args.seq_len, rows // 4))
-    return sampled
-
-
-def count_windows(areas, stretches, args):
-    """Windows [splits, classes] by the class in which they end."""
-    counts = np.zeros((len(SPLITS), len(CLASSES)), int)
-    for area, by_split in zip(areas.values(), stretches):
-        for i, split in enumerate(SPLITS):
-            for start, stop in by_split[split]:
-                ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
-                counts[i] += np.bincount(ends, minlength=len(CLASSES))
-    return counts
+    incidents = np.array([np.count_nonzero(labels[start:stop]) for start, stop in blocks])
+    order = np.random.default_rng(seed).permutation(len(blocks))
+    order = order[np.argsort(incidents[order] == 0, kind="stable")]  # those with incidents first
+    enough = np.cumsum(incidents[order]) >= TARGET_MIX[1:].sum() * rows
+    wanted = np.concatenate([order[~enough], order[incidents[order] == 0]])[:count]
+    return [blocks[i] for i in sorted(wanted)]
 
 
 def choose_split(areas, args):
-    """(name of the split, [{split: [(start, stop), …]} for each area]), sampled. Raises UserError where
-    a split is empty or the training part has one class only."""
-    present = [c for c in range(3) if any((area.labels == c).any() for area in areas.values())]
+    """(name of the split, [(split, number of the area, start, stop), …]), sampled.
+
+    Raises UserError where a split is empty or the training part has one class only.
+    """
+    present = np.unique(np.concatenate([np.unique(area.labels) for area in areas]))
     candidates = []
     for how in ["time", "runs"] if args.split == "auto" else [args.split]:
-        stretches = [sample_area(area, how, args, [args.seed, number])
-                     for number, area in enumerate(areas.values())]
-        counts = count_windows(areas, stretches, args)
-        lacking = [f"{CLASSES[c]} in {split}" for split, row in zip(SPLITS, counts)
-                   for c in present if row[c] < MIN_WINDOWS]
-        candidates.append((len(lacking), how, stretches, counts, lacking))
-        if not lacking:
-            break
-    _, how, stretches, counts, lacking = min(candidates, key=lambda candidate: candidate[0])
+        sampled, counts = [], {split: np.zeros(len(CLASSES), int) for split in SPLITS}
+        for number, area in enumerate(areas):
+            stretches = split_area(area, how, args)
+            for split in SPLITS:
+                bounds = [(start, stop) for name, start, stop in stretches if name == split]
+                for start, stop in sample_blocks(bounds, area.labels, split, args, [args.seed, number]):
+                    ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
+                    counts[split] += np.bincount(ends, minlength=len(CLASSES))
+                    sampled.append((split, number, start, stop))
+        lacking = [f"{CLASSES[c]} in {split}" for split in SPLITS for c in present
+                   if counts[split][c] < MIN_WINDOWS]
+        candidates.append((len(lacking), how, sampled, counts, lacking))
+    _, how, sampled, counts, lacking = min(candidates, key=lambda candidate: candidate[0])
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all figures "
              "are optimistic")
     if lacking:
         note(f"figures say little about what has fewer than {MIN_WINDOWS} windows: {', '.join(lacking)}")
-    if np.count_nonzero(counts[0]) < 2 or not counts.any(axis=1).all():
-        raise UserError(f"windows of {', '.join(CLASSES)} in {', '.join(SPLITS)}: {counts.tolist()}, "
-                        "too few; take more rows, a smaller --seq-len or --stride, or another --split")
-    return how, stretches
+    if np.count_nonzero(counts["train"]) < 2 or not all(part.any() for part in counts.values()):
+        numbers = {split: part.tolist() for split, part in counts.items()}
+        raise UserError(f"too few windows of {', '.join(CLASSES)}: {numbers}; take more rows, a smaller "
+                        "--seq-len or --stride, or another --split")
+    return how, sampled
 
 
 def choose_baseline(areas, how, args):
@@ -694,40 +688,28 @@ def choose_baseline(areas, how, args):
     training part lasts longer, since the baseline would adapt to it."""
     if args.baseline_seconds is not None:
         return args.baseline_seconds
-    for area in areas.values():
-        for start, stop in split_area(area, how, args)["train"]:
-            incident = area.labels[start:stop] > 0
-            edges = np.flatnonzero(np.diff(incident, prepend=False, append=False))
-            longest = area.step * max(edges[1::2] - edges[::2], default=0)
-            if longest > BASELINE_SECONDS:
-                note(f"no drift compensation, since an incident lasts {longest:,.0f} s")
-                return 0
-    return BASELINE_SECONDS
+    longest = 0
+    for area in areas:
+        for split, start, stop in split_area(area, how, args):
+            if split == "train":
+                incident = area.labels[start:stop] > 0
+                edges = np.flatnonzero(np.diff(incident, prepend=False, append=False))
+                longest = max(longest, *(area.step * (edges[1::2] - edges[::2])), 0)
+    if longest <= BASELINE_SECONDS:
+        return BASELINE_SECONDS
+    note(f"no drift compensation, since an incident lasts {longest:,.0f} s")
+    return 0
 
 
 def assign_columns(areas):
     """{sensor: input column}: the same one in all areas, and not that of another sensor of an area."""
-    owners = {}
-    for area in areas.values():
-        for sensor in area.sensors:
-            owners.setdefault(sensor, []).append(area)
+    names = [name for area in areas for name in area.sensors]
     columns = {}
-    for sensor in sorted(owners, key=lambda sensor: -len(owners[sensor])):
-        taken = {columns.get(other) for area in owners[sensor] for other in area.sensors}
-        columns[sensor] = min(set(range(len(taken) + 1)) - taken)
+    for name in sorted(dict.fromkeys(names), key=names.count, reverse=True):
+        together = [area.sensors for area in areas if name in area.sensors]
+        taken = {columns.get(other) for sensors in together for other in sensors}
+        columns[name] = min(set(range(len(taken) + 1)) - taken)
     return columns
-
-
-def normalize(readings, stretches):
-    """Scale the `readings` [rows, sensors] of an area, in place, by mean and standard deviation of its
-    training part; returns both. They are NaN for a sensor without a training reading, which then
-    counts as missing everywhere."""
-    train = pd.DataFrame(np.concatenate([readings[start:stop] for start, stop in stretches]))
-    mean, std = train.mean().to_numpy(), train.std(ddof=0).to_numpy()
-    std = np.where(std <= 1e-6 * np.abs(mean), 1, std)  # 1 for a constant
-    readings -= mean.astype(np.float32)
-    readings /= std.astype(np.float32)
-    return mean.tolist(), std.tolist()
 
 
 @dataclass
@@ -741,6 +723,11 @@ class Data:
     seq_len: int
     num_areas: int
     oracle: torch.Tensor | None = None  # [rows] int8
+
+    def to(self, device):
+        """The same with readings, labels and areas on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("readings", "labels", "areas")}
+        return dataclasses.replace(self, **moved)
 
     def windows(self, starts):
         """(readings [batch, seq_len, columns], areas [batch], labels [batch]) of windows that begin at
@@ -764,46 +751,58 @@ class Data:
         return (stop[segment] - self.seq_len + 1 - (windows[segment] - drawn)).to(self.labels.device)
 
 
+def normalize(readings, train):
+    """Scale `readings` [rows, sensors], in place, by mean and standard deviation of those in `train`;
+    returns both, NaN for a sensor without any, which then counts as missing everywhere."""
+    train = pd.DataFrame(train)
+    mean, std = train.mean(), train.std(ddof=0)
+    std = std.where(~(std <= 1e-6 * mean.abs()), 1)  # 1 for a constant
+    readings -= mean.to_numpy(np.float32)
+    readings /= std.to_numpy(np.float32)
+    return mean.tolist(), std.tolist()
+
+
 def load_data(args):
     """(Data, info): read or generate the areas, split, take off drift, normalize. `info` describes them
     in results.json, and tells what a checkpoint needs for new readings."""
-    if args.data:
-        areas, files = file_areas(args)
-    else:
-        note("no --data: the sensors are synthetic, from the embedded generator")
-        areas, files = embedded_areas(args.sample_per_area, args.seed), []
+    by_name, files = file_areas(args) if args.data else (embedded_areas(args.sample_per_area, args.seed), [])
+    areas = list(by_name.values())
     how, stretches = choose_split(areas, args)
     columns = assign_columns(areas)
-    baseline_seconds = choose_baseline(areas, how, args)
-    rows = sum(len(area.labels) for area in areas.values())
-    readings = torch.zeros(rows, max(columns.values()) + 1)  # 0 where an area has no such sensor
-    segments, described, offset = {split: [] for split in SPLITS}, {}, 0
-    for (name, area), by_split in zip(areas.items(), stretches):
-        remove_drift(area.readings, baseline_seconds / area.step)
-        mean, std = normalize(area.readings, by_split["train"])
-        own_columns = [columns[sensor] for sensor in area.sensors]
-        readings[offset : offset + len(area.labels), own_columns] = torch.from_numpy(area.readings)
-        for split in SPLITS:
-            segments[split] += [(offset + start, offset + stop) for start, stop in by_split[split]]
-        described[name] = {"sensors": area.sensors, "columns": own_columns, "mean": mean, "std": std,
-                           "step": area.step}
-        offset += len(area.labels)
-    labels = torch.from_numpy(np.concatenate([area.labels for area in areas.values()]))
-    numbers = np.repeat(np.arange(len(areas), dtype=np.int16), [len(area.labels) for area in areas.values()])
-    oracle = None
-    if not args.data:
-        oracle = torch.from_numpy(np.concatenate([area.oracle for area in areas.values()]))
-    segments = {split: torch.tensor(bounds) for split, bounds in segments.items()}
-    data = Data(readings.to(args.device), labels.to(args.device),
-                torch.from_numpy(numbers).to(args.device), segments, args.seq_len, len(areas), oracle)
-    digest = hashlib.sha256(readings.numpy())
-    digest.update(labels.numpy())
-    digest.update(str(segments).encode())
     info = {"source": "files" if args.data else "embedded", "files": files, "split": how,
-            "rows_available": rows, "rows": sum(int((part[:, 1] - part[:, 0]).sum()) for part in segments.values()),
-            "baseline_seconds": baseline_seconds, "input_dim": readings.shape[1], "areas": described,
-            "sha256": digest.hexdigest()}
-    return data, info
+            "baseline_seconds": choose_baseline(areas, how, args), "areas": {},
+            "columns": [" or ".join(name for name in columns if columns[name] == i)
+                        for i in range(max(columns.values()) + 1)]}
+    readings = []
+    for number, (name, area) in enumerate(by_name.items()):
+        remove_drift(area.readings, info["baseline_seconds"] / area.step)
+        train = [area.readings[start:stop] for split, owner, start, stop in stretches
+                 if (split, owner) == ("train", number)]
+        mean, std = normalize(area.readings, np.concatenate(train))
+        info["areas"][name] = {"sensors": area.sensors, "columns": [columns[name] for name in area.sensors],
+                               "mean": mean, "std": std, "step": area.step}
+        readings.append(place_columns(area.readings, info, name))
+    lengths = [len(area.labels) for area in areas]
+    offsets = np.cumsum([0, *lengths])
+    segments = {split: torch.tensor([(offsets[number] + start, offsets[number] + stop) for name, number,
+                                     start, stop in stretches if name == split]) for split in SPLITS}
+    oracle = None if args.data else torch.from_numpy(np.concatenate([area.oracle for area in areas]))
+    data = Data(torch.cat(readings), torch.from_numpy(np.concatenate([area.labels for area in areas])),
+                torch.arange(len(areas), dtype=torch.int16).repeat_interleave(torch.tensor(lengths)),
+                segments, args.seq_len, len(areas), oracle)
+    digest = hashlib.sha256(data.readings.numpy())
+    digest.update(data.labels.numpy())
+    digest.update(repr(segments).encode())
+    info["sha256"] = digest.hexdigest()
+    info["rows"] = sum(int((part[:, 1] - part[:, 0]).sum()) for part in segments.values())
+    return data.to(args.device), info
+
+
+def place_columns(readings, info, area):
+    """Readings [rows, sensors] of an area as input columns [rows, columns], 0 where it has no sensor."""
+    columns = torch.zeros(len(readings), len(info["columns"]))
+    columns[:, info["areas"][area]["columns"]] = torch.from_numpy(readings)
+    return columns
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -881,7 +880,7 @@ def make_model(arguments, info):
     """The transformer for a run's arguments {name: value} and the description of its data."""
     names = ("seq_len", "d_model", "num_heads", "num_layers", "dropout", "patch_len")
     return OptimizedFireTransformer(
-        info["input_dim"], num_areas=len(info["areas"]),
+        len(info["columns"]), num_areas=len(info["areas"]),
         summary_token=not arguments["original_model"], **{name: arguments[name] for name in names})
 
 
@@ -950,18 +949,14 @@ def smoke_times_co(features, labels, areas):
 
     answers = np.full(len(labels["test"]), -1)
     for number, area in enumerate(areas.values()):
-        smoke = [column for name, column in zip(area["sensors"], area["columns"]) if SMOKE.search(name)]
-        co = [column for name, column in zip(area["sensors"], area["columns"]) if CO.search(name)]
-        if not smoke or not co:
-            continue
-        rows, product = {}, {}
-        for split in ("train", "test"):
-            rows[split] = features[split][:, number - len(areas)] == 1
-            means = features[split][rows[split]][:, [smoke[0], co[0]]]
-            product[split] = means.clip(0).prod(axis=1, keepdims=True)
-        if rows["train"].any() and rows["test"].any():
-            rule = DecisionTreeClassifier(max_leaf_nodes=3)
-            rule.fit(product["train"], labels["train"][rows["train"]])
+        sensors = dict(zip(area["sensors"], area["columns"]))
+        smoke = [column for name, column in sensors.items() if SMOKE.search(name)]
+        co = [column for name, column in sensors.items() if CO.search(name)]
+        rows = {split: features[split][:, number - len(areas)] == 1 for split in ("train", "test")}
+        if smoke and co and rows["train"].any() and rows["test"].any():
+            product = {split: np.prod(features[split][chosen][:, [smoke[0], co[0]]].clip(0), axis=1, keepdims=True)
+                       for split, chosen in rows.items()}
+            rule = DecisionTreeClassifier(max_leaf_nodes=3).fit(product["train"], labels["train"][rows["train"]])
             answers[rows["test"]] = rule.predict(product["test"])
     return answers
 
@@ -977,11 +972,7 @@ def feature_importance(models, features, labels, info, seed):
     shuffling the feature in up to 2,000 of the windows [windows, features]."""
     from sklearn.inspection import permutation_importance
 
-    columns = [{} for _ in range(info["input_dim"])]  # the sensors of each input column
-    for area in info["areas"].values():
-        for sensor, column in zip(area["sensors"], area["columns"]):
-            columns[column][sensor] = True
-    names = [f"{statistic} of {' or '.join(sensors)}" for statistic in STATISTICS for sensors in columns]
+    names = [f"{statistic} of {column}" for statistic in STATISTICS for column in info["columns"]]
     names += [f"area {name}" for name in info["areas"]]
     rows = np.random.default_rng(seed).permutation(len(labels))[:2000]
     shuffled = permutation_importance(models["gradient boosting"], features[rows], labels[rows],
@@ -1614,34 +1605,31 @@ def load_transformer(address):
 
 
 def load_new_data(args, arguments, info):
-    """(Data with the segments "new", its area, time column or None) of the readings in args.predict."""
+    """(Data, rows of it that have any reading, its times or None) of the file in args.predict."""
     name = args.area or name_areas([args.predict], "time")[0]
     if name not in info["areas"]:
         raise UserError(f"{args.predict}: --area takes {', '.join(info['areas'])}, not {name!r}")
     area = info["areas"][name]
     frame, _ = read_frame(args.predict, args.na_values)
+    times = find_time_column(list(frame), args)
     missing = sorted(set(area["sensors"]) - set(frame))
+    unused = sorted(set(frame) - {*area["sensors"], times})
     if missing:
         raise UserError(f"{args.predict}: no column {missing} among {', '.join(frame)}")
-    times = find_time_column(list(frame), args)
-    unused = sorted(set(frame) - {*area["sensors"], times})
     if unused:
         note(f"{args.predict}: columns not used: {unused}")
-    readings = read_readings(frame, area["sensors"], args.na_values, args.predict)
-    step, breaks = check_times(frame[times], args.predict) if times else (1.0, np.zeros(0, int))
-    remove_drift(readings, info["baseline_seconds"] / step)
-    readings = (readings - np.array(area["mean"], np.float32)) / np.array(area["std"], np.float32)
-    columns = torch.zeros(len(frame), info["input_dim"])
-    columns[:, area["columns"]] = torch.from_numpy(readings)
-    seq_len = arguments["seq_len"]
-    segments = [(start, stop) for start, stop in pairwise([0, *breaks.tolist(), len(frame)])
-                if stop - start >= seq_len]
+    new = make_area([frame], area["sensors"], times, args, args.predict)
+    known = np.isfinite(new.readings).any(axis=1)
+    remove_drift(new.readings, info["baseline_seconds"] / new.step)
+    readings = (new.readings - np.float32(area["mean"])) / np.float32(area["std"])
+    segments = [pair for pair in pairwise([*new.breaks, len(frame)])
+                if pair[1] - pair[0] >= arguments["seq_len"]]
     if not segments:
-        raise UserError(f"{args.predict}: a window needs {seq_len} rows without a gap in time")
+        raise UserError(f"{args.predict}: a window needs {arguments['seq_len']} rows without a gap in time")
     numbers = torch.full((len(frame),), list(info["areas"]).index(name))
-    data = Data(columns.to(args.device), torch.zeros_like(numbers).to(args.device), numbers.to(args.device),
-                {"new": torch.tensor(segments)}, seq_len, len(info["areas"]))
-    return data, area, frame[times] if times else None
+    data = Data(place_columns(readings, info, name), torch.zeros(len(frame)), numbers,
+                {"new": torch.tensor(segments)}, arguments["seq_len"], len(info["areas"]))
+    return data.to(args.device), known, frame[times].to_numpy() if times else None
 
 
 def predict_file(args):
@@ -1649,29 +1637,28 @@ def predict_file(args):
     without any reading has no class. Returns the results."""
     start_time = time.perf_counter()
     model, arguments, info = load_transformer(args.checkpoint)
-    data, area, times = load_new_data(args, arguments, info)
+    data, known, times = load_new_data(args, arguments, info)
     starts = data.starts("new", args.stride or arguments["stride"])
     logits, risk = predict(model.to(args.device), data, starts)
-    known = data.readings[:, area["columns"]].isfinite().any(1).cumsum(0).cpu().numpy()
-    first, last = starts.cpu().numpy(), starts.cpu().numpy() + data.seq_len - 1
-    empty = known[last] == np.append(0, known)[first]
+    first = starts.cpu().numpy()
+    last = first + data.seq_len - 1
     table = pd.DataFrame({"first row": first + 1, "last row": last + 1})
     if times is not None:
-        table["time"] = times.to_numpy()[last]
+        table["time"] = times[last]
     table["class"] = np.array(CLASSES, object)[logits.argmax(1).cpu()]
     table[CLASSES] = logits.softmax(1).cpu().numpy()
     table["risk"] = risk.cpu().numpy()
-    table.loc[empty, ["class", *CLASSES, "risk"]] = None
+    readings_before = np.append(0, known.cumsum())
+    empty = readings_before[first] == readings_before[last + 1]
     if empty.any():
         note(f"{empty.sum()} windows without any reading have no class")
+        table.loc[empty, ["class", *CLASSES, "risk"]] = None
     run_dir = next_run_dir(args)
     with atomic_write(run_dir / "predictions.csv") as path:
         table.to_csv(path, index=False)
     counts = {name: int((table["class"] == name).sum()) for name in CLASSES}
-    rows = [{"class": name, "windows": count, "share %": round(100 * count / len(table), 2)}
-            for name, count in counts.items()]
-    summary = f"{len(table):,} windows of {data.seq_len} rows:\n\n{markdown_table(rows)}\n"
-    results = {"rows": len(data.labels), "windows": len(table), "counts": counts,
+    summary = f"Windows of {data.seq_len} rows by class:\n\n{markdown_table([counts])}\n"
+    results = {"rows": len(known), "windows": len(table), "counts": counts,
                "seconds": round(time.perf_counter() - start_time, 2)}
     return write_results(results, summary, args, run_dir)
 
@@ -1705,36 +1692,35 @@ def compare_runs(args):
     runs = [read_results(address) for address in args.compare]
     differing = [name for name in runs[0]["arguments"] if name not in ("output_dir", "resume")
                  and len({str(run["arguments"].get(name)) for run in runs}) > 1]
-    claimed = ORIGINAL_RUN["training h"] * ORIGINAL_RUN["$ per h"]
-    table, labels, accuracy = [], [], {}
+    rows = []
     for i, run in enumerate(runs):
         name = f"{i + 1}. {Path(args.compare[i]).parent.name}"
         if run["data"]["sha256"] != runs[0]["data"]["sha256"]:
             name += " (OTHER DATA)"
         flags = [f"--{flag.replace('_', '-')} {run['arguments'].get(flag)}" for flag in differing]
-        models = {row["model"]: row["accuracy %"] for row in run["table"]}
         hours = sum(first_number(row["training s"]) for row in run["table"]) / 3600
-        cost = hours * args.price_per_hour
-        table.append({"run": name, "differs in": " ".join(flags) or None, "rows": f"{run['data']['rows']:,}",
-                      **models, "training h": round(hours, 4), "$ per h": args.price_per_hour,
-                      "cost $": round(cost, 4), "saved $": round(claimed - cost, 2)})
-        labels.append("\n".join([name, *flags]))
-        for model, value in models.items():
-            accuracy.setdefault(model, [np.nan] * len(runs))[i] = first_number(value)
+        accuracy = {row["model"]: row["accuracy %"] for row in run["table"]}
+        rows.append({"run": name, "differs in": " ".join(flags), "rows": f"{run['data']['rows']:,}"}
+                    | accuracy | {"training h": round(hours, 4), "$ per h": args.price_per_hour})
+    table = pd.DataFrame([*rows, ORIGINAL_RUN])
+    table["cost $"] = (table["training h"] * table["$ per h"]).round(4)
+    table["saved $"] = (table["cost $"].iloc[-1] - table["cost $"]).round(2)
 
     fig, axes = new_figure("Runs side by side", 1, 2, (14, 2.5 + 0.7 * len(runs)))
-    plot_dots(axes[0], labels, accuracy, highlight="transformer")
-    costs = [row["cost $"] for row in table] + [claimed]
-    plot_dots(axes[1], [*labels, ORIGINAL_RUN["run"]], {"cost": costs}, "{:.4g}")
+    labels = [f"{row['run']}\n{row['differs in']}" for row in rows] + [ORIGINAL_RUN["run"]]
+    models = list(dict.fromkeys(name for row in rows for name in row if name in runs[0]["models"]))
+    plot_dots(axes[0], labels[:-1], {name: [first_number(row.get(name)) or np.nan for row in rows]
+                                     for name in models}, highlight="transformer")
+    plot_dots(axes[1], labels, {"cost": table["cost $"]}, "{:.4g}")
     axes[0].set_xlabel("test accuracy [%]")
     axes[1].set(xlabel="cost of training all models [$]", xscale="log")
     legend_below(axes[0], 5)
     run_dir = next_run_dir(args)
     save_figure(fig, run_dir / "cost_comparison.png")
-    table.append(ORIGINAL_RUN | {"cost $": round(claimed, 2)})
-    summary = (f"{markdown_table(table)}\n\nTest accuracy in %; time and cost of training all models. "
+    rows = json.loads(table.to_json(orient="records"))  # NaN becomes None
+    summary = (f"{markdown_table(rows)}\n\nTest accuracy in %; time and cost of training all models. "
                "Saved: against the original's claim, which we have not checked.\n")
-    return write_results({"table": table}, summary, args, run_dir)
+    return write_results({"table": rows}, summary, args, run_dir)
 
 
 # --- Plumbing: nothing below is about the experiment --------------------------------------------

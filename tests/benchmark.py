@@ -53,15 +53,14 @@ def clipped_step(model, optimizer, loss):
 
 def fire_training(repeats=5):
     """Windows per second of an epoch of train_transformer, and of a bare loop over the same model and ready batches."""
-    args = fire.parse_args(["--sample-per-area", "50000", "--epochs", "1"])
-    data, device = fire.load_data(args), detect_device()
-    starts = fire.window_starts(data.segments["train"], 60, 60)
-    model = fire.OptimizedFireTransformer(dropout=args.dropout).to(device)
-    readings, weights = torch.from_numpy(data.readings).to(device), torch.ones(3, device=device)
-    areas, labels = (torch.from_numpy(array).long().to(device) for array in (data.areas, data.labels))
-    batches = [(fire.gather_windows(readings, rows, 60).contiguous(), areas[rows], labels[rows + 59])
-               for rows in torch.from_numpy(starts).to(device).split(args.batch_size)]
-
+    args = fire.parse_args(["--sample-per-area", "50000", "--epochs", "1", "--min-epochs", "1", "--steps-per-epoch", "40"])
+    data, info = fire.load_data(args)
+    data.segments["val"] = data.segments["test"] = torch.tensor([[0, 60]])  # training alone is timed
+    device, weights = args.device, torch.ones(3, device=args.device)
+    model = fire.make_model(vars(args), info).to(device)
+    starts = data.random_starts("train", args.steps_per_epoch * args.batch_size, torch.Generator().manual_seed(0))
+    batches = [data.windows(rows) for rows in starts.split(args.batch_size)]
+    batches = [(readings.contiguous(), area, label) for readings, area, label in batches]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
     def bare():
@@ -69,17 +68,15 @@ def fire_training(repeats=5):
         for x, area, label in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 logits, risk = model(x, area)
-            loss = fire.fire_loss(logits.float(), risk.float(), label, weights, label)
-            clipped_step(model, optimizer, loss)
-        loss.item()
+            clipped_step(model, optimizer, fire.fire_loss(logits.float(), risk.float(), label, weights))
 
     def ours():
-        with tempfile.TemporaryDirectory() as folder:
-            return fire.train_transformer(model, data, starts[:1], args, Path(folder))[0]["seconds"]
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            state = fire.new_state(args, info)
+            fire.train_transformer(model, data, args, state, Path(folder))
+            return state["stages"][0]["seconds"]
 
-    bare()
-    times = [(ours(), seconds(bare)) for _ in range(repeats)]  # side by side, since the machine's speed drifts
-    mine, reference = np.median(times, axis=0)
+    mine, reference = median_pair(ours, bare, repeats)
     report("fire training", "windows/s", len(starts), mine, "bare loop", reference)
 
 
@@ -90,10 +87,17 @@ def fire_generator(rows=500_000):
     report("fire generator", "rows/s", rows, mine, "noise alone", noise)
 
 
+def fire_drift(rows=5_000_000):
+    """Rows per second of the drift compensation of six sensors, and of a copy of the same readings."""
+    readings = np.random.default_rng(0).standard_normal((rows, 6), dtype=np.float32)
+    mine = seconds(lambda: fire.remove_drift(readings, 3600))
+    report("fire drift", "rows/s", rows, mine, "copy", seconds(readings.copy))
+
+
 def fire_csv(rows=1_000_000):
     """Rows per second from a CSV file to readings and labels, and of pyarrow.csv alone on the same file."""
     readings, labels, _ = fire.generate_area("basement", rows, 0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         path = Path(folder) / "basement.csv"
         table = {name: readings[:, i] for i, name in enumerate(fire.SENSORS["basement"])} | {"label": labels}
         pa.csv.write_csv(pa.table(table), path)
@@ -102,25 +106,26 @@ def fire_csv(rows=1_000_000):
             for _ in pa.csv.open_csv(path):
                 pass
 
-        alone()
-        mine = seconds(lambda: fire.file_areas([path], None))
-        reference = seconds(alone)
+        args = fire.parse_args(["--data", str(path)])
+        mine, reference = median_pair(lambda: seconds(lambda: fire.file_areas(args)), alone, 5)
     report("fire CSV", "rows/s", rows, mine, "pyarrow.csv", reference)
 
 
 def fire_predict(rows=1_000_000):
     """Rows per second of --predict, from a CSV file to a CSV file, and of the model alone on ready windows of them."""
-    readings, device = fire.generate_area("basement", rows, 0)[0], detect_device()
-    model = fire.OptimizedFireTransformer(dropout=0.0).to(device).eval()
-    areas = {area: list(sensors) for area, sensors in fire.SENSORS.items()}
-    state = {"model": model.state_dict(), "arguments": vars(fire.parse_args([])), "areas": areas,
-             "mean": torch.zeros(5, 6), "std": torch.ones(5, 6)}
-    windows = torch.from_numpy(readings[: rows // 60 * 60]).view(-1, 60, 6).to(device)
+    args = fire.parse_args(["--sample-per-area", "20000"])
+    readings = fire.generate_area("basement", rows, 0)[0]
+    with contextlib.redirect_stderr(io.StringIO()):
+        _, info = fire.load_data(args)
+    model = fire.make_model(vars(args), info).to(args.device).eval()
+    state = fire.new_state(args, info)
+    state["best"]["model"] = model.state_dict()
+    windows = torch.from_numpy(readings[: rows // 60 * 60]).view(-1, 60, 6).to(args.device)
 
     def alone():
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+        with torch.inference_mode(), fire.autocast(args.device):
             for batch in windows.split(1024):
-                logits, _ = model(batch, torch.zeros(len(batch), dtype=torch.long, device=device))
+                logits, _ = model(batch, torch.zeros(len(batch), dtype=torch.long, device=args.device))
         logits.sum().item()
 
     with tempfile.TemporaryDirectory() as folder:
