@@ -29,11 +29,11 @@ Geurts et al. 2006, Ke et al. 2017 (trees).
 """
 
 import argparse
+import codecs
 import contextlib
 import copy
 import csv
 import dataclasses
-import gzip
 import hashlib
 import io
 import json
@@ -48,12 +48,17 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 import joblib
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
+from pyarrow import fs
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -303,14 +308,11 @@ class Area:
 
 
 def open_address(address):
-    """(pyarrow file system, path in it) of a local path or s3://bucket/key. S3 takes the usual AWS_…
-    variables and profiles; AWS_ENDPOINT_URL names another server."""
-    from pyarrow import fs
-
-    if not str(address).startswith("s3://"):
-        return fs.LocalFileSystem(), os.path.abspath(address)
-    path = str(address).removeprefix("s3://").strip("/")
-    return fs.FileSystem.from_uri("s3://" + path.split("/")[0])[0], path
+    """(pyarrow file system, path in it) of a local path or s3://bucket/key. S3 takes the usual
+    AWS_… variables and profiles; AWS_ENDPOINT_URL names another server."""
+    if address.startswith("s3://"):
+        return fs.FileSystem.from_uri(quote(address, safe=":/"))
+    return fs.LocalFileSystem(), os.path.abspath(address)
 
 
 def read_bytes(address):
@@ -321,219 +323,207 @@ def read_bytes(address):
 
 
 def list_files(addresses):
-    """The CSV and Parquet files among `addresses`, and all such files in folders among them."""
-    from pyarrow import fs
-
+    """The files among `addresses`, and all CSV and Parquet files in folders among them."""
     files = []
     for address in addresses:
         filesystem, path = open_address(address)
-        kind = filesystem.get_file_info(path).type
-        if kind == fs.FileType.NotFound:
-            raise UserError(f"{address}: no such file, folder or bucket")
-        paths = [path]
-        if kind == fs.FileType.Directory:
-            inside = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-            paths = sorted(info.path for info in inside if DATA_FILE.search(info.path))
+        if filesystem.get_file_info(path).is_file:
+            files.append(address)
+            continue
+        selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
+        inside = filesystem.get_file_info(selector)
+        paths = sorted(info.path for info in inside if DATA_FILE.search(info.path))
         if not paths:
-            raise UserError(f"{address}: no .csv, .csv.gz, .tsv or .parquet file in this folder")
-        prefix = "s3://" if str(address).startswith("s3://") else ""
-        files += [prefix + path for path in paths]
+            raise UserError(f"{address}: no such file, folder or bucket, or no .csv, .csv.gz, "
+                            ".tsv or .parquet file in it")
+        files += [address.rstrip("/") + name.removeprefix(path) for name in paths]
     return files
 
 
 def name_areas(files, split):
-    """The area of each file: what follows area= in its path, or its name up to the first _, or as much
-    more as tells all files apart. With the split "files" several files are recordings of one area:
-    those with the same beginning, or all, where a beginning has fewer than three."""
-    stems = [Path(file).name.split(".")[0] for file in files]
-    beginnings = [stem.split("_")[0] for stem in stems]
-    if all("area=" in file for file in files):
-        return [re.search("area=([^/]*)", file)[1] for file in files]
-    if split == "files":
-        few = min(beginnings.count(name) for name in beginnings) < 3
-        return ["all"] * len(files) if few else beginnings
-    candidates = [beginnings, stems, files]
-    return next((names for names in candidates if len(set(names)) == len(files)), files)
+    """The area of each file: what follows area= in its path, or its name up to the first _, or as
+    much more as tells all files apart. With the split "files" several files are recordings of one
+    area: those with the same beginning, or all, where a beginning has fewer than three."""
+    folders = pd.Series(files).str.extract("area=([^/]*)", expand=False)
+    stems = pd.Series([Path(file).name.split(".")[0] for file in files])
+    beginnings = stems.str.split("_").str[0]
+    if folders.notna().all():
+        return folders.tolist()
+    if split == "files" and beginnings.value_counts().min() < 3:
+        return ["all"] * len(files)
+    if split == "files" or beginnings.is_unique:
+        return beginnings.tolist()
+    return stems.tolist() if stems.is_unique else files
 
 
-def csv_format(head):
-    """(encoding, delimiter, decimal point, column names) of a CSV file, from its first bytes."""
-    encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-    try:
-        text = head[: head.rfind(b"\n") + 1].decode(encoding, "ignore" if encoding == "utf-16" else "strict")
-    except UnicodeDecodeError:
+def read_csv(content, na_values):
+    """pyarrow Table of a CSV file with any usual encoding, delimiter and decimal point."""
+    head = bytes(content[:65536])
+    encoding = "utf-16" if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
+    if "\ufffd" in head.decode(encoding, "replace")[:-1]:  # the last character may be cut in two
         encoding = "latin-1"
-        text = head.decode(encoding)
-    first, second, *_ = [*text.lstrip("\ufeff").splitlines(), "", ""]
-    delimiter = max(",;\t|", key=first.count)
+    text = head.decode(encoding, "replace").lstrip("\ufeff")
+    delimiter = max(",;\t|", key=text.partition("\n")[0].count)
     decimal = "," if delimiter != "," and re.search(r"\d,\d", text) else "."
-    header, row = csv.reader([first, second], delimiter=delimiter)
-    if len(row) == len(header) + 1:
-        header = ["", *header]  # a row index whose column has no name, as R writes it
-    return encoding, delimiter, decimal, header
+    rows = csv.reader(text.splitlines(), delimiter=delimiter)
+    names = next(rows, [])
+    if len(next(rows, [])) == len(names) + 1:
+        names.insert(0, "")  # a row index whose column has no name, as R writes it
+    # Without threads an error names its row.
+    read = pa.csv.ReadOptions(use_threads=False, column_names=names, skip_rows=1, encoding=encoding)
+    convert = pa.csv.ConvertOptions(decimal_point=decimal)
+    convert.null_values += na_values
+    parse = pa.csv.ParseOptions(delimiter=delimiter)
+    return pa.csv.read_csv(pa.BufferReader(content), read, parse, convert)
 
 
 def read_frame(address, na_values):
     """(pandas DataFrame, sha256) of a CSV or Parquet file."""
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
-
     content = read_bytes(address)
     digest = hashlib.sha256(content).hexdigest()
     try:
-        if str(address).lower().endswith(".parquet"):
+        if address.lower().endswith(".gz"):
+            content = pa.input_stream(content, "gzip").read_buffer()
+        if address.lower().endswith(".parquet"):
             table = pa.parquet.read_table(pa.BufferReader(content))
         else:
-            if str(address).lower().endswith(".gz"):
-                content = pa.py_buffer(gzip.decompress(content))
-            encoding, delimiter, decimal, names = csv_format(content[:65536].to_pybytes())
-            null_values = [*pa.csv.ConvertOptions().null_values, *na_values]
-            table = pa.csv.read_csv(
-                pa.BufferReader(content),
-                # without threads an error names its row
-                pa.csv.ReadOptions(use_threads=False, column_names=names, skip_rows=1, encoding=encoding),
-                pa.csv.ParseOptions(delimiter=delimiter),
-                pa.csv.ConvertOptions(null_values=null_values, decimal_point=decimal))
-    except (pa.ArrowException, gzip.BadGzipFile) as error:
+            table = read_csv(content, na_values)
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{address}: {error}") from None
     names = table.column_names
     if not table.num_rows or len(set(names)) < len(names) or any(map(NUMBER.fullmatch, names)):
-        raise UserError(f"{address}: a header with different column names, and rows, are needed; the "
-                        f"first line is {', '.join(names)}")
-    return table.to_pandas(), digest
+        raise UserError(f"{address}: a header with different column names, and rows, are needed; "
+                        f"the first line is {', '.join(names)}")
+    return table.to_pandas(ignore_metadata=True), digest
 
 
-def refuse(bad, column, where, problem):
-    """Raise UserError with the first cell of a column where `bad` [rows] is true, if there is one."""
+def refuse(bad, column, problem):
+    """Raise UserError with the first cell of a column where `bad` [rows] is true, if there is one.
+    The index of the column is (file, row in it)."""
     if np.any(bad):
-        row = int(np.argmax(bad))
-        raise UserError(f"{where}, row {column.index[row] + 1}, column {column.name!r}: "
-                        f"{str(column.iloc[row])!r} {problem}")
+        i = np.argmax(bad)
+        address, row = column.index[i]
+        raise UserError(f"{address}, row {row + 1}, column {column.name!r}: "
+                        f"{str(column.iloc[i])!r} {problem}")
 
 
-def parse_times(column, where):
-    """Seconds [rows] of a time column: timestamps, text, or numbers of seconds, which may count
-    milli-, micro- or nanoseconds since 1970."""
+def check_times(column, recordings):
+    """(usual step [s], rows that follow a gap or begin a recording) of a time column, which must
+    rise in each recording; `recordings` are their first rows. Times are timestamps, text, or
+    numbers of seconds, which may count milli-, micro- or nanoseconds since 1970."""
     if pd.api.types.is_numeric_dtype(column):
         seconds = column.astype(float)
         while seconds.abs().max() > 1e11:
-            seconds = seconds / 1000
+            seconds /= 1000
     else:
         day_first = "." in str(column.iloc[0])[:6]  # as in 31.12.2024
-        try:
-            times = pd.to_datetime(column, dayfirst=day_first, utc=True)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{where}, column {column.name!r}: {error}") from None
-        seconds = (times - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
-    refuse(seconds.isna(), column, where, "is not a time")
-    return seconds.to_numpy()
-
-
-def check_times(column, recordings, where):
-    """(usual step [s], rows that follow a gap or begin a recording) of a time column, which must rise
-    in each recording; `recordings` are their first rows."""
-    steps = np.diff(parse_times(column, where), prepend=0)
+        times = pd.to_datetime(column, errors="coerce", dayfirst=day_first, utc=True)
+        seconds = (times - times.min()).dt.total_seconds()
+    refuse(seconds.isna(), column, "is not a time like the others")
+    steps = np.diff(seconds, prepend=0)
     steps[recordings] = np.inf
-    hint = "sort the file, or choose the column that tells devices apart with --area-column"
-    refuse(np.abs(steps + 3600) < 2, column, where, "is an hour back, a clock change? Use UTC")
-    refuse(steps == 0, column, where, f"repeats the time of the row above; {hint}")
-    refuse(steps < 0, column, where, f"is earlier than the row above; {hint}")
+    refuse(np.abs(steps + 3600) < 2, column, "is an hour back, a clock change? Use UTC")
+    refuse(steps <= 0, column, "repeats the time of the row above, or is earlier; sort the file, "
+           "or choose the column that tells devices apart with --area-column")
     step = float(np.median(steps))
     return step, np.flatnonzero(steps > 1.5 * step)
 
 
-def read_readings(frame, sensors, na_values, where):
+def read_readings(frame, sensors, na_values):
     """Readings [rows, sensors] float32 of columns of numbers, NaN where missing."""
     readings = np.empty((len(frame), len(sensors)), np.float32)
+    missing = pd.to_numeric(na_values, errors="coerce")
     for i, name in enumerate(sensors):
         numbers = pd.to_numeric(frame[name], errors="coerce")
-        refuse(numbers.isna() & frame[name].notna(), frame[name], where,
+        refuse(numbers.isna() & frame[name].notna(), frame[name],
                "is not a number; see --na-values, --columns and --area-column")
-        readings[:, i] = numbers.mask(numbers.isin(pd.to_numeric(na_values, errors="coerce")))
-        note_sentinel(readings[:, i], f"{where}, column {name!r}")
-    readings[~np.isfinite(readings)] = np.nan
+        readings[:, i] = numbers.mask(numbers.isin(missing))
+        note_sentinel(readings[:, i], name)
+    readings[np.isinf(readings)] = np.nan
     return readings
 
 
-def note_sentinel(readings, where):
-    """Note a value such as -999: an extreme that repeats, farther from all others than they spread."""
-    for extreme in {np.nanmin(readings, initial=0), np.nanmax(readings, initial=0)}:
-        others = readings[np.isfinite(readings) & (readings != extreme)]
-        repeats = np.count_nonzero(readings == extreme)
-        if repeats >= MIN_WINDOWS and len(others) and np.abs(others - extreme).min() > np.ptp(others) > 0:
-            note(f"{where}: {extreme:g} in {repeats} rows is far from all other readings; if it means "
-                 f"missing, add --na-values {extreme:g}")
+def note_sentinel(readings, name):
+    """Note a value such as -999: an extreme that repeats, far from the others."""
+    readings = readings[np.isfinite(readings)]
+    for extreme in {readings.min(initial=0), readings.max(initial=0)}:
+        others = readings[readings != extreme]
+        repeats = len(readings) - len(others)
+        if repeats < MIN_WINDOWS or not len(others):
+            continue
+        if np.abs(others - extreme).min() > np.ptp(others) > 0:
+            note(f"column {name!r}: {extreme:g} in {repeats} rows is far from all other readings; "
+                 f"if it means missing, add --na-values {extreme:g}")
 
 
-def read_labels(column, where):
+def read_labels(column):
     """Positions [rows] int8 of a column's labels in LABELS."""
     codes, labels = pd.factorize(column, use_na_sentinel=False)
     texts = [str(label).strip().lower().removesuffix(".0") for label in labels]
-    positions = np.array([list(LABELS).index(text) if text in LABELS else -1 for text in texts])
-    refuse(positions[codes] < 0, column, where, f"is no label; labels are {', '.join(LABELS)}")
-    return positions.astype(np.int8)[codes]
+    positions = pd.Index(list(LABELS)).get_indexer(texts).astype(np.int8)[codes]
+    refuse(positions < 0, column, f"is no label; labels are {', '.join(LABELS)}")
+    return positions
 
 
 def decode_labels(areas):
-    """Turn positions in LABELS into classes. A 1 is fire, unless a label of any area is a 2, a warning
-    or a fire."""
-    texts, classes = list(LABELS), np.array(list(LABELS.values()), np.int8)
-    used = sorted(set().union(*(np.unique(area.labels) for area in areas)))
-    if not {"2", "warning", "fire"} & {texts[position] for position in used}:
-        classes[texts.index("1")] = 2
-    note("labels: " + ", ".join(f"{texts[position]} is {CLASSES[classes[position]]}" for position in used))
+    """Turn positions in LABELS into classes. A 1 is fire, unless a label of any area is a 2, a
+    warning or a fire."""
+    classes = pd.Series(LABELS, dtype=np.int8)
+    used = classes.index[np.unique(np.concatenate([area.labels for area in areas]))]
+    if not used.isin(["2", "warning", "fire"]).any():
+        classes["1"] = 2
+    note("labels: " + ", ".join(f"{label} is {CLASSES[classes[label]]}" for label in used))
     for area in areas:
-        area.labels = classes[area.labels]
+        area.labels = classes.to_numpy()[area.labels]
 
 
 def find_time_column(names, args):
     """--time-column, or the first column of TIME_COLUMNS; None without one."""
-    default = next((name for name in names if name.lower() in TIME_COLUMNS), None)
-    return {"none": None, None: default}.get(args.time_column, args.time_column)
+    if args.time_column == "none":
+        return None
+    return args.time_column or next((name for name in names if name.lower() in TIME_COLUMNS), None)
 
 
-def find_columns(frame, args, where):
+def find_columns(frame, address, args):
     """(sensors, label column, time column or None) of a file with labels."""
     names = list(frame)
     label = args.label_column or next((name for name in LABEL_COLUMNS if name in names), "label")
     times = find_time_column(names, args)
-    for name in (label, times, *(args.columns or [])):
-        if name not in (None, *names):
-            raise UserError(f"{where}: no column {name!r}, only {', '.join(names)}")
+    unknown = {label, times, *(args.columns or [])} - {None, *names}
+    if unknown:
+        raise UserError(f"{address}: no column {sorted(unknown)}, only {', '.join(names)}")
     if args.columns:
         return args.columns, label, times
     sensors, left_out = [], []
-    for name in [name for name in names if name not in (label, times, args.area_column)]:
+    for name in frame.columns.difference([label, times, args.area_column], sort=False):
         if DEVICE_COLUMN.fullmatch(name):
-            raise UserError(f"{where}: does column {name!r} name a device or a room? Choose it with "
-                            "--area-column, or list the sensors with --columns")
+            raise UserError(f"{address}: does column {name!r} name a device or a room? Choose it "
+                            "with --area-column, or list the sensors with --columns")
         rises = frame[name].is_monotonic_increasing and frame[name].is_unique
         is_index = name in LABEL_COLUMNS or INDEX_COLUMN.fullmatch(name)
         (left_out if rises or is_index else sensors).append(name)
     if left_out:
-        note(f"{where}: left out {left_out}, since a row index, a clock, a counter or a second label "
-             "gives the answer away; --columns keeps them")
+        note(f"{address}: left out {left_out}, since a row index, a clock, a counter or a second "
+             "label gives the answer away; --columns keeps them")
     if not sensors:
-        raise UserError(f"{where}: no sensor column in {', '.join(names)}")
+        raise UserError(f"{address}: no sensor column in {', '.join(names)}")
     return sensors, label, times
 
 
-def make_area(frames, sensors, times, args, where):
-    """Area of the recordings of one area, DataFrames, one after the other; labels are still to come."""
-    recordings = np.cumsum([0] + [len(frame) for frame in frames[:-1]])
-    frame = pd.concat(frames) if len(frames) > 1 else frames[0]
-    area = Area(sensors, read_readings(frame, sensors, args.na_values, where))
-    area.recordings = area.breaks = recordings
+def make_area(frame, sensors, times, args):
+    """Area, as yet without labels, of its recordings in a DataFrame with the index (file, row)."""
+    recordings = np.flatnonzero(np.diff(frame.index.codes[0], prepend=-1))
+    readings = read_readings(frame, sensors, args.na_values)
+    area = Area(sensors, readings, recordings=recordings, breaks=recordings)
     if times:
-        area.step, area.breaks = check_times(frame[times], recordings, where)
+        area.step, area.breaks = check_times(frame[times], recordings)
     return area
 
 
 def file_areas(args):
     """({area: Area}, [{path, area, rows, sha256}, …]) of the files in args.data."""
     addresses = list_files(args.data)
-    frames, owners, files = {}, {}, []
+    recordings, areas, files = {}, {}, []
     for address, area in zip(addresses, name_areas(addresses, args.split)):
         frame, digest = read_frame(address, args.na_values)
         files.append({"path": address, "area": area, "rows": len(frame), "sha256": digest})
@@ -541,16 +531,15 @@ def file_areas(args):
             raise UserError(f"{address}: no column {args.area_column!r}, only {', '.join(frame)}")
         groups = frame.groupby(args.area_column) if args.area_column else [(area, frame)]
         for name, rows in groups:
-            frames.setdefault(str(name), []).append(rows)
-            owners.setdefault(str(name), address)
-    areas = {}
-    for name, recordings in frames.items():
-        where = owners[name]
-        if any(list(rows) != list(recordings[0]) for rows in recordings):
-            raise UserError(f"{where}: other files of area {name!r} have other columns")
-        sensors, label, times = find_columns(recordings[0], args, where)
-        areas[name] = make_area(recordings, sensors, times, args, where)
-        areas[name].labels = np.concatenate([read_labels(rows[label], where) for rows in recordings])
+            recordings.setdefault(str(name), {})[address] = rows
+    for name, frames in recordings.items():
+        address = next(iter(frames))
+        sensors, label, times = find_columns(frames[address], address, args)
+        frame = pd.concat(frames)
+        if len(frame.columns) > len(frames[address].columns):
+            raise UserError(f"{address}: other files of area {name!r} have other columns")
+        areas[name] = make_area(frame, sensors, times, args)
+        areas[name].labels = read_labels(frame[label])
     decode_labels(areas.values())
     return areas, files
 
@@ -561,38 +550,35 @@ def file_areas(args):
 def embedded_areas(rows, seed):
     """{area: Area} of the embedded generator, `rows` seconds each."""
     note("no --data: the sensors are synthetic, from the embedded generator")
-    areas = {}
-    for name, sensors in SENSORS.items():
-        areas[name] = Area(list(sensors), *generate_area(name, rows, seed))
-    return areas
+    return {name: Area(list(sensors), *generate_area(name, rows, seed))
+            for name, sensors in SENSORS.items()}
 
 
 def remove_drift(readings, rows):
-    """Take a baseline of about `rows` rows (0: none) off each sensor of `readings` [rows, sensors], in
-    place.
+    """Take a baseline of about `rows` rows (0: none) off each sensor of `readings` [rows, sensors],
+    in place.
 
-    It is a low quantile of the means of the minutes (BASELINE_BLOCK rows) before, so it knows nothing
-    of what comes later; only the first minute of a sensor is its own baseline. Fire standards call
-    this drift compensation (EN 54, UL 268).
+    It is a low quantile of the means of the minutes (BASELINE_BLOCK rows) before, so it knows
+    nothing of what comes later; only the first minute of a sensor is its own baseline. Fire
+    standards call this drift compensation (EN 54, UL 268).
     """
     if not rows:
         return
-    blocks = np.arange(0, len(readings), BASELINE_BLOCK)
+    starts = np.arange(0, len(readings), BASELINE_BLOCK)
     known = np.isfinite(readings)
-    counts = np.add.reduceat(known, blocks, dtype=np.int32)
-    sums = np.add.reduceat(np.where(known, readings, 0), blocks)
-    means = pd.DataFrame(sums / np.where(counts, counts, np.nan))
+    sums = np.add.reduceat(np.where(known, readings, 0), starts)
+    means = pd.DataFrame(sums) / np.add.reduceat(known, starts, dtype=np.int32)
     window = means.rolling(max(1, int(rows) // BASELINE_BLOCK), min_periods=1)
-    trailing = window.quantile(BASELINE_QUANTILE)
-    baseline = trailing.shift(1).ffill().fillna(trailing.bfill().iloc[0])
+    trailing = window.quantile(BASELINE_QUANTILE).ffill().bfill()
+    baseline = trailing.shift(1).fillna(trailing.iloc[0])
     readings -= baseline.to_numpy(np.float32).repeat(BASELINE_BLOCK, axis=0)[: len(readings)]
 
 
 def next_quiet_row(labels, row, gap):
-    """The first row from `row` on that begins `gap` normal rows; `row`, if none is within 5 % of all."""
-    incidents = np.append(0, np.cumsum(labels > 0))
-    quiet = np.flatnonzero(incidents[row + gap :] == incidents[row : len(incidents) - gap])
-    return row + int(quiet[0]) if len(quiet) and quiet[0] <= 0.05 * len(labels) else row
+    """First row from `row` on that begins `gap` normal rows; `row` if none is near (5 % of all)."""
+    edges = np.concatenate([[row - 1], row + np.flatnonzero(labels[row:]), [len(labels)]])
+    quiet = edges[:-1][np.diff(edges) > gap] + 1
+    return int(min(quiet[quiet <= row + 0.05 * len(labels)], default=row))
 
 
 def cut_rows(start, first, second, stop, gap):
@@ -601,35 +587,35 @@ def cut_rows(start, first, second, stop, gap):
 
 
 def cut_in_time(labels, gap):
-    """[(split, start, stop), …]: 70/15/15 % in order. A cut waits for normal rows, if some are near, so
-    that no incident is on both sides."""
+    """[(split, start, stop), …]: 70/15/15 % in order. A cut waits for normal rows, if some are
+    near, so that no incident is on both sides."""
     rows = [next_quiet_row(labels, int(share * len(labels)), gap) for share in (0.70, 0.85)]
     return cut_rows(0, *rows, len(labels), gap)
 
 
 def cut_runs(labels, gap):
-    """[(split, start, stop), …]: each run of one label is cut, a short one is for training. All classes
-    are in all splits, but parts of one incident are on both sides, which is optimistic."""
-    edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
+    """[(split, start, stop), …]: each run of one label is cut, a short one is for training. All
+    classes are in all splits, but parts of one incident are on both sides, which is optimistic."""
     cuts = []
-    for start, stop in pairwise(edges):
+    for start, stop in pairwise(np.flatnonzero(np.diff(labels, prepend=-1, append=-1)).tolist()):
         rows = stop - start - gap  # a gap to the next run, too
         if 0.15 * rows < 2 * gap:
             cuts.append(("train", start, stop - gap))
         else:
-            cuts += cut_rows(start, start + int(0.70 * rows), start + int(0.85 * rows), stop - gap, gap)
+            first, second = start + int(0.70 * rows), start + int(0.85 * rows)
+            cuts += cut_rows(start, first, second, stop - gap, gap)
     return cuts
 
 
 def deal_recordings(labels, recordings, seed):
-    """[(split, start, stop), …]: whole recordings, in random order but the dangerous ones first, each to
-    the split that is farthest from its share of the rows."""
+    """[(split, start, stop), …]: whole recordings, in random order but the dangerous ones first,
+    each to the split that is farthest from its share of the rows."""
     bounds = list(pairwise([*recordings, len(labels)]))
     order = np.random.default_rng(seed).permutation(bounds).tolist()
-    rows, cuts = dict.fromkeys(SPLITS, 0), []
+    shares, cuts = pd.Series(SPLITS), []
+    rows = 0 * shares
     for start, stop in sorted(order, key=lambda bound: -labels[slice(*bound)].max()):
-        total = sum(rows.values()) + stop - start
-        split = max(SPLITS, key=lambda split: SPLITS[split] * total - rows[split])
+        split = (shares * (rows.sum() + stop - start) - rows).idxmax()
         rows[split] += stop - start
         cuts.append((split, start, stop))
     return cuts
@@ -652,59 +638,65 @@ def split_area(area, how, args):
 
 
 def sample_blocks(stretches, labels, split, args, seed):
-    """Blocks [(start, stop), …] of `stretches` with about a split's share of --sample-per-area rows;
-    all stretches, where there are hardly more.
+    """Blocks [(start, stop), …] of `stretches` with about a split's share of --sample-per-area
+    rows; all stretches, where there are hardly more.
 
     Validation and test take few long blocks, evenly spaced, which leave fires whole. Training takes
-    many short ones at random, those with incidents first until they are as many as TARGET_MIX wants.
+    many short ones at random, those with incidents first until they are as many as TARGET_MIX
+    wants.
     """
     rows = int(SPLITS[split] * args.sample_per_area)
     if sum(stop - start for start, stop in stretches) <= 1.1 * rows:
         return stretches
-    block_rows = max(args.seq_len, min(50 * args.seq_len, rows // 10) if split == "train" else rows // 4)
+    block_rows = min(50 * args.seq_len, rows // 10) if split == "train" else rows // 4
+    block_rows = max(args.seq_len, block_rows)
     blocks = [(begin, min(begin + block_rows, stop)) for start, stop in stretches
               for begin in range(start, stop, block_rows)]
-    count = min(len(blocks), max(1, rows // block_rows))
-    if split != "train":
-        return [blocks[i] for i in np.linspace(0, len(blocks) - 1, count).astype(int)]
-    incidents = np.array([np.count_nonzero(labels[start:stop]) for start, stop in blocks])
-    order = np.random.default_rng(seed).permutation(len(blocks))
-    order = order[np.argsort(incidents[order] == 0, kind="stable")]  # those with incidents first
-    enough = np.cumsum(incidents[order]) >= TARGET_MIX[1:].sum() * rows
-    wanted = np.concatenate([order[~enough], order[incidents[order] == 0]])[:count]
-    return [blocks[i] for i in sorted(wanted)]
+    count = max(1, rows // block_rows)
+    if split == "train":
+        incidents = np.array([np.count_nonzero(labels[start:stop]) for start, stop in blocks])
+        order = np.random.default_rng(seed).permutation(len(blocks))
+        dangerous, quiet = order[incidents[order] > 0], order[incidents[order] == 0]
+        wanted = incidents[dangerous].cumsum() < TARGET_MIX[1:].sum() * rows
+        chosen = np.sort(np.concatenate([dangerous[wanted], quiet])[:count])
+    else:
+        chosen = np.linspace(0, len(blocks) - 1, count).astype(int)
+    return [blocks[i] for i in chosen]
 
 
 def choose_split(areas, args):
-    """(name of the split, [(split, number of the area, start, stop), …]), sampled.
+    """(name of the split, [(split, start, stop), …] of each area), sampled.
 
     Raises UserError where a split is empty or the training part has one class only.
     """
-    present = np.unique(np.concatenate([np.unique(area.labels) for area in areas]))
+    present = np.unique(np.concatenate([area.labels for area in areas]))
     candidates = []
     for how in ["time", "runs"] if args.split == "auto" else [args.split]:
-        sampled, counts = [], {split: np.zeros(len(CLASSES), int) for split in SPLITS}
+        sampled = [[] for _ in areas]
+        counts = {split: np.zeros(len(CLASSES), int) for split in SPLITS}
         for number, area in enumerate(areas):
             stretches = split_area(area, how, args)
             for split in SPLITS:
                 bounds = [(start, stop) for name, start, stop in stretches if name == split]
-                for start, stop in sample_blocks(bounds, area.labels, split, args, [args.seed, number]):
+                blocks = sample_blocks(bounds, area.labels, split, args, [args.seed, number])
+                for start, stop in blocks:
                     ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
                     counts[split] += np.bincount(ends, minlength=len(CLASSES))
-                    sampled.append((split, number, start, stop))
+                    sampled[number].append((split, start, stop))
         lacking = [f"{CLASSES[c]} in {split}" for split in SPLITS for c in present
                    if counts[split][c] < MIN_WINDOWS]
-        candidates.append((len(lacking), how, sampled, counts, lacking))
-    _, how, sampled, counts, lacking = min(candidates, key=lambda candidate: candidate[0])
+        candidates.append((how, sampled, counts, lacking))
+    how, sampled, counts, lacking = min(candidates, key=lambda candidate: len(candidate[-1]))
     if how == "runs":
-        note("each run of one label is split, so parts of one incident are on both sides: all figures "
-             "are optimistic")
+        note("each run of one label is split, so parts of one incident are on both sides: all "
+             "figures are optimistic")
     if lacking:
-        note(f"figures say little about what has fewer than {MIN_WINDOWS} windows: {', '.join(lacking)}")
-    if np.count_nonzero(counts["train"]) < 2 or not all(part.any() for part in counts.values()):
-        numbers = {split: part.tolist() for split, part in counts.items()}
-        raise UserError(f"too few windows of {', '.join(CLASSES)}: {numbers}; take more rows, a smaller "
-                        "--seq-len or --stride, or another --split")
+        note(f"figures say little about what has fewer than {MIN_WINDOWS} windows: "
+             f"{', '.join(lacking)}")
+    counts = pd.DataFrame(counts, CLASSES)
+    if np.count_nonzero(counts["train"]) < 2 or not counts.any().all():
+        raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
+                        "or --stride, or another --split")
     return how, sampled
 
 
@@ -717,9 +709,9 @@ def choose_baseline(areas, how, args):
     for area in areas:
         for split, start, stop in split_area(area, how, args):
             if split == "train":
-                incident = area.labels[start:stop] > 0
-                edges = np.flatnonzero(np.diff(incident, prepend=False, append=False))
-                longest = max(longest, *(area.step * (edges[1::2] - edges[::2])), 0)
+                normal = np.flatnonzero(area.labels[start:stop] == 0)
+                rows = np.diff(normal, prepend=-1, append=stop - start).max() - 1
+                longest = max(longest, area.step * rows)
     if longest <= BASELINE_SECONDS:
         return BASELINE_SECONDS
     note(f"no drift compensation, since an incident lasts {longest:,.0f} s")
@@ -727,7 +719,7 @@ def choose_baseline(areas, how, args):
 
 
 def assign_columns(areas):
-    """{sensor: input column}: the same one in all areas, and not that of another sensor of an area."""
+    """{sensor: input column}: the same in all areas, and not that of another sensor of an area."""
     names = [name for area in areas for name in area.sensors]
     columns = {}
     for name in sorted(dict.fromkeys(names), key=names.count, reverse=True):
@@ -739,7 +731,7 @@ def assign_columns(areas):
 
 @dataclass
 class Data:
-    """The rows of all areas, end to end; a window is `seq_len` of them, in one segment of a split."""
+    """Rows of all areas, end to end; a window is `seq_len` of them, in one segment of a split."""
 
     readings: torch.Tensor  # [rows, columns] float32, normalized, NaN where missing
     labels: torch.Tensor  # [rows] int8
@@ -755,8 +747,8 @@ class Data:
         return dataclasses.replace(self, **moved)
 
     def windows(self, starts):
-        """(readings [batch, seq_len, columns], areas [batch], labels [batch]) of windows that begin at
-        the rows `starts`; a window has the label of its last row."""
+        """(readings [batch, seq_len, columns], areas [batch], labels [batch]) of windows that begin
+        at the rows `starts`; a window has the label of its last row."""
         readings = self.readings.unfold(0, self.seq_len, 1)[starts].transpose(1, 2)
         ends = starts + self.seq_len - 1
         return readings, self.areas[starts].long(), self.labels[ends].long()
@@ -773,58 +765,62 @@ class Data:
         windows = (stop - first - self.seq_len + 1).cumsum(0)
         drawn = torch.randint(int(windows[-1]), (count,), generator=generator)
         segment = torch.searchsorted(windows, drawn, right=True)
-        return (stop[segment] - self.seq_len + 1 - (windows[segment] - drawn)).to(self.labels.device)
+        return (stop[segment] - self.seq_len + 1 - windows[segment] + drawn).to(self.labels.device)
 
 
 def normalize(readings, train):
-    """Scale `readings` [rows, sensors], in place, by mean and standard deviation of those in `train`;
-    returns both, NaN for a sensor without any, which then counts as missing everywhere."""
+    """Scale `readings` [rows, sensors], in place, by mean and standard deviation of those in
+    `train`; returns both, NaN for a sensor without any, which then counts as missing everywhere."""
     train = pd.DataFrame(train)
     mean, std = train.mean(), train.std(ddof=0)
-    std = std.where(~(std <= 1e-6 * mean.abs()), 1)  # 1 for a constant
+    std = std.mask(std <= 1e-6 * mean.abs(), 1)  # 1 for a constant
     readings -= mean.to_numpy(np.float32)
     readings /= std.to_numpy(np.float32)
     return mean.tolist(), std.tolist()
 
 
 def load_data(args):
-    """(Data, info): read or generate the areas, split, take off drift, normalize. `info` describes them
-    in results.json, and tells what a checkpoint needs for new readings."""
-    by_name, files = file_areas(args) if args.data else (embedded_areas(args.sample_per_area, args.seed), [])
+    """(Data, info): read or generate the areas, split, take off drift, normalize. `info` describes
+    them in results.json, and tells what a checkpoint needs for new readings."""
+    if args.data:
+        by_name, files = file_areas(args)
+    else:
+        by_name, files = embedded_areas(args.sample_per_area, args.seed), []
     areas = list(by_name.values())
-    how, stretches = choose_split(areas, args)
-    columns = assign_columns(areas)
+    how, sampled = choose_split(areas, args)
+    columns = pd.Series(assign_columns(areas))
     info = {"source": "files" if args.data else "embedded", "files": files, "split": how,
             "baseline_seconds": choose_baseline(areas, how, args), "areas": {},
-            "columns": [" or ".join(name for name in columns if columns[name] == i)
-                        for i in range(max(columns.values()) + 1)]}
-    readings = []
-    for number, (name, area) in enumerate(by_name.items()):
+            "columns": columns.index.to_series().groupby(columns).agg(" or ".join).tolist()}
+    rows, readings, segments = 0, [], {split: [] for split in SPLITS}
+    for (name, area), stretches in zip(by_name.items(), sampled):
         remove_drift(area.readings, info["baseline_seconds"] / area.step)
-        train = [area.readings[start:stop] for split, owner, start, stop in stretches
-                 if (split, owner) == ("train", number)]
-        mean, std = normalize(area.readings, np.concatenate(train))
-        info["areas"][name] = {"sensors": area.sensors, "columns": [columns[name] for name in area.sensors],
-                               "mean": mean, "std": std, "step": area.step}
+        train = [area.readings[start:stop] for split, start, stop in stretches if split == "train"]
+        mean, std = normalize(area.readings, np.concatenate([area.readings[:0], *train]))
+        inputs = columns[area.sensors].tolist()
+        info["areas"][name] = {"sensors": area.sensors, "columns": inputs, "mean": mean, "std": std,
+                               "step": area.step}
         readings.append(place_columns(area.readings, info, name))
-    lengths = [len(area.labels) for area in areas]
-    offsets = np.cumsum([0, *lengths])
-    segments = {split: torch.tensor([(offsets[number] + start, offsets[number] + stop) for name, number,
-                                     start, stop in stretches if name == split]) for split in SPLITS}
-    oracle = None if args.data else torch.from_numpy(np.concatenate([area.oracle for area in areas]))
-    data = Data(torch.cat(readings), torch.from_numpy(np.concatenate([area.labels for area in areas])),
-                torch.arange(len(areas), dtype=torch.int16).repeat_interleave(torch.tensor(lengths)),
-                segments, args.seq_len, len(areas), oracle)
-    digest = hashlib.sha256(data.readings.numpy())
-    digest.update(data.labels.numpy())
-    digest.update(repr(segments).encode())
+        for split, start, stop in stretches:
+            segments[split].append((rows + start, rows + stop))
+        rows += len(area.labels)
+    segments = {split: torch.tensor(bounds) for split, bounds in segments.items()}
+    labels = torch.from_numpy(np.concatenate([area.labels for area in areas]))
+    lengths = torch.tensor([len(area.labels) for area in areas])
+    numbers = torch.arange(len(areas), dtype=torch.int16).repeat_interleave(lengths)
+    data = Data(torch.cat(readings), labels, numbers, segments, args.seq_len, len(areas))
+    if not args.data:
+        data.oracle = torch.from_numpy(np.concatenate([area.oracle for area in areas]))
+    digest = hashlib.sha256()
+    for part in (data.readings, labels, *segments.values()):
+        digest.update(part.numpy())
     info["sha256"] = digest.hexdigest()
-    info["rows"] = sum(int((part[:, 1] - part[:, 0]).sum()) for part in segments.values())
+    info["rows"] = int(torch.cat(list(segments.values())).diff().sum())
     return data.to(args.device), info
 
 
 def place_columns(readings, info, area):
-    """Readings [rows, sensors] of an area as input columns [rows, columns], 0 where it has no sensor."""
+    """Readings [rows, sensors] of an area as input columns [rows, columns], 0 without a sensor."""
     columns = torch.zeros(len(readings), len(info["columns"]))
     columns[:, info["areas"][area]["columns"]] = torch.from_numpy(readings)
     return columns
@@ -1590,8 +1586,6 @@ points from the best baseline, {baseline} (paired t-test: p = {p:.2g}).
 
 def check_writable(address):
     """Fail before hours of training, not after, where nothing can be written under `address`."""
-    from pyarrow import fs
-
     filesystem, root = open_address(address)
     bucket = filesystem.get_file_info(root.split("/")[0])
     if filesystem.type_name == "s3" and bucket.type == fs.FileType.NotFound:
@@ -1651,7 +1645,7 @@ def load_new_data(args, arguments, info):
         raise UserError(f"{args.predict}: no column {missing} among {', '.join(frame)}")
     if unused:
         note(f"{args.predict}: columns not used: {unused}")
-    new = make_area([frame], area["sensors"], times, args, args.predict)
+    new = make_area(pd.concat({args.predict: frame}), area["sensors"], times, args)
     known = np.isfinite(new.readings).any(axis=1)
     remove_drift(new.readings, info["baseline_seconds"] / new.step)
     readings = (new.readings - np.float32(area["mean"])) / np.float32(area["std"])
