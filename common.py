@@ -150,7 +150,7 @@ def plot_dots(ax, labels, series, number=None, errors=None, highlight=None):
         rows = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * 0.7 / len(series)
         colors = ["black" if highlight in (name, label) else COLORS[i % 8] for label in labels]
         sizes = [80 if highlight in (name, label) else 35 for label in labels]
-        ax.scatter(values, rows, sizes, colors, MARKERS[i % 7], label=name, zorder=3)
+        ax.scatter(values, rows, sizes, colors, marker=MARKERS[i % 7], label=name, zorder=3)
         if errors is not None:
             ax.errorbar(values, rows, xerr=errors[name], fmt="none", ecolor=colors, capsize=3)
         for value, row in zip(values, rows) if number else ():

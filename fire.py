@@ -39,7 +39,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import secrets
 import subprocess
@@ -67,7 +66,7 @@ from tqdm.auto import tqdm
 
 from common import (MARKERS, detect_device, epoch_axis, has_bfloat16, in_notebook,
                     legend_below, mean_and_interval, new_figure, plot_bars, plot_confusion,
-                    plot_curve, plot_dots, plot_history, plot_ranking, plt, save_figure,
+                    plot_dots, plot_history, plot_ranking, plt, save_figure,
                     seed_everything)
 
 EXPERIMENT = "fire"
@@ -78,8 +77,8 @@ SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
 TARGET_MIX = np.array([0.70, 0.20, 0.10])  # shares of the classes at which sampling aims
 MIN_WINDOWS = 5  # a split with fewer windows of a class cannot measure that class
 RISK_WEIGHT = 0.5
-MAX_FIRES = 200  # fires of the test split whose detection delay is measured
 BASELINES = ["logistic regression", "random forest", "extra trees", "gradient boosting"]
+MAX_FIRES = 200  # fires of the test split whose detection delay is measured
 VOTERS = ["transformer", "random forest", "extra trees", "gradient boosting"]
 ORIGINAL_ROW = {"model": "the original's expectation", "accuracy %": "94 to 96"}
 ORIGINAL_RUN = {"run": "the original's 50M model, as claimed", "rows": "50,000,000",
@@ -201,7 +200,8 @@ def parse_args(argv=None):
         parser.set_defaults(sample_per_area=30_000, epochs=4, min_epochs=3, batch_size=128,
                             num_trees=30)
     args = parser.parse_args(argv)
-    args.stride = args.stride or args.seq_len
+    if not args.predict:
+        args.stride = args.stride or args.seq_len
     if args.original_model:
         args.patch_len = 1
     for name, value in vars(args).items():
@@ -929,7 +929,8 @@ def make_baselines(labels, args):
     weights = class_weights(labels, args.class_weight_power)
     shared = {"random_state": args.seed, "class_weight": {c: weights[c] for c in np.unique(labels)}}
     forest = shared | {"n_estimators": args.num_trees, "min_samples_leaf": 2, "n_jobs": -1}
-    boosting = shared | {"max_iter": 5 * args.num_trees, "early_stopping": True, "scoring": "loss"}
+    boosting = {"max_iter": 5 * args.num_trees, "early_stopping": True, "scoring": "loss",
+                "random_state": args.seed}
     linear = LogisticRegression(max_iter=500, **shared)
     return {
         "logistic regression": [make_pipeline(StandardScaler(), linear)],
@@ -946,13 +947,16 @@ def fit_baselines(features, labels, args):
     from sklearn.metrics import log_loss
 
     known = np.isin(labels["val"], labels["train"])
+    weights = class_weights(labels["train"], args.class_weight_power)[labels["train"]]
     validation = {"X_val": features["val"][known], "y_val": labels["val"][known]}
     models, seconds = {}, {}
     for name, candidates in make_baselines(labels["train"], args).items():
         start_time, losses = time.perf_counter(), []
         for model in candidates:
-            extra = validation if name == "gradient boosting" else {}
-            model.fit(features["train"], labels["train"], **extra)
+            if name == "gradient boosting":
+                model.fit(features["train"], labels["train"], weights, **validation)
+            else:
+                model.fit(features["train"], labels["train"])
             if hasattr(model, "n_jobs"):
                 model.n_jobs = 1  # threads add up the trees in any order, which changes last bits
             probabilities = model.predict_proba(validation["X_val"])
@@ -1162,41 +1166,47 @@ def end_epoch(state, modules, args, run_dir, seconds):
 
 
 def classify(model, baselines, data, starts):
-    """{name: class [windows]} by transformer, baselines, their vote and, if any, the oracle."""
-    answers = {"transformer": predict(model, data, starts)[0].argmax(1).cpu().numpy()}
+    """({name: class [windows]}, risk [windows]): the classes that the transformer, the baselines,
+    their vote and, if any, the oracle name, and the risk that the transformer sees."""
+    logits, risk = predict(model, data, starts)
+    answers = {"transformer": logits.argmax(1).cpu().numpy()}
     features = window_features(data, starts)
-    answers |= {name: baseline.predict(features) for name, baseline in baselines.items()}
+    for name, baseline in baselines.items():
+        answers[name] = baseline.predict(features)
     answers["ensemble"] = majority_vote([answers[name] for name in VOTERS])
     if data.oracle is not None:
         answers["oracle"] = data.oracle[starts.cpu() + data.seq_len - 1].numpy()
-    return answers
+    return answers, risk.cpu().numpy()
 
 
 def classification_metrics(labels, predicted, areas):
-    """Metrics of predicted classes [windows], those of -1 left out: no answer. `areas` [windows] are
-    names. A false alarm is a window called fire that is none."""
+    """Metrics of predicted classes [windows], without those of -1, which are no answer. `areas`
+    [windows] are names. A false alarm is a window called fire that is none."""
     from sklearn.metrics import classification_report, confusion_matrix
 
     answered = predicted >= 0
     labels, predicted, areas = labels[answered], predicted[answered], areas[answered]
-    fire, alarm = labels == 2, predicted == 2
-    present = np.unique(labels)
-    report = classification_report(labels, predicted, labels=present, output_dict=True, zero_division=0,
-                                   target_names=[CLASSES[c] for c in present])
+    names = np.array(CLASSES)
+    present = names[np.unique(labels)]
+    report = classification_report(names[labels], names[predicted], labels=present,
+                                   output_dict=True, zero_division=0)
+    correct = pd.Series(labels == predicted)
+    fire = labels == 2
+    alarm_errors = pd.Series(fire != (predicted == 2)).groupby(fire).mean()
     return {
-        "accuracy": np.mean(labels == predicted),
+        "accuracy": correct.mean(),
         "macro_f1": report["macro avg"]["f1-score"],
-        "false_alarm_rate": None if fire.all() else np.mean(alarm[~fire]),
-        "missed_fire_rate": np.mean(~alarm[fire]) if fire.any() else None,
-        "per_class": {CLASSES[c]: report[CLASSES[c]] for c in present},
-        "per_area": pd.Series(labels == predicted).groupby(areas, sort=False).mean().to_dict(),
+        "false_alarm_rate": alarm_errors.get(False),
+        "missed_fire_rate": alarm_errors.get(True),
+        "per_class": {name: report[name] for name in present},
+        "per_area": correct.groupby(areas, sort=False).mean().to_dict(),
         "confusion_matrix": confusion_matrix(labels, predicted, labels=range(len(CLASSES))),
     }
 
 
 def find_fires(labels, segments, seq_len):
-    """[(onset, end), …], rows of at most MAX_FIRES fires, evenly chosen: those that lie whole in one of
-    `segments` [(start, stop), …], with a window before them."""
+    """[(onset, end), …], rows of at most MAX_FIRES fires, evenly chosen: those that lie whole in
+    one of `segments` [(start, stop), …], with a window before them."""
     fires = []
     for start, stop in segments:
         is_fire = labels[start:stop] == 2
@@ -1207,46 +1217,47 @@ def find_fires(labels, segments, seq_len):
 
 
 def detection_delays(model, baselines, data, info):
-    """{name: delays} from the onset of each fire to the first window called fire, one window a row."""
+    """{name: delays} from the onset of a fire to the first window called fire, one window a row."""
     fires = find_fires(data.labels.cpu().numpy(), data.segments["test"].tolist(), data.seq_len)
     if not fires:
         return {}
     rows = torch.cat([torch.arange(onset, end) for onset, end in fires]).to(data.labels.device)
-    answers = classify(model, baselines, data, rows - data.seq_len + 1)
-    steps = [area["step"] for area in info["areas"].values()]
-    steps = [steps[data.areas[onset]] for onset, _ in fires]
+    answers, _ = classify(model, baselines, data, rows - data.seq_len + 1)
+    areas = list(info["areas"].values())
+    steps = [areas[data.areas[onset]]["step"] for onset, _ in fires]
     ends = np.cumsum([end - onset for onset, end in fires])[:-1]
     return {name: summarize_delays(np.split(answer == 2, ends), steps)
             for name, answer in answers.items()}
 
 
 def summarize_delays(alarms, steps):
-    """Median and 90th percentile [s] of the first alarm of each fire; `alarms` [fires] are arrays of
-    bool, `steps` [fires] the seconds between their rows."""
+    """Median and 90th percentile [s] of the first alarm of each fire; `alarms` [fires] are arrays
+    of bool, `steps` [fires] the seconds between their rows."""
     delays = [step * alarm.argmax() for alarm, step in zip(alarms, steps) if alarm.any()]
-    median, late = np.percentile(delays, (50, 90)).round(1) if delays else (None, None)
+    median, late = pd.Series(delays, dtype=float).quantile([0.5, 0.9]).round(1)
     return {"fires": len(alarms), "never_detected": len(alarms) - len(delays),
             "median_s": median, "p90_s": late}
 
 
 def evaluate(model, baselines, data, features, labels, info, args):
-    """({name: metrics}, metrics of the risk head) on the test part."""
+    """({name: metrics}, metrics of the risk head) on the test part, the best accuracy first."""
     starts = data.starts("test", args.stride)
     true = labels["test"]
-    answers = classify(model, baselines, data, starts)
+    answers, risk = classify(model, baselines, data, starts)
     answers["majority class"] = np.full(len(true), np.bincount(labels["train"]).argmax())
     answers["smoke × CO rule"] = smoke_times_co(features, labels, info["areas"])
     areas = np.array(list(info["areas"]))[data.areas[starts].cpu()]
-    metrics = {name: classification_metrics(true, answer, areas)
-               for name, answer in answers.items() if (answer >= 0).any()}
     delays = detection_delays(model, baselines, data, info)
-    for name in metrics:
-        metrics[name]["detection_delay"] = delays.get(name)
-    risk = predict(model, data, starts)[1].cpu().numpy()
+    metrics = {}
+    for name, answer in answers.items():
+        if (answer >= 0).any():
+            metrics[name] = classification_metrics(true, answer, areas)
+            metrics[name]["detection_delay"] = delays.get(name, {})
+    metrics = dict(sorted(metrics.items(), key=lambda item: -item[1]["accuracy"]))
     return metrics, {
         "mean_absolute_error": np.abs(risk - 50 * true).mean(),
         "of_a_constant": np.abs(50 * labels["train"].mean() - 50 * true).mean(),
-        "mean_by_class": {CLASSES[c]: risk[true == c].mean() for c in np.unique(true)},
+        "mean_by_class": pd.Series(risk).groupby(np.array(CLASSES)[true]).mean().to_dict(),
     }
 
 
@@ -1254,13 +1265,16 @@ def evaluate(model, baselines, data, features, labels, info, args):
 
 
 def plot_dashboard(history, stages, args, path):
-    """Loss, accuracy, learning rate and memory, drawn again after every epoch; in place in a notebook."""
-    fig, axes = new_figure(f"Training, epoch {len(history)} of at most {args.epochs}", 2, 2, (10, 6.5))
+    """Loss, accuracy, learning rate and memory, drawn again after every epoch; in place in a
+    notebook."""
+    title = f"Training, epoch {len(history)} of at most {args.epochs}"
+    fig, axes = new_figure(title, 2, 2, (10, 6.5))
     plot_history(axes[:2], history)
     rates = [epoch["learning_rate"] for epoch in history]
     memory = [stage["memory_mib"] for stage in stages if stage["name"] == "transformer"]
-    for ax, values, label in ((axes[2], rates, "learning rate"), (axes[3], memory, "resident memory [MiB]")):
-        plot_curve(ax, range(1, len(history) + 1), np.array(values, float), None, marker="o")
+    curves = {"learning rate": rates, "resident memory [MiB]": memory}
+    for ax, (label, values) in zip(axes[2:], curves.items()):
+        ax.plot(range(1, len(values) + 1), values, "o-")
         ax.set_ylabel(label)
         epoch_axis(ax)
     save_figure(fig, path, display_id=str(path.resolve()), update=len(history) > 1)
@@ -1272,15 +1286,11 @@ def animate_history(history, path):
 
     fig, axes = new_figure("Training of the transformer", 1, 2, (9, 3.6))
     plot_history(axes, history)
-    limits = [{"xlim": ax.get_xlim(), "ylim": ax.get_ylim()} for ax in axes]
+    curves = [(line, line.get_xydata().T) for ax in axes for line in ax.lines]
 
     def draw(frame):
-        for ax in axes:
-            ax.clear()
-        plot_history(axes, history[: frame + 1])
-        for ax, limit in zip(axes, limits):
-            ax.set(**limit)
-            ax.legend(loc="center right")
+        for line, points in curves:
+            line.set_data(points[:, : frame + 1])
 
     FuncAnimation(fig, draw, frames=len(history)).save(path, PillowWriter(fps=2))
     plt.close(fig)
@@ -1296,21 +1306,25 @@ def plot_classes(counts, path):
     save_figure(fig, path)
 
 
+def area_accuracy(metrics):
+    """Table [areas, models] of the test accuracy [%]."""
+    per_area = pd.DataFrame({name: scores["per_area"] for name, scores in metrics.items()})
+    return (100 * per_area).round(2)
+
+
 def plot_models(metrics, run_dir):
     """Test accuracy of all models, together and by area, and two confusion matrices."""
-    names = sorted(metrics, key=lambda name: -metrics[name]["accuracy"])
     fig, (ax,) = new_figure("Test accuracy of all models", size=(8, 4.5))
-    accuracy = [100 * metrics[name]["accuracy"] for name in names]
-    plot_dots(ax, names, {"accuracy": accuracy}, "{:.2f}", highlight="transformer")
-    ax.axvspan(94, 96, color="0.9", label="what the original expects of its transformer, 94 to 96 %")
+    accuracy = [100 * scores["accuracy"] for scores in metrics.values()]
+    plot_dots(ax, list(metrics), {"accuracy": accuracy}, "{:.2f}", highlight="transformer")
+    ax.axvspan(94, 96, color="0.9", label="the original's expectation, 94 to 96 %")
     ax.set_xlabel("accuracy [%]")
     legend_below(ax)
     save_figure(fig, run_dir / "model_comparison.png")
 
-    areas = list(metrics["transformer"]["per_area"])
-    fig, (ax,) = new_figure("Test accuracy by area", size=(9, 2 + 0.8 * len(areas)))
-    by_area = {name: [100 * metrics[name]["per_area"].get(area, np.nan) for area in areas] for name in names}
-    plot_dots(ax, areas, by_area, highlight="transformer")
+    table = area_accuracy(metrics)
+    fig, (ax,) = new_figure("Test accuracy by area", size=(9, 2 + 0.8 * len(table)))
+    plot_dots(ax, table.index, table.to_dict("list"), highlight="transformer")
     ax.set_xlabel("accuracy [%]")
     legend_below(ax, 4)
     save_figure(fig, run_dir / "area_performance.png")
@@ -1325,8 +1339,7 @@ def plot_importance(importance, path):
     """The most important window features of each tree model."""
     fig, axes = new_figure("The eight most important window features", 3, 1, (10, 9))
     for ax, (name, values) in zip(axes, importance.items()):
-        top = sorted(values, key=values.get)[-8:]
-        plot_ranking(ax, {feature: values[feature] for feature in top}, "{:.3f}")
+        plot_ranking(ax, pd.Series(values).nlargest(8).to_dict(), "{:.3f}")
         ax.set(title=name, xlabel="share of the decrease of impurity")
     axes[2].set_xlabel("accuracy lost when the feature is shuffled")
     save_figure(fig, path)
@@ -1336,18 +1349,18 @@ def plot_resources(stages, run_dir):
     """Time and memory of each stage, those before an interruption included."""
     seconds = sum_seconds(stages)
     fig, axes = new_figure("Where the time went", 1, 2)
-    wedges, _ = axes[0].pie(seconds.values(), counterclock=False, startangle=90)
-    shares = [f"{name}, {value / sum(seconds.values()):.0%}" for name, value in seconds.items()]
-    axes[0].legend(wedges, shares, loc="center left", bbox_to_anchor=(1, 0.5))
-    plot_bars(axes[1], list(seconds), {"time": list(seconds.values())})
-    axes[1].set_ylabel("time [s]")
+    plot_bars(axes[0], seconds.index, {"time": seconds})
+    axes[0].set_ylabel("time [s]")
+    wedges, _ = axes[1].pie(seconds, counterclock=False, startangle=90)
+    shares = [f"{name}, {share:.0%}" for name, share in (seconds / seconds.sum()).items()]
+    axes[1].legend(wedges, shares, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(fig, run_dir / "time_breakdown.png")
 
     fig, (ax,) = new_figure("Memory at the end of each stage and each epoch", size=(9, 4))
     table = pd.DataFrame(stages)
     table["end"] = table["seconds"].cumsum()
-    for i, (name, rows) in enumerate(table.groupby("name", sort=False)):
-        ax.plot(rows["end"], rows["memory_mib"].astype(float), MARKERS[i % 7], label=name)
+    for marker, (name, rows) in zip(MARKERS, table.groupby("name", sort=False)):
+        ax.plot(rows["end"], rows["memory_mib"], marker, label=name)
     ax.set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
     legend_below(ax)
     save_figure(fig, run_dir / "memory.png")
@@ -1386,59 +1399,51 @@ def add_stage(stages, name, seconds):
 
 
 def sum_seconds(stages):
-    """{name of a stage: seconds}, those of all its entries together."""
-    seconds = {}
-    for stage in stages:
-        seconds[stage["name"]] = round(seconds.get(stage["name"], 0) + stage["seconds"], 1)
-    return seconds
+    """Seconds of each stage by name, those of all its entries together."""
+    return pd.DataFrame(stages).groupby("name", sort=False)["seconds"].sum().round(1)
 
 
 def model_table(metrics, seconds):
-    """Rows [{column: value}] with the figures of each model, the best accuracy first."""
-    rows = []
-    for name, scores in sorted(metrics.items(), key=lambda item: -item[1]["accuracy"]):
-        row = {"model": name}
-        for column, key in (("accuracy %", "accuracy"), ("macro F1 %", "macro_f1"),
-                            ("false alarms %", "false_alarm_rate"), ("missed fire %", "missed_fire_rate")):
-            row[column] = None if scores[key] is None else round(100 * scores[key], 2)
-        delay = scores["detection_delay"]
-        rows.append(row | {"delay s": delay and delay["median_s"], "training s": seconds.get(name)})
-    return rows
-
-
-def best_baseline(accuracy):
-    """The name of the best single model that is not ours, of {name: accuracy}."""
-    return max(BASELINES, key=lambda name: np.mean(accuracy[name]))
+    """Rows [{column: value}] with the figures of each model."""
+    rates = pd.DataFrame(metrics, ["accuracy", "macro_f1", "false_alarm_rate", "missed_fire_rate"])
+    table = (100 * rates.T.astype(float)).round(2)
+    table.columns = ["accuracy %", "macro F1 %", "false alarms %", "missed fire %"]
+    table["delay s"] = [scores["detection_delay"].get("median_s") for scores in metrics.values()]
+    table["training s"] = pd.Series(seconds)
+    return table.rename_axis("model").reset_index().to_dict("records")
 
 
 def format_summary(results):
     """The tables of one seed as Markdown; the main table and the answer come last."""
-    data, risk, models = results["data"], results["risk"], results["models"]
-    areas = [{"model": name} | {area: round(100 * value, 2) for area, value in models[name]["per_area"].items()}
-             for name in models]
-    accuracy = {row["model"]: row["accuracy %"] for row in results["table"]}
-    baseline = best_baseline(accuracy)
+    data = results["data"]
+    risk = results["risk"]
+    areas = area_accuracy(results["models"]).T.rename_axis("model").reset_index()
+    accuracy = pd.DataFrame(results["table"]).set_index("model")["accuracy %"]
+    baseline = accuracy[BASELINES].idxmax()
     return f"""Test accuracy by area [%]:
 
 {markdown_table(areas)}
 
-Test part; {data["rows"]:,} rows in all ({data["source"]}), split by {data["split"]}, seed {results["seed"]}:
+Test part of {data["rows"]:,} rows in all ({data["source"]}), split by {data["split"]},
+seed {results["seed"]}:
 
 {markdown_table([*results["table"], ORIGINAL_ROW])}
 
 False alarms: windows called fire, of those that are none. Missed fire: windows of fire called
 otherwise. Delay: median seconds from the onset of a fire. The ensemble is the majority of the
 {", ".join(VOTERS)}. The rule counts only where there are both sensors.
-Risk head, 0 to 100: mean absolute error {risk["mean_absolute_error"]:.1f}; a constant has {risk["of_a_constant"]:.1f}.
+Risk head, 0 to 100: mean absolute error {risk["mean_absolute_error"]:.1f};
+a constant has {risk["of_a_constant"]:.1f}.
 
-The transformer is right in {accuracy["transformer"]:.2f} % of the test windows, the best baseline, {baseline}, in
-{accuracy[baseline]:.2f} %, and naming always the most frequent class in {accuracy["majority class"]:.2f} %.
+The most frequent class is right in {accuracy["majority class"]:.2f} % of the test windows.
+The transformer is right in {accuracy["transformer"]:.2f} % of them, the best baseline, {baseline},
+in {accuracy[baseline]:.2f} %.
 """
 
 
-def restore_state(args, info, path):
-    """The state in a run's checkpoint. Raises UserError where it does not fit data and processes."""
-    state = load_checkpoint(path, path, new_state(args, info))
+def restore_state(info, path):
+    """The state in a run's checkpoint, which must fit the data and the number of processes."""
+    state = load_checkpoint(path, path)
     if state["data"]["sha256"] != info["sha256"]:
         raise UserError(f"{path}: the run began with other data; start a new run")
     if state["processes"] != WORLD_SIZE:
@@ -1446,13 +1451,19 @@ def restore_state(args, info, path):
     return state
 
 
-def run_experiment(args, data, info, run_dir, load_seconds):
-    """Train, evaluate and draw everything for one seed; returns the results, or None in all
-    processes of torchrun but the first."""
+def run_experiment(args, run_dir=None):
+    """Load the data, then train, evaluate and draw everything for one seed, in `run_dir` or a new
+    folder; returns the results, or None in all processes of torchrun but the first."""
+    start_time = time.perf_counter()
+    data, info = load_data(args)
+    if run_dir is None:  # now arguments and data are known to be good
+        run_dir = next_run_dir(args) if RANK == 0 else Path(args.resume or "")
     checkpoint = run_dir / "checkpoint.pt"
-    state = restore_state(args, info, checkpoint) if checkpoint.exists() else new_state(args, info)
+    state = new_state(args, info)
+    if args.resume and checkpoint.exists():
+        state = restore_state(info, checkpoint)
     stages = state["stages"]
-    add_stage(stages, "data", load_seconds)
+    add_stage(stages, "data", time.perf_counter() - start_time)
     seed_everything(args.seed)
     model = make_model(state["arguments"], info).to(args.device)
     train_transformer(model, data, args, state, run_dir)
@@ -1470,19 +1481,24 @@ def run_experiment(args, data, info, run_dir, load_seconds):
     importance = feature_importance(baselines, features["val"], labels["val"], info, args.seed)
     add_stage(stages, "evaluation", time.perf_counter() - start_time)
 
+    stage_seconds = sum_seconds(stages).to_dict()
+    seconds["transformer"] = stage_seconds["transformer"]
     counts = {split: np.bincount(labels[split], minlength=len(CLASSES)) for split in SPLITS}
-    history = [{key: value for key, value in epoch.items() if key != "step_losses"} for epoch in state["history"]]
-    seconds["transformer"] = sum_seconds(stages)["transformer"]
-    results = {"seed": args.seed, "table": model_table(metrics, seconds), "models": metrics, "risk": risk,
-               "data": info | {"windows": counts}, "importance": importance, "history": history,
-               "parameters": sum(weight.numel() for weight in model.parameters()),
-               "stages": stages, "seconds": sum_seconds(stages)}
+    history = pd.DataFrame(state["history"]).drop(columns="step_losses").to_dict("records")
+    results = {"seed": args.seed, "table": model_table(metrics, seconds), "models": metrics,
+               "risk": risk, "data": info | {"windows": counts}, "importance": importance,
+               "history": history, "stages": stages, "seconds": stage_seconds,
+               "parameters": sum(weight.numel() for weight in model.parameters())}
     plot_results(results, state, run_dir)
     with atomic_write(run_dir / "transformer.pt") as path:
         torch.save({key: state[key] for key in ("arguments", "data", "best")}, path)
     with atomic_write(run_dir / "trees.joblib") as path:
         joblib.dump(baselines, path)
-    return results
+    summary = format_summary(results)
+    if args.save_to:
+        description = describe_run(args) | results
+        results["saved_to"] = save_version(description, summary, run_dir, args.save_to)
+    return write_results(results, summary, args, run_dir)
 
 
 def plot_results(results, state, run_dir):
@@ -1503,82 +1519,80 @@ def plot_results(results, state, run_dir):
 def join_processes(args):
     """Join the other processes of torchrun; returns the device of this one."""
     if args.predict or args.compare or args.runs > 1 or args.batch_size % WORLD_SIZE:
-        raise UserError("torchrun trains one model, without --predict, --compare or --runs, and with a "
-                        "--batch-size that the processes can share evenly")
-    is_cuda = args.device.type == "cuda"
+        raise UserError("torchrun trains one model, without --predict, --compare or --runs, and "
+                        "with a --batch-size that the processes can share evenly")
+    if args.device.type != "cuda":
+        dist.init_process_group("gloo")
+        return args.device
     local_rank = int(os.environ["LOCAL_RANK"])
-    if is_cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs; or take --device cpu")
-    dist.init_process_group("nccl" if is_cuda else "gloo")
-    return torch.device("cuda", local_rank) if is_cuda else args.device
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"{torch.cuda.device_count()} GPUs are too few; or take --device cpu")
+    torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl")
+    return torch.device("cuda", local_rank)
 
 
 def run(args):
-    """What the arguments ask for, from data to results; returns the results."""
+    """What the arguments ask for; returns the results."""
     if WORLD_SIZE > 1:
         args = argparse.Namespace(**vars(args) | {"device": join_processes(args)})
-    if args.predict or args.compare:
-        return predict_file(args) if args.predict else compare_runs(args)
+    if args.predict:
+        return predict_file(args)
+    if args.compare:
+        return compare_runs(args)
     if args.save_to:
         check_writable(args.save_to)
-    run_dir = Path(args.resume) if args.resume else None
-    runs = []
-    for seed in range(args.seed, args.seed + args.runs):
-        start_time = time.perf_counter()
-        seed_args = argparse.Namespace(**vars(args) | {"seed": seed})
-        data, info = load_data(seed_args)
-        if run_dir is None:  # now arguments and data are known to be good
-            run_dir = next_run_dir(args) if RANK == 0 else Path()
-        seed_dir = run_dir / f"seed-{seed}" if args.runs > 1 else run_dir
-        if (seed_dir / "results.json").exists():
-            runs.append(json.loads((seed_dir / "results.json").read_text()))
-            continue
-        seed_dir.mkdir(exist_ok=True)
-        results = run_experiment(seed_args, data, info, seed_dir, time.perf_counter() - start_time)
-        if RANK > 0:
-            return None
-        summary = format_summary(results)
-        if args.save_to:
-            description = describe_run(seed_args) | results
-            results["saved_to"] = save_version(description, summary, seed_dir, args.save_to)
-        runs.append(write_results(results, summary, seed_args, seed_dir))
     if args.runs > 1:
-        return write_results(*combine_runs(runs), args, run_dir)
-    return runs[0]
+        return run_seeds(args)
+    return run_experiment(args)
 
 
 # --- Extras: several seeds (--runs) -------------------------------------------------------------
 
 
+def run_seeds(args):
+    """Run every seed in a folder of its own, unless it is finished; returns what they have in
+    common."""
+    load_data(args)  # an error in the data comes before there is a folder
+    run_dir = next_run_dir(args)
+    runs = []
+    for seed in range(args.seed, args.seed + args.runs):
+        seed_dir = run_dir / f"seed-{seed}"
+        finished = seed_dir / "results.json"
+        if not finished.exists():
+            seed_dir.mkdir(exist_ok=True)
+            run_experiment(argparse.Namespace(**vars(args) | {"seed": seed}), seed_dir)
+        runs.append(json.loads(finished.read_text()))
+    return write_results(*combine_runs(runs), args, run_dir)
+
+
 def format_mean(values):
     """Mean ± half width of the 95 % interval (Student's t); None where no value is there."""
-    values = [value for value in values if value is not None]
-    return "{:.2f} ± {:.2f}".format(*mean_and_interval(values)) if values else None
+    values = values.dropna()
+    return "{:.2f} ± {:.2f}".format(*mean_and_interval(values)) if len(values) else None
 
 
 def combine_runs(runs):
     """(results, summary) of several seeds: means with intervals, and what a paired test finds."""
     from scipy.stats import ttest_rel
 
-    tables = pd.concat([pd.DataFrame(run["table"]) for run in runs]).astype(object)
-    table = []
-    for name, rows in tables.groupby("model", sort=False):
-        columns = {column: format_mean(rows[column].dropna()) for column in rows.columns[1:]}
-        table.append({"model": name} | columns)
-    accuracy = {name: rows["accuracy %"].to_numpy(float) for name, rows in tables.groupby("model")}
-    baseline = best_baseline(accuracy)
+    tables = pd.concat([pd.DataFrame(run["table"]).assign(seed=run["seed"]) for run in runs])
+    accuracy = tables.pivot(index="seed", columns="model", values="accuracy %")
+    means = tables.drop(columns="seed").groupby("model", sort=False).agg(format_mean)
+    table = means.reset_index().to_dict("records")
+    baseline = accuracy[BASELINES].mean().idxmax()
     difference = accuracy["transformer"] - accuracy[baseline]
     p = ttest_rel(accuracy["transformer"], accuracy[baseline]).pvalue
-    summary = f"""Test part, mean ± 95 % interval over {len(runs)} seeds, split by {runs[0]["data"]["split"]}:
+    data = runs[0]["data"]
+    summary = f"""Test part, mean ± 95 % interval over {len(runs)} seeds, split by {data["split"]}:
 
 {markdown_table([*table, ORIGINAL_ROW])}
 
-The transformer is right in {format_mean(accuracy["transformer"])} % of the test windows, {format_mean(difference)}
-points from the best baseline, {baseline} (paired t-test: p = {p:.2g}).
+The transformer is right in {means["accuracy %"]["transformer"]} % of the test windows,
+{format_mean(difference)} points from the best baseline, {baseline} (paired t-test: p = {p:.2g}).
 """
-    shared = {key: runs[0][key] for key in ("data", "parameters")}
-    return shared | {"seeds": [run["seed"] for run in runs], "table": table, "accuracy": accuracy,
-                     "p": p, "seconds": [run["seconds"] for run in runs]}, summary
+    return {"data": data, "seeds": list(accuracy.index), "table": table,
+            "accuracy": accuracy.to_dict("list"), "p": p}, summary
 
 
 # --- Extras: versions in a folder or in S3 (--save-to) ------------------------------------------
@@ -1591,8 +1605,7 @@ def check_writable(address):
     if filesystem.type_name == "s3" and bucket.type == fs.FileType.NotFound:
         raise UserError(f"--save-to {address}: there is no bucket {bucket.path!r}")
     filesystem.create_dir(root)
-    with filesystem.open_output_stream(f"{root}/write-test") as stream:
-        stream.write(b"")
+    filesystem.open_output_stream(f"{root}/write-test").close()
     filesystem.delete_file(f"{root}/write-test")
 
 
@@ -1602,18 +1615,18 @@ def save_version(description, summary, run_dir, address):
     Its name, the time in UTC and four random hexadecimal digits, clashes with no other writer's.
     metadata.json comes last: a version without it is not complete.
     """
-    filesystem, root = open_address(address)
-    version = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{secrets.token_hex(2)}"
-    filesystem.create_dir(f"{root}/{version}")
+    version = time.strftime("/%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
+    address = address.rstrip("/") + version
+    filesystem, folder = open_address(address)
+    filesystem.create_dir(folder)
     contents = {name: (run_dir / name).read_bytes() for name in ("transformer.pt", "trees.joblib")}
     contents["summary.md"] = summary.encode()
     files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    contents["metadata.json.part"] = to_json(description | {"files": files}).encode()
+    contents["metadata.json"] = to_json(description | {"files": files}).encode()
     for name, content in contents.items():
-        with filesystem.open_output_stream(f"{root}/{version}/{name}") as stream:
+        with filesystem.open_output_stream(f"{folder}/{name}") as stream:
             stream.write(content)
-    filesystem.move(f"{root}/{version}/metadata.json.part", f"{root}/{version}/metadata.json")
-    return f"{address.rstrip('/')}/{version}"
+    return address
 
 
 # --- Extras: new readings (--predict) -----------------------------------------------------------
@@ -1621,8 +1634,7 @@ def save_version(description, summary, run_dir, address):
 
 def load_transformer(address):
     """(model, arguments, description of the data) of a checkpoint, here or in S3."""
-    fields = ["arguments", "data", "best"]
-    checkpoint = load_checkpoint(io.BytesIO(read_bytes(address)), address, fields)
+    checkpoint = load_checkpoint(io.BytesIO(read_bytes(address)), address)
     try:
         model = make_model(checkpoint["arguments"], checkpoint["data"])
         model.load_state_dict(checkpoint["best"]["model"])
@@ -1632,31 +1644,34 @@ def load_transformer(address):
 
 
 def load_new_data(args, arguments, info):
-    """(Data, rows of it that have any reading, its times or None) of the file in args.predict."""
+    """(Data, table) of the file in args.predict; the table tells for each row whether it has any
+    reading, and its time, if the file has times."""
     name = args.area or name_areas([args.predict], "time")[0]
     if name not in info["areas"]:
         raise UserError(f"{args.predict}: --area takes {', '.join(info['areas'])}, not {name!r}")
     area = info["areas"][name]
     frame, _ = read_frame(args.predict, args.na_values)
-    times = find_time_column(list(frame), args)
-    missing = sorted(set(area["sensors"]) - set(frame))
-    unused = sorted(set(frame) - {*area["sensors"], times})
+    time_column = find_time_column(list(frame), args)
+    missing = set(area["sensors"]) - set(frame)
     if missing:
-        raise UserError(f"{args.predict}: no column {missing} among {', '.join(frame)}")
+        raise UserError(f"{args.predict}: no column {sorted(missing)} among {', '.join(frame)}")
+    unused = set(frame) - {*area["sensors"], time_column}
     if unused:
-        note(f"{args.predict}: columns not used: {unused}")
-    new = make_area(pd.concat({args.predict: frame}), area["sensors"], times, args)
-    known = np.isfinite(new.readings).any(axis=1)
+        note(f"{args.predict}: columns not used: {sorted(unused)}")
+    new = make_area(pd.concat({args.predict: frame}), area["sensors"], time_column, args)
+    table = pd.DataFrame({"known": np.isfinite(new.readings).any(axis=1)})
+    if time_column:
+        table["time"] = frame[time_column]
     remove_drift(new.readings, info["baseline_seconds"] / new.step)
     readings = (new.readings - np.float32(area["mean"])) / np.float32(area["std"])
-    segments = [pair for pair in pairwise([*new.breaks, len(frame)])
-                if pair[1] - pair[0] >= arguments["seq_len"]]
+    segments = [(start, stop) for start, stop in pairwise([*new.breaks, len(frame)])
+                if stop - start >= arguments["seq_len"]]
     if not segments:
-        raise UserError(f"{args.predict}: a window needs {arguments['seq_len']} rows without a gap in time")
-    numbers = torch.full((len(frame),), list(info["areas"]).index(name))
-    data = Data(place_columns(readings, info, name), torch.zeros(len(frame)), numbers,
+        raise UserError(f"{args.predict}: a window needs {arguments['seq_len']} rows without a gap")
+    areas = torch.full((len(frame),), list(info["areas"]).index(name))
+    data = Data(place_columns(readings, info, name), torch.zeros(len(frame)), areas,
                 {"new": torch.tensor(segments)}, arguments["seq_len"], len(info["areas"]))
-    return data.to(args.device), known, frame[times].to_numpy() if times else None
+    return data.to(args.device), table
 
 
 def predict_file(args):
@@ -1664,28 +1679,25 @@ def predict_file(args):
     without any reading has no class. Returns the results."""
     start_time = time.perf_counter()
     model, arguments, info = load_transformer(args.checkpoint)
-    data, known, times = load_new_data(args, arguments, info)
+    data, rows = load_new_data(args, arguments, info)
     starts = data.starts("new", args.stride or arguments["stride"])
     logits, risk = predict(model.to(args.device), data, starts)
     first = starts.cpu().numpy()
     last = first + data.seq_len - 1
     table = pd.DataFrame({"first row": first + 1, "last row": last + 1})
-    if times is not None:
-        table["time"] = times[last]
-    table["class"] = np.array(CLASSES, object)[logits.argmax(1).cpu()]
+    if "time" in rows:
+        table["time"] = rows["time"].to_numpy()[last]
     table[CLASSES] = logits.softmax(1).cpu().numpy()
+    table["class"] = table[CLASSES].idxmax(axis=1)
     table["risk"] = risk.cpu().numpy()
-    readings_before = np.append(0, known.cumsum())
-    empty = readings_before[first] == readings_before[last + 1]
-    if empty.any():
-        note(f"{empty.sum()} windows without any reading have no class")
-        table.loc[empty, ["class", *CLASSES, "risk"]] = None
+    empty = rows["known"].rolling(data.seq_len).sum().to_numpy()[last] == 0
+    table.loc[empty, ["class", *CLASSES, "risk"]] = None
     run_dir = next_run_dir(args)
     with atomic_write(run_dir / "predictions.csv") as path:
         table.to_csv(path, index=False)
-    counts = {name: int((table["class"] == name).sum()) for name in CLASSES}
+    counts = table["class"].value_counts().reindex(CLASSES, fill_value=0).to_dict()
     summary = f"Windows of {data.seq_len} rows by class:\n\n{markdown_table([counts])}\n"
-    results = {"rows": len(known), "windows": len(table), "counts": counts,
+    results = {"rows": len(rows), "windows": len(table), "counts": counts,
                "seconds": round(time.perf_counter() - start_time, 2)}
     return write_results(results, summary, args, run_dir)
 
@@ -1693,60 +1705,57 @@ def predict_file(args):
 # --- Extras: runs side by side (--compare) ------------------------------------------------------
 
 
-def first_number(cell):
-    """95.1 for 95.1 and for "95.1 ± 0.4", 0 for None."""
-    return float(str(cell or 0).split()[0])
+def first_number(cells):
+    """95.1 for 95.1 and for "95.1 ± 0.4", NaN for None, in a column of a table."""
+    return cells.astype(str).str.extract(r"([\d.]+)", expand=False).astype(float)
 
 
 def read_results(address):
-    """The results.json of a finished training run, here or in S3."""
+    """(arguments, data, table of the models) of a finished training run, here or in S3."""
     try:
         results = json.loads(bytes(read_bytes(address)))
-        known = {"table", "arguments", "data"} <= set(results) and "accuracy %" in results["table"][0]
+        table = pd.DataFrame(results["table"]).set_index("model")
+        return results["arguments"], results["data"], table[["accuracy %", "training s"]]
     except (ValueError, LookupError, TypeError):
-        known = False
-    if not known:
-        raise UserError(f"{address}: not the results.json of a finished training run")
-    return results
+        raise UserError(f"{address}: not the results.json of a finished training run") from None
 
 
 def compare_runs(args):
     """Accuracy of all models, time and cost of finished runs beside what the original claims.
 
-    A row names the arguments in which the runs differ. A run on other data than the first is marked,
-    since its accuracy is about something else. Returns the results.
+    A row names the arguments in which the runs differ. A run on other data than the first is
+    marked, since its accuracy is about something else. Returns the results.
     """
-    runs = [read_results(address) for address in args.compare]
-    differing = [name for name in runs[0]["arguments"] if name not in ("output_dir", "resume")
-                 and len({str(run["arguments"].get(name)) for run in runs}) > 1]
+    arguments, data, models = zip(*map(read_results, args.compare))
+    flags = pd.DataFrame(arguments).drop(columns=["output_dir", "resume"]).astype(str)
+    flags = flags.loc[:, flags.nunique() > 1]
     rows = []
-    for i, run in enumerate(runs):
-        name = f"{i + 1}. {Path(args.compare[i]).parent.name}"
-        if run["data"]["sha256"] != runs[0]["data"]["sha256"]:
+    for i, address in enumerate(args.compare):
+        name = f"{i + 1}. {Path(address).parent.name}"
+        if data[i]["sha256"] != data[0]["sha256"]:
             name += " (OTHER DATA)"
-        flags = [f"--{flag.replace('_', '-')} {run['arguments'].get(flag)}" for flag in differing]
-        hours = sum(first_number(row["training s"]) for row in run["table"]) / 3600
-        accuracy = {row["model"]: row["accuracy %"] for row in run["table"]}
-        rows.append({"run": name, "differs in": " ".join(flags), "rows": f"{run['data']['rows']:,}"}
-                    | accuracy | {"training h": round(hours, 4), "$ per h": args.price_per_hour})
+        differing = [f"--{flag.replace('_', '-')} {value}" for flag, value in flags.loc[i].items()]
+        seconds = first_number(models[i]["training s"]).sum()
+        rows.append({"run": name, "differs in": " ".join(differing), "rows": f"{data[i]['rows']:,}",
+                     **models[i]["accuracy %"], "training h": round(seconds / 3600, 4),
+                     "$ per h": args.price_per_hour})
     table = pd.DataFrame([*rows, ORIGINAL_RUN])
     table["cost $"] = (table["training h"] * table["$ per h"]).round(4)
     table["saved $"] = (table["cost $"].iloc[-1] - table["cost $"]).round(2)
 
-    fig, axes = new_figure("Runs side by side", 1, 2, (14, 2.5 + 0.7 * len(runs)))
-    labels = [f"{row['run']}\n{row['differs in']}" for row in rows] + [ORIGINAL_RUN["run"]]
-    models = list(dict.fromkeys(name for row in rows for name in row if name in runs[0]["models"]))
-    plot_dots(axes[0], labels[:-1], {name: [first_number(row.get(name)) or np.nan for row in rows]
-                                     for name in models}, highlight="transformer")
-    plot_dots(axes[1], labels, {"cost": table["cost $"]}, "{:.4g}")
+    fig, axes = new_figure("Runs side by side", 2, 1, (12, 4 + 1.4 * len(rows)))
+    labels = [f"{row['run']}\n{row['differs in']}" for row in rows]
+    accuracy = pd.DataFrame([first_number(frame["accuracy %"]) for frame in models])
+    plot_dots(axes[0], labels, accuracy.to_dict("list"), highlight="transformer")
+    plot_dots(axes[1], [*labels, ORIGINAL_RUN["run"]], {"cost": table["cost $"]}, "{:.4g}")
     axes[0].set_xlabel("test accuracy [%]")
     axes[1].set(xlabel="cost of training all models [$]", xscale="log")
     legend_below(axes[0], 5)
     run_dir = next_run_dir(args)
     save_figure(fig, run_dir / "cost_comparison.png")
-    rows = json.loads(table.to_json(orient="records"))  # NaN becomes None
-    summary = (f"{markdown_table(rows)}\n\nTest accuracy in %; time and cost of training all models. "
-               "Saved: against the original's claim, which we have not checked.\n")
+    rows = table.to_dict("records")
+    summary = (f"{markdown_table(rows)}\n\nTest accuracy in %; time and cost of training all "
+               "models. Saved: against the original's claim, which we have not checked.\n")
     return write_results({"table": rows}, summary, args, run_dir)
 
 
@@ -1774,42 +1783,35 @@ def note(text):
 
 def progress(iterable, description):
     """A progress bar on a terminal and in a notebook, and nothing elsewhere."""
-    return tqdm(iterable, description, leave=False, disable=not (sys.stderr.isatty() or in_notebook()))
+    hidden = not (sys.stderr.isatty() or in_notebook())
+    return tqdm(iterable, description, leave=False, disable=hidden)
 
 
-def memory_mib(peak=False):
-    """Resident memory of this process [MiB], now or at its peak; None where it is not known."""
-    with contextlib.suppress(ImportError, OSError):
-        import resource
-
-        if peak:
-            unit = 2**20 if sys.platform == "darwin" else 2**10
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2**20
-    return None
+def memory_mib(field="VmRSS"):
+    """Resident memory of this process [MiB], or its peak with the field VmHWM; NaN but on Linux."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) / 1024
+    return float("nan")
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """A temporary path to write to, renamed to `path` at the end: a file is whole or absent."""
+    part = Path(f"{path}.part")
     try:
-        yield Path(f"{path}.part")
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a full disk a RuntimeError
-        raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        yield part
+    except RuntimeError as error:  # which torch.save makes of a full disk
+        raise UserError(f"{path} cannot be written: {error}") from None
+    part.replace(path)
 
 
-def load_checkpoint(file, name, fields):
-    """The dictionary that torch.save wrote to `file`, a path or a stream. Raises UserError with its
-    `name`, unless it has the `fields`."""
+def load_checkpoint(file, name):
+    """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError):
-        checkpoint = None
-    if not isinstance(checkpoint, dict) or not set(fields) <= set(checkpoint):
-        raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py")
-    return checkpoint
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises errors of many types for a damaged file
+        raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py") from None
 
 
 def plain_arguments(args):
@@ -1819,67 +1821,63 @@ def plain_arguments(args):
 
 def changed_arguments(args):
     """{flag: value} of the arguments that differ from their defaults."""
-    defaults = vars(parse_args([]))
+    defaults = plain_arguments(parse_args([]))
     return {f"--{name.replace('_', '-')}": value for name, value in plain_arguments(args).items()
-            if str(value) != str(defaults.get(name))}
+            if value != defaults[name]}
 
 
 def next_run_dir(args):
     """The folder of this run: that of --resume, or else a new one with arguments.json."""
     if args.resume:
         return Path(args.resume)
-    parent = Path(args.output_dir) / EXPERIMENT
-    parent.mkdir(parents=True, exist_ok=True)
+    parent = Path(args.output_dir, EXPERIMENT)
     number = 1 + max((int(path.name[4:]) for path in parent.glob("run-*[0-9]")), default=0)
     run_dir = parent / f"run-{number:03d}"
-    try:
-        run_dir.mkdir()
-    except FileExistsError:  # another process was faster
-        return next_run_dir(args)
+    run_dir.mkdir(parents=True)
     (run_dir / "arguments.json").write_text(to_json(plain_arguments(args)))
     return run_dir
 
 
 def resume_arguments(args):
     """The arguments of the unfinished run in --resume, a folder, or of the newest one."""
-    parent = Path(args.output_dir) / EXPERIMENT
-    folders = [Path(args.resume), parent / args.resume]
+    files = [Path(args.resume, "arguments.json")]
     if args.resume == "newest":
-        folders = sorted(parent.glob("run-*"))
-    unfinished = [folder for folder in folders if (folder / "arguments.json").exists()
-                  and not (folder / "results.json").exists()]
+        files = sorted(Path(args.output_dir, EXPERIMENT).glob("run-*/arguments.json"))
+    unfinished = [file for file in files
+                  if file.exists() and not file.with_name("results.json").exists()]
     if not unfinished:
-        raise UserError(f"no unfinished run in {parent if args.resume == 'newest' else args.resume}")
+        raise UserError(f"--resume {args.resume}: no unfinished run; see --output-dir")
     changed = set(changed_arguments(args)) - {"--resume", "--output-dir", "--device"}
     if changed:
-        raise UserError(f"--resume keeps the arguments of the run; leave out {', '.join(sorted(changed))}")
-    arguments = json.loads((unfinished[-1] / "arguments.json").read_text())
-    return argparse.Namespace(**arguments | {"device": args.device, "resume": str(unfinished[-1])})
-
-
-def git(*command):
-    """What git says about the folder of this script; None where it cannot."""
-    folder = Path(globals().get("__file__", "")).resolve().parent
-    with contextlib.suppress(OSError):
-        done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        raise UserError(f"--resume keeps a run's arguments; leave out {', '.join(sorted(changed))}")
+    arguments = json.loads(unfinished[-1].read_text())
+    arguments |= {"device": args.device, "resume": str(unfinished[-1].parent)}
+    return argparse.Namespace(**arguments)
 
 
 def describe_run(args):
     """What made the results: arguments, script, versions, device and peak memory."""
-    script = Path(globals().get("__file__", "pasted into a notebook"))
-    packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets", "perforatedai")
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    script = Path(globals().get("__file__", "pasted into a notebook")).resolve()
+    digest = hashlib.sha256(script.read_bytes()).hexdigest() if script.exists() else None
+    commit = None
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40",
+                   "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets",
+                "perforatedai")
+    versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
+    device = args.device
     return {
         "experiment": EXPERIMENT,
         "arguments": plain_arguments(args),
         "changed_arguments": changed_arguments(args),
-        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest() if script.exists() else None,
-        "git_commit": git("rev-parse", "--verify", "HEAD"),
-        "git_clean": None if changes is None else not changes,
-        "versions": {name: sys.modules[name].__version__ for name in packages if name in sys.modules},
-        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device),
-        "peak_memory_mib": memory_mib(peak=True),
+        "script_sha256": digest,
+        "git_commit": commit,
+        "git_clean": commit and not commit.endswith("-dirty"),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_memory_mib": memory_mib("VmHWM"),
         "notes": list(NOTES),
     }
 
@@ -1891,11 +1889,11 @@ def to_json(value):
 
 
 def write_results(results, summary, args, run_dir):
-    """Write and print summary.md, then write results.json, with which a run is finished; returns the
-    results as they are read back."""
+    """Write and print summary.md, then write results.json, with which a run is finished; returns
+    the results as they are read back."""
     results = describe_run(args) | results
     flags = [f"{flag} {value}" for flag, value in results["changed_arguments"].items()]
-    title = f"# {EXPERIMENT}.py {' '.join(flags) or '(default arguments)'}"
+    title = f"# {EXPERIMENT}.py {' '.join(flags)}"
     text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
     (run_dir / "summary.md").write_text(text, encoding="utf-8")
     with atomic_write(run_dir / "results.json") as path:
@@ -1907,14 +1905,14 @@ def write_results(results, summary, args, run_dir):
     else:
         print(text)
     print(f"Everything is in {run_dir}")
-    return json.loads(to_json(results))
+    return json.loads((run_dir / "results.json").read_text())
 
 
 def markdown_table(rows):
-    """Rows [{column: value}] as a Markdown table; a value that is missing or None is a dash."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [["–" if row.get(column) is None else str(row[column]) for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
+    """Rows [{column: value}] as a Markdown table; a value that is missing is a dash."""
+    table = pd.DataFrame(rows, dtype=object).fillna("–").astype(str)
+    lines = [table.columns, ["---"] * table.shape[1], *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv=None):
@@ -1930,8 +1928,8 @@ def main(argv=None):
     try:
         return run(resume_arguments(args) if args.resume else args)
     except KeyboardInterrupt:
-        command = f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}"
-        log(f"interrupted; to go on: {'main([--resume])' if in_notebook() else command}")
+        log("interrupted; to go on: "
+            f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         log(f"error: {' '.join(str(error).split())}")

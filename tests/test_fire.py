@@ -203,7 +203,7 @@ def test_sampling_brings_the_training_part_near_the_target_mix():
     args = fire.parse_args(["--sample-per-area", "57143", "--seq-len", "15"])
     blocks = fire.sample_blocks([(0, 400_000)], labels, "train", args, 0)
     chosen = np.concatenate([labels[start:stop] for start, stop in blocks])
-    assert len(chosen) == 40_000
+    assert 39_000 < len(chosen) <= 40_000
     np.testing.assert_allclose(np.bincount(chosen) / len(chosen), fire.TARGET_MIX, atol=0.07)
 
 
