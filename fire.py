@@ -1,12 +1,13 @@
 """Can a small transformer tell fire from harmless look-alikes, and does it beat trees?
 
 Windows of 60 s from five areas of a building (4 to 6 sensors each, 1 Hz) are classified as normal,
-warning or fire at their last second. A transformer reads the rows of a window and its summary
-statistics; logistic regression, two forests and gradient boosting read the statistics and the area.
-For all of them a trailing baseline is taken off each sensor first (drift compensation). They are
-scored on the same later part of every area. Without --data the sensors are synthetic: the labels
-follow the hidden intensity of an incident, with limits that differ a little from incident to
-incident as annotators do, so even an oracle that knows the intensity is right in 98 % only.
+warning or fire; the label of a window is that of its last second. A transformer reads the rows of a
+window and its summary statistics; logistic regression, two forests and gradient boosting use the
+same statistics and the area as features. For all of them a trailing baseline is subtracted from
+each sensor first (drift compensation). They are scored on the same later part of every area.
+Without --data the sensors are synthetic: labels follow the hidden intensity of an incident, with
+limits that vary from incident to incident as annotators do, so that even an oracle that knows the
+intensity is right only 98 % of the time.
 
 RESULT
 
@@ -21,7 +22,8 @@ RESULT
     torchrun --nproc-per-node 2 fire.py                   # two processes
 
 Results are in outputs/fire/run-001/, with the next free number: results.json, summary.md,
-transformer.pt, trees.joblib, checkpoint.pt (for --resume) and eleven pictures.
+transformer.pt, trees.joblib, checkpoint.pt (for --resume), nine pictures, an animation and an HTML
+table.
 
 Sources: a plan to train a "Fire Detection AI" on 5 M of 50 M rows (its data are not public), here
 "the original"; Vaswani et al. 2017 (transformer), Xiong et al. 2020 (pre-norm), Breiman 2001,
@@ -64,10 +66,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from common import (MARKERS, detect_device, epoch_axis, has_bfloat16, in_notebook,
-                    legend_below, mean_and_interval, new_figure, plot_bars, plot_confusion,
-                    plot_dots, plot_history, plot_ranking, plt, save_figure,
-                    seed_everything)
+from common import (MARKERS, detect_device, epoch_axis, has_bfloat16, in_notebook, legend_below,
+                    mean_and_interval, new_figure, plot_bars, plot_confusion, plot_dots,
+                    plot_history, plot_ranking, plt, save_figure, seed_everything)
 
 EXPERIMENT = "fire"
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
@@ -75,8 +76,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 CLASSES = ["normal", "warning", "fire"]
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
 TARGET_MIX = np.array([0.70, 0.20, 0.10])  # shares of the classes at which sampling aims
-MIN_WINDOWS = 5  # a split with fewer windows of a class cannot measure that class
-RISK_WEIGHT = 0.5
+MIN_WINDOWS = 5  # fewer windows of a class in a split are too few to score it
+RISK_WEIGHT = 0.5  # of the risk head's squared error in the loss
 BASELINES = ["logistic regression", "random forest", "extra trees", "gradient boosting"]
 MAX_FIRES = 200  # fires of the test split whose detection delay is measured
 VOTERS = ["transformer", "random forest", "extra trees", "gradient boosting"]
@@ -84,8 +85,8 @@ ORIGINAL_ROW = {"model": "the original's expectation", "accuracy %": "94 to 96"}
 ORIGINAL_RUN = {"run": "the original's 50M model, as claimed", "rows": "50,000,000",
                 "training h": 43.0, "$ per h": 3.825}
 BASELINE_SECONDS = 3600
-BASELINE_QUANTILE = 0.3  # below the median, so that an incident of half an hour hardly moves it
-BASELINE_BLOCK = 60  # rows whose mean enters the baseline as one value
+BASELINE_QUANTILE = 0.3  # below the median, so that a half-hour incident barely shifts it
+BASELINE_BLOCKS = 60  # the baseline is a quantile of so many block means
 
 # The embedded generator. Each sensor: level, daily swing, drift, noise, rise at the outbreak of
 # fire, lag [s], rise in the area's harmless look-alike.
@@ -152,19 +153,20 @@ def parse_args(argv=None):
     add("--data", nargs="+", metavar="PATH", help="CSV or Parquet files, or folders of them, "
         "here or at s3://bucket/prefix; without it the embedded generator is used")
     add("--sample-per-area", type=int, default=300_000, help="rows of each area to use")
-    add("--label-column", help="label column; default: label, or is_anomaly")
-    add("--time-column", help="time column, or none; default: timestamp, date or the like")
+    add("--label-column", help="label column; if unset, label or is_anomaly")
+    add("--time-column", help="time column, or none; if unset, timestamp, date or the like")
     add("--area-column", help="column that names the area or the device of a row")
-    add("--columns", nargs="+", metavar="NAME", help="sensor columns; default: all that remain")
+    add("--columns", nargs="+", metavar="NAME", help="sensor columns; if unset, all that remain")
     add("--na-values", nargs="+", default=[], metavar="VALUE", help="values that mean missing")
     add("--split", choices=["auto", "time", "runs", "files"], default="auto",
-        help="what is cut 70/15/15: each area in order of time, each run of one label, or the list "
-        "of files; auto takes time, or runs where some split would lack a class")
-    add("--baseline-seconds", type=int, help="span of the drift baseline, 0 for none; default: "
+        help="how to split 70/15/15: by time within each area, within each run of one label, or "
+        "by whole files; auto is time, unless a split would then lack a class")
+    add("--baseline-seconds", type=int, help="span of the drift baseline, 0 for none; if unset, "
         "3600, or 0 where an incident lasts longer")
     add("--seq-len", type=int, default=60, help="rows of a window")
-    add("--stride", type=int, help="rows between evaluated windows; default: --seq-len")
-    add("--patch-len", type=int, default=15, help="rows in one token of the transformer")
+    add("--stride", type=int, help="rows between evaluated windows; if unset, --seq-len")
+    add("--patch-len", type=int, help="rows in one token of the transformer; if unset, the largest "
+        "divisor of --seq-len up to 15")
     add("--original-model", action="store_true", help="the original's exact model: one row a "
         "token, no summary token")
     add("--d-model", type=int, default=128, help="width of the transformer")
@@ -173,40 +175,48 @@ def parse_args(argv=None):
     add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
     add("--gain-noise", type=float, default=0.2, help="standard deviation of the logarithm of the "
         "random gain of each sensor in training")
-    add("--epochs", type=int, default=20, help="epochs over which the learning rate decays")
+    add("--epochs", type=int, help="epochs over which the learning rate decays; if unset, 20, or "
+        "40 for more than 500,000 rows an area")
     add("--steps-per-epoch", type=int, default=100, help="steps from one validation to the next")
-    add("--min-epochs", type=int, default=10, help="epochs before the first that may be the best")
+    add("--min-epochs", type=int, default=10, help="earliest epoch that may be the best one")
     add("--patience", type=int, default=5, help="epochs to wait for a lower validation loss")
     add("--batch-size", type=int, default=256, help="windows in a step, over all processes")
     add("--learning-rate", type=float, default=0.001, help="largest learning rate")
     add("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
     add("--ema-decay", type=float, default=0.99, help="decay of the average of the weights")
-    add("--class-weight-power", type=float, default=0.25, help="class weights are (1 / share) to "
+    add("--class-weight-power", type=float, default=0.0, help="class weights are (1 / share) to "
         "this power; 0 is none, 1 balances")
     add("--num-trees", type=int, default=100, help="trees of a forest")
     add("--seed", type=int, default=42, help="random seed")
-    add("--runs", type=int, default=1, help="number of seeds, for a mean and its interval")
+    add("--runs", type=int, default=1, help="number of seeds; reports mean and interval")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--output-dir", default="outputs", help="folder of all results")
     add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
         "with; without a value, the newest")
-    add("--save-to", metavar="FOLDER", help="folder or s3:// address for a version of the models")
+    add("--save-to", metavar="FOLDER", help="where to copy the models, as a new version")
     add("--predict", metavar="FILE", help="new readings to classify with --checkpoint")
     add("--checkpoint", metavar="FILE", help="transformer.pt of a run")
-    add("--area", help="area of the new readings; default: their file's name up to the first _")
+    add("--area", help="area of the new readings; if unset, their file's name up to the first _")
     add("--compare", nargs="+", metavar="FILE", help="results.json of runs to set side by side")
     add("--price-per-hour", type=float, default=1.624, help="price of the machine [$], to compare")
     if "--quick" in (argv or []):
         parser.set_defaults(sample_per_area=30_000, epochs=4, min_epochs=3, batch_size=128,
                             num_trees=30)
     args = parser.parse_args(argv)
+    least = {"seed": 0, "baseline_seconds": 0, "seq_len": 2}
+    for name, value in vars(args).items():
+        if type(value) is int and value < least.get(name, 1):
+            parser.error(f"--{name.replace('_', '-')} {value} is too small")
+    if not 0 <= args.dropout < 1 or not args.learning_rate > 0:
+        parser.error("--dropout must be in [0, 1) and --learning-rate above 0")
     if not args.predict:
         args.stride = args.stride or args.seq_len
+    if args.epochs is None:
+        args.epochs = 40 if args.sample_per_area > 500_000 else 20
     if args.original_model:
         args.patch_len = 1
-    for name, value in vars(args).items():
-        if type(value) is int and value < (name not in ("seed", "baseline_seconds")):
-            parser.error(f"--{name.replace('_', '-')} {value} is too small")
+    if args.patch_len is None:
+        args.patch_len = max(n for n in range(1, 16) if args.seq_len % n == 0)
     if args.seq_len % args.patch_len:
         parser.error(f"--patch-len {args.patch_len} does not divide --seq-len {args.seq_len}")
     if args.d_model % args.num_heads:
@@ -220,8 +230,8 @@ def parse_args(argv=None):
 
 
 def intensity(t, onset, growth, burn, decay, scale):
-    """Hidden intensity of an incident at `t` [s]: it grows with the square of time, for `growth`
-    seconds up to `scale`, and on for `burn` seconds, then decays."""
+    """Hidden intensity of an incident at `t` [s]: it grows quadratically, reaches `scale` after
+    `growth` seconds, keeps growing for `burn` seconds, then decays exponentially."""
     grown = scale * (np.clip(t - onset, 0, growth + burn) / growth) ** 2
     return grown * np.exp(-np.clip(t - onset - growth - burn, 0, None) / decay)
 
@@ -244,7 +254,7 @@ def generate_block(area, block, seed):
     """Hour number `block` of an area, the same whichever blocks were made before.
 
     Returns readings [3600, sensors] float32 with NaN where a sensor drops out, labels [3600] int8,
-    and the oracle's answers [3600] int8: the class by the intensity itself and the usual limits.
+    and the oracle's answers [3600] int8: the class by the true intensity and the usual limits.
     """
     number = list(SENSORS).index(area)
     rng = np.random.default_rng([seed, number, 1 + block])
@@ -257,7 +267,7 @@ def generate_block(area, block, seed):
     onset = rng.uniform(0, BLOCK_ROWS - growth - burn - 6 * decay)
     if rng.random() < 0.66:
         scale = 1.0
-    else:  # it never ignites
+    else:  # it smoulders and stays below the limit of fire
         scale = rng.uniform(0.35, 0.85) / (1 + burn / growth) ** 2
     hidden = intensity(t, onset, growth, burn, decay, scale)
     sensed = intensity(t, onset + lag, growth, burn, decay, scale)  # [sensors, time]
@@ -412,7 +422,7 @@ def check_times(column, recordings):
     rise in each recording; `recordings` are their first rows. Times are timestamps, text, or
     numbers of seconds, which may count milli-, micro- or nanoseconds since 1970."""
     if pd.api.types.is_numeric_dtype(column):
-        seconds = column.astype(float)
+        seconds = column.astype(float).replace([np.inf, -np.inf], np.nan)
         while seconds.abs().max() > 1e11:
             seconds /= 1000
     else:
@@ -422,7 +432,7 @@ def check_times(column, recordings):
     refuse(seconds.isna(), column, "is not a time like the others")
     steps = np.diff(seconds, prepend=0)
     steps[recordings] = np.inf
-    refuse(np.abs(steps + 3600) < 2, column, "is an hour back, a clock change? Use UTC")
+    refuse(np.abs(steps + 3600) < 2, column, "jumps back an hour, a clock change? Use UTC")
     refuse(steps <= 0, column, "repeats the time of the row above, or is earlier; sort the file, "
            "or choose the column that tells devices apart with --area-column")
     step = float(np.median(steps))
@@ -529,14 +539,14 @@ def file_areas(args):
         files.append({"path": address, "area": area, "rows": len(frame), "sha256": digest})
         if args.area_column not in (None, *frame):
             raise UserError(f"{address}: no column {args.area_column!r}, only {', '.join(frame)}")
-        groups = frame.groupby(args.area_column) if args.area_column else [(area, frame)]
+        groups = frame.groupby(args.area_column, dropna=False) if args.area_column else [(area, frame)]
         for name, rows in groups:
             recordings.setdefault(str(name), {})[address] = rows
     for name, frames in recordings.items():
         address = next(iter(frames))
         sensors, label, times = find_columns(frames[address], address, args)
         frame = pd.concat(frames)
-        if len(frame.columns) > len(frames[address].columns):
+        if any(set(rows) != set(frames[address]) for rows in frames.values()):
             raise UserError(f"{address}: other files of area {name!r} have other columns")
         areas[name] = make_area(frame, sensors, times, args)
         areas[name].labels = read_labels(frame[label])
@@ -555,27 +565,29 @@ def embedded_areas(rows, seed):
 
 
 def remove_drift(readings, rows):
-    """Take a baseline of about `rows` rows (0: none) off each sensor of `readings` [rows, sensors],
-    in place.
+    """Subtract a baseline of about `rows` rows (0: none) from each sensor of the `readings`
+    [rows, sensors] of one recording, in place.
 
-    It is a low quantile of the means of the minutes (BASELINE_BLOCK rows) before, so it knows
-    nothing of what comes later; only the first minute of a sensor is its own baseline. Fire
+    It is a low quantile of the means of the BASELINE_BLOCKS blocks before the present one, so it
+    knows nothing of what comes later; only the first block of a sensor is its own baseline. Fire
     standards call this drift compensation (EN 54, UL 268).
     """
     if not rows:
         return
-    starts = np.arange(0, len(readings), BASELINE_BLOCK)
+    block = max(1, int(rows) // BASELINE_BLOCKS)
+    starts = np.arange(0, len(readings), block)
     known = np.isfinite(readings)
     sums = np.add.reduceat(np.where(known, readings, 0), starts)
     means = pd.DataFrame(sums) / np.add.reduceat(known, starts, dtype=np.int32)
-    window = means.rolling(max(1, int(rows) // BASELINE_BLOCK), min_periods=1)
+    window = means.rolling(BASELINE_BLOCKS, min_periods=1)
     trailing = window.quantile(BASELINE_QUANTILE).ffill().bfill()
     baseline = trailing.shift(1).fillna(trailing.iloc[0])
-    readings -= baseline.to_numpy(np.float32).repeat(BASELINE_BLOCK, axis=0)[: len(readings)]
+    readings -= baseline.to_numpy(np.float32).repeat(block, axis=0)[: len(readings)]
 
 
 def next_quiet_row(labels, row, gap):
-    """First row from `row` on that begins `gap` normal rows; `row` if none is near (5 % of all)."""
+    """First row from `row` on that is followed by `gap` normal rows; `row`, if there is none within
+    5 % of the rows."""
     edges = np.concatenate([[row - 1], row + np.flatnonzero(labels[row:]), [len(labels)]])
     quiet = edges[:-1][np.diff(edges) > gap] + 1
     return int(min(quiet[quiet <= row + 0.05 * len(labels)], default=row))
@@ -587,8 +599,8 @@ def cut_rows(start, first, second, stop, gap):
 
 
 def cut_in_time(labels, gap):
-    """[(split, start, stop), …]: 70/15/15 % in order. A cut waits for normal rows, if some are
-    near, so that no incident is on both sides."""
+    """[(split, start, stop), …]: 70/15/15 % in order. A cut moves to the next normal
+    stretch, if one is near, so that no incident is on both sides."""
     rows = [next_quiet_row(labels, int(share * len(labels)), gap) for share in (0.70, 0.85)]
     return cut_rows(0, *rows, len(labels), gap)
 
@@ -608,7 +620,7 @@ def cut_runs(labels, gap):
 
 
 def deal_recordings(labels, recordings, seed):
-    """[(split, start, stop), …]: whole recordings, in random order but the dangerous ones first,
+    """[(split, start, stop), …]: whole recordings, in random order but those with fire first,
     each to the split that is farthest from its share of the rows."""
     bounds = list(pairwise([*recordings, len(labels)]))
     order = np.random.default_rng(seed).permutation(bounds).tolist()
@@ -639,7 +651,7 @@ def split_area(area, how, args):
 
 def sample_blocks(stretches, labels, split, args, seed):
     """Blocks [(start, stop), …] of `stretches` with about a split's share of --sample-per-area
-    rows; all stretches, where there are hardly more.
+    rows; if there are at most 10 % more, all of them.
 
     Validation and test take few long blocks, evenly spaced, which leave fires whole. Training takes
     many short ones at random, those with incidents first until they are as many as TARGET_MIX
@@ -651,16 +663,18 @@ def sample_blocks(stretches, labels, split, args, seed):
     block_rows = min(50 * args.seq_len, rows // 10) if split == "train" else rows // 4
     block_rows = max(args.seq_len, block_rows)
     blocks = [(begin, min(begin + block_rows, stop)) for start, stop in stretches
-              for begin in range(start, stop, block_rows)]
-    count = max(1, rows // block_rows)
+              for begin in range(start, stop - args.seq_len + 1, block_rows)]
+    lengths = np.array([stop - start for start, stop in blocks])
     if split == "train":
         incidents = np.array([np.count_nonzero(labels[start:stop]) for start, stop in blocks])
         order = np.random.default_rng(seed).permutation(len(blocks))
         dangerous, quiet = order[incidents[order] > 0], order[incidents[order] == 0]
         wanted = incidents[dangerous].cumsum() < TARGET_MIX[1:].sum() * rows
-        chosen = np.sort(np.concatenate([dangerous[wanted], quiet])[:count])
+        order = np.concatenate([dangerous[wanted], quiet])
+        chosen = np.sort(order[lengths[order].cumsum() <= rows])
     else:
-        chosen = np.linspace(0, len(blocks) - 1, count).astype(int)
+        count = max(1, round(rows / lengths.mean()))
+        chosen = np.linspace(0, len(blocks) - 1, min(count, len(blocks))).astype(int)
     return [blocks[i] for i in chosen]
 
 
@@ -689,10 +703,9 @@ def choose_split(areas, args):
     how, sampled, counts, lacking = min(candidates, key=lambda candidate: len(candidate[-1]))
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all "
-             "figures are optimistic")
+             "scores are optimistic")
     if lacking:
-        note(f"figures say little about what has fewer than {MIN_WINDOWS} windows: "
-             f"{', '.join(lacking)}")
+        note(f"fewer than {MIN_WINDOWS} windows, too few to score: {', '.join(lacking)}")
     counts = pd.DataFrame(counts, CLASSES)
     if np.count_nonzero(counts["train"]) < 2 or not counts.any().all():
         raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
@@ -794,7 +807,8 @@ def load_data(args):
             "columns": columns.index.to_series().groupby(columns).agg(" or ".join).tolist()}
     rows, readings, segments = 0, [], {split: [] for split in SPLITS}
     for (name, area), stretches in zip(by_name.items(), sampled):
-        remove_drift(area.readings, info["baseline_seconds"] / area.step)
+        for start, stop in pairwise([*area.recordings, len(area.labels)]):
+            remove_drift(area.readings[start:stop], info["baseline_seconds"] / area.step)
         train = [area.readings[start:stop] for split, start, stop in stretches if split == "train"]
         mean, std = normalize(area.readings, np.concatenate([area.readings[:0], *train]))
         inputs = columns[area.sensors].tolist()
@@ -876,7 +890,7 @@ class OptimizedFireTransformer(nn.Module):
         self.summary_proj = None
         if summary_token:
             self.summary_proj = nn.Linear(len(STATISTICS) * input_dim, d_model)
-        # Pre-norm (Xiong et al. 2020) bears a high learning rate, and both heads begin with a norm.
+        # Pre-norm (Xiong et al. 2020) tolerates a high learning rate; both heads begin with a norm.
         layer = {"d_model": d_model, "nhead": num_heads, "dim_feedforward": 4 * d_model,
                  "dropout": dropout, "activation": "gelu", "batch_first": True, "norm_first": True}
         layers = [nn.TransformerEncoderLayer(**layer) for _ in range(num_layers - 1)]
@@ -918,7 +932,7 @@ def window_features(data, starts):
 
 
 def make_baselines(labels, args):
-    """{name: candidates}: untrained scikit-learn models; few trees, as the original asks. `labels`
+    """{name: candidates}: untrained scikit-learn models, few trees as in the original plan. `labels`
     [windows] of the training part weigh the classes."""
     from sklearn.ensemble import (ExtraTreesClassifier, HistGradientBoostingClassifier,
                                   RandomForestClassifier)
@@ -994,7 +1008,7 @@ def smoke_times_co(features, labels, areas):
 
 
 def majority_vote(votes):
-    """Class [windows] that most of `votes` [voters, windows] name; of tied ones the worst."""
+    """Class [windows] that most of `votes` [voters, windows] name; ties go to the more severe class."""
     counts = (np.asarray(votes)[:, :, None] == np.arange(len(CLASSES))).sum(axis=0)
     return len(CLASSES) - 1 - counts[:, ::-1].argmax(axis=1)
 
@@ -1009,7 +1023,9 @@ def feature_importance(models, features, labels, info, seed):
     rows = np.random.default_rng(seed).permutation(len(labels))[:2000]
     shuffled = permutation_importance(models["gradient boosting"], features[rows], labels[rows],
                                       n_repeats=3, random_state=seed)
-    importance = {name: dict(zip(names, models[name].feature_importances_)) for name in VOTERS[1:3]}
+    importance = {}
+    for name in ("random forest", "extra trees"):
+        importance[name] = dict(zip(names, models[name].feature_importances_))
     return importance | {"gradient boosting": dict(zip(names, shuffled.importances_mean))}
 
 
@@ -1039,7 +1055,7 @@ def warm_up_then_cosine(step, steps):
 
 def vary_gains(readings, noise):
     """Multiply each sensor of each window [batch, seq_len, columns] by exp(noise * a normal
-    number), since no two fires reach a sensor alike."""
+    number), since fires reach sensors with different strength."""
     batch, _, columns = readings.shape
     return readings * torch.exp(noise * torch.randn(batch, 1, columns, device=readings.device))
 
@@ -1256,7 +1272,7 @@ def evaluate(model, baselines, data, features, labels, info, args):
     metrics = dict(sorted(metrics.items(), key=lambda item: -item[1]["accuracy"]))
     return metrics, {
         "mean_absolute_error": np.abs(risk - 50 * true).mean(),
-        "of_a_constant": np.abs(50 * labels["train"].mean() - 50 * true).mean(),
+        "of_a_constant": np.abs(50 * np.median(labels["train"]) - 50 * true).mean(),
         "mean_by_class": pd.Series(risk).groupby(np.array(CLASSES)[true]).mean().to_dict(),
     }
 
@@ -1281,7 +1297,7 @@ def plot_dashboard(history, stages, args, path):
 
 
 def animate_history(history, path):
-    """GIF of loss and accuracy, a frame for each epoch, on axes that stand still."""
+    """GIF of loss and accuracy, a frame for each epoch, on fixed axes."""
     from matplotlib.animation import FuncAnimation, PillowWriter
 
     fig, axes = new_figure("Training of the transformer", 1, 2, (9, 3.6))
@@ -1408,7 +1424,10 @@ def model_table(metrics, seconds):
     rates = pd.DataFrame(metrics, ["accuracy", "macro_f1", "false_alarm_rate", "missed_fire_rate"])
     table = (100 * rates.T.astype(float)).round(2)
     table.columns = ["accuracy %", "macro F1 %", "false alarms %", "missed fire %"]
-    table["delay s"] = [scores["detection_delay"].get("median_s") for scores in metrics.values()]
+    delays = pd.DataFrame([scores["detection_delay"] for scores in metrics.values()], table.index,
+                          ["fires", "never_detected", "median_s"], float)
+    table["fires found %"] = (100 - 100 * delays["never_detected"] / delays["fires"]).round(2)
+    table["delay s"] = delays["median_s"]
     table["training s"] = pd.Series(seconds)
     return table.rename_axis("model").reset_index().to_dict("records")
 
@@ -1429,15 +1448,15 @@ seed {results["seed"]}:
 
 {markdown_table([*results["table"], ORIGINAL_ROW])}
 
-False alarms: windows called fire, of those that are none. Missed fire: windows of fire called
-otherwise. Delay: median seconds from the onset of a fire. The ensemble is the majority of the
-{", ".join(VOTERS)}. The rule counts only where there are both sensors.
+False alarms: share of the other windows that are called fire. Missed fire: share of the windows of
+fire that are not. Delay: median seconds from the onset of the fires that are found. Ensemble: the
+majority of {", ".join(VOTERS)}. The rule counts only in areas with both sensors.
 Risk head, 0 to 100: mean absolute error {risk["mean_absolute_error"]:.1f};
 a constant has {risk["of_a_constant"]:.1f}.
 
-The most frequent class is right in {accuracy["majority class"]:.2f} % of the test windows.
-The transformer is right in {accuracy["transformer"]:.2f} % of them, the best baseline, {baseline},
-in {accuracy[baseline]:.2f} %.
+The transformer classifies {accuracy["transformer"]:.2f} % of the test windows correctly; the best
+baseline, {baseline}, {accuracy[baseline]:.2f} %; always naming the most frequent class,
+{accuracy["majority class"]:.2f} %.
 """
 
 
@@ -1567,7 +1586,7 @@ def run_seeds(args):
 
 
 def format_mean(values):
-    """Mean ± half width of the 95 % interval (Student's t); None where no value is there."""
+    """Mean ± half width of the 95 % interval (Student's t); None if there is no value."""
     values = values.dropna()
     return "{:.2f} ± {:.2f}".format(*mean_and_interval(values)) if len(values) else None
 
@@ -1588,8 +1607,9 @@ def combine_runs(runs):
 
 {markdown_table([*table, ORIGINAL_ROW])}
 
-The transformer is right in {means["accuracy %"]["transformer"]} % of the test windows,
-{format_mean(difference)} points from the best baseline, {baseline} (paired t-test: p = {p:.2g}).
+The transformer classifies {means["accuracy %"]["transformer"]} % of the test windows correctly; the
+best baseline, {baseline}, {means["accuracy %"][baseline]} %. The difference, seed by seed, is
+{format_mean(difference)} points (paired t-test: p = {p:.2g}).
 """
     return {"data": data, "seeds": list(accuracy.index), "table": table,
             "accuracy": accuracy.to_dict("list"), "p": p}, summary
@@ -1662,6 +1682,8 @@ def load_new_data(args, arguments, info):
     table = pd.DataFrame({"known": np.isfinite(new.readings).any(axis=1)})
     if time_column:
         table["time"] = frame[time_column]
+    if new.step != area["step"]:
+        note(f"{args.predict}: a row is {new.step:g} s, in training it was {area['step']:g} s")
     remove_drift(new.readings, info["baseline_seconds"] / new.step)
     readings = (new.readings - np.float32(area["mean"])) / np.float32(area["std"])
     segments = [(start, stop) for start, stop in pairwise([*new.breaks, len(frame)])
@@ -1775,7 +1797,7 @@ def log(text):
 
 
 def note(text):
-    """Log what a reader of the results must know as well; it is written to them, too."""
+    """Log a line and record it in the results, for whoever reads them."""
     if text not in NOTES:
         NOTES.append(text)
         log(text)
@@ -1788,7 +1810,7 @@ def progress(iterable, description):
 
 
 def memory_mib(field="VmRSS"):
-    """Resident memory of this process [MiB], or its peak with the field VmHWM; NaN but on Linux."""
+    """Resident memory of this process [MiB], or its peak with the field VmHWM; NaN except on Linux."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) / 1024
@@ -1801,7 +1823,7 @@ def atomic_write(path):
     part = Path(f"{path}.part")
     try:
         yield part
-    except RuntimeError as error:  # which torch.save makes of a full disk
+    except RuntimeError as error:  # torch.save raises this on a full disk
         raise UserError(f"{path} cannot be written: {error}") from None
     part.replace(path)
 
@@ -1892,8 +1914,10 @@ def write_results(results, summary, args, run_dir):
     """Write and print summary.md, then write results.json, with which a run is finished; returns
     the results as they are read back."""
     results = describe_run(args) | results
-    flags = [f"{flag} {value}" for flag, value in results["changed_arguments"].items()]
-    title = f"# {EXPERIMENT}.py {' '.join(flags)}"
+    title = f"# {EXPERIMENT}.py"
+    for flag, value in results["changed_arguments"].items():
+        values = value if isinstance(value, list) else [value]
+        title += " ".join(["", flag, *(str(item) for item in values if item is not True)])
     text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
     (run_dir / "summary.md").write_text(text, encoding="utf-8")
     with atomic_write(run_dir / "results.json") as path:
@@ -1928,7 +1952,7 @@ def main(argv=None):
     try:
         return run(resume_arguments(args) if args.resume else args)
     except KeyboardInterrupt:
-        log("interrupted; to go on: "
+        log("interrupted; to go on with a run that had begun: "
             f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
     except (UserError, OSError, torch.OutOfMemoryError) as error:
