@@ -207,8 +207,10 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         if type(value) is int and value < least.get(name, 1):
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
-    if not 0 <= args.dropout < 1 or not args.learning_rate > 0:
-        parser.error("--dropout must be in [0, 1) and --learning-rate above 0")
+    if not (0 <= args.dropout < 1 and 0 <= args.ema_decay < 1):
+        parser.error("--dropout and --ema-decay must be in [0, 1)")
+    if args.learning_rate <= 0 or args.gain_noise < 0 or args.seed >= 2**31:
+        parser.error("--learning-rate must be above 0, --gain-noise not below, --seed under 2**31")
     if not args.predict:
         args.stride = args.stride or args.seq_len
     if args.epochs is None:
@@ -354,7 +356,7 @@ def name_areas(files, split):
     """The area of each file: what follows area= in its path, or its name up to the first _, or as
     much more as tells all files apart. With the split "files" several files are recordings of one
     area: those with the same beginning, or all, where a beginning has fewer than three."""
-    folders = pd.Series(files).str.extract("area=([^/]*)", expand=False)
+    folders = pd.Series(files).str.extract("(?:^|/)area=([^/]*)", expand=False)
     stems = pd.Series([Path(file).name.split(".")[0] for file in files])
     beginnings = stems.str.split("_").str[0]
     if folders.notna().all():
@@ -426,16 +428,19 @@ def check_times(column, recordings):
         while seconds.abs().max() > 1e11:
             seconds /= 1000
     else:
-        day_first = "." in str(column.iloc[0])[:6]  # as in 31.12.2024
-        times = pd.to_datetime(column, errors="coerce", dayfirst=day_first, utc=True)
+        candidates = [pd.to_datetime(column, errors="coerce", dayfirst=day_first, utc=True)
+                      for day_first in (False, True)]
+        span = [(times.isna().sum(), times.max() - times.min()) for times in candidates]
+        times = candidates[span.index(min(span))]  # the right order of day and month has no holes
         seconds = (times - times.min()).dt.total_seconds()
     refuse(seconds.isna(), column, "is not a time like the others")
     steps = np.diff(seconds, prepend=0)
     steps[recordings] = np.inf
-    refuse(np.abs(steps + 3600) < 2, column, "jumps back an hour, a clock change? Use UTC")
+    step = float(np.median(steps))
+    back = np.abs(steps + 3600 - step) < 1
+    refuse(back, column, "jumps back an hour, a clock change? Use times in UTC")
     refuse(steps <= 0, column, "repeats the time of the row above, or is earlier; sort the file, "
            "or choose the column that tells devices apart with --area-column")
-    step = float(np.median(steps))
     return step, np.flatnonzero(steps > 1.5 * step)
 
 
@@ -469,7 +474,7 @@ def note_sentinel(readings, name):
 def read_labels(column):
     """Positions [rows] int8 of a column's labels in LABELS."""
     codes, labels = pd.factorize(column, use_na_sentinel=False)
-    texts = [str(label).strip().lower().removesuffix(".0") for label in labels]
+    texts = [re.sub("[_-]", " ", str(label)).strip().lower().removesuffix(".0") for label in labels]
     positions = pd.Index(list(LABELS)).get_indexer(texts).astype(np.int8)[codes]
     refuse(positions < 0, column, f"is no label; labels are {', '.join(LABELS)}")
     return positions
@@ -500,6 +505,8 @@ def find_columns(frame, address, args):
     label = args.label_column or next((name for name in LABEL_COLUMNS if name in names), "label")
     times = find_time_column(names, args)
     unknown = {label, times, *(args.columns or [])} - {None, *names}
+    if label in (args.columns or []):
+        raise UserError(f"--columns: {label!r} is the label")
     if unknown:
         raise UserError(f"{address}: no column {sorted(unknown)}, only {', '.join(names)}")
     if args.columns:
@@ -509,7 +516,8 @@ def find_columns(frame, address, args):
         if DEVICE_COLUMN.fullmatch(name):
             raise UserError(f"{address}: does column {name!r} name a device or a room? Choose it "
                             "with --area-column, or list the sensors with --columns")
-        rises = frame[name].is_monotonic_increasing and frame[name].is_unique
+        known = frame[name].dropna()
+        rises = known.is_monotonic_increasing and known.nunique() > len(known) / 4
         is_index = name in LABEL_COLUMNS or INDEX_COLUMN.fullmatch(name)
         (left_out if rises or is_index else sensors).append(name)
     if left_out:
@@ -520,10 +528,10 @@ def find_columns(frame, address, args):
     return sensors, label, times
 
 
-def make_area(frame, sensors, times, args):
+def make_area(frame, sensors, times, na_values):
     """Area, as yet without labels, of its recordings in a DataFrame with the index (file, row)."""
     recordings = np.flatnonzero(np.diff(frame.index.codes[0], prepend=-1))
-    readings = read_readings(frame, sensors, args.na_values)
+    readings = read_readings(frame, sensors, na_values)
     area = Area(sensors, readings, recordings=recordings, breaks=recordings)
     if times:
         area.step, area.breaks = check_times(frame[times], recordings)
@@ -548,7 +556,7 @@ def file_areas(args):
         frame = pd.concat(frames)
         if any(set(rows) != set(frames[address]) for rows in frames.values()):
             raise UserError(f"{address}: other files of area {name!r} have other columns")
-        areas[name] = make_area(frame, sensors, times, args)
+        areas[name] = make_area(frame, sensors, times, args.na_values)
         areas[name].labels = read_labels(frame[label])
     decode_labels(areas.values())
     return areas, files
@@ -805,8 +813,11 @@ def load_data(args):
     info = {"source": "files" if args.data else "embedded", "files": files, "split": how,
             "baseline_seconds": choose_baseline(areas, how, args), "areas": {},
             "columns": columns.index.to_series().groupby(columns).agg(" or ".join).tolist()}
+    digest = hashlib.sha256(repr((sampled, args.seq_len, args.stride)).encode())
     rows, readings, segments = 0, [], {split: [] for split in SPLITS}
     for (name, area), stretches in zip(by_name.items(), sampled):
+        digest.update(np.ascontiguousarray(area.readings))
+        digest.update(area.labels)
         for start, stop in pairwise([*area.recordings, len(area.labels)]):
             remove_drift(area.readings[start:stop], info["baseline_seconds"] / area.step)
         train = [area.readings[start:stop] for split, start, stop in stretches if split == "train"]
@@ -825,9 +836,6 @@ def load_data(args):
     data = Data(torch.cat(readings), labels, numbers, segments, args.seq_len, len(areas))
     if not args.data:
         data.oracle = torch.from_numpy(np.concatenate([area.oracle for area in areas]))
-    digest = hashlib.sha256()
-    for part in (data.readings, labels, *segments.values()):
-        digest.update(part.numpy())
     info["sha256"] = digest.hexdigest()
     info["rows"] = int(torch.cat(list(segments.values())).diff().sum())
     return data.to(args.device), info
@@ -1486,6 +1494,8 @@ def run_experiment(args, run_dir=None):
     seed_everything(args.seed)
     model = make_model(state["arguments"], info).to(args.device)
     train_transformer(model, data, args, state, run_dir)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     if RANK > 0:
         return None
 
@@ -1664,24 +1674,28 @@ def load_transformer(address):
 
 
 def load_new_data(args, arguments, info):
-    """(Data, table) of the file in args.predict; the table tells for each row whether it has any
-    reading, and its time, if the file has times."""
+    """(Data, table) of the file in args.predict; the table has for each row the area, whether there
+    is any reading ("known"), and the time, if the file has times."""
     name = args.area or name_areas([args.predict], "time")[0]
     if name not in info["areas"]:
         raise UserError(f"{args.predict}: --area takes {', '.join(info['areas'])}, not {name!r}")
     area = info["areas"][name]
-    frame, _ = read_frame(args.predict, args.na_values)
+    na_values = args.na_values or arguments["na_values"]
+    frame, _ = read_frame(args.predict, na_values)
     time_column = find_time_column(list(frame), args)
     missing = set(area["sensors"]) - set(frame)
     if missing:
         raise UserError(f"{args.predict}: no column {sorted(missing)} among {', '.join(frame)}")
     unused = set(frame) - {*area["sensors"], time_column}
+    if any(map(DEVICE_COLUMN.fullmatch, unused)):
+        raise UserError(f"{args.predict}: one of {sorted(unused)} seems to name a device or a room; "
+                        "--predict takes a file of one device without that column")
     if unused:
         note(f"{args.predict}: columns not used: {sorted(unused)}")
-    new = make_area(pd.concat({args.predict: frame}), area["sensors"], time_column, args)
-    table = pd.DataFrame({"known": np.isfinite(new.readings).any(axis=1)})
+    new = make_area(pd.concat({args.predict: frame}), area["sensors"], time_column, na_values)
+    table = pd.DataFrame({"area": name, "known": np.isfinite(new.readings).any(axis=1)})
     if time_column:
-        table["time"] = frame[time_column]
+        table[time_column] = frame[time_column]
     if new.step != area["step"]:
         note(f"{args.predict}: a row is {new.step:g} s, in training it was {area['step']:g} s")
     remove_drift(new.readings, info["baseline_seconds"] / new.step)
@@ -1706,9 +1720,9 @@ def predict_file(args):
     logits, risk = predict(model.to(args.device), data, starts)
     first = starts.cpu().numpy()
     last = first + data.seq_len - 1
-    table = pd.DataFrame({"first row": first + 1, "last row": last + 1})
-    if "time" in rows:
-        table["time"] = rows["time"].to_numpy()[last]
+    table = rows.drop(columns="known").iloc[last].reset_index(drop=True)
+    table.insert(1, "first row", first + 1)
+    table.insert(2, "last row", last + 1)
     table[CLASSES] = logits.softmax(1).cpu().numpy()
     table["class"] = table[CLASSES].idxmax(axis=1)
     table["risk"] = risk.cpu().numpy()
@@ -1718,6 +1732,7 @@ def predict_file(args):
     with atomic_write(run_dir / "predictions.csv") as path:
         table.to_csv(path, index=False)
     counts = table["class"].value_counts().reindex(CLASSES, fill_value=0).to_dict()
+    counts["no class"] = int(empty.sum())
     summary = f"Windows of {data.seq_len} rows by class:\n\n{markdown_table([counts])}\n"
     results = {"rows": len(rows), "windows": len(table), "counts": counts,
                "seconds": round(time.perf_counter() - start_time, 2)}
@@ -1845,7 +1860,7 @@ def changed_arguments(args):
     """{flag: value} of the arguments that differ from their defaults."""
     defaults = plain_arguments(parse_args([]))
     return {f"--{name.replace('_', '-')}": value for name, value in plain_arguments(args).items()
-            if value != defaults[name]}
+            if value is not None and value != defaults[name]}
 
 
 def next_run_dir(args):
@@ -1853,10 +1868,11 @@ def next_run_dir(args):
     if args.resume:
         return Path(args.resume)
     parent = Path(args.output_dir, EXPERIMENT)
-    number = 1 + max((int(path.name[4:]) for path in parent.glob("run-*[0-9]")), default=0)
-    run_dir = parent / f"run-{number:03d}"
+    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
+    run_dir = parent / f"run-{max(numbers, default=0) + 1:03d}"
     run_dir.mkdir(parents=True)
-    (run_dir / "arguments.json").write_text(to_json(plain_arguments(args)))
+    with atomic_write(run_dir / "arguments.json") as path:
+        path.write_text(to_json(plain_arguments(args)))
     return run_dir
 
 
@@ -1872,7 +1888,7 @@ def resume_arguments(args):
     changed = set(changed_arguments(args)) - {"--resume", "--output-dir", "--device"}
     if changed:
         raise UserError(f"--resume keeps a run's arguments; leave out {', '.join(sorted(changed))}")
-    arguments = json.loads(unfinished[-1].read_text())
+    arguments = vars(parse_args([])) | json.loads(unfinished[-1].read_text())
     arguments |= {"device": args.device, "resume": str(unfinished[-1].parent)}
     return argparse.Namespace(**arguments)
 
@@ -1952,12 +1968,13 @@ def main(argv=None):
     try:
         return run(resume_arguments(args) if args.resume else args)
     except KeyboardInterrupt:
-        log("interrupted; to go on with a run that had begun: "
-            f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
+        text = ("interrupted; to go on with a run that had begun: "
+                f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        log(f"error: {' '.join(str(error).split())}")
+        text = f"error: {' '.join(str(error).split())}"
         code = 2
+    print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
     if not in_notebook():
         raise SystemExit(code)
 

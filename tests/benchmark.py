@@ -359,7 +359,7 @@ def toxicity_scoring():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    functions = (fire_training, fire_generator, fire_csv, fire_predict, duet_training, selection_training,
+    functions = (fire_training, fire_generator, fire_drift, fire_csv, fire_predict, duet_training, selection_training,
                  selection_csv, forecast_training, forecast_free_run, toxicity_training, toxicity_scoring)
     benchmarks = {function.__name__: function for function in functions}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
