@@ -176,10 +176,11 @@ def parse_args(argv=None):
     add("--gain-noise", type=float, default=0.2, help="standard deviation of the logarithm of the "
         "random gain of each sensor in training")
     add("--epochs", type=int, help="epochs over which the learning rate decays; if unset, 20, or "
-        "40 for more than 500,000 rows an area")
+        "60 for more than 500,000 rows an area")
     add("--steps-per-epoch", type=int, default=100, help="steps from one validation to the next")
-    add("--min-epochs", type=int, default=10, help="earliest epoch that may be the best one")
-    add("--patience", type=int, default=5, help="epochs to wait for a lower validation loss")
+    add("--min-epochs", type=int, help="earliest epoch that may be the best one; if unset, half of "
+        "--epochs")
+    add("--patience", type=int, default=10, help="epochs to wait for a lower validation loss")
     add("--batch-size", type=int, default=256, help="windows in a step, over all processes")
     add("--learning-rate", type=float, default=0.001, help="largest learning rate")
     add("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
@@ -200,7 +201,7 @@ def parse_args(argv=None):
     add("--compare", nargs="+", metavar="FILE", help="results.json of runs to set side by side")
     add("--price-per-hour", type=float, default=1.624, help="price of the machine [$], to compare")
     if "--quick" in (argv or []):
-        parser.set_defaults(sample_per_area=30_000, epochs=4, min_epochs=3, batch_size=128,
+        parser.set_defaults(sample_per_area=30_000, epochs=4, batch_size=128,
                             num_trees=30)
     args = parser.parse_args(argv)
     least = {"seed": 0, "baseline_seconds": 0, "seq_len": 2}
@@ -214,7 +215,9 @@ def parse_args(argv=None):
     if not args.predict:
         args.stride = args.stride or args.seq_len
     if args.epochs is None:
-        args.epochs = 40 if args.sample_per_area > 500_000 else 20
+        args.epochs = 60 if args.sample_per_area > 500_000 else 20
+    if args.min_epochs is None:
+        args.min_epochs = (args.epochs + 1) // 2
     if args.original_model:
         args.patch_len = 1
     if args.patch_len is None:
@@ -1384,7 +1387,7 @@ def plot_resources(stages, run_dir):
     table = pd.DataFrame(stages)
     table["end"] = table["seconds"].cumsum()
     for marker, (name, rows) in zip(MARKERS, table.groupby("name", sort=False)):
-        ax.plot(rows["end"], rows["memory_mib"], marker, label=name)
+        ax.plot(rows["end"], rows["memory_mib"], marker, label=name, clip_on=False)
     ax.set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
     legend_below(ax)
     save_figure(fig, run_dir / "memory.png")
