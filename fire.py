@@ -204,31 +204,41 @@ def parse_args(argv=None):
         parser.set_defaults(sample_per_area=30_000, epochs=4, batch_size=128,
                             num_trees=30)
     args = parser.parse_args(argv)
-    least = {"seed": 0, "baseline_seconds": 0, "seq_len": 2}
-    for name, value in vars(args).items():
-        if type(value) is int and value < least.get(name, 1):
-            parser.error(f"--{name.replace('_', '-')} {value} is too small")
-    if not (0 <= args.dropout < 1 and 0 <= args.ema_decay < 1):
-        parser.error("--dropout and --ema-decay must be in [0, 1)")
-    if args.learning_rate <= 0 or args.gain_noise < 0 or args.seed >= 2**31:
-        parser.error("--learning-rate must be above 0, --gain-noise not below, --seed under 2**31")
-    if not args.predict:
-        args.stride = args.stride or args.seq_len
+    fill_in_defaults(args)
+    check_args(args, parser.error)
+    return args
+
+
+def fill_in_defaults(args):
+    """Set the arguments whose default follows from others."""
+    if args.stride is None and not args.predict:
+        args.stride = args.seq_len
     if args.epochs is None:
         args.epochs = 60 if args.sample_per_area > 500_000 else 20
     if args.min_epochs is None:
         args.min_epochs = (args.epochs + 1) // 2
-    if args.original_model:
-        args.patch_len = 1
     if args.patch_len is None:
         args.patch_len = max(n for n in range(1, 16) if args.seq_len % n == 0)
+    if args.original_model:
+        args.patch_len = 1
+
+
+def check_args(args, error):
+    """Call `error` with a message if an argument is out of range or does not fit another."""
+    least = {"seed": 0, "baseline_seconds": 0, "seq_len": 2}
+    for name, value in vars(args).items():
+        if type(value) is int and value < least.get(name, 1):
+            error(f"--{name.replace('_', '-')} {value} is too small")
+    if not (0 <= args.dropout < 1 and 0 <= args.ema_decay < 1):
+        error("--dropout and --ema-decay must be in [0, 1)")
+    if args.learning_rate <= 0 or args.gain_noise < 0 or args.seed >= 2**31:
+        error("--learning-rate must be above 0, --gain-noise not below, --seed under 2**31")
     if args.seq_len % args.patch_len:
-        parser.error(f"--patch-len {args.patch_len} does not divide --seq-len {args.seq_len}")
+        error(f"--patch-len {args.patch_len} does not divide --seq-len {args.seq_len}")
     if args.d_model % args.num_heads:
-        parser.error(f"--num-heads {args.num_heads} does not divide --d-model {args.d_model}")
+        error(f"--num-heads {args.num_heads} does not divide --d-model {args.d_model}")
     if args.predict and not args.checkpoint:
-        parser.error("--predict needs --checkpoint, the transformer.pt of a run")
-    return args
+        error("--predict needs --checkpoint, the transformer.pt of a run")
 
 
 # --- Data: the embedded generator ---------------------------------------------------------------
