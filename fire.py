@@ -45,6 +45,7 @@ import re
 import secrets
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -1794,7 +1795,7 @@ def compare_runs(args):
     table["saved $"] = (table["cost $"].iloc[-1] - table["cost $"]).round(2)
 
     fig, axes = new_figure("Runs side by side", 2, 1, (12, 4 + 1.4 * len(rows)))
-    labels = [f"{row['run']}\n{row['differs in']}" for row in rows]
+    labels = [f"{row['run']}\n{textwrap.fill(row['differs in'], 50)}" for row in rows]
     accuracy = pd.DataFrame([first_number(frame["accuracy %"]) for frame in models])
     plot_dots(axes[0], labels, accuracy.to_dict("list"), highlight="transformer")
     plot_dots(axes[1], [*labels, ORIGINAL_RUN["run"]], {"cost": table["cost $"]}, "{:.4g}")
