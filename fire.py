@@ -9,9 +9,11 @@ Without --data the sensors are synthetic: labels follow the hidden intensity of 
 limits that vary from incident to incident as annotators do, so that even an oracle that knows the
 intensity is right only 98 % of the time.
 
-RESULT
+Measured, five seeds: the transformer 95.80 ± 0.33 %, gradient boosting 95.80 ± 0.38, extra trees
+95.62 ± 0.18, logistic regression 94.48 ± 0.45, the oracle 98.17 ± 0.33, always "normal" 72.50 ± 1.85:
+the transformer is level with the best trees, not above them (`python fire.py --runs 5`).
 
-    python fire.py                                        # 1.5 M rows: TIME on 2 cores
+    python fire.py                                        # 1.5 M rows, about 5 minutes on 2 cores
     python fire.py --quick                                # everything, small: under a minute
     python fire.py --sample-per-area 1000000              # the original's 5 M rows
     python fire.py --data FOLDER --label-column alarm     # your CSV or Parquet files, one an area
@@ -179,9 +181,10 @@ def parse_args(argv=None):
     add("--epochs", type=int, help="epochs over which the learning rate decays; if unset, 20, or "
         "60 for more than 500,000 rows an area")
     add("--steps-per-epoch", type=int, default=100, help="steps from one validation to the next")
-    add("--min-epochs", type=int, help="earliest epoch that may be the best one; if unset, half of "
+    add("--min-epochs", type=int, help="epochs before training may stop early; if unset, half of "
         "--epochs")
-    add("--patience", type=int, default=10, help="epochs to wait for a lower validation loss")
+    add("--patience", type=int, help="epochs to wait for a lower validation loss; if unset, a "
+        "quarter of --epochs, at least 5")
     add("--batch-size", type=int, default=256, help="windows in a step, over all processes")
     add("--learning-rate", type=float, default=0.001, help="largest learning rate")
     add("--weight-decay", type=float, default=0.05, help="weight decay of AdamW")
@@ -218,6 +221,8 @@ def fill_in_defaults(args):
         args.epochs = 60 if args.sample_per_area > 500_000 else 20
     if args.min_epochs is None:
         args.min_epochs = (args.epochs + 1) // 2
+    if args.patience is None:
+        args.patience = max(5, args.epochs // 4)
     if args.patch_len is None:
         args.patch_len = max(n for n in range(1, 16) if args.seq_len % n == 0)
     if args.original_model:
@@ -1187,7 +1192,7 @@ def end_epoch(state, modules, args, run_dir, seconds):
     loss = history[-1]["val_loss"]
     if not math.isfinite(loss):
         raise UserError(f"the loss in epoch {len(history)} is not finite; lower --learning-rate")
-    if len(history) <= args.min_epochs or loss < state["best"]["loss"]:
+    if loss < state["best"]["loss"]:
         weights = copy.deepcopy(modules["average"].module.state_dict())
         state["best"] = {"loss": loss, "epoch": len(history), "model": weights}
     add_stage(state["stages"], "transformer", seconds)
