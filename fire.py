@@ -287,9 +287,8 @@ def generate_block(area, block, seed):
 
     growth, burn, decay = rng.uniform((500, 200, 60), (1100, 650, 180))
     onset = rng.uniform(0, BLOCK_ROWS - growth - burn - 6 * decay)
-    if rng.random() < 0.66:
-        scale = 1.0
-    else:  # it smoulders and stays below the limit of fire
+    scale = 1.0
+    if rng.random() >= 0.66:  # it smoulders and stays below the limit of fire
         scale = rng.uniform(0.35, 0.85) / (1 + burn / growth) ** 2
     hidden = intensity(t, onset, growth, burn, decay, scale)
     sensed = intensity(t, onset + lag, growth, burn, decay, scale)  # [sensors, time]

@@ -53,7 +53,7 @@ def clipped_step(model, optimizer, loss):
 
 def fire_training(repeats=5):
     """Windows per second of an epoch of train_transformer, and of a bare loop over the same model and ready batches."""
-    args = fire.parse_args(["--sample-per-area", "50000", "--epochs", "1", "--min-epochs", "1", "--steps-per-epoch", "40"])
+    args = fire.parse_args(["--sample-per-area", "50000", "--epochs", "1", "--steps-per-epoch", "40"])
     data, info = fire.load_data(args)
     data.segments["val"] = data.segments["test"] = torch.tensor([[0, 60]])  # training alone is timed
     device, weights = args.device, torch.ones(3, device=args.device)

@@ -194,7 +194,8 @@ def test_windows_of_sampled_rows_are_unbroken_and_never_on_two_sides(tmp_path):
     labels = np.arange(rows) // 700 % 3
     frame = pd.DataFrame({"reading": np.arange(rows), "label": labels})
     frame.to_csv(tmp_path / "a.csv", index=False)
-    data, info = load("--data", tmp_path, "--sample-per-area", "9000", "--columns", "reading", "--baseline-seconds", "0")
+    data, info = load("--data", tmp_path, "--sample-per-area", "9000", "--columns", "reading",
+                      "--baseline-seconds", "0")
     area, seen = info["areas"]["a"], {}
     for split in fire.SPLITS:
         starts = data.starts(split, 30)
@@ -447,7 +448,8 @@ def bad_inputs(tmp_path):
         "text cell": (file("text.csv", text.replace("\n1.5,1.25,", "\n1.5,oops,", 1)),
                       ["text.csv", "row 2", "'b'", "'oops'"]),
         "ragged": (file("ragged.csv", text.replace("\n1.5,1.25,", "\n1.5,", 1)), ["ragged.csv", "#3", "3 columns"]),
-        "bad label": (file("label.csv", text.replace(",0\n", ",3\n", 1)), ["row 1,", "'label'", "'3'", "no fire", "yes"]),
+        "bad label": (file("label.csv", text.replace(",0\n", ",3\n", 1)),
+                      ["row 1,", "'label'", "'3'", "no fire", "yes"]),
         "empty label": (file("nolabel.csv", text.replace(",0\n", ",\n", 1)), ["row 1,", "'label'"]),
         "no label column": (file("none.csv", text.replace("label", "alarm")), ["'label'", "a, b, alarm"]),
         "misspelt label": (file("ok.csv", text, "--label-column", "labl"), ["'labl'", "a, b, label"]),
@@ -455,7 +457,8 @@ def bad_inputs(tmp_path):
         "twice the same column": (file("twice.csv", "a,a,label\n1,2,0\n"), ["twice.csv", "different column names"]),
         "few rows": (file("short.csv", text[: text.index("\n", 900)]), ["too few"]),
         "one class": (file("one.csv", "a,label\n" + "1,0\n2,0\n" * 1500), ["too few", "normal"]),
-        "shuffled": (file("order.csv", stamped(times[::-1].to_numpy()).to_csv(index=False)), ["'date'", "row 2", "earlier"]),
+        "shuffled": (file("order.csv", stamped(times[::-1].to_numpy()).to_csv(index=False)),
+                     ["'date'", "row 2", "earlier"]),
         "duplicate": (file("same.csv", stamped(times.to_numpy().repeat(2)[:3000]).to_csv(index=False)),
                       ["repeats the time", "--area-column"]),
         "clock change": (file("clock.csv", stamped(back).to_csv(index=False)), ["clock change", "row 1001"]),
@@ -574,7 +577,8 @@ def test_the_rule_finds_the_limits_of_smoke_times_co():
     means = rng.uniform(-1, 3, (900, 2))
     classes = np.digitize(means.clip(0).prod(axis=1), [1, 4])
     features = np.column_stack([means, np.ones(900)])
-    features, labels = {"train": features[:600], "test": features[600:]}, {"train": classes[:600], "test": classes[600:]}
+    features = {"train": features[:600], "test": features[600:]}
+    labels = {"train": classes[:600], "test": classes[600:]}
     area = {"sensors": ["smoke_pct_m", "co_ppm"], "columns": [0, 1]}
     assert np.mean(fire.smoke_times_co(features, labels, {"hall": area}) == labels["test"]) > 0.98
     area = {"sensors": ["smoke_pct_m", "co2_ppm"], "columns": [0, 1]}
