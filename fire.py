@@ -790,8 +790,11 @@ class Data:
         """(readings [batch, seq_len, columns], areas [batch], labels [batch]) of windows that begin
         at the rows `starts`; a window has the label of its last row."""
         readings = self.readings.unfold(0, self.seq_len, 1)[starts].transpose(1, 2)
-        ends = starts + self.seq_len - 1
-        return readings, self.areas[starts].long(), self.labels[ends].long()
+        return readings, self.areas[starts].long(), self.window_labels(starts)
+
+    def window_labels(self, starts):
+        """Labels [batch] of the windows that begin at the rows `starts`, without their readings."""
+        return self.labels[starts + self.seq_len - 1].long()
 
     def starts(self, split, stride):
         """First rows of the windows of a split, `stride` rows apart."""
@@ -1136,8 +1139,8 @@ def train_transformer(model, data, args, state, run_dir):
     takes its share. `state` is that of new_state or of a checkpoint, and is kept up to date.
     """
     val_starts = data.starts("val", args.stride)
-    val_labels = data.windows(val_starts)[2]
-    train_labels = data.windows(data.starts("train", args.stride))[2].cpu().numpy()
+    val_labels = data.window_labels(val_starts)
+    train_labels = data.window_labels(data.starts("train", args.stride)).cpu().numpy()
     weights = class_weights(train_labels, args.class_weight_power)
     weights = torch.tensor(weights, dtype=torch.float32, device=args.device)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate,
@@ -1209,12 +1212,12 @@ def end_epoch(state, modules, args, run_dir, seconds):
 # --- Evaluation ---------------------------------------------------------------------------------
 
 
-def classify(model, baselines, data, starts):
+def classify(model, baselines, data, starts, features):
     """({name: class [windows]}, risk [windows]): the classes that the transformer, the baselines,
-    their vote and, if any, the oracle name, and the risk that the transformer sees."""
+    their vote and, if any, the oracle name, and the risk that the transformer sees. The baselines
+    read `features`, those of the same windows."""
     logits, risk = predict(model, data, starts)
     answers = {"transformer": logits.argmax(1).cpu().numpy()}
-    features = window_features(data, starts)
     for name, baseline in baselines.items():
         answers[name] = baseline.predict(features)
     answers["ensemble"] = majority_vote([answers[name] for name in VOTERS])
@@ -1266,7 +1269,8 @@ def detection_delays(model, baselines, data, info):
     if not fires:
         return {}
     rows = torch.cat([torch.arange(onset, end) for onset, end in fires]).to(data.labels.device)
-    answers, _ = classify(model, baselines, data, rows - data.seq_len + 1)
+    starts = rows - data.seq_len + 1
+    answers, _ = classify(model, baselines, data, starts, window_features(data, starts))
     areas = list(info["areas"].values())
     steps = [areas[data.areas[onset]]["step"] for onset, _ in fires]
     ends = np.cumsum([end - onset for onset, end in fires])[:-1]
@@ -1287,7 +1291,7 @@ def evaluate(model, baselines, data, features, labels, info, args):
     """({name: metrics}, metrics of the risk head) on the test part, the best accuracy first."""
     starts = data.starts("test", args.stride)
     true = labels["test"]
-    answers, risk = classify(model, baselines, data, starts)
+    answers, risk = classify(model, baselines, data, starts, features["test"])
     answers["majority class"] = np.full(len(true), np.bincount(labels["train"]).argmax())
     answers["smoke × CO rule"] = smoke_times_co(features, labels, info["areas"])
     areas = np.array(list(info["areas"]))[data.areas[starts].cpu()]
@@ -1522,7 +1526,7 @@ def run_experiment(args, run_dir=None):
     start_time = time.perf_counter()
     starts = {split: data.starts(split, args.stride) for split in SPLITS}
     features = {split: window_features(data, rows) for split, rows in starts.items()}
-    labels = {split: data.windows(rows)[2].cpu().numpy() for split, rows in starts.items()}
+    labels = {split: data.window_labels(rows).cpu().numpy() for split, rows in starts.items()}
     baselines, seconds = fit_baselines(features, labels, args)
     add_stage(stages, "baselines", time.perf_counter() - start_time)
     start_time = time.perf_counter()
