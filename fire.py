@@ -1334,6 +1334,8 @@ def animate_history(history, path):
 
     fig, axes = new_figure("Training of the transformer", 1, 2, (9, 3.6))
     plot_history(axes, history)
+    for ax in axes:
+        ax.legend(loc="center right")  # the best place would change from frame to frame
     curves = [(line, line.get_xydata().T) for ax in axes for line in ax.lines]
 
     def draw(frame):
