@@ -1845,10 +1845,10 @@ def note(text):
         log(text)
 
 
-def progress(iterable, description):
+def progress(iterable, description, total=None):
     """A progress bar on a terminal and in a notebook, and nothing elsewhere."""
     hidden = not (sys.stderr.isatty() or in_notebook())
-    return tqdm(iterable, description, leave=False, disable=hidden)
+    return tqdm(iterable, description, total, leave=False, disable=hidden)
 
 
 def memory_mib(field="VmRSS"):
@@ -1912,12 +1912,14 @@ def resume_arguments(args):
                   if file.exists() and not file.with_name("results.json").exists()]
     if not unfinished:
         raise UserError(f"--resume {args.resume}: no unfinished run; see --output-dir")
-    changed = set(changed_arguments(args)) - {"--resume", "--output-dir", "--device"}
+    free = {"--resume", "--output-dir", "--data-dir", "--device", "--jobs", "--backend"}
+    changed = set(changed_arguments(args)) - free
     if changed:
         raise UserError(f"--resume keeps a run's arguments; leave out {', '.join(sorted(changed))}")
     arguments = vars(parse_args([])) | json.loads(unfinished[-1].read_text())
-    arguments |= {"device": args.device, "resume": str(unfinished[-1].parent)}
-    return argparse.Namespace(**arguments)
+    arguments |= {name: value for name, value in vars(args).items()
+                  if f"--{name.replace('_', '-')}" in free}
+    return argparse.Namespace(**arguments | {"resume": str(unfinished[-1].parent)})
 
 
 def describe_run(args):

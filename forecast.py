@@ -1,1249 +1,1722 @@
-"""Do attention and vector-quantized attention forecast one series better than an LSTM, and does any beat ridge?
+"""Does attention forecast a series better than an LSTM, and does any network beat ridge?
 
-Method: windows of --time-steps values predict the next one. Five models of the seed (LSTM, attention, grouped-query
-attention, and attention over a learned codebook with one or many heads), one of ours, and three baselines (mean,
-persistence, ridge on the lags) are scored one step ahead and free-running, as the seed did it (random windows, over the
-whole series, training part included) and on a hold-out (the last 20 %, never seen, nothing chosen on it).
+Windows of --time-steps values predict the next one. The five networks of a public project ("the
+original": LSTM, attention, grouped-query attention, and attention over a learned codebook with one
+or many heads), two forecasters of ours and six baselines are scored one step ahead and in a free
+run, which feeds its own forecasts back. The original scores random windows over the whole series,
+training part included; the hold-out tests on the last 20 %, on which nothing is fitted or chosen.
 
-    python forecast.py                                    # y_w if it can be had, all models, the seed's five rates
-    python forecast.py --quick                            # everything, small, embedded data: under a minute
-    python forecast.py --dataset 4single --protocol seed  # the seed's second table
-    python forecast.py --data FILE.csv --column NAME      # your own series
-    python forecast.py --model att vq att_mh vq_mh --dataset y_w 4single --time-steps 64 128 256 512 1024
-    python forecast.py --resume                           # go on with the newest unfinished sweep
+ANSWER
+
+    python forecast.py                                        # y_w, all models: about 5 minutes
+    python forecast.py --quick                                # embedded series: under a minute
+    python forecast.py --dataset 4single --protocol original  # the original's second table
+    python forecast.py --data FILE.csv --column NAME --time-column NAME --model combined
+    python forecast.py --time-steps 64 128 256 512 --learning-rate 1e-3 --protocol original
+    python forecast.py --resume                               # go on with the newest unfinished
     python forecast.py --predict-steps 200 --checkpoint outputs/forecast/run-001/runs/NAME.pt
 
-Written to outputs/forecast/run-001/ (the next free number): runs.jsonl (each finished run, at once), runs/*.pt (its
-forecasts and weights; those of the hold-out, fitted on the first 80 %, where that was run), results.json, summary.md,
-and for each data set four pictures.
+Results are in outputs/forecast/run-001/, with the next free number: results.json, summary.md,
+runs/*.pt (scores, forecasts and weights of each run) and four pictures of each series.
 
-What to know before you read the tables: the seed's `vq` and `vq_mh` never mix time steps. Their keys and values are
-rows of the codebook, so the forecast depends on the last value (and its position) alone, whatever --time-steps is, and
---causal only hides codebook rows from early positions. Ours, `vq_ar`, has a codebook that does look back.
+Good to know: the original's `vq` and `vq_mh` never mix time steps. Their keys and values are rows
+of the codebook, so a forecast depends on the last value and its position alone, and --causal only
+hides codebook rows from early positions. Ours, `vq_ar`, has a codebook that looks back.
 
-Sources: the public project donglinkang2021/simple-sequence-prediction (MIT), its table of 2025-01-13 and its two data
-sets. Attention: Vaswani et al. 2017; grouped queries: Ainslie et al. 2023; rotary positions: Su et al. 2021; codebook
-attention: Kim et al. 2017 and van den Oord et al. 2017; mixtures of autoregressions: Wong and Li 2000; normalization of
-each window: Kim et al. 2022 (RevIN).
+Sources: donglinkang2021/simple-sequence-prediction (MIT), its table of 2025-01-13 and its two
+series; Vaswani et al. 2017 (attention), Ainslie et al. 2023 (grouped queries), Su et al. 2021
+(rotary positions), van den Oord et al. 2017 (codebooks), Wong and Li 2000 (mixtures of
+autoregressions), Bates and Granger 1969 (combination), Vovk et al. 2005 (conformal intervals).
 """
 
 import argparse
+import codecs
 import contextlib
+import csv
+import gzip
 import hashlib
 import http.client
-import importlib.metadata
 import io
 import itertools
 import json
 import math
 import os
-import pickle
-import platform
-import shutil
+import re
 import subprocess
 import sys
 import time
 import urllib.request
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import RidgeCV
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import (COLORS, LINES, detect_device, has_bfloat16, in_notebook, mean_and_interval, new_figure, plot_curve,
-                    save_figure)
+from common import (COLORS, LINES, MARKERS, detect_device, epoch_axis, in_notebook, legend_below,
+                    mean_and_interval, new_figure, plot_curve, save_figure)
 
-try:
-    import resource
-except ImportError:  # Windows: memory is then not reported
-    resource = None
-
+EXPERIMENT = "forecast"
 URL = "https://raw.githubusercontent.com/donglinkang2021/simple-sequence-prediction/master/data/"
 FILES = {  # name: (file, sha256)
     "y_w": ("y+w.csv", "2629be5f09063be55d8a8e1762337018e079f92a12ecac0d871b55cafaa49cf5"),
-    "4single": ("4single.csv", "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"),
+    "4single": ("4single.csv", "bc405f93002e8c447cf55cd073df7f2375113b7dc58ace4e88895e046deff199"),
 }
-NETWORKS = ["lstm", "att", "att_mh", "vq", "vq_mh", "vq_ar"]
-BASELINES = ["mean", "last", "ridge"]
-SEED_RATES = [3e-3, 1e-3, 5e-4, 3e-4, 1e-4]
-SEED_TIME_STEPS = 112
-SEED_NAMES = {"lstm": "lstm-1-64-2-1", "att": "att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe",
-              "att_mh": "att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe", "vq": "vq-64-64-1-1-512-is_causal-randpe",
-              "vq_mh": "vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope"}
-# The seed's two tables: (model, learning rate): (Predict/mse_regressive, Predict/mse_batch), all at 112 time steps.
-SEED_TABLES = {
+ORIGINAL_TIME_STEPS = 112
+ORIGINAL_NAMES = ["lstm-1-64-2-1", "att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe",
+                  "att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe",
+                  "vq-64-64-1-1-512-is_causal-randpe",
+                  "vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope"]
+ORIGINAL_RATES = [3e-3, 1e-3, 5e-4, 3e-4, 1e-4]
+# (model, learning rate): (free-run MSE, one-step MSE), all with 112 time steps.
+ORIGINAL_TABLES = {
     "y_w": {
-        ("att", 5e-4): (1123.62, 1128.09), ("att_mh", 5e-4): (1127.6, 1098.34), ("att_mh", 3e-3): (1277.27, 1097.75),
-        ("att_mh", 1e-3): (1407.15, 1127.35), ("lstm", 3e-4): (1496.39, 1098.17), ("lstm", 5e-4): (1568.19, 1115.62),
-        ("att", 3e-4): (1863.04, 1156.63), ("att_mh", 1e-4): (1954.19, 1211.73), ("att", 1e-3): (1998.94, 1123.66),
-        ("lstm", 1e-3): (2384.63, 1126.47),
+        ("att", 5e-4): (1123.62, 1128.09), ("att_mh", 5e-4): (1127.6, 1098.34),
+        ("att_mh", 3e-3): (1277.27, 1097.75), ("att_mh", 1e-3): (1407.15, 1127.35),
+        ("lstm", 3e-4): (1496.39, 1098.17), ("lstm", 5e-4): (1568.19, 1115.62),
+        ("att", 3e-4): (1863.04, 1156.63), ("att_mh", 1e-4): (1954.19, 1211.73),
+        ("att", 1e-3): (1998.94, 1123.66), ("lstm", 1e-3): (2384.63, 1126.47),
     },
     "4single": {
-        ("vq", 1e-4): (20751.3, 2722.98), ("vq_mh", 5e-4): (24268.4, 2113.12), ("vq_mh", 1e-3): (24649.5, 1977.2),
-        ("vq_mh", 3e-3): (25301.4, 1942.9), ("vq", 3e-4): (27897.9, 2010.93), ("att_mh", 3e-4): (28387.1, 1309.87),
-        ("vq", 3e-3): (29481.0, 1991.11), ("vq", 5e-4): (29551.5, 2008.6), ("vq", 1e-3): (29758.8, 2009.97),
-        ("lstm", 5e-4): (31854.4, 1360.52),
+        ("vq", 1e-4): (20751.3, 2722.98), ("vq_mh", 5e-4): (24268.4, 2113.12),
+        ("vq_mh", 1e-3): (24649.5, 1977.2), ("vq_mh", 3e-3): (25301.4, 1942.9),
+        ("vq", 3e-4): (27897.9, 2010.93), ("att_mh", 3e-4): (28387.1, 1309.87),
+        ("vq", 3e-3): (29481.0, 1991.11), ("vq", 5e-4): (29551.5, 2008.6),
+        ("vq", 1e-3): (29758.8, 2009.97), ("lstm", 5e-4): (31854.4, 1360.52),
     },
 }
-# What the seed's tables used; each can be set on the command line.
-MODEL_DEFAULTS = {
-    "lstm": {"align_target": False},
-    "att": {"n_heads": 1, "kv_heads": 1, "inln": True, "qln": True, "kln": True, "causal": True, "pe": "sinpe"},
-    "att_mh": {"n_heads": 8, "kv_heads": 1, "kln": True, "causal": True, "pe": "sinpe"},
-    "vq": {"n_heads": 1, "kv_heads": 1, "causal": True, "pe": "randpe"},
-    "vq_mh": {"n_heads": 8, "kv_heads": 4, "inln": True, "norm_pe": True, "pe": "rope"},
-    "vq_ar": {},
+# The options of the original's attention models; each can be set on the command line.
+ATTENTION = {
+    "att": {"n_heads": 1, "kv_heads": 1, "inln": True, "qln": True, "kln": True, "causal": True,
+            "norm_pe": False, "pe": "sinpe", "codebook": False},
+    "att_mh": {"n_heads": 8, "kv_heads": 1, "inln": False, "qln": False, "kln": True,
+               "causal": True, "norm_pe": False, "pe": "sinpe", "codebook": False},
+    "vq": {"n_heads": 1, "kv_heads": 1, "inln": False, "qln": False, "kln": False, "causal": True,
+           "norm_pe": False, "pe": "randpe", "codebook": True},
+    "vq_mh": {"n_heads": 8, "kv_heads": 4, "inln": True, "qln": False, "kln": False,
+              "causal": False, "norm_pe": True, "pe": "rope", "codebook": True},
 }
-FLAGS = ["inln", "qln", "kln", "causal", "norm_pe"]
-FIT, CHOOSE = 0.72, 0.80  # hold-out: fitted up to here, chosen up to here, tested on the rest
-HOLDOUT_COLUMNS = ("validation/mse_batch", "holdout/mse_regressive", "holdout/mse_batch")
-REGRESSIVE, BATCH = "Predict/mse_regressive", "Predict/mse_batch"
-DIVERGED = 1e300  # stands for a squared error that is not finite, so that such a run sorts last
+ATTENTION_FLAGS = {  # the name in the original's model strings and a description
+    "inln": ("is_inln", "LayerNorm on the input"),
+    "qln": ("is_qln", "LayerNorm on queries"),
+    "kln": ("is_kln", "LayerNorm on keys"),
+    "causal": ("is_causal", "causal mask"),
+    "norm_pe": ("is_n_pe", "positions on queries and keys instead of the input"),
+}
+# The hold-out, as shares of the rows: models are fitted on the first 40, 50 and 60 % and validated
+# on the next 20 %, with free runs from five origins there; then fitted on 80 % and tested.
+FOLDS = [0.4, 0.5, 0.6]
+HORIZON = 0.2
+TEST = 0.8
+ORIGINS = 5
+COVERAGE = 0.8  # of the intervals
+COMBINED_RATE = 1e-3  # learning rate of vq_ar in `combined`
+KINDS = ["free run", "one step"]
+PROTOCOLS = {"original": "original's protocol (in-sample)", "holdout": "hold-out (last 20 %)"}
+RANKED_BY = {"original": "original free run", "holdout": "validation free run"}
+MAX_PERIOD = 500
+RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
+SERIES_COLUMN = re.compile(r"(unique|series|item|store|sensor|device|station)?[ _]?(id|name)|"
+                           "series|item|store|sensor|device|station|ticker|symbol", re.I)
+NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d*)?\s*")
 
 
-class UserError(Exception):
-    """Something that the user can put right: main() makes it one line on stderr and exit code 2."""
+def parse_args(argv=None):
+    """The command line as a namespace; an error is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="embedded series, one rate: under a minute")
+    add("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded to "
+        "--data-dir, or the embedded one; if unset, y_w, or synthetic where that cannot be had")
+    add("--data", metavar="FILE", help="CSV file of your own series")
+    add("--column", default="-1", metavar="NAME", help="column of values, or its index from 0")
+    add("--time-column", metavar="NAME", help="column of times, or its index; if unset, the rows "
+        "are taken as equally spaced")
+    add("--series-column", metavar="NAME", help="column that names the series of a row")
+    add("--series", metavar="NAME", help="series to take, with --series-column")
+    add("--fill", choices=["linear", "forward"], help="how to fill missing values and rows")
+    add("--data-dir", default="data", help="folder of downloads")
+    add("--protocol", choices=["original", "holdout", "both"], default="both", help="original: "
+        "random windows, scored over the whole series; holdout: tested on the last 20 %%")
+    add("--model", nargs="+", choices=[*MODELS, "combined"], default=[*MODELS, "combined"],
+        help="models to run beside the baselines")
+    add("--time-steps", nargs="+", type=int, help="values in a window; if unset, 112, or a sixth "
+        "of a shorter series")
+    add("--learning-rate", nargs="+", type=float, default=ORIGINAL_RATES, help="learning rates")
+    add("--d-model", nargs="+", type=int, default=[64], help="widths of the attention models")
+    add("--pe", nargs="+", choices=["none", "randpe", "sinpe", "rope"], help="positional "
+        "encodings; if unset, the original's for each model")
+    add("--hidden-dim", type=int, default=64, help="width of the LSTM")
+    add("--num-layers", type=int, default=2, help="layers of the LSTM")
+    add("--n-heads", type=int, help="query heads of att_mh and vq_mh; if unset, 8")
+    add("--kv-heads", type=int, help="key heads of att_mh and vq_mh; if unset, 1 and 4")
+    add("--vocab-size", type=int, default=64, help="codebook rows of vq and vq_mh")
+    add("--block-size", type=int, default=512, help="positions of the attention models")
+    for flag, (_, description) in ATTENTION_FLAGS.items():
+        add(f"--{flag.replace('_', '-')}", action=argparse.BooleanOptionalAction,
+            help=f"{description}; if unset, the original's choice for each model")
+    add("--align-target", action=argparse.BooleanOptionalAction, help="loss at every step instead "
+        "of the last one; if unset, for all models but the LSTM")
+    add("--epochs", type=int, default=50, help="passes over the windows")
+    add("--batch-size", type=int, default=64, help="windows in a step")
+    add("--seed", type=int, default=42, help="random seed of weights and order; the original's "
+        "split always has 42")
+    add("--runs", type=int, default=1, help="number of seeds; reports mean and interval")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    add("--backend", choices=["loky", "dask"], default="loky", help="joblib's backend: this "
+        "machine, or a dask cluster at DASK_SCHEDULER_ADDRESS")
+    add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
+    add("--output-dir", default="outputs", help="folder of all results")
+    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished sweep to go on "
+        "with; without a value, the newest")
+    add("--predict-steps", type=int, metavar="N", help="values to forecast after the end of the "
+        "series of --checkpoint")
+    add("--checkpoint", metavar="FILE", help="file in runs/ of a sweep")
+    if "--quick" in (argv or []):
+        parser.set_defaults(dataset=["synthetic"], epochs=12, time_steps=[128],
+                            learning_rate=[3e-3])
+    args = parser.parse_args(argv)
+    check_args(args, parser.error)
+    return args
 
 
-def note(text):
-    print(f"forecast.py: {text}", file=sys.stderr)
+def check_args(args, error):
+    """Call `error` with a message if an argument is out of range or does not fit another."""
+    least = {"seed": 0, "time_steps": 2}
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and number < least.get(name, 1):
+                error(f"--{name.replace('_', '-')} {number} is too small")
+    if not all(0 < rate <= 10 for rate in args.learning_rate) or args.seed >= 2**31:
+        error("--learning-rate must be above 0 and at most 10, --seed under 2**31")
+    if args.data and args.dataset and not args.quick:
+        error("--data and --dataset exclude each other")
+    if bool(args.series_column) != bool(args.series):
+        error("--series-column and --series go together")
+    if (args.predict_steps is None) != (args.checkpoint is None):
+        error("--predict-steps and --checkpoint go together")
+    if (args.predict_steps or 0) > 10**6:
+        error("--predict-steps is at most a million")
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
+# --- Data ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class Series:
-    """One series: `values` [rows] float64 with the name of their column, and the times of the rows."""
+    """One series: `values` [rows] float64 of a column, and the times of the rows."""
 
     name: str
     values: np.ndarray
-    times: np.ndarray  # [rows] numbers or datetime64
+    times: pd.Index  # row numbers, numbers, or dates with their frequency
     column: str
     time_label: str
     source: str  # real or embedded
-    sha256: str
+
+
+def digest(values):
+    """sha256 of values [rows]."""
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
 def generate_series(rows=720, seed=0):
-    """The embedded series: two peaks in each cycle of 120 rows, a slow drift and sensor noise; [rows] float64."""
+    """The embedded series [rows]: two peaks in each cycle of 120 rows, a slow drift and noise."""
     rng = np.random.default_rng(seed)
     t = np.arange(rows)
     cycle, phase = t // 120, (t % 120) / 120
-    heights = rng.uniform(0.85, 1.15, (rows // 120 + 1, 2))[cycle]  # [rows, 2]: no two cycles are quite alike
+    heights = rng.uniform(0.85, 1.15, (rows // 120 + 1, 2))[cycle]  # no two cycles are alike
     first = np.exp(-(((phase - 0.25) / 0.07) ** 2))
     second = np.exp(-(((phase - 0.60) / 0.12) ** 2))
     level = 120 + 15 * np.sin(2 * np.pi * t / 1000)
-    return level + 300 * heights[:, 0] * first + 170 * heights[:, 1] * second + 12 * rng.standard_normal(rows)
+    peaks = 300 * heights[:, 0] * first + 170 * heights[:, 1] * second
+    return level + peaks + 12 * rng.standard_normal(rows)
 
 
-def read_series(path, column=None, time_column=None, name=None):
-    """A column of a CSV file with a header as Series; `column` is a name or an index from 0 (default: the last one)."""
-    import pyarrow as pa
-    import pyarrow.csv
-
+def decode(content, path):
+    """The text of a file, which may be compressed, or in UTF-16 or Latin-1."""
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{path}: {error}") from None
+    encoding = "utf-8-sig"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
     try:
-        raw = Path(path).read_bytes()
-        parse = pa.csv.ParseOptions(ignore_empty_lines=False)
-        table = pa.csv.read_csv(io.BytesIO(raw.rstrip()), pa.csv.ReadOptions(use_threads=False), parse)
-        header = table.column_names
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --data takes a CSV file with a header") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder; --data takes one CSV file") from None
-    except (pa.ArrowInvalid, UnicodeDecodeError) as problem:
-        reason = " ".join(str(problem).split())
-        raise UserError(f"{path}: {reason}; a CSV file in UTF-8 with a header is needed") from None
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    if "\0" in text:
+        raise UserError(f"{path}: not a text file; save it as CSV")
+    return text.rstrip()
 
-    def numbers(wanted, flag):
-        if wanted in header:
-            index = header.index(wanted)
-        elif wanted.lstrip("-").isdigit() and -len(header) <= int(wanted) < len(header):
-            index = int(wanted) % len(header)
-        else:
-            raise UserError(f"{path}: no column {wanted!r} for {flag}, only {', '.join(header)}")
-        cells = table.column(index)
-        if flag == "--time-column" and pa.types.is_temporal(cells.type) and not cells.null_count:
-            return cells.to_numpy(), header[index]
-        values = np.empty(len(cells))
-        for row, cell in enumerate(cells.to_pylist()):
-            try:
-                values[row] = math.nan if cell is None else float(cell)
-            except (TypeError, ValueError):
-                values[row] = math.nan
-            if not math.isfinite(values[row]):
-                what = "empty or NaN" if cell is None or cell != cell else repr(cell)
-                raise UserError(f"{path}: row {row + 2}, column {header[index]!r}: {what}, a number is needed")
-        return values, header[index]
 
-    values, label = numbers("-1" if column is None else column, "--column")
-    times, time_label = np.arange(float(len(values))), "row number"
-    if time_column is not None:
-        times, time_label = numbers(time_column, "--time-column")
-    if len(values) == 0 or np.ptp(values) <= 1e-9 * np.abs(values).max():
-        raise UserError(f"{path}: column {label!r} is constant or has no rows; there is nothing to forecast")
-    return Series(name or Path(path).stem, values, times, label, time_label, "real", hashlib.sha256(raw).hexdigest())
+def read_frame(path):
+    """pandas DataFrame of a CSV file with any usual encoding, delimiter and decimal point."""
+    text = decode(Path(path).read_bytes(), path)
+    if text.startswith("sep="):  # as Excel writes it
+        text = text.partition("\n")[2]
+    header = text.partition("\n")[0]
+    delimiter = max(";\t|,", key=header.count)
+    decimal = "," if delimiter != "," and re.search(r"\d,\d", text) else "."
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    if len(set(names)) < len(names) or any(map(NUMBER.fullmatch, names)) or header == text:
+        raise UserError(f"{path}: a header with different column names, and rows, are needed; the "
+                        f"first line is {header[:80]!r}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(io.StringIO(text), sep=delimiter, decimal=decimal, index_col=False,
+                               skip_blank_lines=False)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def find_column(frame, name, path):
+    """The name of a column of a frame that is called `name` or has this index."""
+    if name in frame:
+        return name
+    with contextlib.suppress(ValueError, IndexError):
+        return frame.columns[int(name)]
+    raise UserError(f"{path}: no column {name!r}, only {', '.join(frame)}")
+
+
+def select_series(frame, args):
+    """The rows of --series. Raises UserError where a column seems to name several series."""
+    if args.series_column:
+        names = frame[find_column(frame, args.series_column, args.data)].astype(str)
+        if args.series not in set(names):
+            raise UserError(f"{args.data}: no series {args.series!r}, only "
+                            f"{', '.join(names.unique()[:10])}")
+        return frame[names == args.series]
+    for name in frame:
+        if SERIES_COLUMN.fullmatch(name) and 1 < frame[name].nunique() < len(frame):
+            raise UserError(f"{args.data}: column {name!r} names {frame[name].nunique()} series; "
+                            f"choose one with --series-column {name} --series "
+                            f"{frame[name].iloc[0]}")
+    return frame
+
+
+def read_times(column, path):
+    """The times of a column: numbers, or dates with their time zone."""
+    if pd.api.types.is_numeric_dtype(column):
+        if not (column.between(1.8e7, 2.2e7) & (column % 1 == 0)).all():  # 20240131 is a date
+            return column
+        column = column.astype(int)
+    texts = column.astype(str).str.strip()
+    if texts.str.fullmatch(r"\d{1,2}:\d\d(:\d\d(\.\d+)?)?").any():
+        raise UserError(f"{path}, column {column.name!r}: times of day need a date; without "
+                        "--time-column the rows are taken as equally spaced")
+    offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False).nunique()
+    if offsets > 1:
+        note(f"column {column.name!r} has {offsets} offsets from UTC; times are in UTC")
+    orders = [False] if texts.str.match(r"\d{4}").all() else [False, True]
+    candidates = [pd.to_datetime(texts, format="mixed", errors="coerce", dayfirst=day_first,
+                                 utc=offsets > 1) for day_first in orders]
+    # With the right order of day and month the most times are valid and the fewest are missing.
+    return min(candidates, key=lambda times: (times.isna().sum(), span_in_steps(times)))
+
+
+def span_in_steps(times):
+    """The time from the first to the last of times in any order, in median steps."""
+    steps = times.drop_duplicates().sort_values().diff()
+    return steps.sum() / steps.median()
+
+
+def usual_step(times):
+    """The mean of the steps of numeric times that are near the median; whole if it is."""
+    steps = np.diff(times)
+    step = steps[np.abs(steps / np.median(steps) - 1) < 0.1].mean()
+    return int(step) if step == int(step) else step
+
+
+def place_on_grid(times, where):
+    """(all equally spaced times from the first to the last of the increasing `times`, the places
+    of `times` among them). The spacing is a number, or a frequency such as business days. Raises
+    UserError if there is none."""
+    if isinstance(times, pd.DatetimeIndex):
+        starts = range(0, max(1, len(times) - 9), max(1, len(times) // 50))
+        with warnings.catch_warnings(action="ignore"):  # of a type that will change in pandas 4
+            frequencies = {pd.infer_freq(times[start : start + 10]) for start in starts} - {None}
+        grids = [pd.date_range(times[0], times[-1], freq=frequency) for frequency in frequencies]
+        places = [grid.get_indexer(times) for grid in grids]
+    else:
+        step = usual_step(times)
+        exact = (times.to_numpy() - times[0]) / step
+        places = [exact.round().astype(int)]
+        grids = [times[0] + step * pd.RangeIndex(places[0][-1] + 1)]
+        places[0][np.abs(exact - places[0]) > 0.1] = -1
+    fitting = [(len(grid), i) for i, grid in enumerate(grids) if places[i].min() >= 0]
+    if not fitting:
+        raise UserError(f"{where}: the times are not equally spaced; resample them, or leave out "
+                        "--time-column to take the rows as equally spaced")
+    best = min(fitting)[1]
+    return grids[best], places[best]
+
+
+def sort_by_time(frame, time_column, args):
+    """The frame with its times as index, in order and complete: missing rows hold NaN."""
+    where = f"{args.data}, column {time_column!r}"
+    times = read_times(frame[time_column], args.data)
+    for bad, problem in ((times.isna(), "is not a time"),
+                         (times.duplicated(), "occurs twice; are these several series? Choose one "
+                          "with --series-column and --series")):
+        if bad.any():
+            row = bad.idxmax()
+            raise UserError(f"{where}, row {row + 2}: {frame[time_column][row]!r} {problem}")
+    if not times.is_monotonic_increasing:
+        note(f"{where}: the rows are not in order and are sorted by time")
+    frame = frame.set_index(pd.Index(times)).sort_index()
+    grid, places = place_on_grid(frame.index, where)
+    missing = np.setdiff1d(np.arange(len(grid)), places)
+    if len(missing) and not args.fill:
+        raise UserError(f"{where}: {len(missing)} rows are missing, the first at "
+                        f"{grid[missing[0]]}; --fill linear or --fill forward fills them")
+    return frame.set_index(grid[places]).reindex(grid)
+
+
+def read_values(column, args):
+    """The numbers [rows] float64 of a column, with missing ones filled as --fill says."""
+    where = f"{args.data}, column {column.name!r}"
+    values = pd.to_numeric(column, errors="coerce").astype(float)
+    for row in np.flatnonzero(values.isna() & column.notna())[:1]:
+        raise UserError(f"{where}, row {row + 2}: {column.iloc[row]!r} is not a number")
+    values = values.replace([np.inf, -np.inf], np.nan)
+    count = values.isna().sum()
+    if count and not args.fill:
+        row = np.flatnonzero(values.isna())[0]
+        raise UserError(f"{where}, row {row + 2}: empty, NaN or infinite, as {count} of "
+                        f"{len(values)} rows; --fill linear or --fill forward fills them")
+    if count:
+        note(f"{where}: missing values filled: {count}")
+        values = values.ffill() if args.fill == "forward" else values.interpolate("linear")
+    if values.isna().any() or not len(values):
+        raise UserError(f"{where}: no value in the first row")
+    if np.ptp(values) == 0 or not 1e-100 < np.abs(values).max() < 1e100:
+        raise UserError(f"{where}: constant, or values below 1e-100 or above 1e100")
+    return values.to_numpy()
+
+
+def read_series(args):
+    """The Series of --data. Raises UserError for a file that cannot be taken as one series."""
+    frame = select_series(read_frame(args.data), args)
+    column, time_label = find_column(frame, args.column, args.data), "row number"
+    if args.time_column:
+        time_label = find_column(frame, args.time_column, args.data)
+        frame = sort_by_time(frame, time_label, args)
+    else:
+        frame = frame.reset_index(drop=True)
+    values = read_values(frame[column], args)
+    return Series(Path(args.data).stem, values, frame.index, column, time_label, "real")
 
 
 def fetch(name, data_dir):
-    """Path of the known data set in `data_dir`, downloaded once and checked by its sha256; UserError if that fails."""
-    file, digest = FILES[name]
-    path = Path(data_dir) / file
-    if path.exists():
-        return path
-    help_text = f"bring {file} into --data-dir {data_dir}, or take --dataset synthetic"
+    """Path of a known series in `data_dir`, downloaded if absent. Raises UserError."""
+    file, sha256 = FILES[name]
+    path = Path(data_dir, file)
+    where = path if path.exists() else URL + file
     try:
-        with urllib.request.urlopen(URL + file, timeout=3) as answer:
-            raw = answer.read()
-    except (OSError, ValueError, http.client.HTTPException) as problem:  # URLError is an OSError
-        raise UserError(f"{URL}{file}: {problem}; {help_text}") from None
-    if hashlib.sha256(raw).hexdigest() != digest:
-        raise UserError(f"{URL}{file}: {len(raw):,} bytes with another sha256 than expected; {help_text}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as target:
-        target.write(raw)
+        content = path.read_bytes() if path.exists() else download(where)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{where}: {error}; put {file} into {data_dir}, or use --dataset "
+                        "synthetic") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{where}: {len(content):,} bytes with another sha256 than expected")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            part.write_bytes(content)
     return path
 
 
+def download(url):
+    """The content at a URL; one attempt of 3 s."""
+    with urllib.request.urlopen(url, timeout=3) as response:
+        return response.read()
+
+
 def load_series(args):
-    """{name: Series} of --data or --dataset; with neither y_w, or the embedded series if that cannot be had."""
+    """{name: Series} of --data or --dataset; with neither y_w, or the embedded series."""
     if args.data:
-        series = read_series(args.data, args.column, args.time_column)
+        series = read_series(args)
         return {series.name: series}
-    names = args.dataset or ["y_w"]
     loaded = {}
-    for name in names:
+    for name in args.dataset or ["y_w"]:
         if name != "synthetic":
             try:
-                loaded[name] = read_series(fetch(name, args.data_dir), "1", "0", name)
+                times, values = read_frame(fetch(name, args.data_dir)).items()
+                loaded[name] = Series(name, values[1].to_numpy(), pd.Index(times[1]), values[0],
+                                      times[0], "real")
                 continue
-            except UserError as problem:
+            except UserError as error:
                 if args.dataset:
                     raise
-                note(f"no real data ({problem}): the embedded series is used, all figures are about synthetic sensors")
-        values = generate_series(seed=0)
-        loaded["synthetic"] = Series("synthetic", values, np.arange(len(values)) / 30, "signal", "time [h]", "embedded",
-                                     hashlib.sha256(values).hexdigest())
+                note(f"no real data ({error}); the embedded series is used")
+        values = generate_series()
+        times = pd.Index(np.arange(len(values)) / 30)
+        loaded["synthetic"] = Series("synthetic", values, times, "signal", "time [h]", "embedded")
     return loaded
 
 
-def seed_split(count):
-    """(training, validation) window numbers, 80/20 at random, in the seed's own order (generator seed 42)."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(42))
-    return order[: int(0.8 * count)], order[int(0.8 * count) :]
+# --- Baselines: linear functions of the last values, plus a constant for each phase -------------
 
 
-# --- Models: each reads [batch, time] normalized values --------------------------------------------------------------
-
-
-class LSTM(nn.Module):
-    """The seed's LSTM: [batch, time] -> [batch, 1], or [batch, time] without `last_only`. 50,497 parameters."""
+class LinearForecaster(nn.Module):
+    """x[t] = weights · x[t - lookback : t] + bias[t mod period]."""
 
     horizon = 1
 
-    def __init__(self, hidden_dim=64, num_layers=2):
+    def __init__(self, weights, bias):
         super().__init__()
-        self.name = f"lstm-1-{hidden_dim}-{num_layers}-1"
-        self.lstm = nn.LSTM(1, hidden_dim, num_layers, batch_first=True)
-        self.head = nn.Linear(hidden_dim, 1)
+        self.register_buffer("weights", torch.as_tensor(weights, dtype=torch.float32))  # [lookback]
+        self.register_buffer("bias", torch.as_tensor(bias, dtype=torch.float32))  # [period]
+
+    def predict(self, windows, rows):
+        """Forecasts [batch, 1] of the rows [batch] that follow windows [batch, lookback]."""
+        return (windows @ self.weights + self.bias[rows % len(self.bias)]).unsqueeze(1)
+
+
+def find_period(z):
+    """The period of z [rows], or 1: of the high peaks of the autocorrelation the shortest whose
+    seasonal naive forecast of the last quarter has an error within 10 % of the least."""
+    rows = np.arange(len(z))
+    residuals = z - np.polyval(np.polyfit(rows, z, 1), rows)
+    spectrum = np.abs(np.fft.rfft(residuals, 2 * len(z))) ** 2
+    correlation = np.fft.irfft(spectrum)[: len(z)] / np.arange(len(z), 0, -1)
+    correlation = correlation[: min(MAX_PERIOD, len(z) // 3)] / correlation[0]
+    middle = correlation[1:-1]
+    is_peak = (middle > correlation[:-2]) & (middle > correlation[2:])
+    is_high = middle > max(0.2, 0.8 * middle[is_peak].max(initial=0))
+    peaks = np.flatnonzero(is_peak & is_high) + 1
+    start = len(z) * 3 // 4
+    errors = [np.mean((z[start:] - z[start - peak : len(z) - peak]) ** 2) for peak in peaks]
+    return next((int(peak) for peak, error in zip(peaks, errors) if error <= 1.1 * min(errors)), 1)
+
+
+def fit_mean(z, time_steps):
+    """The mean of the training part."""
+    return np.zeros(1), [z.mean()]
+
+
+def fit_last(z, time_steps):
+    """The last value (persistence)."""
+    return np.ones(1), [0.0]
+
+
+def fit_seasonal(z, time_steps):
+    """The value one period ago."""
+    return np.eye(find_period(z))[0], [0.0]
+
+
+def fit_ridge(z, time_steps):
+    """Ridge regression on the last values; its strength by generalized cross-validation."""
+    windows = np.lib.stride_tricks.sliding_window_view(z, time_steps + 1)
+    model = RidgeCV(RIDGE_STRENGTHS).fit(windows[:, :-1], windows[:, -1])
+    return model.coef_, [model.intercept_]
+
+
+def fit_nlinear(z, time_steps):
+    """Ridge regression on differences from the last value (NLinear, Zeng et al. 2023)."""
+    windows = np.lib.stride_tricks.sliding_window_view(z, time_steps + 1)
+    differences = windows - windows[:, -2:-1]
+    model = RidgeCV(RIDGE_STRENGTHS).fit(differences[:, :-1], differences[:, -1])
+    weights = model.coef_.copy()
+    weights[-1] = 1 - weights[:-1].sum()
+    return weights, [model.intercept_]
+
+
+def fit_theta(z, time_steps):
+    """The Theta method (Assimakopoulos and Nikolopoulos 2000): exponential smoothing of the
+    deseasonalized series, with half the slope of its trend as drift (Hyndman and Billah 2003)."""
+    period = find_period(z)
+    rows = np.arange(len(z))
+    slope, level = np.polyfit(rows, z, 1)
+    season = pd.Series(z - level - slope * rows).groupby(rows % period).mean().to_numpy()
+    drift = slope / 2
+    remainder = pd.Series(z - season[rows % period] - drift * rows)
+    errors = {strength: np.mean((remainder.ewm(alpha=strength).mean().shift() - remainder) ** 2)
+              for strength in np.arange(0.05, 1.01, 0.05).clip(max=1)}
+    strength = min(errors, key=errors.get)
+    ages = np.arange(1, min(len(z), 300) + 1)  # 1 for the last value
+    weights = strength * (1 - strength) ** (ages - 1)
+    weights /= weights.sum()
+    phases = np.arange(period)
+    past_season = season[(phases[:, None] - ages) % period] @ weights
+    return weights[::-1].copy(), season - past_season + drift * (ages @ weights)
+
+
+BASELINES = {"mean": fit_mean, "last": fit_last, "seasonal": fit_seasonal, "ridge": fit_ridge,
+             "nlinear": fit_nlinear, "theta": fit_theta}
+
+
+# --- Networks: each reads [batch, time] normalized values ---------------------------------------
+
+
+class Network(nn.Module):
+    """Base of all networks. A new one needs __init__(run, args), forward and an entry in MODELS.
+
+    forward(x, last_only) takes x [batch, time] to the forecasts [batch, horizon] of the values
+    after x; without last_only to one-step forecasts [batch, time] from every step.
+    """
+
+    horizon = 1  # values of one forecast
+    decay = False  # whether the learning rate warms up and decays
+
+    def start(self, windows):
+        """Called before training with all training windows [count, time + horizon]."""
+
+    def loss(self, windows, align_target):
+        """Loss of windows [batch, time + 1] at every step, or at the last only."""
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        if align_target:
+            return F.mse_loss(self(inputs, last_only=False), targets)
+        return F.mse_loss(self(inputs), targets[:, -1:])
+
+    def predict(self, windows, rows):
+        """Forecasts [batch, horizon] after windows [batch, time], whatever their rows are."""
+        return self(windows)
+
+
+class LSTM(Network):
+    """The original's LSTM; 50,497 parameters at its defaults."""
+
+    def __init__(self, run, args):
+        super().__init__()
+        self.name = f"lstm-1-{args.hidden_dim}-{args.num_layers}-1"
+        self.lstm = nn.LSTM(1, args.hidden_dim, args.num_layers, batch_first=True)
+        self.head = nn.Linear(args.hidden_dim, 1)
         for name, parameter in self.named_parameters():
-            nn.init.zeros_(parameter) if "bias" in name else nn.init.xavier_uniform_(parameter)
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.xavier_uniform_(parameter)
 
     def forward(self, x, last_only=True):
-        hidden = self.lstm(x.unsqueeze(-1))[0]  # [batch, time, hidden_dim]
-        return self.head(hidden[:, -1:] if last_only else hidden).squeeze(-1)
+        hidden, _ = self.lstm(x.unsqueeze(-1))  # [batch, time, hidden_dim]
+        if last_only:
+            hidden = hidden[:, -1:]
+        return self.head(hidden).squeeze(-1)
 
 
 class Positions(nn.Module):
-    """Puts positions into [..., time, width]: `randpe` adds learned rows, `sinpe` waves, `rope` rotates pairs.
-
-    Sources: Vaswani et al. 2017 (sinpe), Su et al. 2021 (rope, pairs are the two halves of the width).
+    """Puts positions into [..., time, width]: `randpe` adds learned rows, `sinpe` waves (Vaswani
+    et al. 2017), and `rope` rotates pairs, one half of the width with the other (Su et al. 2021).
     """
 
     def __init__(self, kind, width, block_size):
         super().__init__()
         self.kind = kind
+        angles = torch.arange(block_size).unsqueeze(1) * 10000 ** (-torch.arange(0, width, 2) / width)
         if kind == "randpe":
             self.table = nn.Parameter(torch.randn(block_size, width))
-        elif kind != "none":
-            angles = torch.arange(block_size).unsqueeze(1) * 10000 ** (-torch.arange(0, width, 2) / width)
-            sin, cos = angles.sin(), angles.cos()  # [block_size, width / 2]
-            table = torch.stack([sin, cos], -1).flatten(1)[:, :width]
-            if kind == "rope":  # cos of both halves, sin with the sign that the other half comes with
-                table = torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])
-            self.register_buffer("table", table, persistent=False)
+        if kind == "sinpe":
+            waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
+            self.register_buffer("table", waves, persistent=False)
+        if kind == "rope":
+            self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)
+            self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1),
+                                 persistent=False)
 
     def forward(self, x, first=0):
+        rows = slice(first, first + x.shape[-2])
         if self.kind == "none":
             return x
-        table = self.table[..., first : first + x.shape[-2], :]
         if self.kind == "rope":
-            return x * table[0] + x.roll(x.shape[-1] // 2, -1) * table[1]
-        return x + table
+            return x * self.cos[rows] + x.roll(x.shape[-1] // 2, -1) * self.sin[rows]
+        return x + self.table[rows]
 
 
-def attend(q, k, values, causal, first=0):
-    """Sum over the heads of softmax(q kᵀ / √width) times one value a key, grouped-query; [batch, queries].
-
-    q [batch, heads, queries, width]; k [batch, kv_heads, keys, width]; values [batch, kv_heads, keys, group], one for
-    each of the `group` neighbouring heads that share a key head; k and values come without `batch` if they are the same
-    for all. `first` is the position of the first query; with `causal` a query sees the keys up to its own position.
-    Blocks of queries skip the keys that they may not see, which for narrow heads on a CPU takes half the time of
-    scaled_dot_product_attention.
-    """
-    batch, heads, queries, width = q.shape
-    kv_heads, keys, group = values.shape[-3:]
-    block = max(16, 64 // heads, queries // 8) if causal and k.dim() == 4 else queries
-    k, parts = k.transpose(-1, -2) * width**-0.5, []
-    for start in range(0, queries, block):
-        rows = q[:, :, start : start + block].reshape(batch, kv_heads, -1, width)  # [batch, kv_heads, group * block, …]
-        seen = min(keys, first + start + block) if causal else keys
-        scores = (rows @ k[..., :seen]).view(batch, heads, -1, seen)
-        if causal:  # added, since filling in place would cost a copy in the backward pass
-            scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(first + start + 1)
-        weights = scores.softmax(-1).view(batch, kv_heads, -1, seen)
-        all_pairs = (weights @ values[..., :seen, :]).view(batch, kv_heads, group, -1, group)  # of heads in a group
-        parts.append(all_pairs.diagonal(dim1=2, dim2=4).sum((1, 3)))
-    return torch.cat(parts, 1)
+def attention_options(run, args):
+    """The options of run.model: the original's, where the command line does not say otherwise."""
+    options = dict(ATTENTION[run.model])
+    for name in options:
+        if getattr(args, name, None) is not None and name != "pe":
+            options[name] = getattr(args, name)
+    if run.model in ("att", "vq"):
+        options |= {"n_heads": 1, "kv_heads": 1}
+    if run.pe:
+        options["pe"] = run.pe
+    return argparse.Namespace(**options)
 
 
-class Attention(nn.Module):
-    """The seed's four attention models: one layer, no residual, no MLP; [batch, time] -> [batch, 1] or [batch, time].
+class Attention(Network):
+    """The original's four attention models: one layer, without residual and MLP.
 
-    `att` and `att_mh` attend over the window. With `vocab_size` (`vq`, `vq_mh`) a learned codebook takes the place of
-    keys and values, and the embedded input is the query as it is: no time step sees another one.
-    `inln`, `qln`, `kln`: LayerNorm on the embedded input, queries, keys. `norm_pe` puts the positions on queries and
-    keys (after their norms, so that rope stays relative; the seed's order was the other way round) instead of on the
-    input. With `last_only` just the last query is computed, which is all that a forecast needs.
+    `att` and `att_mh` attend over the window. In `vq` and `vq_mh` a learned codebook takes the
+    place of keys and values, and the embedded input is the query. With --norm-pe the positions
+    are put on queries and keys after their norms, so that rope stays relative (the original had
+    the other order).
     """
 
-    horizon = 1
-
-    def __init__(self, kind, d_model=64, n_heads=1, kv_heads=1, vocab_size=None, block_size=512, inln=False, qln=False,
-                 kln=False, causal=False, norm_pe=False, pe="none"):
+    def __init__(self, run, args):
         super().__init__()
-        width = d_model // n_heads
-        self.n_heads, self.kv_heads, self.vocab_size = n_heads, kv_heads, vocab_size
-        self.causal, self.norm_pe = causal, norm_pe
-        sizes = ([vocab_size] if vocab_size else []) + [d_model] + ([n_heads, kv_heads] if kind[-3:] == "_mh" else [])
-        flags = {"is_inln": inln, "is_qln": qln, "is_kln": kln, "is_causal": causal, "is_n_pe": norm_pe}
-        named = [flag for flag, is_set in flags.items() if is_set] + [pe] * (pe != "none")
-        self.name = "-".join(map(str, [kind, *sizes, 1, 1, block_size, *named]))
-        self.fc_in = nn.Linear(1, d_model)
-        self.position = Positions(pe, width if norm_pe else d_model, block_size)
-        self.ln_in = nn.LayerNorm(d_model) if inln else nn.Identity()
-        self.ln_q = nn.LayerNorm(width) if qln else nn.Identity()
-        self.ln_k = nn.LayerNorm(width) if kln else nn.Identity()
-        if vocab_size:
-            self.codebook = nn.Parameter(torch.randn(kv_heads, vocab_size, width))
+        options = attention_options(run, args)
+        width, rest = divmod(run.d_model, options.n_heads)
+        if rest or options.n_heads % options.kv_heads:
+            raise UserError(f"{run.model}: --kv-heads {options.kv_heads} must divide --n-heads "
+                            f"{options.n_heads}, and that --d-model {run.d_model}")
+        if options.pe == "rope" and (width if options.norm_pe else run.d_model) % 2:
+            raise UserError(f"{run.model}: --pe rope needs an even width; see --d-model, --n-heads")
+        if args.align_target is not False and not (options.causal or options.codebook):
+            raise UserError(f"{run.model} would see its own targets; add --no-align-target or "
+                            "--causal")
+        self.options, self.width = options, width
+        block_size = max(args.block_size, run.time_steps)
+        self.name = self.make_name(run, args, block_size)
+        self.fc_in = nn.Linear(1, run.d_model)
+        self.position = Positions(options.pe, width if options.norm_pe else run.d_model, block_size)
+        self.ln_in = nn.LayerNorm(run.d_model) if options.inln else nn.Identity()
+        self.ln_q = nn.LayerNorm(width) if options.qln else nn.Identity()
+        self.ln_k = nn.LayerNorm(width) if options.kln else nn.Identity()
+        if options.codebook:
+            self.codebook = nn.Parameter(torch.randn(options.kv_heads, args.vocab_size, width))
         else:
-            self.fc_q = nn.Linear(d_model, d_model, bias=False)
-            self.fc_k = nn.Linear(d_model, kv_heads * width, bias=False)
-            self.fc_v = nn.Linear(d_model, kv_heads * width, bias=False)
-        self.fc_out = nn.Linear(d_model, 1, bias=bool(vocab_size))
+            self.fc_q = nn.Linear(run.d_model, run.d_model, bias=False)
+            self.fc_k = nn.Linear(run.d_model, options.kv_heads * width, bias=False)
+            self.fc_v = nn.Linear(run.d_model, options.kv_heads * width, bias=False)
+        self.fc_out = nn.Linear(run.d_model, 1, bias=options.codebook)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                # `att` of the seed projects to q, k, v in one matrix, whose Xavier bound is smaller by this factor.
-                joint = kind == "att" and name in ("fc_q", "fc_k", "fc_v")
+                # `att` of the original projects to q, k and v with one matrix, which has a
+                # Xavier bound that is smaller by this factor.
+                joint = run.model == "att" and name in ("fc_q", "fc_k", "fc_v")
                 nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if joint else 1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def make_name(self, run, args, block_size):
+        """The original's model string: sizes, the flags that are set, the encoding."""
+        options = self.options
+        sizes = [args.vocab_size] * options.codebook + [run.d_model]
+        if run.model.endswith("_mh"):
+            sizes += [options.n_heads, options.kv_heads]
+        flags = [flag for name, (flag, _) in ATTENTION_FLAGS.items() if getattr(options, name)]
+        encoding = [options.pe] if options.pe != "none" else []
+        return "-".join(map(str, [run.model, *sizes, 1, 1, block_size, *flags, *encoding]))
+
     def split_heads(self, x):
-        return x.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)  # [batch, kv_heads, time, width]
+        """[batch, time, heads · width] -> [batch, heads, time, width]."""
+        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
     def forward(self, x, last_only=True):
-        first = x.shape[1] - 1 if last_only else 0
-        h = self.fc_in(x.unsqueeze(-1))  # [batch, time, d_model]
-        h = self.ln_in(h if self.norm_pe else self.position(h))
-        if self.vocab_size:
-            q, k, v = h[:, first:], self.codebook, self.codebook
+        first = x.shape[1] - 1 if last_only else 0  # the first query
+        hidden = self.fc_in(x.unsqueeze(-1))  # [batch, time, d_model]
+        if not self.options.norm_pe:
+            hidden = self.position(hidden)
+        hidden = self.ln_in(hidden)
+        if self.options.codebook:
+            q = self.split_heads(hidden[:, first:])
+            k = v = self.codebook.expand(len(x), -1, -1, -1)
         else:
-            q, k, v = self.fc_q(h[:, first:]), self.split_heads(self.fc_k(h)), self.split_heads(self.fc_v(h))
-        q = q.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [batch, heads, time, width]
+            q = self.split_heads(self.fc_q(hidden[:, first:]))
+            k, v = self.split_heads(self.fc_k(hidden)), self.split_heads(self.fc_v(hidden))
         q, k = self.ln_q(q), self.ln_k(k)
-        if self.norm_pe:
-            q, k = self.position(q, first), k if self.vocab_size else self.position(k)
-        # The output layer is linear, so it may as well be applied to each value before the heads are added up.
-        heads_out = self.fc_out.weight.view(self.kv_heads, -1, q.shape[-1])  # [kv_heads, group, width]
-        out = attend(q, k, v @ heads_out.transpose(-1, -2), self.causal, first)
-        return out if self.fc_out.bias is None else out + self.fc_out.bias
+        if self.options.norm_pe:
+            q = self.position(q, first)
+            k = k if self.options.codebook else self.position(k)
+        # The query heads that share a key head become more queries of it (grouped queries).
+        batch, heads, queries, width = q.shape
+        group = heads // k.shape[1]
+        q = q.reshape(batch, k.shape[1], group * queries, width)
+        mask = None
+        if self.options.causal:
+            mask = torch.ones(queries, k.shape[2], dtype=torch.bool, device=x.device).tril(first)
+            mask = mask.repeat(group, 1)
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+        out = out.reshape(batch, heads, queries, width).transpose(1, 2).flatten(2)
+        return self.fc_out(out).squeeze(-1)
 
 
-class CodebookAR(nn.Module):
-    """Ours, `vq_ar`: attention over a codebook whose values are autoregressions, so that it does look back.
+class CodebookAR(Network):
+    """Ours, `vq_ar`: attention over a codebook of autoregressions, which does look back.
 
-    The window is pooled to means over lags 1, 2, 3-4, 5-8, … (few weights, smooth in the lag), taken relative to the
-    level (the mean of the last 4 values): what is forecast is a residual on that. A query, an MLP of the pooled shape
-    divided by its spread, attends over `vocab_size` keys; each value is a linear map from the pooled lags to the next
-    `horizon` residuals. Rises and decays so get a row each, instead of one compromise. `members` such models are
-    trained side by side from different starts, and the forecast is their mean.
-
-    [batch, time] -> [batch, horizon]; with `each_member` [members, batch, horizon].
+    It starts as ridge regression of the next `horizon` values on the window, relative to its last
+    value, and learns a correction. A query, an MLP of the window's means over lags 1, 2, 3-4,
+    5-8, … divided by their spread, attends over `vocab_size` keys; each value is a linear map
+    from the same means to the next values, so that rises and decays get a row each. `members`
+    such models are trained side by side; the forecast is their mean.
     """
 
-    vocab_size, hidden_dim, key_dim, horizon, members = 4, 32, 16, 16, 8
+    vocab_size, hidden_dim, key_dim, members = 4, 32, 16, 8
+    decay = True
 
-    def __init__(self, time_steps):
+    def __init__(self, run, args):
         super().__init__()
-        self.name = f"vq_ar-{self.vocab_size}-{self.hidden_dim}-{self.horizon}-{self.members}"
+        time_steps = run.time_steps
+        self.horizon = min(16, time_steps)
         edges = [0] + [2**i for i in range(math.ceil(math.log2(time_steps)))] + [time_steps]
         pool = torch.zeros(time_steps, len(edges) - 1)
-        for i, (near, far) in enumerate(itertools.pairwise(edges)):
-            pool[time_steps - far : time_steps - near, i] = 1 / (far - near)
+        for lag, (near, far) in enumerate(itertools.pairwise(edges)):
+            pool[time_steps - far : time_steps - near, lag] = 1 / (far - near)
         self.register_buffer("pool", pool, persistent=False)  # [time, lags]
         lags = len(edges) - 1
-
-        def normal(*shape):
-            return nn.Parameter(torch.randn(self.members, *shape) * shape[0] ** -0.5)
-
-        self.fc_in, self.fc_query = normal(lags + 1, self.hidden_dim), normal(self.hidden_dim, self.key_dim)
-        self.keys = normal(self.key_dim, self.vocab_size)
+        self.register_buffer("ridge", torch.zeros(time_steps, self.horizon))
+        self.register_buffer("intercept", torch.zeros(self.horizon))
+        self.fc_in = self.normal(lags + 1, self.hidden_dim)
         self.bias = nn.Parameter(torch.zeros(self.members, 1, self.hidden_dim))
-        self.values = nn.Parameter(torch.zeros(self.members, self.vocab_size * (lags + 2), self.horizon))
+        self.fc_query = self.normal(self.hidden_dim, self.key_dim)
+        self.keys = self.normal(self.key_dim, self.vocab_size)
+        value_rows = self.vocab_size * (lags + 2)
+        self.values = nn.Parameter(torch.zeros(self.members, value_rows, self.horizon))
 
-    def forward(self, x, each_member=False):
-        level = x[:, -4:].mean(1, keepdim=True)  # [batch, 1]
+    def normal(self, rows, columns):
+        return nn.Parameter(torch.randn(self.members, rows, columns) * rows**-0.5)
+
+    def start(self, windows):
+        """Fit the ridge regression from which training starts."""
+        windows = windows.cpu().double().numpy()
+        time_steps = len(self.pool)
+        last = windows[:, time_steps - 1 : time_steps]
+        model = RidgeCV(RIDGE_STRENGTHS)
+        model.fit(windows[:, :time_steps] - last, windows[:, time_steps:] - last)
+        self.ridge.copy_(torch.from_numpy(model.coef_.T.reshape(time_steps, -1)))
+        self.intercept.copy_(torch.from_numpy(np.atleast_1d(model.intercept_)))
+
+    def forward(self, x, last_only=True, each_member=False):
+        """[batch, time] -> [batch, horizon], or [members, batch, horizon] with each_member."""
+        last = x[:, -1:]
+        level = x[:, -4:].mean(1, keepdim=True)
         lags = x @ self.pool - level  # [batch, lags]
-        spread = (x - level).std(1, keepdim=True) + 0.05
+        spread = (x - level).square().mean(1, keepdim=True).sqrt() + 0.05
         shape = torch.cat([lags / spread, spread.log()], 1)
         query = F.gelu(shape @ self.fc_in + self.bias) @ self.fc_query  # [members, batch, key_dim]
         weights = (query @ self.keys).softmax(-1)  # [members, batch, vocab_size]
         inputs = torch.cat([lags, level, torch.ones_like(level)], 1)
-        mixed = (weights.unsqueeze(-1) * inputs.unsqueeze(1)).flatten(2)  # [members, batch, vocab_size * (lags + 2)]
-        forecasts = level + mixed @ self.values
+        mixed = (weights.unsqueeze(-1) * inputs.unsqueeze(1)).flatten(2)
+        forecasts = last + (x - last) @ self.ridge + self.intercept + mixed @ self.values
         return forecasts if each_member else forecasts.mean(0)
 
-
-def make_model(spec):
-    """The untrained network of a run's `spec`, its weights drawn with the run's seed."""
-    torch.manual_seed(spec["seed"])
-    options = spec["options"]
-    if spec["model"] == "lstm":
-        return LSTM(**options)
-    return CodebookAR(spec["time_steps"]) if spec["model"] == "vq_ar" else Attention(spec["model"], **options)
+    def loss(self, windows, align_target):
+        """Huber loss over the horizon: a few steep rises would else outweigh all the rest."""
+        time_steps = len(self.pool)
+        forecasts = self(windows[:, :time_steps], each_member=True)
+        return F.huber_loss(forecasts, windows[:, time_steps:].expand_as(forecasts), delta=0.05)
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+MODELS = {"lstm": LSTM, "att": Attention, "att_mh": Attention, "vq": Attention,
+          "vq_mh": Attention, "vq_ar": CodebookAR}
 
 
-def window_loss(model, windows, spec):
-    """Loss of windows [batch, time_steps + horizon]: at every step (`align_target`), at the last, or over `horizon`."""
-    x = windows[:, : spec["time_steps"]]
-    if spec["model"] == "vq_ar":  # Huber: a few rises of the series would else outweigh all the rest
-        forecasts = model(x, each_member=True)
-        target = windows[:, spec["time_steps"] :].expand_as(forecasts)
-        return F.huber_loss(forecasts, target, delta=0.05)
-    if spec["align_target"]:
-        return F.mse_loss(model(x, last_only=False).float(), windows[:, 1:])
-    return F.mse_loss(model(x).float(), windows[:, -1:])
+# --- Training -----------------------------------------------------------------------------------
 
 
-def train(model, z, fitting, validation, spec, shuffle):
-    """Fit `model` to the windows of z [rows] that begin at rows `fitting`; returns {train_loss: [epochs], val_loss: …}.
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep: everything that differs from run to run."""
 
-    The seed went through its random windows in one fixed order (`shuffle` False). Adam; ours with warm-up and cosine.
+    model: str
+    dataset: str
+    time_steps: int
+    learning_rate: float | None = None
+    d_model: int | None = None
+    pe: str | None = None
+    seed: int = 0
+
+    @property
+    def id(self):
+        """A name for files."""
+        parts = [self.model, self.dataset, f"ts{self.time_steps}"]
+        if self.learning_rate:
+            parts.append(f"lr{self.learning_rate:g}")
+        parts += [f"d{self.d_model}"] if self.d_model else []
+        parts += [self.pe] if self.pe else []
+        return "_".join([*parts, f"seed{self.seed}"])
+
+
+def warm_up_then_cosine(step, steps):
+    """Factor of the learning rate: up over the first 5 % of the steps, then a cosine to 0."""
+    return min((step + 1) / (0.05 * steps), 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def original_split(count):
+    """(training, validation) windows of `count`, 80/20 at random, in the original's order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(42))
+    return order[: int(0.8 * count)], order[int(0.8 * count) :]
+
+
+def train(model, z, train_starts, val_starts, run, args, shuffle):
+    """Train a network on the windows of z [rows] that begin at rows `train_starts`.
+
+    The original went through its random windows in one fixed order (`shuffle` False). Returns
+    the history [{train_loss, val_loss}], one entry an epoch. Raises UserError if it diverges.
     """
-    windows = z.unfold(0, spec["time_steps"] + model.horizon, 1)  # a view
-    fitting, validation = (rows[rows < len(windows)].to(z.device) for rows in (fitting, validation))
-    steps = spec["epochs"] * math.ceil(len(fitting) / spec["batch_size"])
-    optimizer = torch.optim.Adam(model.parameters(), spec["learning_rate"], fused=True)
-    ours = spec["model"] == "vq_ar"
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / (0.05 * steps), 1) * (
-        0.5 + 0.5 * math.cos(math.pi * step / steps)) if ours else 1.0)
-    history = {"train_loss": [], "val_loss": []}
-    for _ in range(spec["epochs"]):
+    windows = z.unfold(0, run.time_steps + model.horizon, 1)  # a view [count, time + horizon]
+    align_target = run.model != "lstm" if args.align_target is None else args.align_target
+    model.start(windows[train_starts])
+    optimizer = torch.optim.Adam(model.parameters(), run.learning_rate, fused=True)
+    steps = args.epochs * math.ceil(len(train_starts) / args.batch_size)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_up_then_cosine(step, steps) if model.decay else 1.0)
+    history = []
+    for epoch in range(args.epochs):
         model.train()
-        order = fitting[torch.randperm(len(fitting), device=z.device)] if shuffle else fitting
+        order = train_starts
+        if shuffle:
+            order = order[torch.randperm(len(order), device=z.device)]
         losses = []
-        for rows in order.split(spec["batch_size"]):
-            with torch.autocast(z.device.type, torch.bfloat16, enabled=spec["bfloat16"]):
-                loss = window_loss(model, windows[rows], spec)
+        for starts in order.split(args.batch_size):
+            loss = model.loss(windows[starts], align_target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
+            scheduler.step()
             losses.append(loss.detach())
-        history["train_loss"].append(torch.stack(losses).mean().item())
-        if not math.isfinite(history["train_loss"][-1]):
-            raise UserError(f"the loss in epoch {len(history['train_loss'])} is not finite; lower the --learning-rate")
+        train_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(train_loss):
+            raise UserError(f"the loss of epoch {epoch + 1} is not finite; try a lower "
+                            "--learning-rate")
         model.eval()
-        with torch.inference_mode(), torch.autocast(z.device.type, torch.bfloat16, enabled=spec["bfloat16"]):
-            losses = [window_loss(model, windows[rows], spec) for rows in validation.split(256)]
-            history["val_loss"].append(torch.stack(losses).mean().item() if losses else None)
+        with torch.inference_mode():
+            losses = [model.loss(windows[starts], align_target) for starts in val_starts.split(256)]
+        val_loss = torch.stack(losses).mean().item() if losses else math.nan
+        history.append({"train_loss": train_loss, "val_loss": val_loss})
     return history
 
 
-# --- Forecasts: `predict` maps [batch, time_steps] to [batch, horizon] ------------------------------------------------
-
-
-@torch.inference_mode()
-def one_step(predict, z, start, stop, time_steps):
-    """Forecasts [stop - start] of z [rows] at rows start to stop, each from the true values before it."""
-    windows = z.unfold(0, time_steps, 1)[start - time_steps : stop - time_steps]
-    return torch.cat([predict(some)[:, 0] for some in windows.split(256)])
-
-
-@torch.inference_mode()
-def free_run(predict, history, steps):
-    """Continue `history` [time_steps] by `steps` values, feeding each forecast back; all of the horizon is taken."""
-    if isinstance(predict, LSTM):
-        return free_run_lstm(predict, history, steps)
-    known, filled = len(history), 0
-    values = torch.cat([history, history.new_zeros(steps)])
-    while filled < steps:
-        ahead = predict(values[None, filled : filled + known])[0][: steps - filled]
-        values[known + filled : known + filled + len(ahead)] = ahead
-        filled += len(ahead)
-    return values[known:]
-
-
-def free_run_lstm(model, history, steps):
-    """The same for an LSTM that starts from zero in every window, in one cell step a value instead of time_steps.
-
-    All windows that will hold the newest value advance by it together: one row of the state for each window.
-    """
-    lstm, time_steps, forecasts = model.lstm, len(history), []
-    weights = [[getattr(lstm, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-               for layer in range(lstm.num_layers)]
-    states = [[history.new_zeros(time_steps, lstm.hidden_size) for _ in "hc"] for _ in weights]
-    for row in range(time_steps + steps - 1):
-        value = history[row] if row < time_steps else forecasts[row - time_steps]
-        x = value.expand(time_steps, 1)
-        for layer, state in enumerate(states):
-            for part in state:
-                part[row % time_steps] = 0  # a window begins here
-            states[layer] = list(torch.lstm_cell(x, state, *weights[layer]))
-            x = states[layer][0]
-        if row >= time_steps - 1:
-            forecasts.append(model.head(x[(row + 1) % time_steps])[0])  # the oldest window is complete
-    return torch.stack(forecasts)
-
-
 @dataclass
-class Fit:
-    """What one fit on one part of a series has made."""
+class Fitted:
+    """A fitted model with the mean and standard deviation that normalize its series."""
 
-    predict: object  # a network or, for a baseline, a function: [batch, time_steps] -> [batch, horizon]
-    z: torch.Tensor  # [rows] the whole series, normalized with mean and std
+    model: nn.Module
+    lookback: int
     mean: float
     std: float
-    history: dict | None = None
-    strength: float | None = None  # of ridge
+    history: list
 
-    def scores(self, start, stop, time_steps):
-        """{batch, regressive: mean squared error in original units} over rows start to stop, and the forecasts."""
-        forecasts = {"batch": one_step(self.predict, self.z, start, stop, time_steps),
-                     "regressive": free_run(self.predict, self.z[start - time_steps : start], stop - start)}
-        errors = {name: (forecast - self.z[start:stop]).square().mean().item() * self.std**2
-                  for name, forecast in forecasts.items()}
-        errors = {name: error if math.isfinite(error) else DIVERGED for name, error in errors.items()}
-        return errors, {name: (forecast * self.std + self.mean).cpu() for name, forecast in forecasts.items()}
+    def normalize(self, values):
+        device = next(itertools.chain(self.model.parameters(), self.model.buffers())).device
+        return torch.tensor((values - self.mean) / self.std, dtype=torch.float32, device=device)
+
+    @torch.inference_mode()
+    def one_step(self, values, start, stop):
+        """Forecasts [stop - start] of the rows, each from the true values before it."""
+        z = self.normalize(values)
+        forecasts = []
+        for rows in torch.arange(start, stop, device=z.device).split(256):
+            forecasts.append(self.model.predict(windows_before(z, rows, self.lookback), rows)[:, 0])
+        return torch.cat(forecasts).double().cpu().numpy() * self.std + self.mean
+
+    @torch.inference_mode()
+    def free_run(self, values, origins, steps):
+        """Forecasts [origins, steps] from each origin on, which feed their own values back."""
+        z = self.normalize(values)
+        rows = torch.as_tensor(origins, device=z.device)
+        known = windows_before(z, rows, self.lookback)
+        path = torch.cat([known, known.new_zeros(len(rows), steps)], 1)
+        done = 0
+        while done < steps:
+            window = path[:, done : done + self.lookback]
+            ahead = self.model.predict(window, rows + done)[:, : steps - done]
+            first = self.lookback + done
+            path[:, first : first + ahead.shape[1]] = ahead
+            done += ahead.shape[1]
+        return path[:, self.lookback :].double().cpu().numpy() * self.std + self.mean
 
 
-def fit(spec, values, fitting, validation, statistics, shuffle, strength=None):
-    """Fit a network or a baseline to the windows from rows `fitting` on, normalized by values[:statistics].
+def windows_before(z, rows, lookback):
+    """Windows [len(rows), lookback] of z [rows] that end before the rows; before the first value,
+    that value is repeated."""
+    padded = torch.cat([z[:1].expand(lookback), z])
+    return padded.unfold(0, lookback, 1)[rows]
 
-    The baselines: mean (0 in normalized values), last (persistence), and ridge on the lags, whose `strength` is, if not
-    given, the one with the least error on the windows from `validation` on.
-    """
-    mean, std, time_steps = float(values[:statistics].mean()), float(values[:statistics].std()), spec["time_steps"]
+
+def split_windows(run, horizon, stop, val_stop):
+    """(training, validation) windows by the rows at which they begin: those that end before row
+    `stop`, and those whose targets lie in rows stop to val_stop."""
+    train_starts = torch.arange(stop - run.time_steps - horizon + 1)
+    val_count = max(0, val_stop - stop - horizon + 1)
+    return train_starts, stop - run.time_steps + torch.arange(val_count)
+
+
+def fit(run, args, models, values, stop, val_stop=0, original=False):
+    """Fit the model of a run to values[:stop]; with `original` to a random 80 % of its windows."""
+    mean, std = values[:stop].mean(), values[:stop].std()
     if not std > 0:
-        raise UserError(f"the first {statistics} values are constant")
-    z = torch.tensor((values - mean) / std, dtype=torch.float32, device=spec["device"])
-    if spec["model"] == "mean":
-        return Fit(lambda x: torch.zeros_like(x[:, :1]), z, mean, std)
-    if spec["model"] == "last":
-        return Fit(lambda x: x[:, -1:], z, mean, std)
-    if spec["model"] == "ridge":
-        from sklearn.linear_model import Ridge
-
-        windows = z.unfold(0, time_steps + 1, 1).cpu().double().numpy()
-        x, y = windows[:, :-1], windows[:, -1]
-        strengths = 10.0 ** np.arange(-4, 4.1, 0.5) if strength is None else [strength]
-        models = [Ridge(alpha).fit(x[fitting], y[fitting]) for alpha in strengths]
-        best = min(models, key=lambda model: np.mean((model.predict(x[validation]) - y[validation]) ** 2))
-        weights, bias = torch.from_numpy(best.coef_).to(z), float(best.intercept_)
-        return Fit(lambda x: (x @ weights + bias).unsqueeze(1), z, mean, std, strength=best.alpha)
-    model = make_model(spec).to(z.device)
-    history = train(model, z, fitting, validation, spec, shuffle)
-    return Fit(model.eval(), z, mean, std, history)
-
-
-# --- One run: a model, a data set, its knobs and a seed ---------------------------------------------------------------
+        raise UserError(f"the first {stop} values are constant")
+    if run.model in BASELINES:
+        z = (values[:stop] - mean) / std
+        weights, bias = BASELINES[run.model](z, run.time_steps)
+        model = LinearForecaster(weights, bias).to(args.device)
+        return Fitted(model, len(weights), mean, std, [])
+    torch.manual_seed(run.seed)
+    model = models[run.model](run, args).to(args.device)
+    fitted = Fitted(model, run.time_steps, mean, std, [])
+    z = fitted.normalize(values)
+    starts = split_windows(run, model.horizon, stop, val_stop)
+    if original:
+        count = stop - run.time_steps - model.horizon + 1
+        starts = [part[part < count] for part in original_split(stop - run.time_steps)]
+    train_starts, val_starts = (part.to(args.device) for part in starts)
+    fitted.history = train(model, z, train_starts, val_starts, run, args, shuffle=not original)
+    model.eval()
+    return fitted
 
 
-def forecast_horizon(spec):
-    """Values that one forecast of the run's model holds."""
-    return CodebookAR.horizon if spec["model"] == "vq_ar" else 1
+# --- Evaluation ---------------------------------------------------------------------------------
 
 
-def needed_rows(spec):
-    """The shortest series that gives each part of the run's protocols at least one window."""
-    horizon = forecast_horizon(spec)
-    window = spec["time_steps"] + horizon
-    if spec["protocol"] == "seed":
-        return window + 10
-    return max(window + 10, math.ceil((window + 1) / FIT), math.ceil((horizon + 1) / (CHOOSE - FIT)))
+def forecast_errors(fitted, values, start, stop, origins):
+    """Forecasts minus truth for rows start to stop: {"one step": [rows], "free run": [origins,
+    rows]} with column j of an origin for the value j after it, NaN from `stop` on."""
+    firsts = np.linspace(start, stop, origins, endpoint=False).astype(int)
+    padded = np.append(values[:stop], np.full(stop - start, np.nan))
+    truth = padded[firsts[:, None] + np.arange(stop - start)]
+    return {"one step": fitted.one_step(values, start, stop) - values[start:stop],
+            "free run": fitted.free_run(values, firsts, stop - start) - truth}
 
 
-def run_one(spec, values):
-    """Fit and score one run on `values` [rows]; returns (row for the table, {forecasts and weights}).
+def holdout_parts(rows):
+    """The parts of the hold-out as (start, stop, origins): validation of each fold, then test."""
+    horizon = int(HORIZON * rows)
+    starts = [int(share * rows) for share in FOLDS]
+    return [(start, start + horizon, ORIGINS) for start in starts] + [(int(TEST * rows), rows, 1)]
 
-    Whatever goes wrong is recorded in the row, so that the other runs go on.
-    """
+
+def holdout_errors(run, args, models, values):
+    """Fit a run to the rows before each part of the hold-out. Returns ([forecast_errors of each
+    part], [(run, Fitted) of the test part], history of the last fold)."""
+    if run.model == "combined":
+        return combined_errors(run, args, models, values)
+    parts, history = [], []
+    for start, stop, origins in holdout_parts(len(values)):
+        fitted = fit(run, args, models, values, start, min(stop, int(TEST * len(values))))
+        parts.append(forecast_errors(fitted, values, start, stop, origins))
+        history.append(fitted.history)
+    return parts, [(run, fitted)], history[-2]
+
+
+def combined_members(run):
+    """The runs of which `combined` takes the first, vq_ar, and the best of the others."""
+    quarter = max(2, run.time_steps // 4)
+    members = [replace(run, model=model) for model in ["vq_ar", *BASELINES]]
+    return members + [replace(run, model=model, time_steps=quarter)
+                      for model in ("vq_ar", "ridge", "nlinear")]
+
+
+def combined_errors(run, args, models, values):
+    """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error,
+    chosen for one step and for the free run separately. Returns what holdout_errors does."""
+    network, *others = [holdout_errors(member, args, models, values)
+                        for member in combined_members(run)]
+    best = {}
+    for kind in KINDS:
+        scores = [validation_score(parts, kind) for parts, _, _ in others]
+        best[kind] = others[np.argmin(scores)]
+    parts = [{kind: (network[0][i][kind] + best[kind][0][i][kind]) / 2 for kind in KINDS}
+             for i in range(len(FOLDS) + 1)]
+    return parts, network[1] + best["free run"][1], []
+
+
+def validation_score(parts, kind):
+    """The geometric mean of the squared errors on validation: of the free run from each origin,
+    or of one step in the block from it to the next. No block with large errors rules it."""
+    errors = []
+    for part in parts[: len(FOLDS)]:
+        blocks = part[kind] if kind == "free run" else np.array_split(part[kind], ORIGINS)
+        errors += [np.nanmean(block**2) for block in blocks]
+    return np.exp(np.mean(np.log(np.maximum(errors, 1e-300))))
+
+
+def interval_widths(parts):
+    """Half widths of split-conformal intervals (Vovk et al. 2005) from the validation parts:
+    [1] for one step, and [horizon] for the free run, pooled over similar horizons."""
+    free_run = np.abs(np.concatenate([part["free run"] for part in parts[: len(FOLDS)]]))
+    edges = np.unique(np.geomspace(1, free_run.shape[1] + 1, 9).astype(int)) - 1
+    widths = [np.full(stop - start, conformal_quantile(free_run[:, start:stop]))
+              for start, stop in itertools.pairwise(edges)]
+    one_step = np.abs(np.concatenate([part["one step"] for part in parts[: len(FOLDS)]]))
+    return {"one step": np.array([conformal_quantile(one_step)]),
+            "free run": np.maximum.accumulate(np.concatenate(widths))}
+
+
+def conformal_quantile(residuals):
+    """The quantile of residuals that covers a new one with probability COVERAGE."""
+    residuals = residuals[np.isfinite(residuals)]
+    share = min(1, math.ceil((residuals.size + 1) * COVERAGE) / max(1, residuals.size))
+    return np.quantile(residuals, share, method="higher") if residuals.size else np.inf
+
+
+def extend(widths, count):
+    """Half widths [count]: beyond the validated horizon the last one."""
+    return widths[np.minimum(np.arange(count), len(widths) - 1)]
+
+
+def score_original(run, args, models, values):
+    """The original's protocol, over the whole series: (scores, result of the run)."""
+    fitted = fit(run, args, models, values, len(values), original=True)
+    errors = forecast_errors(fitted, values, run.time_steps, len(values), 1)
+    scores = dict(fitted.history[-1]) if fitted.history else {}
+    scores |= {f"original {kind}": np.mean(errors[kind] ** 2) for kind in KINDS}
+    return scores, {"errors": errors, "history": fitted.history, "members": [(run, fitted)]}
+
+
+def score_holdout(run, args, models, values):
+    """The hold-out, validation and test: (scores, result of the run)."""
+    parts, members, history = holdout_errors(run, args, models, values)
+    widths = interval_widths(parts)
+    start = int(TEST * len(values))
+    period = find_period(values[:start])
+    seasonal_error = np.abs(values[period:start] - values[: start - period]).mean() or math.nan
+    scores = {}
+    for kind in KINDS:
+        errors = np.abs(parts[-1][kind].ravel())
+        scores |= {
+            f"validation {kind}": validation_score(parts, kind),
+            f"test {kind}": np.mean(errors**2),
+            f"MASE {kind}": errors.mean() / seasonal_error,
+            f"coverage {kind}": np.mean(errors <= extend(widths[kind], len(errors))),
+        }
+    return scores, {"errors": parts[-1], "history": history, "members": members,
+                    "widths": widths}
+
+
+def execute(run, args, models, values):
+    """Fit and score one run: (run, its checkpoint or {"error"}), so that other runs go on."""
     torch.set_num_threads(1)
-    began, rows, time_steps = time.perf_counter(), len(values), spec["time_steps"]
-    row, state, histories = dict(spec), {"forecasts": {}}, {}
+    start_time = time.perf_counter()
+    scores, results = {}, {}
     try:
-        if spec["protocol"] in ("seed", "both"):
-            fitting, validation = seed_split(rows - time_steps)
-            result = fit(spec, values, fitting, validation, rows, shuffle=False)
-            errors, state["forecasts"]["seed"] = result.scores(time_steps, rows, time_steps)
-            row |= {REGRESSIVE: errors["regressive"], BATCH: errors["batch"]}
-            if result.history:
-                row |= {f"Final/{name}": losses[-1] for name, losses in result.history.items()}
-                histories["seed"] = result.history
-        if spec["protocol"] in ("holdout", "both"):
-            fitted, chosen, horizon = int(FIT * rows), int(CHOOSE * rows), forecast_horizon(spec)
-            starts = torch.arange(rows - time_steps)
-            validation = starts[fitted - time_steps : chosen - time_steps - horizon + 1]
-            result = fit(spec, values, starts[: fitted - time_steps - horizon + 1], validation, fitted, shuffle=True)
-            row |= {f"validation/mse_{name}": error
-                    for name, error in result.scores(fitted, chosen, time_steps)[0].items()}
-            if result.history:
-                histories["holdout"] = result.history
-            if spec["refit"]:
-                result = fit(spec, values, starts[: chosen - time_steps - horizon + 1], validation, chosen, True,
-                             result.strength)
-            errors, state["forecasts"]["holdout"] = result.scores(chosen, rows, time_steps)
-            row |= {f"holdout/mse_{name}": error for name, error in errors.items()}
-        if isinstance(result.predict, nn.Module):
-            state |= {"weights": result.predict.state_dict(), "mean": result.mean, "std": result.std, "spec": spec}
-            row["parameters"] = sum(parameter.numel() for parameter in result.predict.parameters())
-    except Exception as problem:
-        row["error"] = f"{type(problem).__name__}: {problem}"
-    if resource:  # in KiB, on macOS in bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        row["peak_memory_mib"] = round(peak / 2 ** (20 if sys.platform == "darwin" else 10))
-    return row | {"seconds": round(time.perf_counter() - began, 2), "history": histories}, state
+        if args.protocol != "holdout" and run.model != "combined":
+            original_scores, results["original"] = score_original(run, args, models, values)
+            scores |= original_scores
+        if args.protocol != "original":
+            holdout_scores, results["holdout"] = score_holdout(run, args, models, values)
+            scores |= holdout_scores
+    except Exception as error:
+        return run, {"error": f"{type(error).__name__}: {error}"}
+    members = next(reversed(results.values()))["members"]
+    name = getattr(members[0][1].model, "name", run.model)
+    parameters = sum(parameter.numel() for _, fitted in members
+                     for parameter in fitted.model.parameters())
+    row = asdict(run) | {"id": run.id, "name": name, "parameters": parameters}
+    row |= {key: float(score) for key, score in scores.items()}
+    row |= {"seconds": time.perf_counter() - start_time, "peak_memory_mib": memory_mib("VmHWM")}
+    checkpoint = {"row": row, "arguments": plain_arguments(args), "rows": len(values),
+                  "digest": digest(values)}
+    checkpoint["members"] = [pack(member, fitted) for member, fitted in members]
+    for protocol, result in results.items():
+        checkpoint[protocol] = {"history": result["history"],
+                                "errors": to_tensors(result["errors"]),
+                                "widths": to_tensors(result.get("widths", {}))}
+    return run, checkpoint
 
 
-def make_specs(args, series, device):
-    """([spec of each run], [(run, reason) of those that cannot be]): every combination once, the slowest first."""
-    specs, skipped = {}, {}
-    bfloat16 = has_bfloat16(device)
-    shared = {"protocol": args.protocol, "refit": args.refit, "epochs": args.epochs, "batch_size": args.batch_size,
-              "device": str(device)}
-    for dataset, model, time_steps in itertools.product(series, BASELINES + args.model, args.time_steps):
-        knobs = [(None, None, None)] if model in BASELINES else itertools.product(
-            args.learning_rate, args.d_model, args.pe or [None])
-        for rate, d_model, pe in knobs:
-            spec = {"model": model, "name": model, "dataset": dataset, "time_steps": time_steps}
-            spec |= shared | {"learning_rate": rate, "bfloat16": bfloat16 and model not in ("vq_ar", *BASELINES)}
-            if model not in BASELINES:
-                spec |= {"options": model_options(model, d_model, pe, time_steps, args), "seed": 0}
-                align = MODEL_DEFAULTS[model].get("align_target", True)
-                spec["align_target"] = align if args.align_target is None else args.align_target
-                if spec["align_target"] and model in ("att", "att_mh") and not spec["options"]["causal"]:
-                    raise UserError(f"{model} with --align-target and --no-causal would see its own answer; take "
-                                    "--no-align-target or --causal")
-                spec["name"] = make_model(spec).name
-            for seed in [args.seed] if model in BASELINES else range(args.seed, args.seed + args.runs):
-                spec = spec | {"seed": seed}
-                combination = f"{spec['name']}_{dataset}_ts{time_steps}"
-                combination += "" if rate is None else f"_lr{rate:g}"
-                spec |= {"combination": combination, "id": f"{combination}_seed{seed}"}
-                short = needed_rows(spec) - len(series[dataset].values)
-                if short > 0:
-                    skipped[combination] = (f"{dataset} has {len(series[dataset].values)} values, --time-steps "
-                                            f"{time_steps} needs {needed_rows(spec)}: {short} too few")
-                else:
-                    specs[spec["id"]] = spec
-    cost = {"lstm": 3, "att_mh": 4, "vq_mh": 2, "att": 2, "vq": 1}
-    return sorted(specs.values(), key=lambda spec: -cost.get(spec["model"], 0) * spec["time_steps"]), skipped
+def to_tensors(arrays):
+    """{name: tensor [rows]} of arrays, for a checkpoint."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array.ravel()))
+            for name, array in arrays.items()}
 
 
-def model_options(model, d_model, pe, time_steps, args):
-    """Constructor arguments of `model`: the seed's, where the command line does not say otherwise."""
-    if model == "vq_ar":
-        return {}
-    if model == "lstm":
-        return {"hidden_dim": args.hidden_dim, "num_layers": args.num_layers}
-    options = {"d_model": d_model, "block_size": max(args.block_size, time_steps)} | MODEL_DEFAULTS[model]
-    options |= {"pe": pe} if pe else {}
-    options |= {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    if model in ("att_mh", "vq_mh"):
-        options |= {name: getattr(args, name) for name in ("n_heads", "kv_heads") if getattr(args, name) is not None}
-    if model in ("vq", "vq_mh"):
-        options["vocab_size"] = args.vocab_size
-    width = d_model / options["n_heads"]
-    if width % 1 or options["n_heads"] % options["kv_heads"]:
-        raise UserError(f"{model}: --kv-heads {options['kv_heads']} must divide --n-heads {options['n_heads']}, and "
-                        f"that --d-model {d_model}")
-    if options["pe"] == "rope" and (width if options.get("norm_pe") else d_model) % 2:
-        raise UserError(f"{model}: --pe rope rotates pairs, so its width must be even; change --d-model or --n-heads")
-    return options
+def pack(run, fitted):
+    """What restores a fitted model from a checkpoint."""
+    return {"run": asdict(run), "weights": fitted.model.state_dict(), "lookback": fitted.lookback,
+            "mean": float(fitted.mean), "std": float(fitted.std)}
 
 
-def run_all(specs, series, jobs, backend):
-    """Yield (row, state) of each run as it ends, `jobs` at a time, each with one thread."""
+def unpack(member, args):
+    """The Fitted model of a checkpoint."""
+    run = Run(**member["run"])
+    if run.model in BASELINES:
+        model = LinearForecaster(**member["weights"])
+    else:
+        model = MODELS[run.model](run, args)
+        model.load_state_dict(member["weights"])
+    return Fitted(model.eval(), member["lookback"], member["mean"], member["std"], [])
+
+
+# --- The sweep ----------------------------------------------------------------------------------
+
+
+def needed_rows(time_steps, protocol):
+    """Rows with which each part of a protocol has a few windows."""
+    needed = time_steps + 16 + 8  # a window, the horizon of vq_ar and seven windows more
+    return needed if protocol == "original" else math.ceil(needed / FOLDS[0])
+
+
+def make_runs(args, series):
+    """(all runs of the sweep, the longest first; the reasons for which some are left out)."""
+    runs, skipped = [], []
+    seeds = range(args.seed, args.seed + args.runs)
+    for name, one in series.items():
+        rows = len(one.values)
+        for time_steps in args.time_steps or [min(ORIGINAL_TIME_STEPS, rows // 6)]:
+            needed = needed_rows(time_steps, args.protocol)
+            if rows < needed:
+                skipped.append(f"{name} has {rows} values; --time-steps {time_steps} needs "
+                               f"{needed}, {needed - rows} more")
+                continue
+            base = Run("mean", name, time_steps, seed=args.seed)
+            runs += [replace(base, model=model) for model in BASELINES]
+            for model, seed in itertools.product(args.model, seeds):
+                run = replace(base, model=model, seed=seed)
+                if model == "combined":
+                    run = replace(run, learning_rate=COMBINED_RATE)
+                    runs += [run] if args.protocol != "original" else []
+                    continue
+                is_attention = model in ATTENTION
+                widths = args.d_model if is_attention else [None]
+                encodings = args.pe or [None] if is_attention else [None]
+                for rate, width, pe in itertools.product(args.learning_rate, widths, encodings):
+                    runs.append(replace(run, learning_rate=rate, d_model=width, pe=pe))
+    for run in runs:
+        if run.model in MODELS:
+            MODELS[run.model](run, args)  # raises UserError for options that do not go together
+    cost = {"combined": 9, "att_mh": 4, "lstm": 3, "vq_mh": 3, "att": 2}
+    return sorted(runs, key=lambda run: -cost.get(run.model, 1) * run.time_steps), skipped
+
+
+def execute_all(runs, args, series):
+    """Yield (run, checkpoint) as each run ends, --jobs at a time, each with one thread."""
     from joblib import Parallel, delayed, parallel_config
 
-    # The workers' allocator (glibc) keeps what is freed; to map each step's tensors anew took a tenth of the time.
+    # The workers' allocator keeps what is freed; to map it anew took a tenth of the time.
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())  # one job runs in this process
-        if backend == "dask":
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if args.backend == "dask":
             try:
                 import dask
                 from distributed import Client, LocalCluster
             except ImportError:
-                raise UserError("--backend dask needs the package: pip install 'dask[distributed]'") from None
-            # A cluster whose address is in DASK_SCHEDULER_ADDRESS, or one on this machine.
-            cluster = None if dask.config.get("scheduler-address", None) else stack.enter_context(
-                LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None))
+                raise UserError("--backend dask: pip install 'dask[distributed]'") from None
+            cluster = None  # the one at DASK_SCHEDULER_ADDRESS
+            if not dask.config.get("scheduler-address", None):
+                cluster = stack.enter_context(LocalCluster(
+                    n_workers=args.jobs, threads_per_worker=1, dashboard_address=None))
             stack.enter_context(Client(cluster))
-        stack.enter_context(parallel_config(backend, n_jobs=jobs))
-        tasks = (delayed(run_one)(spec, series[spec["dataset"]].values) for spec in specs)
+        stack.enter_context(parallel_config(args.backend, n_jobs=min(args.jobs, len(runs) or 1)))
+        tasks = [delayed(execute)(run, args, MODELS, series[run.dataset].values) for run in runs]
         yield from Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")(tasks)
 
 
-# --- Tables -----------------------------------------------------------------------------------------------------------
+# --- Tables -------------------------------------------------------------------------------------
+
+CONFIG = ["model", "name", "dataset", "time_steps", "learning_rate", "d_model", "pe"]
 
 
-def mean_rows(rows):
-    """One row for each combination: every number as [mean, half width of the 95 % interval] over its seeds."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["combination"], []).append(row)
+def mean_over_seeds(rows):
+    """One row for each combination: the means of its scores over the seeds, and half widths of
+    95 % intervals in columns that end in ±."""
+    frame = pd.DataFrame(rows)
+    scores = frame.columns.difference([*CONFIG, "id", "seed", "parameters", "peak_memory_mib"], sort=False)
     merged = []
-    for group in groups.values():
-        numbers = [key for key in group[0] if "/" in key or key == "seconds"]
-        spread = {key: [float(part) for part in mean_and_interval([row[key] for row in group])] for key in numbers}
-        merged.append(group[0] | spread)
-    return merged
+    for config, group in frame.groupby(CONFIG, dropna=False, sort=False):
+        means, widths = mean_and_interval(group[scores])
+        merged.append(dict(zip(CONFIG, config)) | {"id": group["id"].iloc[0]}
+                      | dict(zip(scores, means))
+                      | dict(zip([f"{name} ±" for name in scores], widths)))
+    return pd.DataFrame(merged)
 
 
-def show(value):
-    """A [mean, half width] pair, a number or nothing, as text."""
-    if value is None:
-        return "–"
-    mean, width = value if isinstance(value, list) else (value, math.nan)
-    if mean > DIVERGED / 1000:
-        return "diverged"
-    return f"{mean:.6g}" + (f" ± {width:.3g}" if math.isfinite(width) else "")
+def show(row, column, number="{:.6g}"):
+    """A score with its interval as text."""
+    if not np.isfinite(row[column]):
+        return "diverged" if np.isinf(row[column]) else "–"
+    text = number.format(row[column])
+    if np.isfinite(row[f"{column} ±"]):
+        text += f" ± {row[f'{column} ±']:.3g}"
+    return text
 
 
-def markdown_table(rows):
-    """Rows [{column: text}] as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def networks_of(rows):
-    """The rows, or specs, that are not of a baseline."""
-    return [row for row in rows if row["model"] not in BASELINES]
-
-
-def ranking(rows):
-    """What to sort by: the free run of the seed's protocol; where that was not run, the error on validation."""
-    return REGRESSIVE if REGRESSIVE in rows[0] else "validation/mse_batch"
-
-
-def result_table(rows, with_seed):
-    """The ten best networks and the baselines with the same time steps; `with_seed`: beside the seed's own figures."""
-    rows = sorted(rows, key=lambda row: row[ranking(rows)][0])
-    ten = networks_of(rows)[:10]
-    shown, table = {row["time_steps"] for row in ten}, []
-    for row in rows:
-        if row in ten or (row["model"] in BASELINES and row["time_steps"] in shown):
-            known = row["name"] == SEED_NAMES.get(row["model"]) and row["time_steps"] == SEED_TIME_STEPS
-            seeds = SEED_TABLES[row["dataset"]] if with_seed and known else {}
-            seed = seeds.get((row["model"], row["learning_rate"]))
-            columns = {"Model": row["name"], "time steps": row["time_steps"]}
-            columns["learning rate"] = show(row["learning_rate"])
-            if REGRESSIVE in row:
-                columns |= {f"{name} (in-sample)": show(row[name]) for name in (REGRESSIVE, BATCH)}
-                columns |= {name: show(None if row["model"] == "vq_ar" else row.get(name))
-                            for name in ("Final/train_loss", "Final/val_loss")}
-                columns |= {"seed's regressive": show(seed and seed[0]), "seed's batch": show(seed and seed[1])}
-            if "holdout/mse_batch" in row:
-                columns |= {name: show(row[name]) for name in HOLDOUT_COLUMNS}
-            table.append(columns | {"seconds": show(row["seconds"])})
-    return markdown_table(table)
-
-
-def chosen_table(rows):
-    """For each model the combination with the least one-step error on validation, and its test beside ridge's."""
+def original_table(frame, dataset):
+    """The ten networks with the least error of the free run, and the baselines, beside the
+    original's own figures."""
+    frame = frame.dropna(subset="original free run").sort_values("original free run")
+    is_baseline = frame["model"].isin(BASELINES)
+    frame = frame[is_baseline | (~is_baseline).cumsum().le(10)]
     table = []
-    for model in BASELINES + NETWORKS:
-        own = [row for row in rows if row["model"] == model]
-        if own:
-            best = min(own, key=lambda row: row["validation/mse_batch"][0])
-            ridge = next(row for row in rows if row["model"] == "ridge" and row["time_steps"] == best["time_steps"])
-            columns = {"Model": best["name"], "time steps": best["time_steps"],
-                       "learning rate": show(best["learning_rate"])}
-            columns |= {name: show(best[name]) for name in HOLDOUT_COLUMNS}
-            table.append(columns | {f"ridge {name}": show(ridge[name]) for name in HOLDOUT_COLUMNS[1:]})
+    for _, row in frame.iterrows():
+        published = ("–", "–")
+        if row["name"] in ORIGINAL_NAMES and row["time_steps"] == ORIGINAL_TIME_STEPS:
+            key = row["model"], row["learning_rate"]
+            published = ORIGINAL_TABLES.get(dataset, {}).get(key, published)
+        table.append({
+            "model": row["name"], "time steps": row["time_steps"],
+            "learning rate": f"{row['learning_rate']:g}".replace("nan", "–"),
+            "free run MSE": show(row, "original free run"),
+            "one-step MSE": show(row, "original one step"),
+            "train loss": show(row, "train_loss", "{:.4g}"),
+            "validation loss": show(row, "val_loss", "{:.4g}"),
+            "original's free run": published[0], "original's one step": published[1],
+        })
     return markdown_table(table)
 
 
-def summary(rows, failed, skipped, series, args):
+def best_by(frame, column):
+    """{model: its row with the least score}, in the order of the scores."""
+    best = frame.dropna(subset=column).sort_values(column).drop_duplicates("model")
+    return {row["model"]: row for _, row in best.iterrows()}
+
+
+def holdout_table(frame):
+    """One row for each model: its settings are those with the least validation error, chosen for
+    the free run and for one step separately."""
+    best = {kind: best_by(frame, f"validation {kind}") for kind in KINDS}
+    models = sorted(best["free run"], key=lambda model: best["free run"][model]["test free run"])
+    table = []
+    for model in models:
+        columns = {"model": model}
+        for kind in ("free run", "one step"):
+            row = best[kind][model]
+            settings = f"{row['time_steps']}"
+            if model in MODELS:
+                settings += f", {row['learning_rate']:g}"
+            columns |= {
+                f"{kind}: steps, rate": settings,
+                f"{kind} MSE": show(row, f"test {kind}"),
+                f"{kind} MASE": show(row, f"MASE {kind}", "{:.3f}"),
+                f"{kind} in 80 % interval": f"{row[f'coverage {kind}']:.0%}",
+            }
+        table.append(columns)
+    return markdown_table(table)
+
+
+def summarize(rows, series, failed, skipped, args):
     """All tables as Markdown."""
     text = []
+    seeds = f"seed {args.seed}"
+    if args.runs > 1:
+        seeds = f"mean ± 95 % interval (Student's t) of {args.runs} seeds"
     for name, one in series.items():
-        mine = mean_rows([row for row in rows if row["dataset"] == name])
-        if not networks_of(mine):
-            continue
-        seeds = f"seed {args.seed}"
-        if args.runs > 1:
-            seeds = f"mean ± 95 % interval (Student's t) of seeds {args.seed} to {args.seed + args.runs - 1}"
-        text.append(f"# forecast.py: {name} ({one.source} data, {len(one.values)} values of {one.column}), {seeds}")
-        text.append(result_table(mine, not args.data and name in SEED_TABLES))
+        frame = mean_over_seeds([row for row in rows if row["dataset"] == name])
+        text.append(f"## {name}: {one.source} data, {len(one.values)} values of {one.column}, "
+                    f"{seeds}")
         if args.protocol != "holdout":
-            text.append("`Predict/…`: the seed's protocol, in-sample: squared error over the whole series from the "
-                        "first time steps on (so other rows for other time steps); `batch` one step ahead, "
-                        "`regressive` free-running (`vq_ar` feeds back 16 values at a time, the others one).")
-        if args.protocol != "seed":
-            text.append("`holdout/…`: the same on the last 20 %, never seen; each model as chosen by `validation` "
-                        "(the 8 % before), beside ridge with the same time steps:")
-            text.append(chosen_table(mine))
-    if skipped:
-        text.append(f"Skipped, {len(skipped)} combinations: " + "; ".join(dict.fromkeys(skipped.values())) + ".")
-    if failed:
-        text.append("Failed: " + "; ".join(f"{row['id']}: {row['error']}" for row in failed) + ".")
-    return "\n\n".join(text) + "\n"
+            text += ["The original's protocol: 80 % of the windows at random for training, errors "
+                     "over the whole series, so in-sample.", original_table(frame, name)]
+        if args.protocol != "original":
+            text += ["The hold-out, errors on the last 20 %, which nothing has seen. MASE is the "
+                     "absolute error relative to the seasonal naive forecast in training.",
+                     holdout_table(frame)]
+    text += [f"Left out: {reason}." for reason in skipped]
+    text += [f"Failed: {run}: {error}" for run, error in failed.items()]
+    return "\n\n".join(text)
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
+# --- Pictures -----------------------------------------------------------------------------------
 
 
-def best_runs(rows, key):
-    """{model: its run with the least `key`}."""
+def escape(text):
+    """Names for matplotlib, which would take dollar signs for formulas."""
+    return str(text).replace("$", r"\$")
+
+
+def load_best(frame, args, run_dir):
+    """{model: (row, result)} of the best run of each model, with the first seed: by validation of
+    the free run, or by its error in the original's protocol where only that was run."""
+    protocol = main_protocol(args)
     best = {}
-    for row in rows:
-        if key in row and row[key] < best.get(row["model"], {key: math.inf})[key]:
-            best[row["model"]] = row
+    for model, row in best_by(frame, RANKED_BY[protocol]).items():
+        file = run_dir / "runs" / f"{row['id']}.pt"
+        best[model] = row, load_checkpoint(file, file)[protocol]
     return best
 
 
-def load_checkpoint(path):
-    """What a run's .pt file holds; UserError if it is absent or damaged."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"forecasts", "data"} <= state.keys():
-            raise ValueError("other content")
-        return state
-    except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError, AttributeError,
-            pickle.UnpicklingError) as problem:
-        why = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise UserError(f"{path}: no checkpoint of a run ({why})") from None
+def main_protocol(args):
+    """The protocol that the pictures show."""
+    return "original" if args.protocol == "original" else "holdout"
 
 
-def label(text):
-    """Names for matplotlib, which would take dollar signs for formulas."""
-    return text.replace("$", r"\$")
+def title_of(series, args):
+    return f"{escape(series.name)}, {PROTOCOLS[main_protocol(args)]}: "
 
 
-def plot_series(series, rows, run_dir):
-    """The forecasts of the best run of each model: seed protocol on the left, hold-out on the right."""
-    keys = {"seed": (REGRESSIVE, "seed's protocol (in-sample)"),
-            "holdout": ("validation/mse_batch", "hold-out (last 20 %)")}
-    best = {protocol: best_runs(rows, key) for protocol, (key, _) in keys.items()}
-    protocols = [protocol for protocol in keys if best[protocol]]
-    models = [model for model in ["ridge", *NETWORKS] if model in best[protocols[0]]]
-    title = f"{label(series.name)}: forecasts of the best run of each model"
-    fig, axes = new_figure(title, len(models), len(protocols),
-                           (7 * len(protocols), 1.9 * len(models) + 1))
-    for axis, (model, protocol) in zip(axes, itertools.product(models, protocols)):
-        row = best[protocol][model]
-        forecasts = load_checkpoint(run_dir / "runs" / f"{row['id']}.pt")["forecasts"][protocol]
-        start = len(series.values) - len(forecasts["batch"])
-        shown = slice(max(0, start - len(forecasts["batch"]) // 2), None)
-        axis.plot(series.times[shown], series.values[shown], color="0.75", linewidth=1, label="series")
-        axis.plot(series.times[start:], forecasts["batch"], color=COLORS[0], linewidth=0.9, label="one step ahead")
-        axis.plot(series.times[start:], forecasts["regressive"], "--", color=COLORS[3], linewidth=1.6,
-                  label="free-running")
-        axis.axvline(series.times[start], color="k", linestyle=":", linewidth=1.2, label="start of the forecasts")
-        rate = "" if row["learning_rate"] is None else f", rate {row['learning_rate']:g}"
-        axis.set_title(f"{model}, {row['time_steps']} steps{rate}; {keys[protocol][1]}", fontsize=9)
-    for axis in axes[-len(protocols) :]:
-        axis.set_xlabel(label(series.time_label))
-    fig.supylabel(label(series.column), fontsize=10)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    save_figure(fig, run_dir / f"forecasts_{series.name}.png")
+def plot_forecasts(series, best, args, path):
+    """One step, free run and 80 % intervals of the best run of each model."""
+    models = [model for model in [*MODELS, "combined", *BASELINES] if model in best]
+    rows = math.ceil(len(models) / 3)
+    title = title_of(series, args) + "forecasts of the best runs"
+    fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 1))
+    for ax, model in zip(axes, models):
+        row, result = best[model]
+        errors = {kind: result["errors"][kind].numpy() for kind in KINDS}
+        start = len(series.values) - len(errors["free run"])
+        shown = slice(max(0, start - len(errors["free run"])), None)
+        times, truth = series.times[start:], series.values[start:]
+        free_run = truth + errors["free run"]
+        ax.plot(series.times[shown], series.values[shown], color="0.7", linewidth=1, label="series")
+        ax.plot(times, truth + errors["one step"], color=COLORS[0], linewidth=0.9, label="one step")
+        ax.plot(times, free_run, "--", color=COLORS[3], linewidth=1.5, label="free run")
+        if result["widths"]:
+            plot_interval(ax, times, free_run, extend(result["widths"]["free run"], len(times)))
+        low, high = series.values[shown].min(), series.values[shown].max()
+        ax.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
+        rate = f", rate {row['learning_rate']:g}" if model in MODELS else ""
+        ax.set_title(f"{model}, {row['time_steps']} steps{rate}", fontsize=9)
+        ax.set_xlabel(escape(series.time_label), fontsize=9)
+    for ax in axes[len(models) :]:
+        ax.set_axis_off()
+    fig.supylabel(escape(series.column), fontsize=10)
+    legend_below(axes[0])
+    save_figure(fig, path)
 
 
-def plot_learning_curves(series, rows, run_dir):
-    """Training and validation loss over the epochs, for the best run of each network."""
-    best = {model: row for model, row in best_runs(rows, ranking(rows)).items() if row["history"]}
-    fig, axes = new_figure(f"{label(series.name)}: learning curves of the best run of each model", 2, 3, (11, 6))
-    for axis, model in itertools.zip_longest(axes, [model for model in NETWORKS if model in best]):
-        if model is None:
-            axis.set_axis_off()
-            continue
-        protocol, history = next(iter(best[model]["history"].items()))
-        for i, (name, losses) in enumerate(history.items()):
-            plot_curve(axis, range(1, len(losses) + 1), np.array(losses, float), name.replace("_", " "), index=i)
-        axis.set(title=f"{model}, rate {best[model]['learning_rate']:g}, {protocol}", xlabel="epoch", yscale="log",
-                 ylabel="Huber loss" if model == "vq_ar" else "loss (normalized MSE)")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    save_figure(fig, run_dir / f"learning_curves_{series.name}.png")
+def plot_interval(ax, times, forecast, width):
+    """An 80 % interval around a forecast."""
+    ax.fill_between(times, forecast - np.asarray(width), forecast + np.asarray(width),
+                    color=COLORS[3], alpha=0.15, linewidth=0, label="80 % interval")
 
 
-def plot_heatmap(series, rows, run_dir):
-    """The error that ranks the models over learning rates and time steps: mean over seeds, best over other knobs."""
-    key = ranking(rows)
-    rows = mean_rows(networks_of(rows))
-    models = [model for model in NETWORKS if any(row["model"] == model for row in rows)]
-    rates = sorted({row["learning_rate"] for row in rows})
-    steps = sorted({row["time_steps"] for row in rows})
-    fig, axes = new_figure(f"{label(series.name)}: {key} over the sweep (dark: low)", 1, len(models),
-                           (max(8, len(models) * (1.2 + 0.75 * len(steps))), 1.6 + 0.5 * len(rates)))
-    errors = np.full((len(models), len(rates), len(steps)), np.nan)
-    for row in rows:
-        place = models.index(row["model"]), rates.index(row["learning_rate"]), steps.index(row["time_steps"])
-        errors[place] = np.nanmin([errors[place], row[key][0]])
-    errors[errors > DIVERGED / 1000] = np.nan
-    low, high = np.log(np.nanmin(errors)), np.log(np.nanmax(errors)) + 1e-9
-    for axis, model, values in zip(axes, models, errors):
-        shades = (np.log(values) - low) / (high - low)
-        axis.imshow(shades, cmap="gray", vmin=-0.2, vmax=1, aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                axis.text(j, i, f"{value:,.0f}", ha="center", va="center", fontsize=8,
-                          color="white" if shades[i, j] < 0.4 else "black")
-        axis.set_xticks(range(len(steps)), steps)
-        axis.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-        axis.set(title=model, xlabel="time steps")
-        axis.grid(visible=False)
+def plot_learning_curves(series, best, args, path):
+    """Training and validation loss of the best run of each network."""
+    histories = {model: pd.DataFrame(result["history"]) for model, (_, result) in best.items()
+                 if result["history"]}
+    if not histories:
+        return
+    rows = math.ceil(len(histories) / 3)
+    title = title_of(series, args) + "learning curves"
+    fig, axes = new_figure(title, rows, 3, (12, 3 * rows + 0.5))
+    for ax, (model, history) in zip(axes, histories.items()):
+        ends = np.arange(1, len(history) + 1)
+        plot_curve(ax, ends - 0.5, history["train_loss"], "training, mean of an epoch", 0)
+        plot_curve(ax, ends, history["val_loss"], "validation, after an epoch", 1)
+        ax.set(title=f"{model}, rate {best[model][0]['learning_rate']:g}", yscale="log",
+               ylabel="Huber loss" if model == "vq_ar" else "MSE (normalized)")
+        epoch_axis(ax)
+    for ax in axes[len(histories) :]:
+        ax.set_axis_off()
+    legend_below(axes[0])
+    save_figure(fig, path)
+
+
+def plot_sweep(series, frame, args, path):
+    """Heatmaps of the free run's error over learning rates and time steps: the mean over seeds,
+    the least over the other settings."""
+    column = RANKED_BY[main_protocol(args)]
+    frame = frame[frame["model"].isin(list(MODELS)) & np.isfinite(frame[column])]
+    if frame.empty:
+        return
+    tables = {model: group.pivot_table(column, "learning_rate", "time_steps", "min")
+              for model, group in frame.groupby("model", sort=False)}
+    low, high = np.log(frame[column].min()), np.log(frame[column].max()) + 1e-9
+    width = max(8, len(tables) * (1.2 + 0.75 * frame["time_steps"].nunique()))
+    title = f"{title_of(series, args)}{column}, MSE [({escape(series.column)})²], dark is low"
+    height = 2.2 + 0.5 * frame["learning_rate"].nunique()
+    fig, axes = new_figure(title, 1, len(tables), (width, height))
+    for ax, (model, table) in zip(axes, tables.items()):
+        shades = (np.log(table.to_numpy()) - low) / (high - low)
+        ax.imshow(shades, cmap="gray", vmin=-0.2, vmax=1, aspect="auto")
+        for (i, j), value in np.ndenumerate(table.to_numpy()):
+            ax.text(j, i, f"{value:,.4g}", ha="center", va="center", fontsize=8,
+                    color="white" if shades[i, j] < 0.4 else "black")
+        ax.set_xticks(range(table.shape[1]), table.columns)
+        ax.set_yticks(range(table.shape[0]), [f"{rate:g}" for rate in table.index])
+        ax.set(title=model, xlabel="time steps")
+        ax.grid(visible=False)
     axes[0].set_ylabel("learning rate")
-    save_figure(fig, run_dir / f"sweep_{series.name}.png")
+    save_figure(fig, path)
 
 
-def plot_horizon(series, rows, run_dir):
-    """Root mean square error of the first h values of the free run, for the best run of each model."""
-    protocol, key = ("holdout", "validation/mse_batch") if "validation/mse_batch" in rows[0] else ("seed", REGRESSIVE)
-    title = f"{label(series.name)}: error of the free run against its horizon ({protocol})"
-    fig, (axis,) = new_figure(title, size=(9, 4.5))
-    for i, (model, row) in enumerate(best_runs(rows, key).items()):
-        forecast = load_checkpoint(run_dir / "runs" / f"{row['id']}.pt")["forecasts"][protocol]["regressive"].numpy()
-        error = np.sqrt(np.cumsum((forecast - series.values[-len(forecast) :]) ** 2) / np.arange(1, len(forecast) + 1))
-        axis.plot(np.arange(1, len(error) + 1), error, LINES[i % 4], color=COLORS[i % 8], label=model,
-                  marker="os^vDPXd*"[i], markevery=(len(error) // 40 * i, max(1, len(error) // 5)), markersize=5)
-    axis.set(xlabel="horizon [values]", ylabel=f"RMSE up to there\n[{label(series.column)}]", xlim=(1, None))
-    fig.legend(loc="outside right upper")
-    save_figure(fig, run_dir / f"horizon_{series.name}.png")
+def plot_horizon(series, best, args, path):
+    """Root mean square error of the first h values of the free run, for the best runs."""
+    fig, (ax,) = new_figure(title_of(series, args) + "error of the free run", size=(10, 5))
+    for i, (model, (_, result)) in enumerate(best.items()):
+        squares = result["errors"]["free run"].numpy() ** 2
+        steps = np.arange(1, len(squares) + 1)
+        ax.plot(steps, np.sqrt(np.cumsum(squares) / steps), LINES[i % 4], color=COLORS[i % 8],
+                label=model, marker=MARKERS[i % 7], markevery=(i, max(1, len(steps) // 8)),
+                markersize=5)
+    ax.set(ylabel=f"RMSE up to there [{escape(series.column)}]", yscale="log")
+    epoch_axis(ax, "horizon [values]")
+    legend_below(ax)
+    save_figure(fig, path)
 
 
-# --- Results ----------------------------------------------------------------------------------------------------------
+# --- The experiment -----------------------------------------------------------------------------
+
+
+def run_experiment(args):
+    """Run all combinations that are not done yet, then write tables and pictures."""
+    series = load_series(args)
+    runs, skipped = make_runs(args, series)
+    for reason in skipped:
+        note(f"left out: {reason}")
+    if not runs:
+        raise UserError("; ".join(skipped))
+    run_dir = next_run_dir(args)
+    (run_dir / "runs").mkdir(exist_ok=True)
+    files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
+    todo = [run for run in runs if not files[run].exists()]
+    if args.resume:
+        log(f"{len(runs) - len(todo)} runs are done, {len(todo)} to go")
+    failed = {}
+    for run, checkpoint in progress(execute_all(todo, args, series), "runs", len(todo)):
+        if "error" in checkpoint:
+            failed[run.id] = checkpoint["error"]
+            log(f"{run.id} failed: {checkpoint['error']}")
+        else:
+            with atomic_write(files[run]) as path:
+                torch.save(checkpoint, path)
+    rows = []
+    for run in runs:
+        if run.id not in failed:
+            checkpoint = load_checkpoint(files[run], files[run])
+            if checkpoint["digest"] != digest(series[run.dataset].values):
+                raise UserError(f"{files[run]}: made with other data; start a new sweep")
+            rows.append(checkpoint["row"])
+    if all(row["model"] in BASELINES for row in rows) and failed:
+        raise UserError(f"every network failed; the first: {next(iter(failed.values()))}")
+    for name, one in series.items():
+        frame = mean_over_seeds([row for row in rows if row["dataset"] == name])
+        best = load_best(frame, args, run_dir)
+        plot_forecasts(one, best, args, run_dir / f"forecasts_{name}.png")
+        plot_learning_curves(one, best, args, run_dir / f"learning_curves_{name}.png")
+        plot_sweep(one, frame, args, run_dir / f"sweep_{name}.png")
+        plot_horizon(one, best, args, run_dir / f"horizon_{name}.png")
+    data = {name: {"source": one.source, "rows": len(one.values), "column": one.column,
+                   "sha256 of values": digest(one.values)} for name, one in series.items()}
+    results = {"data": data, "rows": rows, "failed": failed, "left out": skipped}
+    summary = summarize(rows, series, failed, skipped, args)
+    return write_results(results, summary, args, run_dir)
+
+
+def run(args):
+    """Do what the arguments ask for."""
+    return predict_steps(args) if args.checkpoint else run_experiment(args)
+
+
+# --- Extra: forecast after the end of a series --------------------------------------------------
+
+
+def predict_steps(args):
+    """Forecast --predict-steps values after the end of the series of a checkpoint, which may have
+    grown since: forecast.csv with 80 % intervals, and forecast.png."""
+    checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
+    arguments = argparse.Namespace(**checkpoint["arguments"])
+    arguments.data_dir = args.data_dir
+    row = checkpoint["row"]
+    if not arguments.data:
+        arguments.dataset = [row["dataset"]]
+    (series,) = load_series(arguments).values()
+    known = checkpoint["rows"]
+    if digest(series.values[:known]) != checkpoint["digest"]:
+        raise UserError(f"{args.checkpoint}: the first {known} values of {series.name} are not "
+                        "those it was trained with")
+    if len(series.values) > known:
+        note(f"{series.name} has {len(series.values) - known} new values since the training")
+    members = [unpack(member, arguments) for member in checkpoint["members"]]
+    end = np.array([len(series.values)])
+    paths = [member.free_run(series.values, end, args.predict_steps)[0] for member in members]
+    forecast = np.mean(paths, axis=0)
+    times = next_times(series.times, args.predict_steps)
+    table = pd.DataFrame({series.time_label: times, series.column: forecast})
+    if "holdout" in checkpoint:
+        width = extend(checkpoint["holdout"]["widths"]["free run"].numpy(), len(forecast))
+        table["low"], table["high"] = forecast - width, forecast + width
+    run_dir = next_run_dir(args)
+    with atomic_write(run_dir / "forecast.csv") as path:
+        table.to_csv(path, index=False)
+    fig, (ax,) = new_figure(f"{escape(series.name)}: {len(forecast)} values by {row['name']}")
+    ax.plot(series.times, series.values, color="0.6", linewidth=1, label="series")
+    ax.plot(times, forecast, "--", color=COLORS[3], label="forecast")
+    if "low" in table:
+        plot_interval(ax, times, forecast, width)
+    ax.set(xlabel=escape(series.time_label), ylabel=escape(series.column))
+    legend_below(ax)
+    save_figure(fig, run_dir / "forecast.png")
+    summary = (f"{series.name}: {len(forecast)} values by {row['name']} ({args.checkpoint}), in "
+               "forecast.csv and forecast.png.")
+    return write_results({"forecast": forecast}, summary, args, run_dir)
+
+
+def next_times(times, count):
+    """The times that follow, at the same step or calendar frequency."""
+    if isinstance(times, pd.DatetimeIndex):
+        return pd.date_range(times[-1], periods=count + 1, freq=times.freq)[1:]
+    return times[-1] + usual_step(times) * np.arange(1, count + 1)
+
+
+# --- Plumbing: nothing below is about the experiment --------------------------------------------
+
+NOTES = []
+
+
+class UserError(Exception):
+    """A problem that the user can solve: main() makes it one line on stderr and exit code 2."""
+
+
+def log(text):
+    """Print a line on stderr; under torchrun in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)
+
+
+def note(text):
+    """Log a line and record it in the results, for whoever reads them."""
+    if text not in NOTES:
+        NOTES.append(text)
+        log(text)
+
+
+def progress(iterable, description, total=None):
+    """A progress bar on a terminal and in a notebook, and nothing elsewhere."""
+    hidden = not (sys.stderr.isatty() or in_notebook())
+    return tqdm(iterable, description, total, leave=False, disable=hidden)
+
+
+def memory_mib(field="VmRSS"):
+    """Resident memory of this process [MiB], or its peak with the field VmHWM; NaN except on Linux."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) / 1024
+    return float("nan")
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """Open `path` to write under another name, and rename at the end: a killed run leaves the older file whole."""
+def atomic_write(path):
+    """A temporary path to write to, renamed to `path` at the end: a file is whole or absent."""
+    part = Path(f"{path}.part")
     try:
-        with open(f"{path}.part", "wb") as file:
-            yield file
-        os.replace(f"{path}.part", path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make room, or take another folder") from None
+        yield part
+    except RuntimeError as error:  # torch.save raises this on a full disk
+        raise UserError(f"{path} cannot be written: {error}") from None
+    part.replace(path)
 
 
-def plain(value):
-    """NaN, which JSON does not have, becomes null."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_results(results, path):
-    """Write plain JSON; returns the results as they are read back."""
-    text = json.dumps(plain(results), indent=1, allow_nan=False)
-    with whole_file(path) as file:
-        file.write(text.encode())
-    return json.loads(text)
-
-
-def read_rows(path):
-    """{id: row} of the runs that a runs.jsonl holds; a last line that a kill cut off is left out."""
-    rows = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                rows[row["id"]] = row
-    return rows
-
-
-def new_run(output_dir):
-    """Make and return the next free folder run-001, run-002, … of this experiment."""
-    parent = Path(output_dir) / "forecast"
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        taken = [int(run.name[4:]) for run in parent.glob("run-*") if run.name[4:].isdigit()]
-        run_dir = parent / f"run-{max(taken, default=0) + 1:03d}"
-        with contextlib.suppress(FileExistsError):  # another process may have been quicker
-            run_dir.mkdir()
-            return run_dir
-
-
-def find_run(output_dir, name):
-    """(folder, results so far) of the unfinished run called `name`, or of the newest one."""
-    parent = Path(output_dir) / "forecast"
-    newest_first = sorted(parent.glob("run-*"), key=lambda run: (len(run.name), run.name), reverse=True)
-    for run_dir in newest_first if name == "newest" else [Path(name) if os.sep in name else parent / name]:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not a run's file
-            results = json.loads((run_dir / "results.json").read_text())
-            if results["experiment"] == "forecast" and not results["finished"]:
-                return run_dir, results
-    name = "" if name == "newest" else f" {name!r}"
-    raise UserError(f"{parent} has no unfinished run{name}; start one without --resume")
-
-
-def describe_run(args, series):
-    """What results.json holds from the beginning: arguments, versions, git commit, data."""
-    folder = Path(globals().get("__file__", "forecast.py")).resolve().parent
-    commit, packages = None, ("torch", "numpy", "scikit-learn", "joblib")
-    with contextlib.suppress(OSError):  # no git on this machine
-        git = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    data = {name: {"source": one.source, "rows": len(one.values), "column": one.column, "sha256": one.sha256}
-            for name, one in series.items()}
-    return {"experiment": "forecast", "finished": False, "arguments": vars(args), "seed": args.seed,
-            "git_commit": commit, "data": data,
-            "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}}
-
-
-# --- Command line -----------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
-
-
-def between(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` from `low` to `high`."""
-
-    def number(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
-
-
-def parse_args(argv):
-    parser = Parser("forecast.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=HelpFormatter)
-    add = parser.add_argument
-    several = {"nargs": "+", "metavar": "N"}
-    add("--quick", action="store_true", help="everything, small: embedded data, 2 rates, 2 time steps, under 60 s")
-    add("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded once into --data-dir, or "
-        "the embedded one (default: y_w, or synthetic where that cannot be had)")
-    add("--data", metavar="FILE.csv", help="your own series: a CSV file with a header, rows in order of time")
-    add("--column", metavar="NAME|INDEX", help="its column of values, index from 0 (default: the last)")
-    add("--time-column", metavar="NAME|INDEX", help="its column of times, for the axis (default: row numbers)")
-    add("--data-dir", default="data", metavar="FOLDER", help="where downloads go and are looked for")
-    add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/forecast/run-001, run-002, …")
-    add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with an unfinished sweep, the newest or the "
-        "one named, with its own arguments: runs in its runs.jsonl are skipped, failed ones tried again")
-    add("--predict-steps", type=between(int, 1), metavar="N", help="continue the series of --checkpoint by N values")
-    add("--checkpoint", metavar="CKPT", help="a run's .pt file, for --predict-steps")
-    add("--protocol", choices=["seed", "holdout", "both"], default="both", help="seed: random windows, scored over the "
-        "whole series; holdout: fitted on 72 %%, chosen on 8 %%, tested on the last 20 %%")
-    add("--refit", action=argparse.BooleanOptionalAction, default=True, help="hold-out: fit networks and ridge anew on "
-        "the first 80 %% before the test")
-    add("--model", nargs="+", choices=NETWORKS, default=NETWORKS, help="networks; the baselines always run, too")
-    add("--time-steps", type=between(int, 2), default=[SEED_TIME_STEPS], help="values in a window", **several)
-    add("--learning-rate", type=between(float, 1e-9, 10), default=SEED_RATES, help="of Adam; ours decays from it",
-        **several)
-    add("--d-model", type=between(int, 1), default=[64], help="width of the attention models", **several)
-    add("--pe", nargs="+", choices=["none", "randpe", "sinpe", "rope"], help="positions (default: the seed's choice "
-        "for each model)")
-    add("--hidden-dim", type=between(int, 1), default=64, metavar="N", help="width of lstm")
-    add("--num-layers", type=between(int, 1), default=2, metavar="N", help="layers of lstm")
-    add("--n-heads", type=between(int, 1), metavar="N", help="query heads of att_mh and vq_mh (default: 8)")
-    add("--kv-heads", type=between(int, 1), metavar="N", help="their key heads (default: att_mh 1, vq_mh 4)")
-    add("--vocab-size", type=between(int, 1), default=64, metavar="N", help="codebook rows of vq and vq_mh")
-    add("--block-size", type=between(int, 1), default=512, metavar="N", help="positions of the attention models; grows "
-        "to --time-steps by itself")
-    for flag, what in zip(FLAGS, ("LayerNorm on the input", "LayerNorm on queries", "LayerNorm on keys",
-                                  "causal mask", "positions on queries and keys, not on the input (is_n_pe)")):
-        add(f"--{flag.replace('_', '-')}", action=argparse.BooleanOptionalAction,
-            help=f"{what} (default: the seed's choice for each model)")
-    add("--align-target", action=argparse.BooleanOptionalAction, help="loss at every step, not at the last alone "
-        "(default: all but lstm)")
-    add("--epochs", type=between(int, 1), default=50, metavar="N", help="passes over the windows")
-    add("--batch-size", type=between(int, 1), default=64, metavar="N", help="windows in a batch")
-    add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of the weights and of the hold-out's "
-        "order; the seed's split is always 42")
-    add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds: mean ± 95 %% CI in the tables")
-    add("--jobs", type=between(int, 1), default=os.cpu_count(), metavar="N", help="runs at a time, one thread each")
-    add("--backend", choices=["loky", "dask"], default="loky", help="joblib's: this machine, or a dask cluster "
-        "(DASK_SCHEDULER_ADDRESS, else one on this machine)")
-    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
-    if "--quick" in argv:
-        parser.set_defaults(dataset=["synthetic"], epochs=4, time_steps=[32, 64], learning_rate=[3e-3, 1e-3])
-    args = parser.parse_args(argv)
-    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.resume and changed - {"resume", "output_dir", "device", "jobs", "backend", "data_dir"}:
-        raise UserError("--resume goes with --output-dir, --data-dir, --jobs, --backend and --device only; a run keeps "
-                        "its own arguments")
-    if args.data and "dataset" in changed:
-        raise UserError("--data and --dataset: take one of them")
-    if args.checkpoint and changed - {"checkpoint", "predict_steps", "output_dir", "data_dir"}:
-        raise UserError("--checkpoint goes with --predict-steps, --output-dir and --data-dir only; the series and the "
-                        "model are its own")
-    if args.data is None and (args.column or args.time_column):
-        raise UserError("--column and --time-column go with --data")
-    if (args.predict_steps is None) != (args.checkpoint is None):
-        raise UserError("--predict-steps and --checkpoint go together")
-    if args.data:
-        args.data = str(Path(args.data).resolve())  # a resumed run may be started elsewhere
-    return args
-
-
-def continue_series(args, run_dir):
-    """Forecast --predict-steps values beyond the end of the checkpoint's series: forecast.csv and forecast.png."""
-    import pyarrow as pa
-    import pyarrow.csv
-
-    state = load_checkpoint(args.checkpoint)
-    if "weights" not in state:
-        raise UserError(f"{args.checkpoint}: holds no weights, so it is a baseline's; take a network's")
-    spec, data = state["spec"], state["data"]
-    again = argparse.Namespace(**data | {"data_dir": args.data_dir})
-    (series,) = load_series(again).values()
-    if series.sha256 != state["sha256"]:
-        raise UserError(f"{args.checkpoint}: made of other data than {series.name} is now; train on it first")
-    model = make_model(spec)
-    model.load_state_dict(state["weights"])
-    known = torch.tensor((series.values - state["mean"]) / state["std"], dtype=torch.float32)[-spec["time_steps"] :]
-    values = free_run(model.eval(), known, args.predict_steps).double().numpy() * state["std"] + state["mean"]
-    step = np.sort(np.diff(series.times))[len(series.times) // 2]  # the median, of dates too
-    times = series.times[-1] + step * np.arange(1, len(values) + 1)
-    with whole_file(run_dir / "forecast.csv") as file:
-        pa.csv.write_csv(pa.table([times, values], names=[series.time_label, series.column]), file)
-    fig, (axis,) = new_figure(f"{label(series.name)}: continued by {len(values)} values, {spec['name']}")
-    axis.plot(series.times, series.values, color="0.6", linewidth=1, label="series")
-    axis.plot(times, values, "--", color=COLORS[3], label="forecast")
-    axis.set(xlabel=label(series.time_label), ylabel=label(series.column))
-    fig.legend(loc="outside lower center", ncols=2)
-    save_figure(fig, run_dir / "forecast.png")
-    (run_dir / "summary.md").write_text(f"# forecast.py: {series.name} continued by {len(values)} values\n\n"
-                                        f"{spec['name']}, {args.checkpoint}: forecast.csv, forecast.png\n")
-    results = describe_run(args, {series.name: series}) | {"forecast": values.tolist()}
-    return write_results(results | {"finished": True}, run_dir / "results.json")
-
-
-def run_sweep(args, run_dir, before):
-    """All runs that are not done yet, then tables and pictures; `before` is the results.json of a resumed sweep."""
+def load_checkpoint(file, name):
+    """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
     try:
-        device = detect_device(args.device)
-    except argparse.ArgumentTypeError as problem:
-        raise UserError(f"--device: {problem}") from None
-    began, series = time.perf_counter(), load_series(args)
-    specs, skipped = make_specs(args, series, device)
-    results = describe_run(args, series)
-    if before and before["data"] != results["data"]:
-        raise UserError(f"{run_dir}: the sweep began with other data; bring the files back or start a new one")
-    for reason in dict.fromkeys(skipped.values()):
-        note(f"skipped: {reason}")
-    if not networks_of(specs):
-        raise UserError(next(iter(skipped.values())))
-    longest = max(spec["time_steps"] for spec in specs)
-    if longest > args.block_size:
-        note(f"--block-size {args.block_size} is extended to --time-steps, up to {longest}")
-    write_results(results, run_dir / "results.json")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises errors of many types for a damaged file
+        raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py") from None
 
-    (run_dir / "runs").mkdir(exist_ok=True)
-    rows = {key: row for key, row in read_rows(run_dir / "runs.jsonl").items() if "error" not in row}
-    with whole_file(run_dir / "runs.jsonl") as file:  # without a line that was cut off, and without failed runs
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows.values())
-    todo = [spec for spec in specs if spec["id"] not in rows]
-    if before:
-        note(f"{len(rows)} runs are done, {len(todo)} to go")
-    data = {"data": args.data, "column": args.column, "time_column": args.time_column}
-    with tqdm(total=len(todo), unit="run", desc="sweep") as bar, open(run_dir / "runs.jsonl", "ab") as log:
-        for row, state in run_all(todo, series, min(args.jobs, max(1, len(todo))), args.backend):
-            buffer = io.BytesIO()
-            torch.save(state | {"data": data | {"dataset": None if args.data else [row["dataset"]]},
-                                "sha256": series[row["dataset"]].sha256}, buffer)
-            with whole_file(run_dir / "runs" / f"{row['id']}.pt") as file:
-                file.write(buffer.getbuffer())
-            rows[row["id"]] = row = plain(row)
-            log.write(json.dumps(row).encode() + b"\n")
-            log.flush()
-            bar.update()
-            bar.set_postfix_str(f"{row['model']} {row['seconds']:.1f} s")
-    failed = [row for row in rows.values() if "error" in row]
-    good = [row for row in rows.values() if "error" not in row]
-    for row in failed:
-        note(f"{row['id']} failed: {row['error']}")
-    if not networks_of(good):
-        raise UserError(f"every run failed; the first: {failed[0]['error']}")
-    swept = time.perf_counter() - began
-    for name, one in series.items():
-        mine = [row for row in good if row["dataset"] == name]
-        if networks_of(mine):
-            for plot in (plot_series, plot_learning_curves, plot_heatmap, plot_horizon):
-                plot(one, mine, run_dir)
-    (run_dir / "summary.md").write_text(summary(good, failed, skipped, series, args))
-    results |= {"finished": not failed, "device": str(device), "skipped": skipped, "table": mean_rows(good),
-                "failed": {row["id"]: row["error"] for row in failed},
-                "seconds": {"sweep": round(swept, 1), "pictures": round(time.perf_counter() - began - swept, 1)}}
-    return write_results(results, run_dir / "results.json")
+
+def plain_arguments(args):
+    """{name: value} of the arguments, all of which JSON can hold."""
+    return vars(args) | {"device": str(args.device)}
+
+
+def changed_arguments(args):
+    """{flag: value} of the arguments that differ from their defaults."""
+    defaults = plain_arguments(parse_args([]))
+    return {f"--{name.replace('_', '-')}": value for name, value in plain_arguments(args).items()
+            if value is not None and value != defaults[name]}
+
+
+def next_run_dir(args):
+    """The folder of this run: that of --resume, or else a new one with arguments.json."""
+    if args.resume:
+        return Path(args.resume)
+    parent = Path(args.output_dir, EXPERIMENT)
+    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
+    run_dir = parent / f"run-{max(numbers, default=0) + 1:03d}"
+    run_dir.mkdir(parents=True)
+    with atomic_write(run_dir / "arguments.json") as path:
+        path.write_text(to_json(plain_arguments(args)))
+    return run_dir
+
+
+def resume_arguments(args):
+    """The arguments of the unfinished run in --resume, a folder, or of the newest one."""
+    files = [Path(args.resume, "arguments.json")]
+    if args.resume == "newest":
+        files = sorted(Path(args.output_dir, EXPERIMENT).glob("run-*/arguments.json"))
+    unfinished = [file for file in files
+                  if file.exists() and not file.with_name("results.json").exists()]
+    if not unfinished:
+        raise UserError(f"--resume {args.resume}: no unfinished run; see --output-dir")
+    free = {"--resume", "--output-dir", "--data-dir", "--device", "--jobs", "--backend"}
+    changed = set(changed_arguments(args)) - free
+    if changed:
+        raise UserError(f"--resume keeps a run's arguments; leave out {', '.join(sorted(changed))}")
+    arguments = vars(parse_args([])) | json.loads(unfinished[-1].read_text())
+    arguments |= {name: value for name, value in vars(args).items()
+                  if f"--{name.replace('_', '-')}" in free}
+    return argparse.Namespace(**arguments | {"resume": str(unfinished[-1].parent)})
+
+
+def describe_run(args):
+    """What made the results: arguments, script, versions, device and peak memory."""
+    script = Path(globals().get("__file__", "pasted into a notebook")).resolve()
+    digest = hashlib.sha256(script.read_bytes()).hexdigest() if script.exists() else None
+    commit = None
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40",
+                   "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets",
+                "perforatedai")
+    versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
+    device = args.device
+    return {
+        "experiment": EXPERIMENT,
+        "arguments": plain_arguments(args),
+        "changed_arguments": changed_arguments(args),
+        "script_sha256": digest,
+        "git_commit": commit,
+        "git_clean": commit and not commit.endswith("-dirty"),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_memory_mib": memory_mib("VmHWM"),
+        "notes": list(NOTES),
+    }
+
+
+def to_json(value):
+    """JSON with arrays as lists, and null for NaN."""
+    text = json.dumps(value, default=lambda array: array.tolist())
+    return json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=1)
+
+
+def write_results(results, summary, args, run_dir):
+    """Write and print summary.md, then write results.json, with which a run is finished; returns
+    the results as they are read back."""
+    results = describe_run(args) | results
+    title = f"# {EXPERIMENT}.py"
+    for flag, value in results["changed_arguments"].items():
+        values = value if isinstance(value, list) else [value]
+        title += " ".join(["", flag, *(str(item) for item in values if item is not True)])
+    text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
+    (run_dir / "summary.md").write_text(text, encoding="utf-8")
+    with atomic_write(run_dir / "results.json") as path:
+        path.write_text(to_json(results))
+    if in_notebook():
+        from IPython.display import Markdown, display
+
+        display(Markdown(text))
+    else:
+        print(text)
+    print(f"Everything is in {run_dir}")
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def markdown_table(rows):
+    """Rows [{column: value}] as a Markdown table; a value that is missing is a dash."""
+    table = pd.DataFrame(rows, dtype=object).fillna("–").astype(str)
+    lines = [table.columns, ["---"] * table.shape[1], *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv=None):
-    """Run the experiment with `argv` as on a command line (default: this process's, in a notebook none).
+    """Run the script with the arguments `argv`: those of the command line, or none in a notebook.
 
-    Returns the results dictionary; what a user can put right raises SystemExit(2), Ctrl-C SystemExit(130).
+    Returns the results. A problem that the user can solve is one line and SystemExit(2), an
+    interruption one line and SystemExit(130); in a notebook only the line.
     """
-    run_dir, resumed = None, None
+    if argv is None:
+        argv = [] if in_notebook() else sys.argv[1:]
+    args = parse_args(argv)
+    NOTES.clear()
     try:
-        args = parse_args(([] if in_notebook() else sys.argv[1:]) if argv is None else argv)
-        if args.resume:
-            run_dir, resumed = find_run(args.output_dir, args.resume)
-            given = {name: getattr(args, name) for name in ("output_dir", "data_dir", "jobs", "backend", "device")}
-            args = argparse.Namespace(**resumed["arguments"] | given)
-        run_dir = run_dir or new_run(args.output_dir)
-        results = continue_series(args, run_dir) if args.checkpoint else run_sweep(args, run_dir, resumed)
+        return run(resume_arguments(args) if args.resume else args)
     except KeyboardInterrupt:
-        begun = run_dir and (run_dir / "results.json").exists()
-        note(f"stopped; to go on: python forecast.py --resume {run_dir.name} --output-dir {args.output_dir}" if begun
-             else "stopped")
-        raise SystemExit(130) from None
-    except UserError as problem:
-        error = str(problem)
-    except BrokenProcessPool:
-        error = f"a worker was killed (out of memory?); go on with --resume {run_dir.name} and fewer --jobs"
-    except OSError as problem:
-        error = f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)
-    else:
-        print((run_dir / "summary.md").read_text())
-        print(f"Everything is in {run_dir}")
-        return results
-    if run_dir and not resumed and not (run_dir / "runs").exists():  # leave no empty run behind
-        shutil.rmtree(run_dir)
-    print(f"forecast.py: error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+        text = ("interrupted; to go on with a run that had begun: "
+                f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
+        code = 130
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        text = f"error: {' '.join(str(error).split())}"
+        code = 2
+    print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
+    if not in_notebook():
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -239,65 +239,40 @@ def selection_csv():
     print(f"{'':16} written in {write:.2f} s, read back in {read:.2f} s")
 
 
-def forecast_specs(*argv):
-    """The runs of the seed's models on the embedded series, and its normalized values [rows]."""
-    args = forecast.parse_args(["--dataset", "synthetic", "--protocol", "seed", "--learning-rate", "1e-3", *argv])
-    series = forecast.load_series(args)
-    values = torch.from_numpy(series["synthetic"].values).float()
-    specs, _ = forecast.make_specs(args, series, torch.device("cpu"))
-    return [spec for spec in specs if spec["model"] not in forecast.BASELINES], (values - values.mean()) / values.std()
-
-
-def forecast_training(repeats=3, epochs=2):
-    """Windows per second of train(), validation included, and of a bare loop over the same model and ready batches."""
+def forecast_training(repeats=3, epochs=10):
+    """Windows per second of train(), and of a bare loop over the same model and ready batches; both with validation."""
     torch.set_num_threads(1)
-    specs, z = forecast_specs("--epochs", str(epochs))
-
-    def compare(spec):
-        model = forecast.make_model(spec)
-        windows = z.unfold(0, spec["time_steps"] + model.horizon, 1)
-        fitting, validation = forecast.seed_split(len(windows))
-        batches = [windows[rows].contiguous() for rows in fitting.split(spec["batch_size"])]
+    args = forecast.parse_args(["--epochs", str(epochs), "--device", "cpu"])
+    values = forecast.generate_series()
+    z = torch.from_numpy((values - values.mean()) / values.std()).float()
+    train_starts, val_starts = forecast.original_split(len(z) - 128)
+    for name in forecast.MODELS:
+        run = forecast.Run(name, "synthetic", 112, 1e-3, 64)
+        model = forecast.MODELS[name](run, args)
+        windows = z.unfold(0, run.time_steps + model.horizon, 1)
+        batches = [windows[starts].contiguous() for starts in train_starts.split(args.batch_size)]
         optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
 
-        def bare():
-            for batch in batches * epochs:
-                with torch.autocast("cpu", torch.bfloat16, enabled=spec["bfloat16"]):
-                    loss = forecast.window_loss(model, batch, spec)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+        validation = windows[val_starts]
+
+        def bare(model=model, windows=windows, batches=batches, optimizer=optimizer, align_target=name != "lstm",
+                 validation=validation):
+            model.start(windows[train_starts])
+            for _ in range(epochs):
+                for batch in batches:
+                    loss = model.loss(batch, align_target)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                with torch.inference_mode():
+                    model.loss(validation, align_target)
+
+        def ours(model=model, run=run):
+            forecast.train(model, z, train_starts, val_starts, run, args, shuffle=False)
 
         bare()
-        times = [(seconds(lambda: forecast.train(model, z, fitting, validation, spec, False)), seconds(bare))
-                 for _ in range(repeats)]
-        mine, reference = np.median(times, axis=0)
-        report(f"forecast {spec['model']}", "windows/s", len(fitting) * epochs, mine, "bare loop", reference)
-
-    for spec in specs:
-        compare(spec)
-
-
-def forecast_free_run(steps=500):
-    """Values per second of the free run, and of recomputing every forecast in the window for each of them."""
-    torch.set_num_threads(1)
-    specs, z = forecast_specs()
-
-    @torch.inference_mode()
-    def recompute(model, values):
-        for _ in range(steps):
-            values = torch.cat([values[1:], model(values[None], last_only=False)[0, -1:]])
-
-    def compare(spec):
-        model, history = forecast.make_model(spec).eval(), z[: spec["time_steps"]]
-        recompute(model, history)
-        mine = seconds(lambda: forecast.free_run(model, history, steps))
-        reference = seconds(lambda: recompute(model, history))
-        report(f"free run {spec['model']}", "values/s", steps, mine, "recomputed", reference)
-
-    for spec in specs:
-        if spec["model"] != "vq_ar":  # which takes all of its horizon: there is nothing to save
-            compare(spec)
+        ours_seconds, bare_seconds = np.median([(seconds(ours), seconds(bare)) for _ in range(repeats)], axis=0)
+        report(f"forecast {name}", "windows/s", len(train_starts) * epochs, ours_seconds, "bare loop", bare_seconds)
 
 
 def toxicity_data(count=2000):
@@ -360,7 +335,7 @@ def toxicity_scoring():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     functions = (fire_training, fire_generator, fire_drift, fire_csv, fire_predict, duet_training, selection_training,
-                 selection_csv, forecast_training, forecast_free_run, toxicity_training, toxicity_scoring)
+                 selection_csv, forecast_training, toxicity_training, toxicity_scoring)
     benchmarks = {function.__name__: function for function in functions}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:

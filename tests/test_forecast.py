@@ -1,10 +1,8 @@
 """What users of forecast.py rely on: offline, on the CPU, on short series."""
 
-import contextlib
+import gzip
 import hashlib
-import http.client
 import http.server
-import json
 import os
 import signal
 import subprocess
@@ -15,68 +13,64 @@ import unittest.mock
 from pathlib import Path
 
 import numpy as np
-import pyarrow.csv
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
-from sklearn.linear_model import Ridge
+from conftest import ROOT, SHARED
+from sklearn.linear_model import RidgeCV
+from torch import nn
 
 import forecast
+from forecast import Run
 
-ROOT = Path(forecast.__file__).resolve().parent
 SMALL = ["--epochs", "1", "--time-steps", "16", "--learning-rate", "1e-3", "--jobs", "1", "--device", "cpu"]
+HOURS = pd.date_range("2024-01-01", periods=400, freq="h")
+WAVE = np.sin(np.arange(400) / 5).round(4)
 
 
 @pytest.fixture(autouse=True)
-def own_folder(monkeypatch, tmp_path):
-    """Each test in its own folder, with an address for the data that nobody answers."""
+def empty_folder(monkeypatch, tmp_path):
+    """Each test in a folder of its own, with an address for the data that nobody answers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "URL", "http://127.0.0.1:9/")
-    with unittest.mock.patch.dict(os.environ):  # dask sets OMP_NUM_THREADS here too, not in its workers alone
+    with unittest.mock.patch.dict(os.environ):  # dask sets OMP_NUM_THREADS here, too
         yield
 
 
-def run(*argv):
+def run_small(*argv):
     return forecast.main(["--dataset", "synthetic", *SMALL, *argv])
 
 
-def failure(capsys, *argv):
-    """The one line on stderr of a command that must end with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        forecast.main(list(argv))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("forecast.py: error: ")
-    return lines[0]
+def network(model, *argv, time_steps=112):
+    """An untrained network with the original's options, where argv does not say otherwise."""
+    args = forecast.parse_args(list(argv))
+    torch.manual_seed(0)
+    run = Run(model, "synthetic", time_steps, 1e-3, args.d_model[0], args.pe and args.pe[0])
+    return forecast.MODELS[model](run, args).eval()
 
 
-def specs_of(*argv):
-    args = forecast.parse_args(["--dataset", "synthetic", *argv])
-    specs, _ = forecast.make_specs(args, forecast.load_series(args), torch.device("cpu"))
-    return {spec["model"]: spec for spec in specs}
+def fit(model, values, *argv, time_steps=16, stop=None):
+    args = forecast.parse_args(["--epochs", "1", "--device", "cpu", *argv])
+    run = Run(model, "synthetic", time_steps, 1e-3, 64)
+    return forecast.fit(run, args, forecast.MODELS, values, stop or len(values))
 
 
-def network(model, *argv):
-    """The untrained network `model` with the seed's defaults, where argv does not say otherwise."""
-    return forecast.make_model(specs_of("--model", model, *argv)[model]).eval()
+# --- Models -------------------------------------------------------------------------------------
 
 
-# --- Models -----------------------------------------------------------------------------------------------------------
-
-
-def test_names_and_sizes_are_those_of_the_seeds_models():
-    expected = {  # parameters: counted by hand from the layers of each
-        "lstm": ("lstm-1-64-2-1", 4 * 64 * (1 + 64 + 2) + 4 * 64 * (64 + 64 + 2) + 65),
-        "att": ("att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe", 128 + 3 * 64 * 64 + 3 * 128 + 64),
-        "att_mh": ("att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe", 128 + 64 * 64 + 2 * 64 * 8 + 16 + 64),
-        "vq": ("vq-64-64-1-1-512-is_causal-randpe", 128 + 512 * 64 + 64 * 64 + 65),
-        "vq_mh": ("vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope", 128 + 128 + 4 * 64 * 8 + 65),
-    }
-    for name, spec in specs_of("--model", *expected).items():
-        if name in expected:
-            model = forecast.make_model(spec)
-            assert (spec["name"], sum(p.numel() for p in model.parameters())) == expected[name]
+@pytest.mark.parametrize(("model", "name", "parameters"), [  # counted by hand from the layers
+    ("lstm", "lstm-1-64-2-1", 4 * 64 * (1 + 64 + 2) + 4 * 64 * (64 + 64 + 2) + 65),
+    ("att", "att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe", 128 + 3 * 64 * 64 + 3 * 128 + 64),
+    ("att_mh", "att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe", 128 + 64 * 64 + 2 * 64 * 8 + 16 + 64),
+    ("vq", "vq-64-64-1-1-512-is_causal-randpe", 128 + 512 * 64 + 64 * 64 + 65),
+    ("vq_mh", "vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope", 128 + 128 + 4 * 64 * 8 + 65),
+])
+def test_names_and_sizes_are_those_of_the_original(model, name, parameters):
+    net = network(model)
+    assert net.name == name
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    assert name in forecast.ORIGINAL_NAMES
 
 
 @pytest.mark.parametrize("model", ["att", "att_mh"])
@@ -86,12 +80,13 @@ def test_a_later_value_changes_no_earlier_forecast(model, pe):
     changed = x.clone()
     changed[:, 41] += 1
     before, after = net(x, last_only=False), net(changed, last_only=False)
-    assert torch.equal(before[:, :41], after[:, :41]) and not torch.allclose(before[:, 41:], after[:, 41:])
+    torch.testing.assert_close(before[:, :41], after[:, :41])
+    assert not torch.allclose(before[:, 41:], after[:, 41:])
     torch.testing.assert_close(net(x), before[:, -1:])
 
 
 @pytest.mark.parametrize("model", ["vq", "vq_mh"])
-def test_the_seeds_codebook_models_see_the_last_value_alone(model):
+def test_the_codebook_models_of_the_original_see_the_last_value_only(model):
     net, x = network(model), torch.randn(2, 70)
     changed = x.clone()
     changed[:, :-1] += 1
@@ -99,259 +94,480 @@ def test_the_seeds_codebook_models_see_the_last_value_alone(model):
     assert not torch.allclose(net(x), net(x.flip(1)))
 
 
-def test_att_begins_as_the_seeds_joint_projection_does():
-    joint, own = (network(model).fc_q.weight.abs().max() for model in ("att", "att_mh"))
-    assert joint < (6 / (64 + 3 * 64)) ** 0.5 < own
+def test_att_starts_with_the_smaller_weights_of_a_joint_projection():
+    joint, separate = (network(model).fc_q.weight.abs().max() for model in ("att", "att_mh"))
+    assert joint < (6 / (64 + 3 * 64)) ** 0.5
+    assert separate > (6 / (64 + 3 * 64)) ** 0.5
 
 
-def test_ours_looks_back():
-    net, x = network("vq_ar"), torch.randn(2, forecast.SEED_TIME_STEPS)
-    torch.nn.init.normal_(net.values, std=0.1)
-    changed = x.clone()
-    changed[:, 3] += 5
-    assert not torch.allclose(net(x), net(changed))
-
-
-@pytest.mark.parametrize("norm_pe", [[], ["--norm-pe"]])
-def test_each_encoding_changes_the_forecasts(norm_pe):
-    x = torch.randn(2, 40)
-    outputs = [network("att", "--pe", pe, *norm_pe)(x, last_only=False) for pe in ("none", "randpe", "sinpe", "rope")]
-    for i, one in enumerate(outputs):
-        assert all(not torch.allclose(one, other, atol=1e-4) for other in outputs[:i])
+def test_vq_ar_looks_back_and_starts_as_ridge_regression():
+    net, x = network("vq_ar", time_steps=24), torch.randn(200, 40)
+    net.start(x)
+    last = x[:, 23:24]
+    ridge = RidgeCV(forecast.RIDGE_STRENGTHS).fit(x[:, :24] - last, x[:, 24:] - last)
+    expected = torch.from_numpy(ridge.predict((x[:, :24] - last).numpy())).float() + last
+    torch.testing.assert_close(net(x[:, :24]), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("flag", ["inln", "qln", "kln", "causal", "norm-pe"])
-def test_each_flag_changes_the_forecasts(flag):
-    x, options = torch.randn(2, 40), ["--no-align-target"]
-    with_it, without = (network("att_mh", f"--{prefix}{flag}", *options) for prefix in ("", "no-"))
+def test_each_flag_changes_the_forecasts_and_the_name(flag):
+    x = torch.randn(2, 40)
+    with_it, without = (network("att_mh", f"--{prefix}{flag}", "--no-align-target") for prefix in ("", "no-"))
     assert with_it.name != without.name
     assert not torch.allclose(with_it(x, last_only=False), without(x, last_only=False), atol=1e-5)
 
 
-def test_rope_depends_on_the_distance_alone():
+def test_rope_depends_on_the_distance_only():
     rope = forecast.Positions("rope", 8, 64)
     q, k = torch.randn(8), torch.randn(8)
-    scores = rope(q.expand(64, 8)) @ rope(k.expand(64, 8)).T  # [query, key]: the same vectors everywhere
+    scores = rope(q.expand(64, 8)) @ rope(k.expand(64, 8)).T  # [query, key]
     torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5])
     assert not torch.allclose(scores[0, :-5], scores[0, 5:])
-    torch.testing.assert_close(rope(q.expand(64, 8)).norm(dim=1), q.norm().expand(64))
 
 
-def test_grouped_queries_are_plain_attention_with_repeated_heads():
-    q, k, v = torch.randn(3, 8, 50, 4), torch.randn(3, 2, 50, 4), torch.randn(3, 2, 50, 4)
-    weights = torch.randn(8, 4)  # of each head, from its output to the forecast
-    values = v @ weights.view(2, 4, 4).transpose(1, 2)
-    repeated_k, repeated_v = (one.repeat_interleave(4, 1) for one in (k, v))
-    for causal in (True, False):
-        heads = F.scaled_dot_product_attention(q, repeated_k, repeated_v, is_causal=causal)
-        plain = (heads * weights.view(8, 1, 4)).sum((1, 3))
-        torch.testing.assert_close(forecast.attend(q, k, values, causal), plain)
-        torch.testing.assert_close(forecast.attend(q[:, :, 20:21], k, values, causal, 20), plain[:, 20:21])
-
-
-# --- Training and forecasts -------------------------------------------------------------------------------------------
+def test_grouped_queries_are_attention_with_repeated_key_heads():
+    net, x = network("att_mh", "--kv-heads", "2", "--pe", "none"), torch.randn(3, 50)
+    hidden = net.fc_in(x.unsqueeze(-1))
+    q, k, v = (net.split_heads(layer(hidden)) for layer in (net.fc_q, net.fc_k, net.fc_v))
+    k = net.ln_k(k)
+    heads = F.scaled_dot_product_attention(q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1), is_causal=True)
+    expected = net.fc_out(heads.transpose(1, 2).flatten(2)).squeeze(-1)
+    torch.testing.assert_close(net(x, last_only=False), expected)
 
 
 def test_the_aligned_loss_is_the_mean_over_every_step():
-    spec = specs_of("--model", "att", "--time-steps", "5")["att"]
-    net = forecast.make_model(spec)
+    net = network("att", time_steps=5)
     window = torch.tensor([[1.0, -2.0, 3.0, 0.5, 4.0, -1.0]])
-    by_hand = [(net(window[:, : i + 1])[0, -1] - target) ** 2 for i, target in enumerate([-2.0, 3.0, 0.5, 4.0, -1.0])]
-    torch.testing.assert_close(forecast.window_loss(net, window, spec), torch.stack(by_hand).mean())
-    last = forecast.window_loss(net, window, spec | {"align_target": False})
-    torch.testing.assert_close(last, by_hand[-1])
+    errors = [(net(window[:, :i])[0, -1] - window[0, i]) ** 2 for i in range(1, 6)]
+    torch.testing.assert_close(net.loss(window, True), torch.stack(errors).mean())
+    torch.testing.assert_close(net.loss(window, False), errors[-1])
 
 
-def test_free_runs_equal_recomputing_every_window():
-    for model in forecast.NETWORKS:
-        net = network(model, "--time-steps", "6")
-        if model == "vq_ar":
-            torch.nn.init.normal_(net.values, std=0.1)
-        history = torch.randn(6)
-        values = list(history)
-        while len(values) < 6 + 40:
-            values += list(net(torch.stack(values[-6:])[None])[0].detach())
-        torch.testing.assert_close(forecast.free_run(net, history, 40), torch.stack(values[6 : 6 + 40]))
+# --- Baselines ----------------------------------------------------------------------------------
 
 
-def test_ridge_is_scikit_learns_with_the_strength_of_the_validation_part():
-    values = forecast.generate_series(400)
-    row, state = forecast.run_one(specs_of("--time-steps", "16", "--no-refit")["ridge"], values)
-    z = (values - values[:288].mean()) / values[:288].std()
-    x, y = np.lib.stride_tricks.sliding_window_view(z, 16)[:-1], z[16:]
-    fitted = [Ridge(alpha).fit(x[: 288 - 16], y[: 288 - 16]) for alpha in 10.0 ** np.arange(-4, 4.1, 0.5)]
-    best = min(fitted, key=lambda model: np.mean((model.predict(x[288 - 16 : 320 - 16]) - z[288:320]) ** 2))
-    expected = best.predict(x[320 - 16 :]) * values[:288].std() + values[:288].mean()
-    np.testing.assert_allclose(state["forecasts"]["holdout"]["batch"], expected, rtol=1e-4)
-    assert row["holdout/mse_batch"] == pytest.approx(np.mean((expected - values[320:]) ** 2), rel=1e-3)
+def season_and_trend(rows, noise=0.1):
+    t = np.arange(rows)
+    return np.tile([0, 3, 1, -2], rows)[:rows] + 0.02 * t + noise * np.random.default_rng(0).standard_normal(rows)
 
 
-@pytest.mark.parametrize("model", ["ridge", "lstm", "att", "vq_ar"])
-def test_no_test_row_reaches_a_fit_its_statistics_or_the_choice(model):
-    spec = specs_of("--model", "lstm", "att", "vq_ar", "--time-steps", "16", "--epochs", "1", "--protocol", "holdout")
+def test_each_baseline_forecasts_what_it_says():
+    values = season_and_trend(200)
+    forecasts = {model: fit(model, values).one_step(values, 150, 200) for model in forecast.BASELINES}
+    np.testing.assert_allclose(forecasts["mean"], values.mean(), rtol=1e-5)
+    np.testing.assert_allclose(forecasts["last"], values[149:199], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(forecasts["seasonal"], values[146:196], rtol=1e-4, atol=1e-5)
+    windows = np.lib.stride_tricks.sliding_window_view(values, 17)
+    ridge = RidgeCV(forecast.RIDGE_STRENGTHS).fit((windows[:, :-1] - values.mean()) / values.std(),
+                                                  (windows[:, -1] - values.mean()) / values.std())
+    expected = ridge.predict((windows[134:, :-1] - values.mean()) / values.std()) * values.std() + values.mean()
+    np.testing.assert_allclose(forecasts["ridge"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_nlinear_follows_a_shift_of_the_level():
+    values = season_and_trend(200)
+    fitted = fit("nlinear", values)
+    before, after = (fitted.one_step(series, 150, 200) for series in (values, values + 50))
+    np.testing.assert_allclose(after, before + 50, rtol=1e-4)
+
+
+def test_theta_continues_the_season_with_half_the_slope():
+    values = season_and_trend(200, noise=0)
+    forecasts = fit("theta", values).free_run(values, [200], 40)[0]
+    level = forecasts.reshape(10, 4).mean(1)
+    np.testing.assert_allclose(forecasts[4:] - forecasts[:-4], 4 * 0.01, atol=0.002)
+    np.testing.assert_allclose(forecasts[:4] - level[0], [0 - 0.5, 3 - 0.5, 1 - 0.5, -2 - 0.5], atol=0.1)
+
+
+def test_the_period_of_noise_is_one():
+    assert forecast.find_period(np.random.default_rng(0).standard_normal(300)) == 1
+    assert forecast.find_period(season_and_trend(200)) == 4
+
+
+# --- Forecasts and the hold-out -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [*forecast.MODELS, "theta", "ridge"])
+def test_a_free_run_feeds_its_forecasts_back(model):
+    values = forecast.generate_series(300)
+    fitted = fit(model, values, stop=250)
+    path = list(fitted.normalize(values[:250]))
+    rows = torch.tensor([250])
+    while len(path) < 290:
+        window = forecast.windows_before(torch.stack(path), rows, fitted.lookback)
+        with torch.no_grad():
+            path += list(fitted.model.predict(window, rows)[0])
+        rows = torch.tensor([len(path)])
+    expected = torch.stack(path[250:290]).double().numpy() * fitted.std + fitted.mean
+    with torch.no_grad():
+        np.testing.assert_allclose(fitted.free_run(values, [250], 40)[0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["ridge", "theta", "lstm", "vq_ar", "combined"])
+def test_no_test_value_reaches_a_fit_its_statistics_or_a_choice(model):
+    args = forecast.parse_args(["--epochs", "1", "--protocol", "holdout", "--device", "cpu"])
     values = forecast.generate_series(300)
     altered = values.copy()
     altered[240:] = altered[240:] * 3 + 1000
-    before, after = (forecast.run_one(spec[model], series) for series in (values, altered))
-    for name in ("validation/mse_batch", "validation/mse_regressive"):
-        assert before[0][name] == after[0][name]
-    # The free run sees nothing but the rows before the test part: not even its normalization may differ.
-    assert torch.equal(*(state["forecasts"]["holdout"]["regressive"] for _, state in (before, after)))
-    unfitted = values.copy()
-    unfitted[216:240] += 500
-    without_refit = [forecast.run_one(spec[model] | {"refit": False}, series)[1] for series in (values, unfitted)]
-    if model != "ridge":  # whose strength may change
-        assert without_refit[0]["mean"] == without_refit[1]["mean"]
-        assert all(torch.equal(without_refit[0]["weights"][name], weight)
-                   for name, weight in without_refit[1]["weights"].items())
+    run = Run(model, "synthetic", 16, 1e-3)
+    before, after = (forecast.score_holdout(run, args, forecast.MODELS, series) for series in (values, altered))
+    for kind in forecast.KINDS:
+        assert before[0][f"validation {kind}"] == after[0][f"validation {kind}"]
+        np.testing.assert_array_equal(before[1]["widths"][kind], after[1]["widths"][kind])
+    free_runs = [result["errors"]["free run"][0] + series[240:]
+                 for (_, result), series in zip((before, after), (values, altered))]
+    np.testing.assert_allclose(*free_runs, rtol=1e-6)
 
 
-def test_the_seeds_split_is_random_and_fixed():
-    fitting, validation = forecast.seed_split(621)
-    assert (len(fitting), len(validation)) == (496, 125)
-    assert sorted([*fitting.tolist(), *validation.tolist()]) == list(range(621))
-    expected = torch.randperm(621, generator=torch.Generator().manual_seed(42))
-    assert torch.equal(torch.cat([fitting, validation]), expected)
+def test_the_scores_are_what_their_names_say():
+    args = forecast.parse_args(["--protocol", "holdout", "--device", "cpu"])
+    values = season_and_trend(300)
+    scores, result = forecast.score_holdout(Run("last", "synthetic", 16), args, forecast.MODELS, values)
+    errors = np.abs(values[240:] - values[239:-1])
+    assert scores["test one step"] == pytest.approx(np.mean(errors**2), rel=1e-4)
+    seasonal_error = np.abs(values[4:240] - values[:236]).mean()
+    assert scores["MASE one step"] == pytest.approx(errors.mean() / seasonal_error, rel=1e-4)
+    assert scores["test free run"] == pytest.approx(np.mean((values[240:] - values[239]) ** 2), rel=1e-4)
+    assert scores["coverage one step"] == np.mean(errors <= result["widths"]["one step"][0])
 
 
-# --- Sweeps -----------------------------------------------------------------------------------------------------------
+def test_intervals_cover_four_of_five_values_of_steady_noise():
+    args = forecast.parse_args(["--protocol", "holdout", "--device", "cpu"])
+    values = np.random.default_rng(1).standard_normal(2000)
+    scores, _ = forecast.score_holdout(Run("mean", "synthetic", 16), args, forecast.MODELS, values)
+    assert 0.75 < scores["coverage one step"] < 0.85
+    assert 0.75 < scores["coverage free run"] < 0.9
+
+
+def test_combined_is_the_mean_of_vq_ar_and_the_best_on_validation():
+    args = forecast.parse_args(["--epochs", "1", "--protocol", "holdout", "--device", "cpu"])
+    values = season_and_trend(300)
+    run = Run("combined", "synthetic", 16, 1e-3)
+    parts, members, _ = forecast.holdout_errors(run, args, forecast.MODELS, values)
+    candidates = forecast.combined_members(run)[1:]
+    scores = [forecast.validation_score(forecast.holdout_errors(member, args, forecast.MODELS, values)[0], "free run")
+              for member in candidates]
+    assert [member for member, _ in members] == [forecast.replace(run, model="vq_ar"), candidates[np.argmin(scores)]]
+    paths = [fitted.free_run(values, [240], 60)[0] for _, fitted in members]
+    np.testing.assert_allclose(parts[-1]["free run"][0] + values[240:], np.mean(paths, 0), rtol=1e-6)
+
+
+def test_the_split_of_the_original_is_random_and_fixed():
+    train, val = forecast.original_split(621)
+    assert (len(train), len(val)) == (496, 125)
+    assert torch.equal(torch.cat([train, val]), torch.randperm(621, generator=torch.Generator().manual_seed(42)))
+
+
+# --- Sweeps -------------------------------------------------------------------------------------
 
 
 def test_a_sweep_end_to_end(capsys):
-    results = run("--model", "lstm", "vq", "--learning-rate", "1e-3", "3e-3", "--runs", "2")
+    results = run_small("--model", "lstm", "vq", "combined", "--learning-rate", "1e-3", "3e-3", "--runs", "2")
     out, run_dir = capsys.readouterr().out, Path("outputs/forecast/run-001")
-    rows = [json.loads(line) for line in (run_dir / "runs.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 + 2 * 2 * 2 and results["finished"] and not results["failed"]
-    pair = [row["holdout/mse_batch"] for row in rows if row["combination"] == "lstm-1-64-2-1_synthetic_ts16_lr0.003"]
-    low, high = stats.t.interval(0.95, 1, np.mean(pair), stats.sem(pair))
-    assert f"| {np.mean(pair):.6g} ± {(high - low) / 2:.3g} |" in out
-    shown = [line.split(" | ") for line in out.split("`Predict/")[0].splitlines() if line.startswith("| ")][2:]
-    errors = [float(cells[3].split(" ± ")[0]) for cells in shown]
-    assert errors == sorted(errors) and {"| mean", "| last", "| ridge"} <= {cells[0] for cells in shown}
+    rows = pd.DataFrame(results["rows"])
+    assert len(rows) == 6 + 2 * 2 * 2 + 2
+    assert not results["failed"]
+    pair = rows[(rows["model"] == "lstm") & (rows["learning_rate"] == 3e-3)]["original one step"]
+    mean, width = forecast.mean_and_interval(pair)
+    assert f"| {mean:.6g} ± {width:.3g} |" in out
+    holdout = out.partition("The hold-out")[2]
+    shown = [line.split(" | ") for line in holdout.splitlines() if line.startswith("| ")][2:]
+    errors = [float(cells[2].split(" ± ")[0]) for cells in shown]
+    assert errors == sorted(errors)
+    assert {cells[0].strip("| ") for cells in shown} == {"lstm", "vq", "combined", *forecast.BASELINES}
     pictures = {path.name for path in run_dir.glob("*.png")}
     assert pictures == {f"{kind}_synthetic.png" for kind in ("forecasts", "learning_curves", "sweep", "horizon")}
 
 
-def test_the_seeds_figures_stand_in_the_table_where_they_belong():
-    row = {"model": "att", "dataset": "y_w", "time_steps": 112, "learning_rate": 5e-4, "seconds": 1.0,
-           forecast.REGRESSIVE: [1200.0, np.nan], forecast.BATCH: [1100.0, np.nan],
-           "name": forecast.SEED_NAMES["att"]}
-    rows = [row, row | {"time_steps": 64}, row | {"name": "att-8"}]
-    table = forecast.result_table(rows, True).splitlines()
-    assert "| 1123.62 | 1128.09 |" in table[2] and not any("1123.62" in line for line in table[3:])
-    assert "1123.62" not in forecast.result_table(rows, False)
+class GRU(forecast.Network):
+    def __init__(self, run, args):
+        super().__init__()
+        self.gru = nn.GRU(1, 8, batch_first=True)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x, last_only=True):
+        hidden, _ = self.gru(x.unsqueeze(-1))
+        return self.head(hidden[:, -1:] if last_only else hidden).squeeze(-1)
 
 
-def test_combinations_that_cannot_be_are_skipped_with_their_reason(capsys):
-    run("--model", "vq", "--time-steps", "16", "1024", "--protocol", "seed")
-    captured = capsys.readouterr()
-    reason = "synthetic has 720 values, --time-steps 1024 needs 1035: 315 too few"
-    assert reason in captured.err and reason in captured.out
-    assert "--block-size" not in captured.err
-    run("--model", "vq", "--time-steps", "600", "--protocol", "seed")
-    assert "--block-size 512 is extended to --time-steps, up to 600" in capsys.readouterr().err
+def test_a_new_model_is_one_entry(monkeypatch):
+    monkeypatch.setitem(forecast.MODELS, "gru", GRU)
+    results = run_small("--model", *forecast.MODELS, "--jobs", "2")
+    assert not results["failed"]
+    (row,) = [row for row in results["rows"] if row["model"] == "gru"]
+    assert row["parameters"] == 3 * 8 * (1 + 8 + 2) + 9
+    assert row["test one step"] > 0
+
+
+def test_the_original_figures_stand_where_they_belong():
+    row = {"model": "att", "name": forecast.ORIGINAL_NAMES[1], "dataset": "y_w", "time_steps": 112,
+           "learning_rate": 5e-4, "d_model": 64, "pe": None, "id": "a", "original free run": 1200.0,
+           "original one step": 1100.0, "train_loss": 0.1, "val_loss": 0.1}
+    others = [row | {"time_steps": 64}, row | {"name": "att-8"}, row | {"learning_rate": 1e-2}]
+    table = forecast.original_table(forecast.mean_over_seeds([row, *others]), "y_w")
+    lines = [line for line in table.splitlines() if "1123.62" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"| {forecast.ORIGINAL_NAMES[1]} | 112 | 0.0005 |")
+    assert "1123.62" not in forecast.original_table(forecast.mean_over_seeds([row]), "own")
+
+
+def test_windows_that_do_not_fit_are_left_out_with_what_they_need(capsys):
+    results = run_small("--model", "vq", "--time-steps", "16", "1024", "--protocol", "original")
+    reason = "synthetic has 720 values; --time-steps 1024 needs 1048, 328 more"
+    assert reason in capsys.readouterr().err
+    assert results["left out"] == [reason]
+
+
+def test_a_short_series_gets_shorter_windows():
+    Path("own.csv").write_text("a\n" + "".join(f"{i % 7}\n" for i in range(150)))
+    results = forecast.main(["--data", "own.csv", "--model", "vq_ar", "--learning-rate", "1e-3", "--epochs", "1",
+                             "--jobs", "1", "--protocol", "holdout", "--device", "cpu"])
+    assert {row["time_steps"] for row in results["rows"]} == {25}
 
 
 def without_clock(run_dir):
-    rows = (json.loads(line) for line in Path(run_dir, "runs.jsonl").read_text().splitlines())
-    clock = {"seconds", "peak_memory_mib"}
-    return {row["id"]: {key: value for key, value in row.items() if key not in clock} for row in rows}
+    checkpoints = {}
+    for path in Path(run_dir, "runs").glob("*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        for name in ("seconds", "peak_memory_mib"):
+            checkpoint["row"].pop(name)
+        checkpoint.pop("arguments")
+        checkpoints[path.name] = str(checkpoint)
+    return checkpoints
 
 
 def test_a_killed_sweep_goes_on_where_it_was():
     argv = ["--dataset", "synthetic", *SMALL, "--model", "lstm", "att", "--learning-rate", "1e-3", "5e-4", "3e-4"]
-    with subprocess.Popen([sys.executable, str(ROOT / "forecast.py"), *argv], start_new_session=True,
-                          stderr=subprocess.DEVNULL) as process:
-        log = Path("outputs/forecast/run-001/runs.jsonl")
-        while not log.exists() or log.read_text().count("\n") < 2:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-    with log.open("a") as file:
-        file.write('{"id": "cut off')
-    done = log.read_text().splitlines()[:2]
-    results = forecast.main(["--resume"])
-    lines = log.read_text().splitlines()
-    assert results["finished"] and lines[:2] == done and len(lines) == 3 + 6  # none of them twice
+    process = subprocess.Popen([sys.executable, str(ROOT / "forecast.py"), *argv], start_new_session=True,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    runs = Path("outputs/forecast/run-001/runs")
+    while len(list(runs.glob("*.pt"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in runs.glob("*.pt")}
+    assert len(done) < 12
+    forecast.main(["--resume"])
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # none of them twice
     forecast.main([*argv, "--output-dir", "whole"])
     assert without_clock("outputs/forecast/run-001") == without_clock("whole/forecast/run-001")
 
 
-def test_a_run_that_fails_is_recorded_and_the_others_go_on(monkeypatch, capsys):
-    make_model = forecast.make_model
-
-    def broken(spec):
-        if spec["model"] == "vq" and spec["seed"] == 42:
+def test_a_run_that_fails_is_reported_and_the_others_go_on(monkeypatch, capsys):
+    class Broken(GRU):
+        def forward(self, x, last_only=True):
             raise ValueError("boom")
-        return make_model(spec)
 
-    options = ["--model", "vq", "lstm", "--protocol", "seed"]
-    specs = forecast.make_specs
-    monkeypatch.setattr(forecast, "make_specs", lambda *a: (specs(*a), monkeypatch.setattr(
-        forecast, "make_model", broken))[0])
-    results = run(*options)
+    monkeypatch.setitem(forecast.MODELS, "broken", Broken)
+    results = run_small("--model", "vq", "broken", "--protocol", "original")
     assert list(results["failed"].values()) == ["ValueError: boom"]
-    assert {row["model"] for row in results["table"]} == {"lstm", *forecast.BASELINES}
-    assert "failed: ValueError: boom" in capsys.readouterr().err
-    monkeypatch.setattr(forecast, "make_specs", specs)
-    monkeypatch.setattr(forecast, "make_model", make_model)
-    assert "vq" in {row["model"] for row in forecast.main(["--resume"])["table"]}  # tried again
+    assert {row["model"] for row in results["rows"]} == {"vq", *forecast.BASELINES}
+    assert "broken_synthetic_ts16_lr0.001_seed42 failed: ValueError: boom" in capsys.readouterr().err
 
 
-def test_a_run_that_diverges_sorts_last(monkeypatch, capsys):
-    monkeypatch.setattr(forecast, "free_run_lstm", lambda model, history, steps: torch.full((steps,), torch.inf))
-    rows = [f"2024-01-{1 + i // 24:02d} {i % 24:02d}:00:00,{i % 7}\n" for i in range(300)]
-    Path("own.csv").write_text("day,a $x_{$\n" + "".join(rows))  # dates, and a name that is no formula
-    results = forecast.main(["--data", "own.csv", "--time-column", "day", *SMALL, "--model", "lstm", "vq"])
-    out = capsys.readouterr().out
-    assert results["finished"] and "diverged" in out.split("`Predict/")[0].splitlines()[-2]
+def test_a_free_run_that_diverges_is_last_in_the_table(monkeypatch, capsys):
+    class Growing(GRU):
+        def predict(self, windows, rows):
+            return windows[:, -1:].abs() * 1e30 + 1
+
+    monkeypatch.setitem(forecast.MODELS, "growing", Growing)
+    run_small("--model", "growing", "--protocol", "original")
+    assert "diverged" in capsys.readouterr().out.strip().splitlines()[-2]
 
 
-def test_two_dask_workers_give_the_rows_of_loky():
-    options = ["--model", "lstm", "vq_ar", "--jobs", "2", "--protocol", "seed"]
-    run(*options, "--output-dir", "a")
-    run(*options, "--output-dir", "b", "--backend", "dask")
-    run(*options, "--output-dir", "c", "--jobs", "1")
-    assert without_clock("a/forecast/run-001") == without_clock("b/forecast/run-001") == without_clock(
-        "c/forecast/run-001")
+def test_two_dask_workers_give_the_results_of_one_process():
+    options = ["--model", "lstm", "vq_ar", "--protocol", "original"]
+    run_small(*options, "--output-dir", "a")
+    run_small(*options, "--output-dir", "b", "--backend", "dask", "--jobs", "2")
+    assert without_clock("a/forecast/run-001") == without_clock("b/forecast/run-001")
 
 
-def test_a_checkpoint_continues_its_series():
-    run("--model", "lstm", "--protocol", "holdout")
-    (checkpoint,) = Path("outputs/forecast/run-001/runs").glob("lstm*.pt")
-    results = forecast.main(["--predict-steps", "7", "--checkpoint", str(checkpoint)])
-    table = pyarrow.csv.read_csv("outputs/forecast/run-002/forecast.csv")
-    assert table.column_names == ["time [h]", "signal"] and len(table) == 7 and len(results["forecast"]) == 7
-    np.testing.assert_allclose(table["time [h]"].to_numpy(), (720 + np.arange(7)) / 30)
-    state = torch.load(checkpoint, weights_only=True)
-    net = forecast.make_model(state["spec"])
-    net.load_state_dict(state["weights"])
-    history = (torch.tensor(forecast.generate_series())[-16:].float() - state["mean"]) / state["std"]
-    first = net(history[None].float())[0, 0].item() * state["std"] + state["mean"]
-    assert table["signal"][0].as_py() == pytest.approx(first, rel=1e-4)
+def test_an_interrupted_sweep_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forecast, "execute_all", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        run_small("--model", "vq")
+    assert stopped.value.code == 130
+    assert "python forecast.py --resume --output-dir outputs" in capsys.readouterr().err
+
+
+# --- Forecasts after the end --------------------------------------------------------------------
+
+
+def write_csv(path, times, values, names="date,value"):
+    Path(path).write_text(names + "\n" + "".join(f"{t},{v}\n" for t, v in zip(times, values)))
+
+
+def test_a_checkpoint_forecasts_from_the_newest_rows_of_a_series_that_has_grown(error_line):
+    write_csv("own.csv", HOURS[:390], WAVE)
+    options = ["--time-column", "date", "--model", "combined", "--protocol", "holdout"]
+    forecast.main(["--data", "own.csv", *SMALL, *options])
+    checkpoint = next(Path("outputs/forecast/run-001/runs").glob("combined*.pt"))
+    write_csv("own.csv", HOURS, WAVE)
+    results = forecast.main(["--predict-steps", "12", "--checkpoint", str(checkpoint)])
+    assert results["notes"] == ["own has 10 new values since the training"]
+    table = pd.read_csv("outputs/forecast/run-002/forecast.csv")
+    assert list(table) == ["date", "value", "low", "high"]
+    assert list(table["date"]) == list(pd.date_range(HOURS[-1], periods=13, freq="h")[1:].astype(str))
+    np.testing.assert_allclose(table["value"], np.sin(np.arange(400, 412) / 5), atol=0.1)
+    assert (table["low"] < table["value"]).all()
     assert Path("outputs/forecast/run-002/forecast.png").stat().st_size > 10_000
+    write_csv("own.csv", HOURS, WAVE + 1)
+    assert "are not those it was trained with" in error_line(
+        forecast, ["--predict-steps", "3", "--checkpoint", checkpoint])
 
 
-def test_a_checkpoint_of_other_data_is_refused(capsys, monkeypatch):
-    lines = ["t,a", *(f"{i},{i % 11}" for i in range(200))]
-    Path("own.csv").write_text("\n".join(lines))
-    forecast.main(["--data", "own.csv", *SMALL, "--model", "vq", "--protocol", "seed"])
-    (checkpoint,) = Path("outputs/forecast/run-001/runs").resolve().glob("vq*.pt")
-    Path("elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    assert len(forecast.main(["--predict-steps", "3", "--checkpoint", str(checkpoint)])["forecast"]) == 3
-    Path("../own.csv").write_text("\n".join(lines[:-1]))
-    assert "made of other data" in failure(capsys, "--predict-steps", "3", "--checkpoint", str(checkpoint))
+def test_a_network_forecasts_from_its_checkpoint():
+    run_small("--model", "lstm", "--protocol", "original")
+    checkpoint = next(Path("outputs/forecast/run-001/runs").glob("lstm*.pt"))
+    results = forecast.main(["--predict-steps", "7", "--checkpoint", str(checkpoint)])
+    table = pd.read_csv("outputs/forecast/run-002/forecast.csv")
+    np.testing.assert_allclose(table["time [h]"], (720 + np.arange(7)) / 30)
+    values = forecast.generate_series()
+    args = forecast.parse_args(SMALL)
+    fitted = forecast.fit(Run("lstm", "synthetic", 16, 1e-3, None, None, 42), args, forecast.MODELS, values, 720,
+                          original=True)
+    with torch.no_grad():
+        np.testing.assert_allclose(results["forecast"], fitted.free_run(values, [720], 7)[0], rtol=1e-5)
 
 
-# --- Data and errors --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("times", "following"), [
+    (pd.bdate_range("2024-01-01", periods=60), ["2024-03-25", "2024-03-26"]),  # after a Friday
+    (pd.date_range("1990-01-01", periods=60, freq="MS"), ["1995-01-01", "1995-02-01"]),
+    (pd.date_range("1990-01-31", periods=60, freq="ME"), ["1995-01-31", "1995-02-28"]),
+    (pd.date_range("2024-01-01", periods=60, tz="Etc/GMT-2", freq="h"),
+     ["2024-01-03 12:00:00+02:00", "2024-01-03 13:00:00+02:00"]),
+    (range(1700, 1760), ["1760", "1761"]),
+    (np.round(np.arange(60) / 30, 3), ["2.0", "2.033"]),
+    ([f"{day:%d/%m/%Y}" for day in pd.date_range("2024-01-01", periods=60)], ["2024-03-01", "2024-03-02"]),
+    ([f"{day:%m/%d/%Y}" for day in pd.date_range("1990-01-01", periods=60, freq="MS")], ["1995-01-01", "1995-02-01"]),
+    ([f"{day:%Y%m%d}" for day in pd.date_range("1958-03-29", periods=60, freq="W-SAT")], ["1959-05-23", "1959-05-30"]),
+])
+def test_the_calendar_step_and_the_zone_are_kept(times, following):
+    write_csv("own.csv", times, WAVE[:60])
+    series = forecast.read_series(forecast.parse_args(["--data", "own.csv", "--time-column", "date"]))
+    texts = [str(time).removesuffix(" 00:00:00") for time in forecast.next_times(series.times, 2)]
+    assert [text[: len(expected)] for text, expected in zip(texts, following)] == following
 
 
-@contextlib.contextmanager
-def server(folder):
+# --- Files --------------------------------------------------------------------------------------
+
+
+def read(content, *argv, encoding="utf-8"):
+    Path("own.csv").write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return forecast.read_series(forecast.parse_args(["--data", "own.csv", *argv]))
+
+
+SEMICOLON = "t;wert\n" + "".join(f"{i};{50 + i % 9},5\n" for i in range(40))
+POINT = "t,wert\n" + "".join(f"{i},{50 + i % 9}.5\n" for i in range(40))
+
+
+@pytest.mark.parametrize(("content", "encoding"), [
+    (POINT, "utf-8"), (SEMICOLON, "utf-8"), (POINT.replace(",", "\t"), "utf-8"), (POINT, "utf-16"),
+    ("\ufeff" + POINT, "utf-8"), (POINT.replace("t,", "µ,", 1), "latin-1"), ("sep=;\n" + SEMICOLON, "utf-8"),
+    (gzip.compress(POINT.encode()), ""), ("wert\n" + "".join(f"{50 + i % 9},5\n" for i in range(40)), "utf-8"),
+])
+def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(content, encoding):
+    series = read(content, encoding=encoding)
+    np.testing.assert_array_equal(series.values, [50.5 + i % 9 for i in range(40)])
+    assert series.column == "wert"
+
+
+def test_rows_are_sorted_by_time_and_that_is_noted():
+    order = np.random.default_rng(0).permutation(400)
+    write_csv("own.csv", HOURS[order], WAVE[order])
+    series = forecast.read_series(forecast.parse_args(["--data", "own.csv", "--time-column", "date"]))
+    np.testing.assert_array_equal(series.values, WAVE)
+    assert "the rows are not in order and are sorted by time" in forecast.NOTES[-1]
+
+
+def test_missing_rows_and_values_are_filled_on_demand():
+    write_csv("own.csv", HOURS.delete([3, 4]), [0, 1, 2, "", 6, *range(7, 400)])
+    options = ["--data", "own.csv", "--time-column", "date", "--fill"]
+    linear = forecast.read_series(forecast.parse_args([*options, "linear"]))
+    forward = forecast.read_series(forecast.parse_args([*options, "forward"]))
+    np.testing.assert_array_equal(linear.values[:8], [0, 1, 2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(forward.values[:8], [0, 1, 2, 2, 2, 2, 6, 7])
+
+
+def test_one_of_several_series_is_taken():
+    text = "unique_id,ds,y\n" + "".join(f"{name},{time},{i + 100 * (name == 'B')}\n"
+                                        for i, time in enumerate(HOURS) for name in "AB")
+    series = read(text, "--series-column", "unique_id", "--series", "B", "--time-column", "ds")
+    np.testing.assert_array_equal(series.values, np.arange(400) + 100)
+
+
+def test_a_signal_on_a_large_constant_is_not_lost():
+    args = forecast.parse_args(["--protocol", "holdout", "--device", "cpu"])
+    scores, _ = forecast.score_holdout(Run("ridge", "own", 16), args, forecast.MODELS, WAVE + 1e12)
+    assert scores["test one step"] < 0.01
+
+
+LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
+
+
+@pytest.mark.parametrize(("text", "options", "message"), [
+    ("t,a\n0,1\n1,x\n2,3\n", [], "column 'a', row 3: 'x' is not a number"),
+    ("t,a\n0,1\n1,\n2,3\n", [], "row 3: empty, NaN or infinite, as 1 of 3 rows; --fill linear"),
+    ("a\n1\n\n2\n", [], "row 3: empty"),
+    ("t,a\n0,5\n1,5\n2,5\n", [], "constant"),
+    ("t,a\n0,1e200\n1,2e200\n", [], "above 1e100"),
+    ("t,a\n0,1\n1,2\n", ["--column", "b"], "no column 'b', only t, a"),
+    ("t,a\n0,1\n1,2\n", ["--time-column", "b"], "no column 'b', only t, a"),
+    ("t,a\n0,1\n1,2,3\n", [], "Expected 2 fields in line 3, saw 3"),
+    ("a,a\n0,1\n1,2\n", [], "different column names"),
+    ("50,13\n50,14\n51,13\n", [], "the first line is '50,13'"),
+    ("", [], "a header with different column names, and rows, are needed"),
+    ("PK\x03\x04\x00\x00", [], "not a text file"),
+    ("t,a\n" + LONG, ["--time-steps", "16", "--protocol", "original"], "needs 40, 20 more"),
+    ("t,a\n00:00:00,1\n00:01:00,2\n", ["--time-column", "t"], "times of day need a date"),
+    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 3: 'never' is not a time"),
+    ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"], "row 4: '2024-01-02' occurs twice"),
+    ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "4 rows are missing, the first at 5"),
+    ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
+    ("unique_id,y\nA,1\nB,2\nA,3\nB,4\n", [], "--series-column unique_id --series A"),
+    ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "no series 'C', only A, B"),
+])
+def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, text, options, message):
+    Path("own.csv").write_text(text)
+    assert message in error_line(forecast, ["--data", "own.csv", "--model", "lstm", *options])
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--data", "absent.csv"], "absent.csv"),
+    (["--data", "a.csv", "--dataset", "y_w"], "exclude each other"),
+    (["--dataset", "synthetic", "--model", "att", "--no-causal"], "would see its own targets"),
+    (["--dataset", "synthetic", "--model", "att_mh", "--n-heads", "6"], "must divide"),
+    (["--dataset", "synthetic", "--model", "att_mh", "--kv-heads", "3"], "must divide"),
+    (["--dataset", "synthetic", "--model", "att", "--pe", "rope", "--d-model", "7"], "even width"),
+    (["--model", "gru"], "invalid choice: 'gru'"),
+    (["--learning-rate", "0"], "--learning-rate must be above 0"),
+    (["--device", "abacus"], "unknown device 'abacus'"),
+    (["--predict-steps", "3"], "go together"),
+    (["--predict-steps", "1000000000000", "--checkpoint", "a.pt"], "at most a million"),
+    (["--predict-steps", "3", "--checkpoint", "a.pt"], "a.pt: damaged, or not a checkpoint"),
+    (["--resume"], "no unfinished run"),
+    (["--resume", "--epochs", "3"], "no unfinished run"),
+])
+def test_a_command_line_that_cannot_be_met_is_one_line(error_line, argv, message):
+    assert message in error_line(forecast, argv)
+
+
+# --- Known series -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """An address that serves the folder remote/."""
+    Path("remote").mkdir()
+
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
-            super().__init__(*args, directory=folder)
+            super().__init__(*args, directory="remote")
 
         def log_message(self, *_):
             pass
@@ -362,89 +578,33 @@ def server(folder):
         service.shutdown()
 
 
-def test_downloads_are_checked(monkeypatch, capsys, tmp_path):
-    remote = tmp_path / "remote"
-    remote.mkdir()
+def test_downloads_and_files_that_are_there_are_checked(monkeypatch, error_line, server):
     text = "time(h),formaldehyde\n" + "".join(f"{i / 30},{100 + i % 7}\n" for i in range(200))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    monkeypatch.setattr(forecast, "FILES", {"y_w": ("y+w.csv", digest)})
-    argv = ["--dataset", "y_w", *SMALL, "--model", "vq", "--protocol", "seed"]
-    with server(remote) as url:
-        monkeypatch.setattr(forecast, "URL", url)
-        assert "404" in failure(capsys, *argv)
-        (remote / "y+w.csv").write_text(text[:1000])
-        assert "1,000 bytes with another sha256" in failure(capsys, *argv) and not Path("data/y+w.csv").exists()
-        (remote / "y+w.csv").write_text(text)
-        with monkeypatch.context() as patch:  # a connection that breaks off
-            patch.setattr(http.client.HTTPResponse, "read", lambda *_: (_ for _ in ()).throw(
-                http.client.IncompleteRead(b"")))
-            assert "IncompleteRead" in failure(capsys, *argv)
-        results = forecast.main(argv)
-    assert results["data"]["y_w"] == {"source": "real", "rows": 200, "column": "formaldehyde", "sha256": digest}
-    assert forecast.main(argv)["finished"]  # the server is gone, the file is there
+    monkeypatch.setattr(forecast, "FILES", {"y_w": ("y+w.csv", hashlib.sha256(text.encode()).hexdigest())})
+    monkeypatch.setattr(forecast, "URL", server)
+    argv = ["--dataset", "y_w", *SMALL, "--model", "vq", "--protocol", "original"]
+    assert "404" in error_line(forecast, argv)
+    Path("remote/y+w.csv").write_text(text[:1000])
+    assert "1,000 bytes with another sha256" in error_line(forecast, argv)
+    assert not Path("data/y+w.csv").exists()
+    Path("remote/y+w.csv").write_text(text)
+    results = forecast.main(argv)
+    assert results["data"]["y_w"]["rows"] == 200
+    Path("data/y+w.csv").write_text(text[:1000])
+    assert "another sha256" in error_line(forecast, argv)
 
 
-def test_without_data_the_embedded_series_is_used_and_said(capsys):
-    results = forecast.main([*SMALL, "--model", "vq", "--protocol", "seed"])
-    assert "no real data" in capsys.readouterr().err and results["data"]["synthetic"]["source"] == "embedded"
-    assert "--dataset synthetic" in failure(capsys, "--dataset", "y_w", *SMALL)
+@pytest.mark.parametrize("name", forecast.FILES)
+def test_the_checksums_are_those_of_the_real_files(name):
+    file, sha256 = forecast.FILES[name]
+    path = SHARED / "formaldehyde" / file
+    if not path.exists():
+        pytest.skip("the real files are not beside the checkout")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
-@pytest.mark.parametrize(("text", "options", "message"), [
-    ("t,a\n0,1\n1,x\n2,3\n", [], "row 3, column 'a': 'x', a number is needed"),
-    ("t,a\n0,1\n1,\n2,3\n", [], "row 3, column 'a': empty or NaN"),
-    ("t,a\n0,1\n1,2\n2,nan\n", [], "row 4, column 'a': empty or NaN"),
-    ("t,a\n0,5\n1,5\n2,5\n", [], "column 'a' is constant"),
-    ("t,a\n0,1\n1,2\n", ["--column", "b"], "no column 'b' for --column, only t, a"),
-    ("t,a\n0,1\n1,2\n", ["--column", "2"], "no column '2' for --column, only t, a"),
-    ("t,a\n0,1\n1,2\n", ["--time-column", "b"], "no column 'b' for --time-column, only t, a"),
-    ("t,a\n0,1\n1,2,3\n", [], "Expected 2 columns, got 3"),
-    ("a\n1\n\n2\n", [], "row 3, column 'a': empty or NaN"),
-    ("", [], "Empty CSV file"),
-    ("t,a\n" + "".join(f"{i},{i % 3}\n" for i in range(20)), ["--protocol", "seed"], "needs 27: 7 too few"),
-])
-def test_bad_series(capsys, text, options, message):
-    Path("own.csv").write_text(text)
-    assert message in failure(capsys, "--data", "own.csv", *SMALL, "--model", "lstm", *options)
-    assert not list(Path("outputs").rglob("run-*"))
-
-
-def test_bad_command_lines(capsys, tmp_path):
-    (tmp_path / "file").write_text("no checkpoint")
-    torch.save({"weights": {}}, tmp_path / "other.pt")
-    (tmp_path / "results.json").write_text('{"experiment": "fire", "finished": false, "arguments": {}}')
-    for argv, message in {
-        ("--data", "absent.csv"): "no such file",
-        ("--data", str(tmp_path)): "a folder",
-        ("--data", "a.csv", "--dataset", "y_w"): "take one of them",
-        ("--column", "a"): "go with --data",
-        ("--model", "att", "--no-causal"): "would see its own answer",
-        ("--model", "att_mh", "--n-heads", "6"): "must divide",
-        ("--model", "att_mh", "--kv-heads", "3"): "must divide",
-        ("--model", "att", "--pe", "rope", "--d-model", "7"): "must be even",
-        ("--model", "gru"): "invalid choice: 'gru'",
-        ("--learning-rate", "0"): "is not between",
-        ("--device", "abacus"): "--device",
-        ("--predict-steps", "3"): "go together",
-        ("--predict-steps", "3", "--checkpoint", str(tmp_path / "file")): "no checkpoint of a run",
-        ("--predict-steps", "3", "--checkpoint", str(tmp_path / "other.pt")): "no checkpoint of a run (other content)",
-        ("--predict-steps", "3", "--checkpoint", "a.pt", "--model", "att"): "the model are its own",
-        ("--resume",): "no unfinished run",
-        ("--resume", str(tmp_path)): "no unfinished run",
-        ("--resume", "--epochs", "3"): "a run keeps its own arguments",
-        ("--output-dir", str(tmp_path / "file")): "file",
-    }.items():
-        data = [] if {"--data", "--resume", "--checkpoint", "--predict-steps", "--column"} & set(argv) else [
-            "--dataset", "synthetic"]
-        assert message in failure(capsys, *argv, *data)
-
-
-def test_interrupted_runs_say_how_to_go_on(monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(forecast, "run_all", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        run("--model", "vq")
-    assert stop.value.code == 130
-    assert "python forecast.py --resume run-001 --output-dir outputs" in capsys.readouterr().err
+def test_without_data_the_embedded_series_is_used_and_that_is_noted(error_line):
+    results = forecast.main([*SMALL, "--model", "vq", "--protocol", "original"])
+    assert "the embedded series is used" in results["notes"][0]
+    assert results["data"]["synthetic"]["source"] == "embedded"
+    assert "--dataset synthetic" in error_line(forecast, ["--dataset", "y_w", *SMALL])
