@@ -1874,6 +1874,8 @@ def load_checkpoint(file, name):
     """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception:  # torch.load raises errors of many types for a damaged file
         raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py") from None
 

@@ -48,7 +48,8 @@ import time
 import urllib.request
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -112,13 +113,13 @@ ATTENTION_FLAGS = {  # the name in the original's model strings and a descriptio
 # The hold-out, as shares of the rows: models are fitted on the first 40, 50 and 60 % and validated
 # on the next 20 %, with free runs from five origins there; then fitted on 80 % and tested.
 FOLDS = [0.4, 0.5, 0.6]
-HORIZON = 0.2
-TEST = 0.8
+VALIDATION_SHARE = 0.2
+TEST_START = 0.8
 ORIGINS = 5
 COVERAGE = 0.8  # of the intervals
 COMBINED_RATE = 1e-3  # learning rate of vq_ar in `combined`
 KINDS = ["free run", "one step"]
-PROTOCOLS = {"original": "original's protocol (in-sample)", "holdout": "hold-out (last 20 %)"}
+PROTOCOLS = {"original": "original's protocol (in-sample)", "holdout": "hold-out"}
 RANKED_BY = {"original": "original free run", "holdout": "validation free run"}
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
@@ -146,8 +147,8 @@ def parse_args(argv=None):
     add("--data-dir", default="data", help="folder of downloads")
     add("--protocol", choices=["original", "holdout", "both"], default="both", help="original: "
         "random windows, scored over the whole series; holdout: tested on the last 20 %%")
-    add("--model", nargs="+", choices=[*MODELS, "combined"], default=[*MODELS, "combined"],
-        help="models to run beside the baselines")
+    add("--model", nargs="*", choices=[*MODELS, "combined"], default=[*MODELS, "combined"],
+        help="models to run beside the baselines; without a value, the baselines only")
     add("--time-steps", nargs="+", type=int, help="values in a window; if unset, 112, or a sixth "
         "of a shorter series")
     add("--learning-rate", nargs="+", type=float, default=ORIGINAL_RATES, help="learning rates")
@@ -199,6 +200,8 @@ def check_args(args, error):
         error("--learning-rate must be above 0 and at most 10, --seed under 2**31")
     if args.data and args.dataset and not args.quick:
         error("--data and --dataset exclude each other")
+    if args.data:
+        args.data = os.path.abspath(args.data)  # a resumed run may be started elsewhere
     if bool(args.series_column) != bool(args.series):
         error("--series-column and --series go together")
     if (args.predict_steps is None) != (args.checkpoint is None):
@@ -472,8 +475,6 @@ def load_series(args):
 class LinearForecaster(nn.Module):
     """x[t] = weights · x[t - lookback : t] + bias[t mod period]."""
 
-    horizon = 1
-
     def __init__(self, weights, bias):
         super().__init__()
         self.register_buffer("weights", torch.as_tensor(weights, dtype=torch.float32))  # [lookback]
@@ -561,7 +562,8 @@ BASELINES = {"mean": fit_mean, "last": fit_last, "seasonal": fit_seasonal, "ridg
 
 
 class Network(nn.Module):
-    """Base of all networks. A new one needs __init__(run, args), forward and an entry in MODELS.
+    """Base of all networks. A new one needs __init__(run, args), with a Run and the command line,
+    forward, and an entry in MODELS; with a longer horizon its own loss, too.
 
     forward(x, last_only) takes x [batch, time] to the forecasts [batch, horizon] of the values
     after x; without last_only to one-step forecasts [batch, time] from every step.
@@ -569,6 +571,7 @@ class Network(nn.Module):
 
     horizon = 1  # values of one forecast
     decay = False  # whether the learning rate warms up and decays
+    align_target = True  # whether the loss is taken at every step, without --align-target
 
     def start(self, windows):
         """Called before training with all training windows [count, time + horizon]."""
@@ -587,6 +590,8 @@ class Network(nn.Module):
 
 class LSTM(Network):
     """The original's LSTM; 50,497 parameters at its defaults."""
+
+    align_target = False
 
     def __init__(self, run, args):
         super().__init__()
@@ -849,7 +854,7 @@ def train(model, z, train_starts, val_starts, run, args, shuffle):
     the history [{train_loss, val_loss}], one entry an epoch. Raises UserError if it diverges.
     """
     windows = z.unfold(0, run.time_steps + model.horizon, 1)  # a view [count, time + horizon]
-    align_target = run.model != "lstm" if args.align_target is None else args.align_target
+    align_target = model.align_target if args.align_target is None else args.align_target
     model.start(windows[train_starts])
     optimizer = torch.optim.Adam(model.parameters(), run.learning_rate, fused=True)
     steps = args.epochs * math.ceil(len(train_starts) / args.batch_size)
@@ -937,13 +942,14 @@ def split_windows(run, horizon, stop, val_stop):
 
 
 def fit(run, args, models, values, stop, val_stop=0, original=False):
-    """Fit the model of a run to values[:stop]; with `original` to a random 80 % of its windows."""
+    """Fit the model of a run to values[:stop]; with `original` to a random 80 % of its windows.
+    `models` is BASELINES and MODELS, passed along since workers do not see what was added."""
     mean, std = values[:stop].mean(), values[:stop].std()
     if not std > 0:
         raise UserError(f"the first {stop} values are constant")
-    if run.model in BASELINES:
+    if not isinstance(models[run.model], type):  # a baseline
         z = (values[:stop] - mean) / std
-        weights, bias = BASELINES[run.model](z, run.time_steps)
+        weights, bias = models[run.model](z, run.time_steps)
         model = LinearForecaster(weights, bias).to(args.device)
         return Fitted(model, len(weights), mean, std, [])
     torch.manual_seed(run.seed)
@@ -975,9 +981,9 @@ def forecast_errors(fitted, values, start, stop, origins):
 
 def holdout_parts(rows):
     """The parts of the hold-out as (start, stop, origins): validation of each fold, then test."""
-    horizon = int(HORIZON * rows)
+    horizon = int(VALIDATION_SHARE * rows)
     starts = [int(share * rows) for share in FOLDS]
-    return [(start, start + horizon, ORIGINS) for start in starts] + [(int(TEST * rows), rows, 1)]
+    return [(start, start + horizon, ORIGINS) for start in starts] + [(int(TEST_START * rows), rows, 1)]
 
 
 def holdout_errors(run, args, models, values):
@@ -987,16 +993,17 @@ def holdout_errors(run, args, models, values):
         return combined_errors(run, args, models, values)
     parts, history = [], []
     for start, stop, origins in holdout_parts(len(values)):
-        fitted = fit(run, args, models, values, start, min(stop, int(TEST * len(values))))
+        fitted = fit(run, args, models, values, start, min(stop, int(TEST_START * len(values))))
         parts.append(forecast_errors(fitted, values, start, stop, origins))
         history.append(fitted.history)
     return parts, [(run, fitted)], history[-2]
 
 
-def combined_members(run):
+def combined_members(run, models):
     """The runs of which `combined` takes the first, vq_ar, and the best of the others."""
     quarter = max(2, run.time_steps // 4)
-    members = [replace(run, model=model) for model in ["vq_ar", *BASELINES]]
+    baselines = [name for name, model in models.items() if not isinstance(model, type)]
+    members = [replace(run, model=model) for model in ["vq_ar", *baselines]]
     return members + [replace(run, model=model, time_steps=quarter)
                       for model in ("vq_ar", "ridge", "nlinear")]
 
@@ -1005,7 +1012,7 @@ def combined_errors(run, args, models, values):
     """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error,
     chosen for one step and for the free run separately. Returns what holdout_errors does."""
     network, *others = [holdout_errors(member, args, models, values)
-                        for member in combined_members(run)]
+                        for member in combined_members(run, models)]
     best = {}
     for kind in KINDS:
         scores = [validation_score(parts, kind) for parts, _, _ in others]
@@ -1062,7 +1069,7 @@ def score_holdout(run, args, models, values):
     """The hold-out, validation and test: (scores, result of the run)."""
     parts, members, history = holdout_errors(run, args, models, values)
     widths = interval_widths(parts)
-    start = int(TEST * len(values))
+    start = int(TEST_START * len(values))
     period = find_period(values[:start])
     seasonal_error = np.abs(values[period:start] - values[: start - period]).mean() or math.nan
     scores = {}
@@ -1092,7 +1099,7 @@ def execute(run, args, models, values):
             scores |= holdout_scores
     except Exception as error:
         return run, {"error": f"{type(error).__name__}: {error}"}
-    members = next(reversed(results.values()))["members"]
+    members = results.get("holdout", results.get("original"))["members"]
     name = getattr(members[0][1].model, "name", run.model)
     parameters = sum(parameter.numel() for _, fitted in members
                      for parameter in fitted.model.parameters())
@@ -1124,7 +1131,9 @@ def pack(run, fitted):
 def unpack(member, args):
     """The Fitted model of a checkpoint."""
     run = Run(**member["run"])
-    if run.model in BASELINES:
+    if run.model not in MODELS and "bias" not in member["weights"]:
+        raise UserError(f"{run.model} is not in MODELS")
+    if run.model not in MODELS:
         model = LinearForecaster(**member["weights"])
     else:
         model = MODELS[run.model](run, args)
@@ -1169,7 +1178,9 @@ def make_runs(args, series):
     for run in runs:
         if run.model in MODELS:
             MODELS[run.model](run, args)  # raises UserError for options that do not go together
+    # Rough relative times of the models.
     cost = {"combined": 9, "att_mh": 4, "lstm": 3, "vq_mh": 3, "att": 2}
+    runs = dict.fromkeys(runs)  # each once
     return sorted(runs, key=lambda run: -cost.get(run.model, 1) * run.time_steps), skipped
 
 
@@ -1193,19 +1204,24 @@ def execute_all(runs, args, series):
                     n_workers=args.jobs, threads_per_worker=1, dashboard_address=None))
             stack.enter_context(Client(cluster))
         stack.enter_context(parallel_config(args.backend, n_jobs=min(args.jobs, len(runs) or 1)))
-        tasks = [delayed(execute)(run, args, MODELS, series[run.dataset].values) for run in runs]
-        yield from Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")(tasks)
+        models = BASELINES | MODELS
+        tasks = [delayed(execute)(run, args, models, series[run.dataset].values) for run in runs]
+        parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
+        try:
+            yield from parallel(tasks)
+        except BrokenProcessPool:
+            raise UserError("a worker was killed, out of memory? Go on with --resume and fewer "
+                            "--jobs") from None
 
 
 # --- Tables -------------------------------------------------------------------------------------
 
-CONFIG = ["model", "name", "dataset", "time_steps", "learning_rate", "d_model", "pe"]
+CONFIG = ["name", *(field.name for field in fields(Run) if field.name != "seed")]
 
 
-def mean_over_seeds(rows):
+def mean_over_seeds(frame):
     """One row for each combination: the means of its scores over the seeds, and half widths of
     95 % intervals in columns that end in ±."""
-    frame = pd.DataFrame(rows)
     scores = frame.columns.difference([*CONFIG, "id", "seed", "parameters", "peak_memory_mib"], sort=False)
     merged = []
     for config, group in frame.groupby(CONFIG, dropna=False, sort=False):
@@ -1218,8 +1234,8 @@ def mean_over_seeds(rows):
 
 def show(row, column, number="{:.6g}"):
     """A score with its interval as text."""
-    if not np.isfinite(row[column]):
-        return "diverged" if np.isinf(row[column]) else "–"
+    if not np.isfinite(row.get(column, math.nan)):
+        return "diverged" if np.isinf(row.get(column, 0)) else "–"
     text = number.format(row[column])
     if np.isfinite(row[f"{column} ±"]):
         text += f" ± {row[f'{column} ±']:.3g}"
@@ -1264,13 +1280,16 @@ def holdout_table(frame):
     table = []
     for model in models:
         columns = {"model": model}
-        for kind in ("free run", "one step"):
+        for kind in KINDS:
             row = best[kind][model]
             settings = f"{row['time_steps']}"
             if model in MODELS:
                 settings += f", {row['learning_rate']:g}"
+            for name in ("d_model", "pe"):
+                if model in ATTENTION and frame[name].nunique() > 1:
+                    settings += f", {row[name]}"
             columns |= {
-                f"{kind}: steps, rate": settings,
+                f"{kind}: settings": settings,
                 f"{kind} MSE": show(row, f"test {kind}"),
                 f"{kind} MASE": show(row, f"MASE {kind}", "{:.3f}"),
                 f"{kind} in 80 % interval": f"{row[f'coverage {kind}']:.0%}",
@@ -1279,14 +1298,14 @@ def holdout_table(frame):
     return markdown_table(table)
 
 
-def summarize(rows, series, failed, skipped, args):
+def summarize(tables, series, failed, skipped, args):
     """All tables as Markdown."""
     text = []
     seeds = f"seed {args.seed}"
     if args.runs > 1:
         seeds = f"mean ± 95 % interval (Student's t) of {args.runs} seeds"
-    for name, one in series.items():
-        frame = mean_over_seeds([row for row in rows if row["dataset"] == name])
+    for name, frame in tables.items():
+        one = series[name]
         text.append(f"## {name}: {one.source} data, {len(one.values)} values of {one.column}, "
                     f"{seeds}")
         if args.protocol != "holdout":
@@ -1398,7 +1417,7 @@ def plot_sweep(series, frame, args, path):
               for model, group in frame.groupby("model", sort=False)}
     low, high = np.log(frame[column].min()), np.log(frame[column].max()) + 1e-9
     width = max(8, len(tables) * (1.2 + 0.75 * frame["time_steps"].nunique()))
-    title = f"{title_of(series, args)}{column}, MSE [({escape(series.column)})²], dark is low"
+    title = f"{title_of(series, args)}{column}, error [({escape(series.column)})²], dark is low"
     height = 2.2 + 0.5 * frame["learning_rate"].nunique()
     fig, axes = new_figure(title, 1, len(tables), (width, height))
     for ax, (model, table) in zip(axes, tables.items()):
@@ -1444,37 +1463,38 @@ def run_experiment(args):
     run_dir = next_run_dir(args)
     (run_dir / "runs").mkdir(exist_ok=True)
     files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
-    todo = [run for run in runs if not files[run].exists()]
+    rows, failed = [], {}
+    for run, file in files.items():
+        if file.exists():
+            checkpoint = load_checkpoint(file, file)
+            if checkpoint["digest"] != digest(series[run.dataset].values):
+                raise UserError(f"{file}: made with other data; start a new sweep")
+            rows.append(checkpoint["row"])
+    todo = [run for run in files if not files[run].exists()]
     if args.resume:
-        log(f"{len(runs) - len(todo)} runs are done, {len(todo)} to go")
-    failed = {}
+        log(f"{len(rows)} runs are done, {len(todo)} to go")
     for run, checkpoint in progress(execute_all(todo, args, series), "runs", len(todo)):
         if "error" in checkpoint:
             failed[run.id] = checkpoint["error"]
             log(f"{run.id} failed: {checkpoint['error']}")
-        else:
-            with atomic_write(files[run]) as path:
-                torch.save(checkpoint, path)
-    rows = []
-    for run in runs:
-        if run.id not in failed:
-            checkpoint = load_checkpoint(files[run], files[run])
-            if checkpoint["digest"] != digest(series[run.dataset].values):
-                raise UserError(f"{files[run]}: made with other data; start a new sweep")
-            rows.append(checkpoint["row"])
-    if all(row["model"] in BASELINES for row in rows) and failed:
+            continue
+        with atomic_write(files[run]) as path:
+            torch.save(checkpoint, path)
+        rows.append(checkpoint["row"])
+    if failed and all(row["model"] in BASELINES for row in rows):
         raise UserError(f"every network failed; the first: {next(iter(failed.values()))}")
-    for name, one in series.items():
-        frame = mean_over_seeds([row for row in rows if row["dataset"] == name])
-        best = load_best(frame, args, run_dir)
-        plot_forecasts(one, best, args, run_dir / f"forecasts_{name}.png")
-        plot_learning_curves(one, best, args, run_dir / f"learning_curves_{name}.png")
-        plot_sweep(one, frame, args, run_dir / f"sweep_{name}.png")
-        plot_horizon(one, best, args, run_dir / f"horizon_{name}.png")
+    rows = sorted(rows, key=lambda row: row["id"])
+    tables = {name: mean_over_seeds(group) for name, group in pd.DataFrame(rows).groupby("dataset")}
+    for name, table in tables.items():
+        best = load_best(table, args, run_dir)
+        plot_forecasts(series[name], best, args, run_dir / f"forecasts_{name}.png")
+        plot_learning_curves(series[name], best, args, run_dir / f"learning_curves_{name}.png")
+        plot_sweep(series[name], table, args, run_dir / f"sweep_{name}.png")
+        plot_horizon(series[name], best, args, run_dir / f"horizon_{name}.png")
     data = {name: {"source": one.source, "rows": len(one.values), "column": one.column,
                    "sha256 of values": digest(one.values)} for name, one in series.items()}
     results = {"data": data, "rows": rows, "failed": failed, "left out": skipped}
-    summary = summarize(rows, series, failed, skipped, args)
+    summary = summarize(tables, series, failed, skipped, args)
     return write_results(results, summary, args, run_dir)
 
 
@@ -1488,10 +1508,14 @@ def run(args):
 
 def predict_steps(args):
     """Forecast --predict-steps values after the end of the series of a checkpoint, which may have
-    grown since: forecast.csv with 80 % intervals, and forecast.png."""
+    grown since, with --data for a file that has moved: forecast.csv with 80 % intervals, and
+    forecast.png. The weights are those of the hold-out, fitted on the first 80 %."""
     checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
-    arguments = argparse.Namespace(**checkpoint["arguments"])
+    if not isinstance(checkpoint, dict) or "members" not in checkpoint:
+        raise UserError(f"{args.checkpoint}: not a file in runs/ of a sweep")
+    arguments = argparse.Namespace(**vars(parse_args([])) | checkpoint["arguments"])
     arguments.data_dir = args.data_dir
+    arguments.data = args.data or arguments.data
     row = checkpoint["row"]
     if not arguments.data:
         arguments.dataset = [row["dataset"]]
@@ -1530,7 +1554,11 @@ def predict_steps(args):
 def next_times(times, count):
     """The times that follow, at the same step or calendar frequency."""
     if isinstance(times, pd.DatetimeIndex):
-        return pd.date_range(times[-1], periods=count + 1, freq=times.freq)[1:]
+        with contextlib.suppress(pd.errors.OutOfBoundsDatetime, OverflowError):
+            following = pd.date_range(times[-1], periods=count + 1, freq=times.freq)[1:]
+            if following.year.max() < 10000 and len(following) == count:  # NaT is less
+                return following
+        raise UserError("--predict-steps goes beyond the year 9999")
     return times[-1] + usual_step(times) * np.arange(1, count + 1)
 
 
@@ -1585,6 +1613,8 @@ def load_checkpoint(file, name):
     """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception:  # torch.load raises errors of many types for a damaged file
         raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py") from None
 

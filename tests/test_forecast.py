@@ -25,6 +25,7 @@ import forecast
 from forecast import Run
 
 SMALL = ["--epochs", "1", "--time-steps", "16", "--learning-rate", "1e-3", "--jobs", "1", "--device", "cpu"]
+ALL = forecast.BASELINES | forecast.MODELS
 HOURS = pd.date_range("2024-01-01", periods=400, freq="h")
 WAVE = np.sin(np.arange(400) / 5).round(4)
 
@@ -53,7 +54,7 @@ def network(model, *argv, time_steps=112):
 def fit(model, values, *argv, time_steps=16, stop=None):
     args = forecast.parse_args(["--epochs", "1", "--device", "cpu", *argv])
     run = Run(model, "synthetic", time_steps, 1e-3, 64)
-    return forecast.fit(run, args, forecast.MODELS, values, stop or len(values))
+    return forecast.fit(run, args, ALL, values, stop or len(values))
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_no_test_value_reaches_a_fit_its_statistics_or_a_choice(model):
     altered = values.copy()
     altered[240:] = altered[240:] * 3 + 1000
     run = Run(model, "synthetic", 16, 1e-3)
-    before, after = (forecast.score_holdout(run, args, forecast.MODELS, series) for series in (values, altered))
+    before, after = (forecast.score_holdout(run, args, ALL, series) for series in (values, altered))
     for kind in forecast.KINDS:
         assert before[0][f"validation {kind}"] == after[0][f"validation {kind}"]
         np.testing.assert_array_equal(before[1]["widths"][kind], after[1]["widths"][kind])
@@ -222,7 +223,7 @@ def test_no_test_value_reaches_a_fit_its_statistics_or_a_choice(model):
 def test_the_scores_are_what_their_names_say():
     args = forecast.parse_args(["--protocol", "holdout", "--device", "cpu"])
     values = season_and_trend(300)
-    scores, result = forecast.score_holdout(Run("last", "synthetic", 16), args, forecast.MODELS, values)
+    scores, result = forecast.score_holdout(Run("last", "synthetic", 16), args, ALL, values)
     errors = np.abs(values[240:] - values[239:-1])
     assert scores["test one step"] == pytest.approx(np.mean(errors**2), rel=1e-4)
     seasonal_error = np.abs(values[4:240] - values[:236]).mean()
@@ -234,7 +235,7 @@ def test_the_scores_are_what_their_names_say():
 def test_intervals_cover_four_of_five_values_of_steady_noise():
     args = forecast.parse_args(["--protocol", "holdout", "--device", "cpu"])
     values = np.random.default_rng(1).standard_normal(2000)
-    scores, _ = forecast.score_holdout(Run("mean", "synthetic", 16), args, forecast.MODELS, values)
+    scores, _ = forecast.score_holdout(Run("mean", "synthetic", 16), args, ALL, values)
     assert 0.75 < scores["coverage one step"] < 0.85
     assert 0.75 < scores["coverage free run"] < 0.9
 
@@ -243,9 +244,9 @@ def test_combined_is_the_mean_of_vq_ar_and_the_best_on_validation():
     args = forecast.parse_args(["--epochs", "1", "--protocol", "holdout", "--device", "cpu"])
     values = season_and_trend(300)
     run = Run("combined", "synthetic", 16, 1e-3)
-    parts, members, _ = forecast.holdout_errors(run, args, forecast.MODELS, values)
-    candidates = forecast.combined_members(run)[1:]
-    scores = [forecast.validation_score(forecast.holdout_errors(member, args, forecast.MODELS, values)[0], "free run")
+    parts, members, _ = forecast.holdout_errors(run, args, ALL, values)
+    candidates = forecast.combined_members(run, ALL)[1:]
+    scores = [forecast.validation_score(forecast.holdout_errors(member, args, ALL, values)[0], "free run")
               for member in candidates]
     assert [member for member, _ in members] == [forecast.replace(run, model="vq_ar"), candidates[np.argmin(scores)]]
     paths = [fitted.free_run(values, [240], 60)[0] for _, fitted in members]
@@ -304,11 +305,11 @@ def test_the_original_figures_stand_where_they_belong():
            "learning_rate": 5e-4, "d_model": 64, "pe": None, "id": "a", "original free run": 1200.0,
            "original one step": 1100.0, "train_loss": 0.1, "val_loss": 0.1}
     others = [row | {"time_steps": 64}, row | {"name": "att-8"}, row | {"learning_rate": 1e-2}]
-    table = forecast.original_table(forecast.mean_over_seeds([row, *others]), "y_w")
+    table = forecast.original_table(forecast.mean_over_seeds(pd.DataFrame([row, *others])), "y_w")
     lines = [line for line in table.splitlines() if "1123.62" in line]
     assert len(lines) == 1
     assert lines[0].startswith(f"| {forecast.ORIGINAL_NAMES[1]} | 112 | 0.0005 |")
-    assert "1123.62" not in forecast.original_table(forecast.mean_over_seeds([row]), "own")
+    assert "1123.62" not in forecast.original_table(forecast.mean_over_seeds(pd.DataFrame([row])), "own")
 
 
 def test_windows_that_do_not_fit_are_left_out_with_what_they_need(capsys):
@@ -428,7 +429,7 @@ def test_a_network_forecasts_from_its_checkpoint():
     np.testing.assert_allclose(table["time [h]"], (720 + np.arange(7)) / 30)
     values = forecast.generate_series()
     args = forecast.parse_args(SMALL)
-    fitted = forecast.fit(Run("lstm", "synthetic", 16, 1e-3, None, None, 42), args, forecast.MODELS, values, 720,
+    fitted = forecast.fit(Run("lstm", "synthetic", 16, 1e-3, None, None, 42), args, ALL, values, 720,
                           original=True)
     with torch.no_grad():
         np.testing.assert_allclose(results["forecast"], fitted.free_run(values, [720], 7)[0], rtol=1e-5)
@@ -502,7 +503,7 @@ def test_one_of_several_series_is_taken():
 
 def test_a_signal_on_a_large_constant_is_not_lost():
     args = forecast.parse_args(["--protocol", "holdout", "--device", "cpu"])
-    scores, _ = forecast.score_holdout(Run("ridge", "own", 16), args, forecast.MODELS, WAVE + 1e12)
+    scores, _ = forecast.score_holdout(Run("ridge", "own", 16), args, ALL, WAVE + 1e12)
     assert scores["test one step"] < 0.01
 
 
@@ -549,7 +550,7 @@ def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, t
     (["--device", "abacus"], "unknown device 'abacus'"),
     (["--predict-steps", "3"], "go together"),
     (["--predict-steps", "1000000000000", "--checkpoint", "a.pt"], "at most a million"),
-    (["--predict-steps", "3", "--checkpoint", "a.pt"], "a.pt: damaged, or not a checkpoint"),
+    (["--predict-steps", "3", "--checkpoint", "a.pt"], "No such file or directory: 'a.pt'"),
     (["--resume"], "no unfinished run"),
     (["--resume", "--epochs", "3"], "no unfinished run"),
 ])
@@ -608,3 +609,8 @@ def test_without_data_the_embedded_series_is_used_and_that_is_noted(error_line):
     assert "the embedded series is used" in results["notes"][0]
     assert results["data"]["synthetic"]["source"] == "embedded"
     assert "--dataset synthetic" in error_line(forecast, ["--dataset", "y_w", *SMALL])
+
+
+def test_baselines_alone(capsys):
+    results = run_small("--model", "--protocol", "original", "--jobs", "2")
+    assert {row["model"] for row in results["rows"]} == set(forecast.BASELINES)
