@@ -253,6 +253,77 @@ def test_combined_is_the_mean_of_vq_ar_and_the_best_on_validation():
     np.testing.assert_allclose(parts[-1]["free run"][0] + values[240:], np.mean(paths, 0), rtol=1e-6)
 
 
+def test_combined_chooses_for_one_step_and_for_the_free_run_separately(monkeypatch):
+    values = forecast.generate_series(300)
+    args = forecast.parse_args([])
+    run = Run("combined", "synthetic", 16, 1e-3)
+    parts = forecast.holdout_parts(300)
+
+    def errors_of(member, *_):
+        shift = {"vq_ar": 0.0, "mean": 2.0, "last": 4.0}.get(member.model, 8.0) if member.time_steps == 16 else 8.0
+        scale = {"mean": 0.1}.get(member.model, 1.0)
+        errors = [{"one step": np.full(stop - start, shift), "free run": np.full((count, stop - start), shift * scale)}
+                  for start, stop, count in parts]
+        if member.model == "last":
+            for part in errors[:3]:
+                part["one step"][:] = 0.5  # the best on validation, not on the test part
+        return errors, [(member, None)], []
+
+    monkeypatch.setattr(forecast, "holdout_errors", errors_of)
+    combined, members, _ = forecast.combined_errors(run, args, ALL, values)
+    assert combined[-1]["one step"][0] == 4.0 / 2
+    assert combined[-1]["free run"][0, 0] == 0.2 / 2
+    assert [member.model for member, _ in members] == ["vq_ar", "mean"]
+
+
+def test_the_holdout_table_shows_the_settings_that_validation_chose():
+    row = {"model": "lstm", "name": "lstm", "dataset": "a", "time_steps": 16, "learning_rate": 1e-3, "d_model": None,
+           "pe": None, "id": "a", "seed": 1}
+    scores = {f"{name} {kind}": 1.0 for name in ("validation", "test", "MASE", "coverage") for kind in forecast.KINDS}
+    rows = [row | scores | {"validation one step": 3.0, "test one step": 30.0},
+            row | scores | {"learning_rate": 3e-3, "validation free run": 2.0, "test free run": 0.5}]
+    table = forecast.holdout_table(forecast.mean_over_seeds(pd.DataFrame(rows)))
+    cells = table.splitlines()[2].strip("| ").split(" | ")
+    assert cells[:3] == ["lstm", "16, 0.001", "1"]
+    assert cells[5:7] == ["16, 0.003", "1"]
+
+
+def test_intervals_grow_with_the_horizon_and_stay_as_wide_beyond_it():
+    rng = np.random.default_rng(0)
+    free_run = np.cumsum(rng.standard_normal((5, 40)), axis=1)
+    free_run[:, -3:] = 0
+    parts = [{"one step": rng.standard_normal(40), "free run": free_run}] * 3
+    widths = forecast.interval_widths(parts)["free run"]
+    assert len(widths) == 40
+    assert (np.diff(widths) >= 0).all()
+    np.testing.assert_array_equal(forecast.extend(widths, 60)[40:], widths[-1])
+
+
+def test_the_original_trains_on_its_split_in_a_fixed_order(monkeypatch):
+    seen = []
+    loss = forecast.LSTM.loss
+
+    def spy(self, windows, align_target):
+        seen.append(windows[:, 0].clone())
+        return loss(self, windows, align_target)
+
+    monkeypatch.setattr(forecast.LSTM, "loss", spy)
+    values = forecast.generate_series(200)
+    args = forecast.parse_args(["--epochs", "1", "--device", "cpu"])
+    fitted = forecast.fit(Run("lstm", "synthetic", 16, 1e-3), args, ALL, values, 200, original=True)
+    train, val = forecast.original_split(184)
+    torch.testing.assert_close(torch.cat(seen), fitted.normalize(values)[torch.cat([train, val])])
+
+
+def test_the_learning_rate_of_vq_ar_warms_up_and_decays():
+    factors = [forecast.warm_up_then_cosine(step, 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.2, abs=0.01)
+    assert max(factors) == factors[4]
+    assert factors[99] < 0.001
+    assert forecast.CodebookAR.decay
+    assert not forecast.LSTM.decay
+
+
 def test_the_split_of_the_original_is_random_and_fixed():
     train, val = forecast.original_split(621)
     assert (len(train), len(val)) == (496, 125)
@@ -353,6 +424,15 @@ def test_a_killed_sweep_goes_on_where_it_was():
     assert {path: path.stat().st_mtime_ns for path in done} == done  # none of them twice
     forecast.main([*argv, "--output-dir", "whole"])
     assert without_clock("outputs/forecast/run-001") == without_clock("whole/forecast/run-001")
+
+
+def test_a_sweep_does_not_go_on_with_other_data(error_line):
+    write_csv("own.csv", HOURS, WAVE)
+    options = ["--data", "own.csv", *SMALL, "--model", "vq", "--protocol", "original"]
+    forecast.main(options)
+    Path("outputs/forecast/run-001/results.json").unlink()
+    write_csv("own.csv", HOURS, WAVE + 1)
+    assert "made with other data" in error_line(forecast, ["--resume"])
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(monkeypatch, capsys):
