@@ -1874,7 +1874,7 @@ def load_checkpoint(file, name):
     """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception:  # torch.load raises errors of many types for a damaged file
         raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py") from None
