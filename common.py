@@ -207,7 +207,10 @@ def plot_confusion(ax, matrix, class_names, title):
 
 def save_figure(fig, path, display_id=None, update=False):
     """Write the figure as PNG and close it; in a notebook also show it (`update` redraws the one of that id)."""
-    fig.savefig(path)
+    try:
+        fig.savefig(path)
+    except OSError as error:  # a full disk does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     if in_notebook():
         from IPython.display import display
 

@@ -10,8 +10,8 @@ hold-out tests on the last 20 %, on which nothing is fitted or chosen.
 Measured on y_w, squared error of free run and one step: in the original's protocol ridge 1070 and
 1055, grouped-query attention 1079 and 1080, LSTM 1261 and 1120; on the hold-out ridge 1219 and
 1230, grouped-query attention 1258 and 1234 (one seed), `combined` 1239 ± 5 and 1295 ± 5 (five):
-attention beats the LSTM, and nothing beats ridge (`python forecast.py`). On 25 series `combined`
-has the least error on average, but the free run of some baseline is often better.
+attention beats the LSTM, and nothing beats ridge (`python forecast.py`). On 18 fresh series
+`combined` is level with NLinear, which is ridge on differences from the last value.
 
     python forecast.py                                        # y_w, all models: about 8 minutes
     python forecast.py --quick                                # embedded series: under a minute
@@ -27,10 +27,9 @@ runs/*.pt (scores, forecasts and weights of each run) and four pictures of each 
 The original's `vq` and `vq_mh` never mix time steps: their keys and values are rows of the
 codebook, so a forecast depends on the last value and its position only.
 
-Sources: donglinkang2021/simple-sequence-prediction (MIT), its table of 2025-01-13 and its two
-series; Vaswani et al. 2017 (attention), Ainslie et al. 2023 (grouped queries), Su et al. 2021
-(rotary positions), van den Oord et al. 2017 (codebooks), Wong and Li 2000 (mixtures of
-autoregressions), Bates and Granger 1969 (combination), Vovk et al. 2005 (conformal intervals).
+Sources: donglinkang2021/simple-sequence-prediction (MIT); Vaswani et al. 2017 (attention), Ainslie
+et al. 2023 (grouped queries), Su et al. 2021 (rotary positions), van den Oord et al. 2017
+(codebooks), Bates and Granger 1969 (combination), Vovk et al. 2005 (conformal intervals).
 """
 
 import argparse
@@ -53,7 +52,7 @@ import urllib.request
 import warnings
 import zlib
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -128,10 +127,11 @@ PROTOCOLS = {"original": "original's protocol (in-sample)", "holdout": "hold-out
 RANKED_BY = {"original": "original free run", "holdout": "validation free run"}
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
-# Names of columns that tell series apart, and header cells that are numbers.
-SERIES_COLUMN = re.compile(r"(unique|series|item|store|sensor|device|station)?[ _]?(id|name)|"
-                           "series|item|store|sensor|device|station|ticker|symbol", re.I)
-NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d*)?\s*")
+# Names of columns that tell series apart.
+SERIES_COLUMN = re.compile(
+    r"(.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|country|"
+    r"city|location|group|variable)|[a-z]+id", re.I)
+COMPACT_DATES = {6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H"}  # by the number of digits
 
 
 def parse_args(argv=None):
@@ -142,7 +142,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--quick", action="store_true", help="embedded series, one rate: under a minute")
     add("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded to "
-        "--data-dir, or the embedded one; if unset, y_w, or synthetic where that cannot be had")
+        "--data-dir, or the embedded one; if unset, y_w, or synthetic if that cannot be downloaded")
     add("--data", metavar="FILE", help="CSV file of your own series")
     add("--column", default="-1", metavar="NAME", help="column of values, or its index from 0")
     add("--time-column", metavar="NAME", help="column of times, or its index; if unset, the rows "
@@ -155,8 +155,8 @@ def parse_args(argv=None):
         "random windows, scored over the whole series; holdout: tested on the last 20 %%")
     add("--model", nargs="*", choices=[*MODELS, "combined"], default=[*MODELS, "combined"],
         help="models to run beside the baselines; without a value, the baselines only")
-    add("--time-steps", nargs="+", type=int, help="values in a window; if unset, 112, or a sixth "
-        "of a shorter series")
+    add("--time-steps", nargs="+", type=int, help="values in a window; if unset, 112, or about a "
+        "sixth of a shorter series")
     add("--learning-rate", nargs="+", type=float, default=ORIGINAL_RATES, help="learning rates")
     add("--d-model", nargs="+", type=int, default=[64], help="widths of the attention models")
     add("--pe", nargs="+", choices=["none", "randpe", "sinpe", "rope"], help="positional "
@@ -191,6 +191,8 @@ def parse_args(argv=None):
         parser.set_defaults(dataset=["synthetic"], epochs=12, time_steps=[128],
                             learning_rate=[3e-3])
     args = parser.parse_args(argv)
+    if args.data:
+        args.data = os.path.abspath(args.data)  # a resumed run may be started elsewhere
     check_args(args, parser.error)
     return args
 
@@ -206,8 +208,8 @@ def check_args(args, error):
         error("--learning-rate must be above 0 and at most 10, --seed under 2**31")
     if args.data and args.dataset and not args.quick:
         error("--data and --dataset exclude each other")
-    if args.data:
-        args.data = os.path.abspath(args.data)  # a resumed run may be started elsewhere
+    if args.protocol == "original" and args.model == ["combined"]:
+        error("combined needs the hold-out; see --protocol")
     if bool(args.series_column) != bool(args.series):
         error("--series-column and --series go together")
     if (args.predict_steps is None) != (args.checkpoint is None):
@@ -265,7 +267,7 @@ def decode(content, path):
         text = content.decode("latin-1")
     if "\0" in text:
         raise UserError(f"{path}: not a text file; save it as CSV")
-    return text.rstrip()
+    return "\n".join(text.rstrip().splitlines())
 
 
 def read_frame(path):
@@ -273,20 +275,29 @@ def read_frame(path):
     text = decode(Path(path).read_bytes(), path)
     if text.startswith("sep="):  # as Excel writes it
         text = text.partition("\n")[2]
-    header = text.partition("\n")[0]
-    delimiter = max(";\t|,", key=header.count)
+    header, first_row = [*text.split("\n", 2), "", ""][:2]
+    delimiter = next((mark for mark in ";\t|," if mark in header and mark in first_row), "\t")
     decimal = "," if delimiter != "," and re.search(r"\d,\d", text) else "."
     names = next(csv.reader([header], delimiter=delimiter), [])
-    if len(set(names)) < len(names) or any(map(NUMBER.fullmatch, names)) or header == text:
-        raise UserError(f"{path}: a header with different column names, and rows, are needed; the "
-                        f"first line is {header[:80]!r}")
+    if not first_row or not names[-1] or len(set(names)) < len(names) or any(map(is_number, names)):
+        raise UserError(f"{path}: the first line must name the columns, each once, and rows must "
+                        f"follow; it is {header[:80]!r}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(io.StringIO(text), sep=delimiter, decimal=decimal, index_col=False,
-                               skip_blank_lines=False)
+            frame = pd.read_csv(io.StringIO(text), sep=delimiter, decimal=decimal, index_col=False,
+                                skip_blank_lines=False)
+            return frame.rename_axis("row")
     except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def is_number(text):
+    """Whether a cell is a number, with a point or a comma, or nan."""
+    with contextlib.suppress(ValueError):
+        float(text.replace(",", "."))
+        return True
+    return False
 
 
 def find_column(frame, name, path):
@@ -306,8 +317,8 @@ def select_series(frame, args):
             raise UserError(f"{args.data}: no series {args.series!r}, only "
                             f"{', '.join(names.unique()[:10])}")
         return frame[names == args.series]
-    for name in frame:
-        if SERIES_COLUMN.fullmatch(name) and 1 < frame[name].nunique() < len(frame):
+    for name in frame.columns.difference([args.column, args.time_column]):
+        if SERIES_COLUMN.fullmatch(name) and 1 < frame[name].nunique() <= len(frame) / 2:
             raise UserError(f"{args.data}: column {name!r} names {frame[name].nunique()} series; "
                             f"choose one with --series-column {name} --series "
                             f"{frame[name].iloc[0]}")
@@ -316,21 +327,26 @@ def select_series(frame, args):
 
 def read_times(column, path):
     """The times of a column: numbers, or dates with their time zone."""
-    if pd.api.types.is_numeric_dtype(column):
-        if not (column.between(1.8e7, 2.2e7) & (column % 1 == 0)).all():  # 20240131 is a date
-            return column
-        column = column.astype(int)
+    where = f"{path}, column {column.name!r}"
     texts = column.astype(str).str.strip()
-    if texts.str.fullmatch(r"\d{1,2}:\d\d(:\d\d(\.\d+)?)?").any():
-        raise UserError(f"{path}, column {column.name!r}: times of day need a date; without "
-                        "--time-column the rows are taken as equally spaced")
-    offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False).nunique()
-    if offsets > 1:
-        note(f"column {column.name!r} has {offsets} offsets from UTC; times are in UTC")
+    if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+        digits = set(texts.str.len())
+        compact = COMPACT_DATES.get(digits.pop()) if len(digits) == 1 else None
+        dates = pd.to_datetime(texts, format=compact or "%Y", errors="coerce")
+        return dates if compact and dates.dt.year.between(1700, 2200).all() else column
+    if texts.str.match(r"T?\d{1,2}:\d\d").any():
+        raise UserError(f"{where}: times of day need a date; without --time-column the rows are "
+                        "taken as equally spaced")
+    offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False)
+    mixed = offsets.nunique(dropna=False) > 1
+    if mixed and offsets.isna().any():
+        raise UserError(f"{where}: some times have an offset from UTC and others have none")
+    if mixed:
+        note(f"{where}: several offsets from UTC; times are in UTC")
     orders = [False] if texts.str.match(r"\d{4}").all() else [False, True]
     candidates = [pd.to_datetime(texts, format="mixed", errors="coerce", dayfirst=day_first,
-                                 utc=offsets > 1) for day_first in orders]
-    # With the right order of day and month the most times are valid and the fewest are missing.
+                                 utc=mixed) for day_first in orders]
+    # The right order of day and month leaves the fewest invalid and missing times.
     return min(candidates, key=lambda times: (times.isna().sum(), span_in_steps(times)))
 
 
@@ -348,12 +364,12 @@ def usual_step(times):
 
 
 def place_on_grid(times, where):
-    """(all equally spaced times from the first to the last of the increasing `times`, the places
-    of `times` among them). The spacing is a number, or a frequency such as business days. Raises
-    UserError if there is none."""
+    """(grid, places): all equally spaced times from the first to the last of the increasing
+    `times`, and the places of `times` among them. The spacing is a number, or a frequency such as
+    business days. Raises UserError if there is none."""
     if isinstance(times, pd.DatetimeIndex):
         starts = range(0, max(1, len(times) - 9), max(1, len(times) // 50))
-        with warnings.catch_warnings(action="ignore"):  # of a type that will change in pandas 4
+        with warnings.catch_warnings(action="ignore"):  # pandas 4 will return another type
             frequencies = {pd.infer_freq(times[start : start + 10]) for start in starts} - {None}
         grids = [pd.date_range(times[0], times[-1], freq=frequency) for frequency in frequencies]
         places = [grid.get_indexer(times) for grid in grids]
@@ -363,7 +379,8 @@ def place_on_grid(times, where):
         places = [exact.round().astype(int)]
         grids = [times[0] + step * pd.RangeIndex(places[0][-1] + 1)]
         places[0][np.abs(exact - places[0]) > 0.1] = -1
-    fitting = [(len(grid), i) for i, grid in enumerate(grids) if places[i].min() >= 0]
+    fitting = [(len(grid), i) for i, grid in enumerate(grids)
+               if places[i].min() >= 0 and len(set(places[i])) == len(times)]
     if not fitting:
         raise UserError(f"{where}: the times are not equally spaced; resample them, or leave out "
                         "--time-column to take the rows as equally spaced")
@@ -380,9 +397,11 @@ def sort_by_time(frame, time_column, args):
                           "with --series-column and --series")):
         if bad.any():
             row = bad.idxmax()
-            raise UserError(f"{where}, row {row + 2}: {frame[time_column][row]!r} {problem}")
+            raise UserError(f"{where}, row {row + 2}: {frame[time_column][row]} {problem}")
     if not times.is_monotonic_increasing:
         note(f"{where}: the rows are not in order and are sorted by time")
+    if len(times) < 3:
+        raise UserError(f"{where}: three rows are the least")
     frame = frame.set_index(pd.Index(times)).sort_index()
     grid, places = place_on_grid(frame.index, where)
     missing = np.setdiff1d(np.arange(len(grid)), places)
@@ -395,36 +414,46 @@ def sort_by_time(frame, time_column, args):
 def read_values(column, args):
     """The numbers [rows] float64 of a column, with missing ones filled as --fill says."""
     where = f"{args.data}, column {column.name!r}"
-    values = pd.to_numeric(column, errors="coerce").astype(float)
-    for row in np.flatnonzero(values.isna() & column.notna())[:1]:
-        raise UserError(f"{where}, row {row + 2}: {column.iloc[row]!r} is not a number")
-    values = values.replace([np.inf, -np.inf], np.nan)
-    count = values.isna().sum()
-    if count and not args.fill:
-        row = np.flatnonzero(values.isna())[0]
-        raise UserError(f"{where}, row {row + 2}: empty, NaN or infinite, as {count} of "
-                        f"{len(values)} rows; --fill linear or --fill forward fills them")
-    if count:
-        note(f"{where}: missing values filled: {count}")
+    values = pd.to_numeric(column, errors="coerce").astype(float).replace([np.inf, -np.inf], np.nan)
+    no_numbers = values.isna() & column.notna() & ~column.isin([np.inf, -np.inf])
+    if no_numbers.any():
+        raise UserError(f"{where}, {row_name(no_numbers)}: {column[no_numbers].iloc[0]!r} is not a "
+                        "number")
+    missing = values.isna()
+    if missing.any() and not args.fill:
+        raise UserError(f"{where}, {row_name(missing)}: empty, NaN or infinite, like {missing.sum()} "
+                        f"of {len(values)} rows; --fill linear or --fill forward fills them")
+    if missing.any():
+        note(f"{where}: missing values filled: {missing.sum()}")
         values = values.ffill() if args.fill == "forward" else values.interpolate("linear")
-    if values.isna().any() or not len(values):
-        raise UserError(f"{where}: no value in the first row")
-    if np.ptp(values) == 0 or not 1e-100 < np.abs(values).max() < 1e100:
-        raise UserError(f"{where}: constant, or values below 1e-100 or above 1e100")
+    if values.isna().any():
+        raise UserError(f"{where}: the first value is missing")
+    if np.ptp(values) == 0:
+        raise UserError(f"{where}: constant; there is nothing to forecast")
+    if not 1e-100 < np.abs(values).max() < 1e100:
+        raise UserError(f"{where}: values below 1e-100 or above 1e100; rescale them")
     return values.to_numpy()
+
+
+def row_name(is_bad):
+    """The first row that is bad: its line in the file, or its time."""
+    label = is_bad.idxmax()
+    return f"row {label + 2}" if is_bad.index.name == "row" else f"at {label}"
 
 
 def read_series(args):
     """The Series of --data. Raises UserError for a file that cannot be taken as one series."""
     frame = select_series(read_frame(args.data), args)
     column, time_label = find_column(frame, args.column, args.data), "row number"
+    times = pd.RangeIndex(len(frame))
     if args.time_column:
         time_label = find_column(frame, args.time_column, args.data)
+        if column == time_label:
+            raise UserError(f"{args.data}: {column!r} is the time column; choose another --column")
         frame = sort_by_time(frame, time_label, args)
-    else:
-        frame = frame.reset_index(drop=True)
+        times = frame.index
     values = read_values(frame[column], args)
-    return Series(Path(args.data).stem, values, frame.index, column, time_label, "real")
+    return Series(Path(args.data).stem, values, times, column, time_label, "real")
 
 
 def fetch(name, data_dir):
@@ -492,10 +521,13 @@ class LinearForecaster(nn.Module):
 
 
 def find_period(z):
-    """The period of z [rows], or 1: of the high peaks of the autocorrelation the shortest whose
-    seasonal naive forecast of the last quarter has an error within 10 % of the least."""
+    """The period of z [rows], or 1 if it has none. Candidates are the high peaks of the
+    autocorrelation; it is the shortest with which the seasonal naive forecast of the last quarter
+    has an error within 10 % of the least."""
     rows = np.arange(len(z))
     residuals = z - np.polyval(np.polyfit(rows, z, 1), rows)
+    if np.ptp(residuals) <= 1e-9 * np.ptp(z):  # a straight line
+        return 1
     spectrum = np.abs(np.fft.rfft(residuals, 2 * len(z))) ** 2
     correlation = np.fft.irfft(spectrum)[: len(z)] / np.arange(len(z), 0, -1)
     correlation = correlation[: min(MAX_PERIOD, len(z) // 3)] / correlation[0]
@@ -806,7 +838,7 @@ class CodebookAR(Network):
         return forecasts if each_member else forecasts.mean(0)
 
     def loss(self, windows, align_target):
-        """Huber loss over the horizon: a few steep rises would else outweigh all the rest."""
+        """Huber loss over the horizon: otherwise a few steep rises would outweigh the rest."""
         time_steps = len(self.pool)
         forecasts = self(windows[:, :time_steps], each_member=True)
         return F.huber_loss(forecasts, windows[:, time_steps:].expand_as(forecasts), delta=0.05)
@@ -834,12 +866,7 @@ class Run:
     @property
     def id(self):
         """A name for files."""
-        parts = [self.model, self.dataset, f"ts{self.time_steps}"]
-        if self.learning_rate:
-            parts.append(f"lr{self.learning_rate:g}")
-        parts += [f"d{self.d_model}"] if self.d_model else []
-        parts += [self.pe] if self.pe else []
-        return "_".join([*parts, f"seed{self.seed}"])
+        return "_".join(str(value) for value in astuple(self) if value is not None)
 
 
 def warm_up_then_cosine(step, steps):
@@ -949,17 +976,17 @@ def split_windows(run, horizon, stop, val_stop):
 
 def fit(run, args, models, values, stop, val_stop=0, original=False):
     """Fit the model of a run to values[:stop]; with `original` to a random 80 % of its windows.
-    `models` is BASELINES and MODELS, passed along since workers do not see what was added."""
+    `models` holds BASELINES and MODELS, since workers do not see what was added to these."""
     mean, std = values[:stop].mean(), values[:stop].std()
     if not std > 0:
         raise UserError(f"the first {stop} values are constant")
-    if not isinstance(models[run.model], type):  # a baseline
+    if run.model in models["baselines"]:
         z = (values[:stop] - mean) / std
-        weights, bias = models[run.model](z, run.time_steps)
+        weights, bias = models["baselines"][run.model](z, run.time_steps)
         model = LinearForecaster(weights, bias).to(args.device)
         return Fitted(model, len(weights), mean, std, [])
     torch.manual_seed(run.seed)
-    model = models[run.model](run, args).to(args.device)
+    model = models["networks"][run.model](run, args).to(args.device)
     fitted = Fitted(model, run.time_steps, mean, std, [])
     z = fitted.normalize(values)
     starts = split_windows(run, model.horizon, stop, val_stop)
@@ -981,8 +1008,11 @@ def forecast_errors(fitted, values, start, stop, origins):
     firsts = np.linspace(start, stop, origins, endpoint=False).astype(int)
     padded = np.append(values[:stop], np.full(stop - start, np.nan))
     truth = padded[firsts[:, None] + np.arange(stop - start)]
-    return {"one step": fitted.one_step(values, start, stop) - values[start:stop],
-            "free run": fitted.free_run(values, firsts, stop - start) - truth}
+    one_step = fitted.one_step(values, start, stop)
+    free_run = fitted.free_run(values, firsts, stop - start)
+    # A model that has diverged to NaN has an infinite error.
+    return {"one step": np.where(np.isnan(one_step), np.inf, one_step) - values[start:stop],
+            "free run": np.where(np.isnan(free_run), np.inf, free_run) - truth}
 
 
 def holdout_parts(rows):
@@ -1008,8 +1038,7 @@ def holdout_errors(run, args, models, values):
 def combined_members(run, models):
     """The runs of which `combined` takes the first, vq_ar, and the best of the others."""
     quarter = max(2, run.time_steps // 4)
-    baselines = [name for name, model in models.items() if not isinstance(model, type)]
-    members = [replace(run, model=model) for model in ["vq_ar", *baselines]]
+    members = [replace(run, model=model) for model in ["vq_ar", *models["baselines"]]]
     return members + [replace(run, model=model, time_steps=quarter)
                       for model in ("vq_ar", "ridge", "nlinear")]
 
@@ -1030,7 +1059,7 @@ def combined_errors(run, args, models, values):
 
 def validation_score(parts, kind):
     """The geometric mean of the squared errors on validation: of the free run from each origin,
-    or of one step in the block from it to the next. No block with large errors rules it."""
+    or of one step in the block from it to the next, so that no block dominates."""
     errors = []
     for part in parts[: len(FOLDS)]:
         blocks = part[kind] if kind == "free run" else np.array_split(part[kind], ORIGINS)
@@ -1052,7 +1081,7 @@ def interval_widths(parts):
 
 def conformal_quantile(residuals):
     """The quantile of residuals that covers a new one with probability COVERAGE."""
-    residuals = residuals[np.isfinite(residuals)]
+    residuals = residuals[~np.isnan(residuals)]
     share = min(1, math.ceil((residuals.size + 1) * COVERAGE) / max(1, residuals.size))
     return np.quantile(residuals, share, method="higher") if residuals.size else np.inf
 
@@ -1162,7 +1191,9 @@ def make_runs(args, series):
     seeds = range(args.seed, args.seed + args.runs)
     for name, one in series.items():
         rows = len(one.values)
-        for time_steps in args.time_steps or [min(ORIGINAL_TIME_STEPS, rows // 6)]:
+        # The longest windows that a short series allows.
+        default = min(ORIGINAL_TIME_STEPS, rows // 6, int(FOLDS[0] * rows) - 24)
+        for time_steps in args.time_steps or [max(2, default)]:
             needed = needed_rows(time_steps, args.protocol)
             if rows < needed:
                 skipped.append(f"{name} has {rows} values; --time-steps {time_steps} needs "
@@ -1194,7 +1225,7 @@ def execute_all(runs, args, series):
     """Yield (run, checkpoint) as each run ends, --jobs at a time, each with one thread."""
     from joblib import Parallel, delayed, parallel_config
 
-    # The workers' allocator keeps what is freed; to map it anew took a tenth of the time.
+    # The workers' allocator keeps what is freed; mapping it again took a tenth of the time.
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -1210,7 +1241,7 @@ def execute_all(runs, args, series):
                     n_workers=args.jobs, threads_per_worker=1, dashboard_address=None))
             stack.enter_context(Client(cluster))
         stack.enter_context(parallel_config(args.backend, n_jobs=min(args.jobs, len(runs) or 1)))
-        models = BASELINES | MODELS
+        models = {"baselines": BASELINES, "networks": MODELS}
         tasks = [delayed(execute)(run, args, models, series[run.dataset].values) for run in runs]
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
         try:
@@ -1315,8 +1346,9 @@ def summarize(tables, series, failed, skipped, args):
         text.append(f"## {name}: {one.source} data, {len(one.values)} values of {one.column}, "
                     f"{seeds}")
         if args.protocol != "holdout":
-            text += ["The original's protocol: 80 % of the windows at random for training, errors "
-                     "over the whole series, so in-sample.", original_table(frame, name)]
+            text += ["The original's protocol: networks are trained on 80 % of the windows at random, "
+                     "baselines fitted to all, errors over the whole series, so in-sample.",
+                     original_table(frame, name)]
         if args.protocol != "original":
             text += ["The hold-out, errors on the last 20 %, which nothing has seen. MASE is the "
                      "absolute error relative to the seasonal naive forecast in training.",
@@ -1386,8 +1418,10 @@ def plot_forecasts(series, best, args, path):
 
 def plot_interval(ax, times, forecast, width):
     """An 80 % interval around a forecast."""
-    ax.fill_between(times, forecast - np.asarray(width), forecast + np.asarray(width),
-                    color=COLORS[3], alpha=0.15, linewidth=0, label="80 % interval")
+    with np.errstate(invalid="ignore"):  # of a forecast that has diverged
+        low, high = forecast - np.asarray(width), forecast + np.asarray(width)
+    ax.fill_between(times, low, high, color=COLORS[3], alpha=0.15, linewidth=0,
+                    label="80 % interval")
 
 
 def plot_learning_curves(series, best, args, path):
@@ -1447,10 +1481,10 @@ def plot_horizon(series, best, args, path):
     for i, (model, (_, result)) in enumerate(best.items()):
         squares = result["errors"]["free run"].numpy() ** 2
         steps = np.arange(1, len(squares) + 1)
-        ax.plot(steps, np.sqrt(np.cumsum(squares) / steps), LINES[i % 4], color=COLORS[i % 8],
+        ax.plot(steps, np.sqrt(np.cumsum(squares) / steps), LINES[(i + i // 8) % 4], color=COLORS[i % 8],
                 label=model, marker=MARKERS[i % 7], markevery=(i, max(1, len(steps) // 8)),
                 markersize=5)
-    ax.set(ylabel=f"RMSE up to there [{escape(series.column)}]", yscale="log")
+    ax.set(ylabel=f"RMSE up to the horizon [{escape(series.column)}]", yscale="log")
     epoch_axis(ax, "horizon [values]")
     legend_below(ax)
     save_figure(fig, path)
@@ -1523,6 +1557,7 @@ def predict_steps(args):
     arguments = argparse.Namespace(**vars(parse_args([])) | checkpoint["arguments"])
     arguments.data_dir = args.data_dir
     arguments.data = args.data or arguments.data
+    arguments.fill = args.fill or arguments.fill
     row = checkpoint["row"]
     if not arguments.data:
         arguments.dataset = [row["dataset"]]

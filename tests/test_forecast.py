@@ -25,7 +25,7 @@ import forecast
 from forecast import Run
 
 SMALL = ["--epochs", "1", "--time-steps", "16", "--learning-rate", "1e-3", "--jobs", "1", "--device", "cpu"]
-ALL = forecast.BASELINES | forecast.MODELS
+ALL = {"baselines": forecast.BASELINES, "networks": forecast.MODELS}
 HOURS = pd.date_range("2024-01-01", periods=400, freq="h")
 WAVE = np.sin(np.arange(400) / 5).round(4)
 
@@ -75,9 +75,9 @@ def test_names_and_sizes_are_those_of_the_original(model, name, parameters):
 
 
 @pytest.mark.parametrize("model", ["att", "att_mh"])
-@pytest.mark.parametrize("pe", ["sinpe", "rope"])
+@pytest.mark.parametrize("pe", [["sinpe"], ["rope"], ["rope", "--norm-pe"]])
 def test_a_later_value_changes_no_earlier_forecast(model, pe):
-    net, x = network(model, "--pe", pe), torch.randn(2, 70)
+    net, x = network(model, "--pe", *pe), torch.randn(2, 70)
     changed = x.clone()
     changed[:, 41] += 1
     before, after = net(x, last_only=False), net(changed, last_only=False)
@@ -397,6 +397,15 @@ def test_a_short_series_gets_shorter_windows():
     assert {row["time_steps"] for row in results["rows"]} == {25}
 
 
+def exact(value):
+    """A value of a checkpoint with each tensor as its bytes."""
+    if isinstance(value, dict):
+        return {name: exact(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [exact(item) for item in value]
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else str(value)
+
+
 def without_clock(run_dir):
     checkpoints = {}
     for path in Path(run_dir, "runs").glob("*.pt"):
@@ -404,7 +413,7 @@ def without_clock(run_dir):
         for name in ("seconds", "peak_memory_mib"):
             checkpoint["row"].pop(name)
         checkpoint.pop("arguments")
-        checkpoints[path.name] = str(checkpoint)
+        checkpoints[path.name] = exact(checkpoint)
     return checkpoints
 
 
@@ -444,7 +453,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(monkeypatch, capsys):
     results = run_small("--model", "vq", "broken", "--protocol", "original")
     assert list(results["failed"].values()) == ["ValueError: boom"]
     assert {row["model"] for row in results["rows"]} == {"vq", *forecast.BASELINES}
-    assert "broken_synthetic_ts16_lr0.001_seed42 failed: ValueError: boom" in capsys.readouterr().err
+    assert "broken_synthetic_16_0.001_42 failed: ValueError: boom" in capsys.readouterr().err
 
 
 def test_a_free_run_that_diverges_is_last_in_the_table(monkeypatch, capsys):
@@ -455,6 +464,17 @@ def test_a_free_run_that_diverges_is_last_in_the_table(monkeypatch, capsys):
     monkeypatch.setitem(forecast.MODELS, "growing", Growing)
     run_small("--model", "growing", "--protocol", "original")
     assert "diverged" in capsys.readouterr().out.strip().splitlines()[-2]
+
+
+def test_a_forecast_that_is_not_a_number_is_an_infinite_error(monkeypatch):
+    class Nan(GRU):
+        def predict(self, windows, rows):
+            return windows[:, -1:] * torch.nan
+
+    monkeypatch.setitem(forecast.MODELS, "nan", Nan)
+    results = run_small("--model", "nan", "--protocol", "holdout")
+    assert not results["failed"]
+    assert "diverged" in Path("outputs/forecast/run-001/summary.md").read_text()
 
 
 def test_two_dask_workers_give_the_results_of_one_process():
@@ -526,6 +546,7 @@ def test_a_network_forecasts_from_its_checkpoint():
     ([f"{day:%d/%m/%Y}" for day in pd.date_range("2024-01-01", periods=60)], ["2024-03-01", "2024-03-02"]),
     ([f"{day:%m/%d/%Y}" for day in pd.date_range("1990-01-01", periods=60, freq="MS")], ["1995-01-01", "1995-02-01"]),
     ([f"{day:%Y%m%d}" for day in pd.date_range("1958-03-29", periods=60, freq="W-SAT")], ["1959-05-23", "1959-05-30"]),
+    ([f"{day:%Y%m}" for day in pd.date_range("1990-01-01", periods=60, freq="MS")], ["1995-01-01", "1995-02-01"]),
 ])
 def test_the_calendar_step_and_the_zone_are_kept(times, following):
     write_csv("own.csv", times, WAVE[:60])
@@ -542,6 +563,7 @@ def read(content, *argv, encoding="utf-8"):
     return forecast.read_series(forecast.parse_args(["--data", "own.csv", *argv]))
 
 
+COMMA_ONLY = "wert\n" + "".join(f"{50 + i % 9},5\n" for i in range(40))
 SEMICOLON = "t;wert\n" + "".join(f"{i};{50 + i % 9},5\n" for i in range(40))
 POINT = "t,wert\n" + "".join(f"{i},{50 + i % 9}.5\n" for i in range(40))
 
@@ -549,7 +571,8 @@ POINT = "t,wert\n" + "".join(f"{i},{50 + i % 9}.5\n" for i in range(40))
 @pytest.mark.parametrize(("content", "encoding"), [
     (POINT, "utf-8"), (SEMICOLON, "utf-8"), (POINT.replace(",", "\t"), "utf-8"), (POINT, "utf-16"),
     ("\ufeff" + POINT, "utf-8"), (POINT.replace("t,", "µ,", 1), "latin-1"), ("sep=;\n" + SEMICOLON, "utf-8"),
-    (gzip.compress(POINT.encode()), ""), ("wert\n" + "".join(f"{50 + i % 9},5\n" for i in range(40)), "utf-8"),
+    (POINT.replace("\n", "\r"), "utf-8"), (gzip.compress(POINT.encode()), ""), (COMMA_ONLY, "utf-8"),
+    (SEMICOLON.replace("t;", "T, out;", 1), "utf-8"),
 ])
 def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(content, encoding):
     series = read(content, encoding=encoding)
@@ -592,21 +615,29 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
 
 @pytest.mark.parametrize(("text", "options", "message"), [
     ("t,a\n0,1\n1,x\n2,3\n", [], "column 'a', row 3: 'x' is not a number"),
-    ("t,a\n0,1\n1,\n2,3\n", [], "row 3: empty, NaN or infinite, as 1 of 3 rows; --fill linear"),
+    ("t,a\n0,1\n1,\n2,3\n", [], "row 3: empty, NaN or infinite, like 1 of 3 rows; --fill linear"),
     ("a\n1\n\n2\n", [], "row 3: empty"),
     ("t,a\n0,5\n1,5\n2,5\n", [], "constant"),
     ("t,a\n0,1e200\n1,2e200\n", [], "above 1e100"),
     ("t,a\n0,1\n1,2\n", ["--column", "b"], "no column 'b', only t, a"),
     ("t,a\n0,1\n1,2\n", ["--time-column", "b"], "no column 'b', only t, a"),
     ("t,a\n0,1\n1,2,3\n", [], "Expected 2 fields in line 3, saw 3"),
-    ("a,a\n0,1\n1,2\n", [], "different column names"),
-    ("50,13\n50,14\n51,13\n", [], "the first line is '50,13'"),
-    ("", [], "a header with different column names, and rows, are needed"),
+    ("a,a\n0,1\n1,2\n", [], "must name the columns, each once"),
+    ("50,13\n50,14\n51,13\n", [], "it is '50,13'"),
+    ("", [], "must name the columns, each once, and rows must follow"),
     ("PK\x03\x04\x00\x00", [], "not a text file"),
     ("t,a\n" + LONG, ["--time-steps", "16", "--protocol", "original"], "needs 40, 20 more"),
     ("t,a\n00:00:00,1\n00:01:00,2\n", ["--time-column", "t"], "times of day need a date"),
-    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 3: 'never' is not a time"),
-    ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"], "row 4: '2024-01-02' occurs twice"),
+    ("t,a\n09:00 AM,1\n09:01 AM,2\n", ["--time-column", "t"], "times of day need a date"),
+    ("t,a\n2024-01-01T00:00+02:00,1\n2024-01-01T01:00,2\n", ["--time-column", "t"], "others have none"),
+    ("t,a\n0,1\n1,1\n2,1\n2.05,4\n3,2\n", ["--time-column", "t"], "not equally spaced"),
+    ("1.5e-05\n2.5e-05\n", [], "it is '1.5e-05'"),
+    ("v,t\n" + LONG, ["--time-column", "t"], "'t' is the time column"),
+    ("t,a\n" + LONG, [], "needs 65, 45 more"),
+    ("region,y\nA,1\nB,2\nA,3\nB,4\n", [], "--series-column region --series A"),
+    ("u,y\nA,1\nB,2\nA,x\n", ["--series-column", "u", "--series", "A"], "row 4: 'x' is not a number"),
+    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 3: never is not a time"),
+    ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"], "row 4: 2024-01-02 occurs twice"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "4 rows are missing, the first at 5"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
     ("unique_id,y\nA,1\nB,2\nA,3\nB,4\n", [], "--series-column unique_id --series A"),
@@ -620,6 +651,7 @@ def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, t
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data", "absent.csv"], "absent.csv"),
+    (["--model", "combined", "--protocol", "original"], "combined needs the hold-out"),
     (["--data", "a.csv", "--dataset", "y_w"], "exclude each other"),
     (["--dataset", "synthetic", "--model", "att", "--no-causal"], "would see its own targets"),
     (["--dataset", "synthetic", "--model", "att_mh", "--n-heads", "6"], "must divide"),
