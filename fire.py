@@ -1852,7 +1852,7 @@ def progress(iterable, description, total=None):
 
 
 def memory_mib(field="VmRSS"):
-    """Resident memory of this process [MiB], or its peak with the field VmHWM; NaN except on Linux."""
+    """Resident memory of this process [MiB], its peak with the field VmHWM; NaN except on Linux."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) / 1024

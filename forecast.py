@@ -130,7 +130,7 @@ RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
 # Names of columns that tell series apart.
 SERIES_COLUMN = re.compile(
     r"(.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|country|"
-    r"city|location|group|variable)|[a-z]+id", re.I)
+    r"city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id", re.I)
 COMPACT_DATES = {6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H"}  # by the number of digits
 
 
@@ -144,10 +144,12 @@ def parse_args(argv=None):
     add("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded to "
         "--data-dir, or the embedded one; if unset, y_w, or synthetic if that cannot be downloaded")
     add("--data", metavar="FILE", help="CSV file of your own series")
-    add("--column", default="-1", metavar="NAME", help="column of values, or its index from 0")
+    add("--column", default="-1", metavar="NAME", help="column of values, or its index; -1 is the "
+        "last")
     add("--time-column", metavar="NAME", help="column of times, or its index; if unset, the rows "
         "are taken as equally spaced")
-    add("--series-column", metavar="NAME", help="column that names the series of a row")
+    add("--series-column", metavar="NAME", help="column that names the series of a row, or "
+        "none")
     add("--series", metavar="NAME", help="series to take, with --series-column")
     add("--fill", choices=["linear", "forward"], help="how to fill missing values and rows")
     add("--data-dir", default="data", help="folder of downloads")
@@ -210,7 +212,7 @@ def check_args(args, error):
         error("--data and --dataset exclude each other")
     if args.protocol == "original" and args.model == ["combined"]:
         error("combined needs the hold-out; see --protocol")
-    if bool(args.series_column) != bool(args.series):
+    if (args.series_column not in (None, "none")) != bool(args.series):
         error("--series-column and --series go together")
     if (args.predict_steps is None) != (args.checkpoint is None):
         error("--predict-steps and --checkpoint go together")
@@ -311,6 +313,8 @@ def find_column(frame, name, path):
 
 def select_series(frame, args):
     """The rows of --series. Raises UserError where a column seems to name several series."""
+    if args.series_column == "none":
+        return frame
     if args.series_column:
         names = frame[find_column(frame, args.series_column, args.data)].astype(str)
         if args.series not in set(names):
@@ -318,10 +322,12 @@ def select_series(frame, args):
                             f"{', '.join(names.unique()[:10])}")
         return frame[names == args.series]
     for name in frame.columns.difference([args.column, args.time_column]):
-        if SERIES_COLUMN.fullmatch(name) and 1 < frame[name].nunique() <= len(frame) / 2:
+        if not SERIES_COLUMN.fullmatch(name) or pd.api.types.is_float_dtype(frame[name]):
+            continue
+        if 1 < frame[name].nunique() <= len(frame) / 2:
             raise UserError(f"{args.data}: column {name!r} names {frame[name].nunique()} series; "
                             f"choose one with --series-column {name} --series "
-                            f"{frame[name].iloc[0]}")
+                            f"{frame[name].iloc[0]}, or take all with --series-column none")
     return frame
 
 
@@ -421,8 +427,9 @@ def read_values(column, args):
                         "number")
     missing = values.isna()
     if missing.any() and not args.fill:
-        raise UserError(f"{where}, {row_name(missing)}: empty, NaN or infinite, like {missing.sum()} "
-                        f"of {len(values)} rows; --fill linear or --fill forward fills them")
+        raise UserError(f"{where}, {row_name(missing)}: empty, NaN or infinite, like "
+                        f"{missing.sum()} of {len(values)} rows; --fill linear or --fill forward "
+                        "fills them")
     if missing.any():
         note(f"{where}: missing values filled: {missing.sum()}")
         values = values.ffill() if args.fill == "forward" else values.interpolate("linear")
@@ -657,16 +664,17 @@ class Positions(nn.Module):
     def __init__(self, kind, width, block_size):
         super().__init__()
         self.kind = kind
-        angles = torch.arange(block_size).unsqueeze(1) * 10000 ** (-torch.arange(0, width, 2) / width)
+        frequencies = 10000 ** (-torch.arange(0, width, 2) / width)
+        angles = torch.arange(block_size).unsqueeze(1) * frequencies  # [block_size, width / 2]
         if kind == "randpe":
             self.table = nn.Parameter(torch.randn(block_size, width))
         if kind == "sinpe":
             waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
             self.register_buffer("table", waves, persistent=False)
         if kind == "rope":
-            self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], 1), persistent=False)
-            self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], 1),
-                                 persistent=False)
+            cos, sin = angles.cos(), angles.sin()
+            self.register_buffer("cos", torch.cat([cos, cos], 1), persistent=False)
+            self.register_buffer("sin", torch.cat([-sin, sin], 1), persistent=False)
 
     def forward(self, x, first=0):
         rows = slice(first, first + x.shape[-2])
@@ -1019,7 +1027,8 @@ def holdout_parts(rows):
     """The parts of the hold-out as (start, stop, origins): validation of each fold, then test."""
     horizon = int(VALIDATION_SHARE * rows)
     starts = [int(share * rows) for share in FOLDS]
-    return [(start, start + horizon, ORIGINS) for start in starts] + [(int(TEST_START * rows), rows, 1)]
+    validation = [(start, start + horizon, ORIGINS) for start in starts]
+    return [*validation, (int(TEST_START * rows), rows, 1)]
 
 
 def holdout_errors(run, args, models, values):
@@ -1259,7 +1268,8 @@ CONFIG = ["name", *(field.name for field in fields(Run) if field.name != "seed")
 def mean_over_seeds(frame):
     """One row for each combination: the means of its scores over the seeds, and half widths of
     95 % intervals in columns that end in ±."""
-    scores = frame.columns.difference([*CONFIG, "id", "seed", "parameters", "peak_memory_mib"], sort=False)
+    others = [*CONFIG, "id", "seed", "parameters", "peak_memory_mib"]
+    scores = frame.columns.difference(others, sort=False)
     merged = []
     for config, group in frame.groupby(CONFIG, dropna=False, sort=False):
         means, widths = mean_and_interval(group[scores])
@@ -1346,8 +1356,8 @@ def summarize(tables, series, failed, skipped, args):
         text.append(f"## {name}: {one.source} data, {len(one.values)} values of {one.column}, "
                     f"{seeds}")
         if args.protocol != "holdout":
-            text += ["The original's protocol: networks are trained on 80 % of the windows at random, "
-                     "baselines fitted to all, errors over the whole series, so in-sample.",
+            text += ["The original's protocol: networks are trained on 80 % of the windows at "
+                     "random, baselines fitted to all, errors over the whole series, so in-sample.",
                      original_table(frame, name)]
         if args.protocol != "original":
             text += ["The hold-out, errors on the last 20 %, which nothing has seen. MASE is the "
@@ -1481,9 +1491,9 @@ def plot_horizon(series, best, args, path):
     for i, (model, (_, result)) in enumerate(best.items()):
         squares = result["errors"]["free run"].numpy() ** 2
         steps = np.arange(1, len(squares) + 1)
-        ax.plot(steps, np.sqrt(np.cumsum(squares) / steps), LINES[(i + i // 8) % 4], color=COLORS[i % 8],
-                label=model, marker=MARKERS[i % 7], markevery=(i, max(1, len(steps) // 8)),
-                markersize=5)
+        ax.plot(steps, np.sqrt(np.cumsum(squares) / steps), LINES[(i + i // 8) % 4],
+                color=COLORS[i % 8], label=model, marker=MARKERS[i % 7], markersize=5,
+                markevery=(i, max(1, len(steps) // 8)))
     ax.set(ylabel=f"RMSE up to the horizon [{escape(series.column)}]", yscale="log")
     epoch_axis(ax, "horizon [values]")
     legend_below(ax)
@@ -1633,7 +1643,7 @@ def progress(iterable, description, total=None):
 
 
 def memory_mib(field="VmRSS"):
-    """Resident memory of this process [MiB], or its peak with the field VmHWM; NaN except on Linux."""
+    """Resident memory of this process [MiB], its peak with the field VmHWM; NaN except on Linux."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) / 1024

@@ -604,6 +604,13 @@ def test_one_of_several_series_is_taken():
     np.testing.assert_array_equal(series.values, np.arange(400) + 100)
 
 
+def test_a_column_that_only_looks_like_the_name_of_a_series_can_be_kept(error_line):
+    text = "group,y\n" + "".join(f"{i % 2},{i % 7}\n" for i in range(40))
+    np.testing.assert_array_equal(read(text, "--series-column", "none").values, np.arange(40) % 7)
+    prices = "bid,y\n" + "".join(f"{i % 2 + 0.5},{i % 7}\n" for i in range(40))
+    assert len(read(prices).values) == 40
+
+
 def test_a_signal_on_a_large_constant_is_not_lost():
     args = forecast.parse_args(["--protocol", "holdout", "--device", "cpu"])
     scores, _ = forecast.score_holdout(Run("ridge", "own", 16), args, ALL, WAVE + 1e12)
