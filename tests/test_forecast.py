@@ -320,8 +320,13 @@ def test_the_learning_rate_of_vq_ar_warms_up_and_decays():
     assert factors[0] == pytest.approx(0.2, abs=0.01)
     assert max(factors) == factors[4]
     assert factors[99] < 0.001
-    assert forecast.CodebookAR.decay
-    assert not forecast.LSTM.decay
+
+
+def test_training_decays_the_learning_rate_of_vq_ar_only(monkeypatch):
+    monkeypatch.setattr(forecast, "warm_up_then_cosine", lambda step, steps: 0.0)
+    values = forecast.generate_series(200)
+    assert not fit("vq_ar", values).model.values.any()
+    assert fit("lstm", values).model.head.bias.any()
 
 
 def test_the_split_of_the_original_is_random_and_fixed():
