@@ -385,13 +385,12 @@ def place_on_grid(times, where):
         places = [exact.round().astype(int)]
         grids = [times[0] + step * pd.RangeIndex(places[0][-1] + 1)]
         places[0][np.abs(exact - places[0]) > 0.1] = -1
-    fitting = [(len(grid), i) for i, grid in enumerate(grids)
-               if places[i].min() >= 0 and len(set(places[i])) == len(times)]
+    fitting = [(grid, place) for grid, place in zip(grids, places)
+               if place.min() >= 0 and len(set(place)) == len(times)]
     if not fitting:
         raise UserError(f"{where}: the times are not equally spaced; resample them, or leave out "
                         "--time-column to take the rows as equally spaced")
-    best = min(fitting)[1]
-    return grids[best], places[best]
+    return min(fitting, key=lambda pair: len(pair[0]))
 
 
 def sort_by_time(frame, time_column, args):
@@ -407,7 +406,7 @@ def sort_by_time(frame, time_column, args):
     if not times.is_monotonic_increasing:
         note(f"{where}: the rows are not in order and are sorted by time")
     if len(times) < 3:
-        raise UserError(f"{where}: three rows are the least")
+        raise UserError(f"{where}: at least three rows are needed")
     frame = frame.set_index(pd.Index(times)).sort_index()
     grid, places = place_on_grid(frame.index, where)
     missing = np.setdiff1d(np.arange(len(grid)), places)
@@ -564,7 +563,11 @@ def fit_seasonal(z, time_steps):
 
 def fit_ridge(z, time_steps):
     """Ridge regression on the last values; its strength by generalized cross-validation."""
-    windows = np.lib.stride_tricks.sliding_window_view(z, time_steps + 1)
+    return regress_last(np.lib.stride_tricks.sliding_window_view(z, time_steps + 1))
+
+
+def regress_last(windows):
+    """(weights, bias) of ridge regression of the last column of windows on the others."""
     model = RidgeCV(RIDGE_STRENGTHS).fit(windows[:, :-1], windows[:, -1])
     return model.coef_, [model.intercept_]
 
@@ -572,11 +575,9 @@ def fit_ridge(z, time_steps):
 def fit_nlinear(z, time_steps):
     """Ridge regression on differences from the last value (NLinear, Zeng et al. 2023)."""
     windows = np.lib.stride_tricks.sliding_window_view(z, time_steps + 1)
-    differences = windows - windows[:, -2:-1]
-    model = RidgeCV(RIDGE_STRENGTHS).fit(differences[:, :-1], differences[:, -1])
-    weights = model.coef_.copy()
+    weights, bias = regress_last(windows - windows[:, -2:-1])
     weights[-1] = 1 - weights[:-1].sum()
-    return weights, [model.intercept_]
+    return weights, bias
 
 
 def fit_theta(z, time_steps):
@@ -922,7 +923,7 @@ def train(model, z, train_starts, val_starts, run, args, shuffle):
         model.eval()
         with torch.inference_mode():
             losses = [model.loss(windows[starts], align_target) for starts in val_starts.split(256)]
-        val_loss = torch.stack(losses).mean().item() if losses else math.nan
+        val_loss = torch.stack(losses).mean().item()  # NaN without validation windows
         history.append({"train_loss": train_loss, "val_loss": val_loss})
     return history
 
@@ -941,6 +942,9 @@ class Fitted:
         device = next(itertools.chain(self.model.parameters(), self.model.buffers())).device
         return torch.tensor((values - self.mean) / self.std, dtype=torch.float32, device=device)
 
+    def denormalize(self, z):
+        return z.double().cpu().numpy() * self.std + self.mean
+
     @torch.inference_mode()
     def one_step(self, values, start, stop):
         """Forecasts [stop - start] of the rows, each from the true values before it."""
@@ -948,7 +952,7 @@ class Fitted:
         forecasts = []
         for rows in torch.arange(start, stop, device=z.device).split(256):
             forecasts.append(self.model.predict(windows_before(z, rows, self.lookback), rows)[:, 0])
-        return torch.cat(forecasts).double().cpu().numpy() * self.std + self.mean
+        return self.denormalize(torch.cat(forecasts))
 
     @torch.inference_mode()
     def free_run(self, values, origins, steps):
@@ -964,7 +968,7 @@ class Fitted:
             first = self.lookback + done
             path[:, first : first + ahead.shape[1]] = ahead
             done += ahead.shape[1]
-        return path[:, self.lookback :].double().cpu().numpy() * self.std + self.mean
+        return self.denormalize(path[:, self.lookback :])
 
 
 def windows_before(z, rows, lookback):
@@ -1091,8 +1095,8 @@ def interval_widths(parts):
 def conformal_quantile(residuals):
     """The quantile of residuals that covers a new one with probability COVERAGE."""
     residuals = residuals[~np.isnan(residuals)]
-    share = min(1, math.ceil((residuals.size + 1) * COVERAGE) / max(1, residuals.size))
-    return np.quantile(residuals, share, method="higher") if residuals.size else np.inf
+    share = min(1, math.ceil((residuals.size + 1) * COVERAGE) / residuals.size)
+    return np.quantile(residuals, share, method="higher")
 
 
 def extend(widths, count):
@@ -1175,13 +1179,13 @@ def pack(run, fitted):
 def unpack(member, args):
     """The Fitted model of a checkpoint."""
     run = Run(**member["run"])
-    if run.model not in MODELS and "bias" not in member["weights"]:
-        raise UserError(f"{run.model} is not in MODELS")
-    if run.model not in MODELS:
-        model = LinearForecaster(**member["weights"])
-    else:
+    if run.model in MODELS:
         model = MODELS[run.model](run, args)
         model.load_state_dict(member["weights"])
+    elif set(member["weights"]) == {"weights", "bias"}:
+        model = LinearForecaster(**member["weights"])
+    else:
+        raise UserError(f"{run.model} is not in MODELS")
     return Fitted(model.eval(), member["lookback"], member["mean"], member["std"], [])
 
 
@@ -1393,15 +1397,24 @@ def main_protocol(args):
 
 
 def title_of(series, args):
+    """The beginning of a picture's title."""
     return f"{escape(series.name)}, {PROTOCOLS[main_protocol(args)]}: "
+
+
+def new_grid(title, count, width, height):
+    """(figure, axes) of `count` panels, three in a row of so many inches."""
+    rows = math.ceil(count / 3)
+    fig, axes = new_figure(title, rows, 3, (width, height * rows + 0.8))
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return fig, axes[:count]
 
 
 def plot_forecasts(series, best, args, path):
     """One step, free run and 80 % intervals of the best run of each model."""
     models = [model for model in [*MODELS, "combined", *BASELINES] if model in best]
-    rows = math.ceil(len(models) / 3)
     title = title_of(series, args) + "forecasts of the best runs"
-    fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 1))
+    fig, axes = new_grid(title, len(models), 16, 1.9)
     for ax, model in zip(axes, models):
         row, result = best[model]
         errors = {kind: result["errors"][kind].numpy() for kind in KINDS}
@@ -1419,8 +1432,6 @@ def plot_forecasts(series, best, args, path):
         rate = f", rate {row['learning_rate']:g}" if model in MODELS else ""
         ax.set_title(f"{model}, {row['time_steps']} steps{rate}", fontsize=9)
         ax.set_xlabel(escape(series.time_label), fontsize=9)
-    for ax in axes[len(models) :]:
-        ax.set_axis_off()
     fig.supylabel(escape(series.column), fontsize=10)
     legend_below(axes[0])
     save_figure(fig, path)
@@ -1440,9 +1451,8 @@ def plot_learning_curves(series, best, args, path):
                  if result["history"]}
     if not histories:
         return
-    rows = math.ceil(len(histories) / 3)
     title = title_of(series, args) + "learning curves"
-    fig, axes = new_figure(title, rows, 3, (12, 3 * rows + 0.5))
+    fig, axes = new_grid(title, len(histories), 12, 3)
     for ax, (model, history) in zip(axes, histories.items()):
         ends = np.arange(1, len(history) + 1)
         plot_curve(ax, ends - 0.5, history["train_loss"], "training, mean of an epoch", 0)
@@ -1450,8 +1460,6 @@ def plot_learning_curves(series, best, args, path):
         ax.set(title=f"{model}, rate {best[model][0]['learning_rate']:g}", yscale="log",
                ylabel="Huber loss" if model == "vq_ar" else "MSE (normalized)")
         epoch_axis(ax)
-    for ax in axes[len(histories) :]:
-        ax.set_axis_off()
     legend_below(axes[0])
     save_figure(fig, path)
 
@@ -1514,11 +1522,12 @@ def run_experiment(args):
     run_dir = next_run_dir(args)
     (run_dir / "runs").mkdir(exist_ok=True)
     files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
+    digests = {name: digest(one.values) for name, one in series.items()}
     rows, failed = [], {}
     for run, file in files.items():
         if file.exists():
             checkpoint = load_checkpoint(file, file)
-            if checkpoint["digest"] != digest(series[run.dataset].values):
+            if checkpoint["digest"] != digests[run.dataset]:
                 raise UserError(f"{file}: made with other data; start a new sweep")
             rows.append(checkpoint["row"])
     todo = [run for run in files if not files[run].exists()]
@@ -1543,7 +1552,7 @@ def run_experiment(args):
         plot_sweep(series[name], table, args, run_dir / f"sweep_{name}.png")
         plot_horizon(series[name], best, args, run_dir / f"horizon_{name}.png")
     data = {name: {"source": one.source, "rows": len(one.values), "column": one.column,
-                   "sha256 of values": digest(one.values)} for name, one in series.items()}
+                   "sha256 of values": digests[name]} for name, one in series.items()}
     results = {"data": data, "rows": rows, "failed": failed, "left out": skipped}
     summary = summarize(tables, series, failed, skipped, args)
     return write_results(results, summary, args, run_dir)
