@@ -78,6 +78,7 @@ RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 CLASSES = ["normal", "warning", "fire"]
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
+CUTS = np.cumsum(list(SPLITS.values()))[:2].round(2)  # where val and test begin
 TARGET_MIX = np.array([0.70, 0.20, 0.10])  # shares of the classes at which sampling aims
 MIN_WINDOWS = 5  # fewer windows of a class in a split are too few to score it
 RISK_WEIGHT = 0.5  # of the risk head's squared error in the loss
@@ -628,7 +629,7 @@ def cut_rows(start, first, second, stop, gap):
 def cut_in_time(labels, gap):
     """[(split, start, stop), …]: 70/15/15 % in order. A cut moves to the next normal
     stretch, if one is near, so that no incident is on both sides."""
-    rows = [next_quiet_row(labels, int(share * len(labels)), gap) for share in (0.70, 0.85)]
+    rows = [next_quiet_row(labels, int(share * len(labels)), gap) for share in CUTS]
     return cut_rows(0, *rows, len(labels), gap)
 
 
@@ -638,10 +639,10 @@ def cut_runs(labels, gap):
     cuts = []
     for start, stop in pairwise(np.flatnonzero(np.diff(labels, prepend=-1, append=-1)).tolist()):
         rows = stop - start - gap  # a gap to the next run, too
-        if 0.15 * rows < 2 * gap:
+        if SPLITS["val"] * rows < 2 * gap:
             cuts.append(("train", start, stop - gap))
         else:
-            first, second = start + int(0.70 * rows), start + int(0.85 * rows)
+            first, second = [start + int(share * rows) for share in CUTS]
             cuts += cut_rows(start, first, second, stop - gap, gap)
     return cuts
 
