@@ -205,13 +205,14 @@ def plot_confusion(ax, matrix, class_names, title):
     ax.grid(visible=False)
 
 
-def save_figure(fig, path, display_id=None, update=False):
-    """Write the figure as PNG and close it; in a notebook also show it (`update` redraws the one of that id)."""
+def save_figure(fig, path, display_id=None, update=False, show=True):
+    """Write the figure as PNG and close it; in a notebook also show it (`update` redraws the one of that id), unless
+    `show` is false."""
     try:
         fig.savefig(path)
     except OSError as error:  # a full disk does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
-    if in_notebook():
+    if show and in_notebook():
         from IPython.display import display
 
         display(fig, display_id=display_id, update=update)

@@ -1662,12 +1662,15 @@ def memory_mib(field="VmRSS"):
 @contextlib.contextmanager
 def atomic_write(path):
     """A temporary path to write to, renamed to `path` at the end: a file is whole or absent."""
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")  # two processes may go on with the same run
     try:
         yield part
+        part.replace(path)
     except RuntimeError as error:  # torch.save raises this on a full disk
-        raise UserError(f"{path} cannot be written: {error}") from None
-    part.replace(path)
+        raise UserError(f"{path} cannot be written; is the disk full? ({error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def load_checkpoint(file, name):

@@ -169,29 +169,26 @@ def duet_training(repeats=5):
 
 
 def selection_data():
-    """Data of 60,000 × 784: Fashion-MNIST where Debian's package has it, else random bytes."""
-    if batch_selection.folder_of("fashion_mnist", "data"):
+    """Data of 60,000 x 784: Fashion-MNIST where it is in data/ or Debian's package has it, else random bytes."""
+    if batch_selection.find_folder("fashion_mnist", "data"):
         return batch_selection.load_dataset("fashion_mnist", "data")
     rng = np.random.default_rng(0)
-    parts = [rng.integers(0, high, shape).astype(np.uint8)
-             for n in (60_000, 10_000) for high, shape in ((256, (n, 1, 28, 28)), (10, n))]
-    return batch_selection.make_data("random bytes", parts, "random", 10)
+    arrays = [rng.integers(0, high, shape).astype(np.uint8)
+              for n in (60_000, 10_000) for high, shape in ((256, (n, 1, 28, 28)), (10, n))]
+    return batch_selection.make_data("random bytes", arrays, "random")
 
 
 def selection_training(repeats=5):
     """Samples per second of an epoch with each strategy; of a bare loop over normalized tensors; of `random`."""
-    args = batch_selection.parse_args([])
+    args = batch_selection.parse_args(["--device", "cpu"])
     torch.set_num_threads(1)
     data = selection_data().to("cpu")
     x, y = ((data.x_train - data.mean) / data.std).flatten(1), data.y_train
 
-    def fresh():
+    def bare():
         torch.manual_seed(0)
         model = batch_selection.SimpleMLP((1, 28, 28), 10)
-        return model, torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
-
-    def bare():
-        model, optimizer = fresh()
+        optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
         for rows in torch.randperm(len(x)).split(args.batch_size):
             loss = F.cross_entropy(model(x[rows]), y[rows])
             optimizer.zero_grad()
@@ -199,18 +196,12 @@ def selection_training(repeats=5):
             optimizer.step()
 
     def run(strategy, epochs=2):  # the first, when most are unseen, and one more
-        model, optimizer = fresh()
-        loss, rng, count = np.full(len(x), np.inf, np.float32), np.random.default_rng(0), 0
-
-        def score(rows):
-            with torch.inference_mode():
-                return batch_selection.forward(model, data, *batch_selection.gather(data, rows))[0].numpy()
-
-        began = time.perf_counter()
+        learner = batch_selection.Learner(data, batch_selection.SimpleMLP, 0, args)
+        batch_selection.measure(learner)
         for _ in range(epochs):
-            batches = batch_selection.STRATEGIES[strategy](loss, score, args, rng)
-            count += batch_selection.train_one_epoch(model, optimizer, data, batches, loss, args)
-        return (time.perf_counter() - began) / epochs, count // epochs
+            batch_selection.train_epoch(learner, batch_selection.STRATEGIES[strategy])
+            learner.history.append(learner.history[-1] | {"steps": learner.steps})
+        return learner.seconds / epochs, learner.samples // epochs
 
     bare()
     times, counts = {name: [] for name in ["bare loop", *batch_selection.STRATEGIES]}, {}
@@ -227,7 +218,7 @@ def selection_training(repeats=5):
 
 
 def selection_csv():
-    """Rows per second of the conversion of 60,000 × 784 to CSV, and back; of pyarrow.csv alone."""
+    """Rows per second of the conversion of 60,000 x 784 to CSV, and back; of pyarrow.csv alone."""
     data = selection_data()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.csv"

@@ -1,29 +1,28 @@
 """What users of batch_selection.py rely on: offline, on the CPU. Every file that a reader needs is written here."""
 
-import functools
 import gzip
 import hashlib
-import http.server
-import importlib.metadata
 import inspect
 import io
-import json
 import math
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import unittest.mock
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
+from threading import Thread
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, run_notebook
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from PIL import Image
 from scipy import stats
@@ -31,7 +30,6 @@ from torch import nn
 
 import batch_selection as bs
 
-ROOT = Path(bs.__file__).resolve().parent
 METRIC_PICTURES = {"test_acc.png", "train_acc.png", "test_loss.png", "train_loss.png"}
 
 
@@ -40,189 +38,376 @@ def no_data_of_this_machine(monkeypatch, tmp_path):
     """Each test in its own folder, without Debian's Fashion-MNIST, and with addresses that nobody answers."""
     monkeypatch.chdir(tmp_path)
     for dataset in bs.DATASETS.values():
-        monkeypatch.setattr(dataset, "also", ())
-        monkeypatch.setattr(dataset, "url", "http://127.0.0.1:9/")
+        monkeypatch.setattr(dataset, "system_folder", "")
+        monkeypatch.setattr(dataset, "url", "http://127.0.0.1:9/{}")
     with unittest.mock.patch.dict(os.environ):  # dask sets OMP_NUM_THREADS here too, not in its workers alone
         yield
-
-
-def md5_of(path):
-    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def digits(*argv):
     return bs.main(["--dataset", "digits", "--no-benchmark", "--jobs", "1", "--device", "cpu", *argv])
 
 
-def options(**changes):
-    return SimpleNamespace(**vars(bs.parse_args([])) | changes)
+def load(name):
+    bs.NOTES.clear()
+    return bs.load_dataset(name, "data")
+
+
+def make_learner(samples=331, epochs=3, **changes):
+    """A Learner of random samples in two classes, with the arguments changed."""
+    args = bs.parse_args(["--device", "cpu"])
+    vars(args).update(epochs=epochs, **changes)
+    rng = np.random.default_rng(8)
+    x, y = rng.normal(size=(samples, 4)).astype(np.float32), rng.integers(0, 2, samples)
+    data = bs.make_data("random", (x, y, x[:50], y[:50]), "embedded").to("cpu")
+    learner = bs.Learner(data, bs.SimpleMLP, 7, args)
+    bs.measure(learner)
+    return learner
 
 
 # --- Strategies -------------------------------------------------------------------------------------------------------
 
 
-def simulate(strategy, args, samples=331, epochs=3):
-    """[batches, with the tracked losses that each was chosen by] of `epochs`; the losses fall as in training."""
-    rng, loss, difficulty = np.random.default_rng(7), np.full(samples, np.inf, np.float32), None
+def simulate(strategy, samples=331, epochs=3, **changes):
+    """(rows, weights, tracked loss, latest loss before) of each batch; the losses fall as in training."""
+    learner = make_learner(samples, epochs, **changes)
     difficulty = np.random.default_rng(8).exponential(1, samples).astype(np.float32).round(1)  # with ties
-    chosen = []
+    learner.score = learner.gradient_norm = lambda rows: difficulty[rows]
+    batches = []
     for _ in range(epochs):
-        for rows in strategy(loss, lambda rows: difficulty[rows], args, rng):
-            chosen.append((rows.copy(), loss.copy()))
-            bs.track(loss, rows, difficulty[rows], args.ema_decay)
+        steps = 0
+        learner.steps, learner.expected_steps = 0, learner.history[-1]["steps"]
+        for rows, weights in strategy(learner):
+            batches.append((rows.copy(), weights, learner.loss.copy(), learner.last_loss.copy()))
+            bs.track_losses(learner, rows, difficulty[rows])
             difficulty[rows] *= np.float32(0.9)
-    return chosen
+            steps += 1
+        learner.history.append({"steps": steps, "samples": 0})
+    return batches
 
 
-def test_random_covers_every_sample_once_an_epoch_and_fixed_is_fixed():
-    args = options(batch_size=50)
-    for strategy in (bs.random_batches, bs.fixed_batches):
-        batches = [rows for rows, _ in simulate(strategy, args, 331, epochs=2)]
-        first, second = np.concatenate(batches[:7]), np.concatenate(batches[7:])
-        assert sorted(first) == sorted(second) == list(range(331)) and len(batches[6]) == 31
-        in_order = strategy is bs.fixed_batches
-        assert (list(first) == list(range(331))) == (list(second) == list(first)) == in_order
+def assert_same_batches(strategy, plain, **changes):
+    batches, expected = simulate(strategy, **changes), simulate(plain, **changes)
+    assert len(batches) == len(expected)
+    for (rows, weights, *_), (plain_rows, plain_weights, *_) in zip(batches, expected):
+        assert list(rows) == list(plain_rows)
+        assert (weights is None) == (plain_weights is None)
+        assert weights is None or weights == pytest.approx(plain_weights, rel=1e-5)
+    return batches
 
 
-@pytest.mark.parametrize("refresh", [1, 3])
-def test_smart_is_its_plain_definition(refresh):
-    def plain(loss, score, args, rng):
-        n = len(loss)
-        for step in range(math.ceil(n / args.batch_size)):
-            if step % refresh == 0:
-                last_of_top = sorted(loss, reverse=True)[round(0.2 * n) - 1]
-                top = [i for i in range(n) if loss[i] >= last_of_top]
-            size = min(args.batch_size, n - step * args.batch_size)  # no more samples an epoch than random
-            explore = rng.choice(n, round(0.5 * size), replace=False)
-            yield np.concatenate([explore, rng.choice(top, size - len(explore), replace=False)])
-
-    args = options(batch_size=16, refresh=refresh)
-    mine, slow = simulate(bs.smart_batches, args), simulate(plain, args)
-    assert len(mine) == len(slow) == 3 * math.ceil(331 / 16)
-    assert all((a == b).all() for (a, _), (b, _) in zip(mine, slow))
-    assert sum(len(rows) for rows, _ in mine) == 3 * 331
-    few = list(bs.smart_batches(np.ones(40, np.float32), None, options(batch_size=30), np.random.default_rng(0)))
-    assert [len(rows) for rows in few] == [30, 10], "all that tie with the 8 hardest belong"
-    unseen = np.isinf(mine[0][1])
-    assert unseen.all() and np.isinf(mine[3][1][mine[3][0][8:]]).all(), "unseen samples count as the hardest"
+def test_random_covers_every_sample_once_an_epoch_in_new_orders():
+    batches = [rows for rows, *_ in simulate(bs.random_batches, 331, epochs=2, batch_size=50)]
+    first, second = np.concatenate(batches[:7]), np.concatenate(batches[7:])
+    assert sorted(first) == sorted(second) == list(range(331))
+    assert list(first) != list(second)
+    assert len(batches[6]) == 31
 
 
-def test_kth_largest_is_exact_whatever_the_guess():
-    rng = np.random.default_rng(0)
-    for values in (rng.exponential(1, 500), rng.integers(0, 5, 500) / 2, np.where(rng.random(500) < 0.4, np.inf, 1.0)):
-        for k in (1, 2, 100, 499, 500):
-            for guess in (0.0, 0.5, values[3], np.median(values), 7.0, np.inf):
-                found = bs.kth_largest(values.astype(np.float32), k, np.float32(guess))
-                assert found == np.sort(values.astype(np.float32))[-k]
+def test_fixed_keeps_the_order_of_the_file():
+    batches = [rows for rows, *_ in simulate(bs.fixed_batches, 331, epochs=2, batch_size=50)]
+    assert list(np.concatenate(batches)) == 2 * list(range(331))
 
 
-def test_loss_threshold_is_its_plain_definition():
-    args = options(batch_size=16, loss_threshold=0.6)
-    for rows, _ in simulate(bs.loss_threshold_batches, args, epochs=1):
-        assert len(rows) <= 16
-    loss = np.array([0.1, 0.9, 0.7, 0.3, np.inf, 0.65], np.float32)
-    for threshold, size, expected in ((0.6, 2, {1, 2, 4, 5}), (0.6, 5, {1, 2, 3, 4, 5}), (0.8, 3, {1, 2, 4}),
-                                      (9, 1, {4})):
-        batches = list(bs.loss_threshold_batches(loss, None, options(batch_size=size, loss_threshold=threshold),
-                                                 np.random.default_rng(0)))
-        drawn = [int(row) for rows in batches for row in rows]
-        assert sorted(drawn) == sorted(expected) and max(map(len, batches)) <= size
+@pytest.mark.parametrize("hardest_first", [True, False])
+def test_smart_and_easy_first_are_their_plain_definitions(hardest_first):
+    def plain(learner):
+        n = len(learner.loss)
+        for step in range(math.ceil(n / 16)):
+            ranked = sorted(learner.loss, reverse=hardest_first)
+            last_of_top = ranked[round(0.2 * n) - 1]
+            top = [i for i in range(n) if (learner.loss[i] - last_of_top) * (1 if hardest_first else -1) >= 0
+                   or learner.loss[i] == last_of_top]
+            size = min(16, n - step * 16)  # no more samples an epoch than random
+            explore = learner.rng.choice(n, round(0.5 * size), replace=False)
+            yield np.concatenate([explore, learner.rng.choice(top, size - len(explore), replace=False)]), None
+
+    strategy = bs.smart if hardest_first else bs.easy_first
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # inf - inf of the plain definition
+        batches = assert_same_batches(strategy, plain, batch_size=16)
+    assert sum(len(rows) for rows, *_ in batches) == 3 * 331
+    if hardest_first:
+        rows, _, loss, _ = batches[3]
+        assert np.isinf(loss[rows[8:]]).all(), "unseen samples count as the hardest"
+
+
+def test_smart_draws_among_all_that_tie():
+    learner = make_learner(40, batch_size=30)
+    learner.loss[:] = 1
+    assert [len(rows) for rows, _ in bs.smart(learner)] == [30, 10]
+
+
+@pytest.mark.parametrize(("threshold", "size", "expected"), [
+    (0.6, 2, {1, 2, 4, 5}), (0.6, 5, {1, 2, 3, 4, 5}), (0.8, 3, {1, 2, 4}), (9, 1, {4})])
+def test_loss_threshold_is_its_plain_definition(threshold, size, expected):
+    learner = make_learner(6, batch_size=size, loss_threshold=threshold)
+    learner.loss[:] = [0.1, 0.9, 0.7, 0.3, np.inf, 0.65]
+    batches = [rows for rows, _ in bs.loss_threshold(learner)]
+    assert sorted(np.concatenate(batches)) == sorted(expected)
+    assert max(map(len, batches)) <= size
 
 
 def test_selective_backprop_is_its_plain_definition():
-    losses = np.random.default_rng(1).exponential(1, 97)
-    args = options(batch_size=10, selectivity=2.0)
-
-    def plain(rng, history=30):
-        order, past, queue, batches = rng.permutation(97), [], [], []
-        for start in range(0, 97, 10):
+    def plain(learner, history=30):
+        order, past, queue = learner.rng.permutation(331), [], []
+        for start in range(0, 331, 10):
             candidates = order[start : start + 10]
-            past = (past + [losses[i] for i in candidates])[-history:]
-            draws = rng.random(len(candidates))
-            for i, draw in zip(candidates, draws):
+            losses = dict(zip(candidates, learner.score(candidates)))
+            past = (past + list(losses.values()))[-history:]
+            for i, draw in zip(candidates, learner.rng.random(len(candidates))):
                 share = sum(loss <= losses[i] for loss in past) / len(past)
                 if draw < share * share:
                     queue.append(i)
             if len(queue) >= 10:
-                batches.append(queue[:10])
+                yield np.array(queue[:10]), None
                 queue = queue[10:]
-        return [*batches, queue] if queue else batches
+        if queue:
+            yield np.array(queue), None
 
-    mine = list(bs.selective_backprop_batches(losses, lambda rows: losses[rows], args, np.random.default_rng(3), 30))
-    assert [list(rows) for rows in mine] == plain(np.random.default_rng(3)) and len(mine) > 2
-    every = bs.selective_backprop_batches(losses, lambda rows: losses[rows], options(batch_size=10, selectivity=0.0),
-                                          np.random.default_rng(3))
-    assert sorted(np.concatenate(list(every))) == list(range(97))
+    assert_same_batches(partial(bs.selective_backprop, history=30), plain, batch_size=10, selectivity=2.0)
 
 
-def test_strategies_are_short_and_share_a_signature():
+def test_selectivity_0_takes_every_sample():
+    batches = simulate(bs.selective_backprop, 97, epochs=1, batch_size=10, selectivity=0.0)
+    assert sorted(np.concatenate([rows for rows, *_ in batches])) == list(range(97))
+
+
+def test_self_paced_is_its_plain_definition():
+    def plain(learner):
+        queue = []
+        order = learner.rng.permutation(331)
+        for start in range(0, 331, 10):
+            candidates = order[start : start + 10]
+            queue += [i for i, loss in zip(candidates, learner.score(candidates)) if loss < 2 * math.log(2)]
+            if len(queue) >= 10:
+                yield np.array(queue[:10]), None
+                queue = queue[10:]
+        if queue:
+            yield np.array(queue), None
+
+    batches = assert_same_batches(bs.self_paced, plain, batch_size=10)
+    assert sum(len(rows) for rows, *_ in batches) < 3 * 331
+
+
+def test_infobatch_is_its_plain_definition():
+    def plain(learner):
+        order = learner.rng.permutation(331)
+        weights = [1.0] * 331
+        left_out = set()
+        if 0 < len(learner.history) - 1 < 3:  # neither the first nor the last of four epochs
+            mean = sum(map(float, learner.last_loss)) / 331
+            for i, draw in enumerate(learner.rng.random(331)):
+                if learner.last_loss[i] < mean:
+                    weights[i] = 2.0
+                    if draw < 0.5:
+                        left_out.add(i)
+        order = [i for i in order if i not in left_out]
+        for start in range(0, len(order), 16):
+            rows = np.array(order[start : start + 16])
+            yield rows, np.array([weights[i] for i in rows])
+
+    batches = assert_same_batches(bs.infobatch, plain, batch_size=16, epochs=4)
+    sizes = [len(rows) for rows, *_ in batches]
+    assert sum(sizes[:21]) == sum(sizes[-21:]) == 331
+    assert sum(sizes) < 4 * 331 - 100
+
+
+def test_importance_is_its_plain_definition():
+    def plain(learner):
+        order = learner.rng.permutation(331)
+        for start in range(0, 331, 50):
+            candidates = order[start : start + 50]
+            norms = [float(norm) + 1e-8 for norm in learner.gradient_norm(candidates)]
+            chances = np.array([norm / sum(norms) for norm in norms])
+            drawn = learner.rng.choice(len(candidates), math.ceil(len(candidates) / 5), p=chances)
+            yield candidates[drawn], np.array([1 / (len(candidates) * chances[i]) for i in drawn])
+
+    assert_same_batches(bs.importance, plain, batch_size=10)
+
+
+def test_the_gradient_norm_is_that_of_autograd():
+    learner = make_learner(6)
+    x, y = learner.data.training_samples(np.arange(6))
+    _, logits = bs.sample_losses(learner.model, learner.data, x, y)
+    logits = logits.detach().requires_grad_()
+    nn.functional.cross_entropy(logits, y, reduction="sum").backward()
+    assert learner.gradient_norm(np.arange(6)) == pytest.approx(logits.grad.norm(dim=1).numpy(), rel=1e-5)
+
+
+def test_loss_rank_is_its_plain_definition():
+    def plain(learner):
+        shuffled = list(learner.rng.permutation(331))
+        ranked = sorted(shuffled, key=lambda i: -learner.last_loss[i])
+        pressure = 100 ** (1 - (len(learner.history) - 1) / 3)
+        chances = np.array([1 / math.exp(math.log(pressure) * rank / 331) for rank in range(331)])
+        chances /= chances.sum()
+        draws = learner.rng.random(331)
+        drawn = [ranked[min(330, next((k for k, c in enumerate(np.cumsum(chances)) if c >= draw), 330))]
+                 for draw in draws]
+        for start in range(0, 331, 16):
+            yield np.array(drawn[start : start + 16]), None
+
+    assert_same_batches(bs.loss_rank, plain, batch_size=16)
+
+
+def test_rho_loss_takes_the_largest_reducible_losses():
+    def plain(learner):
+        if not learner.memory:
+            learner.memory["holdout_loss"] = bs.holdout_losses(learner)
+        order = learner.rng.permutation(331)
+        for start in range(0, 331, 50):
+            candidates = order[start : start + 50]
+            reducible = [now - learner.memory["holdout_loss"][i]
+                         for i, now in zip(candidates, learner.score(candidates))]
+            ranked = sorted(range(len(candidates)), key=lambda k: -reducible[k])
+            yield candidates[ranked[: math.ceil(len(candidates) / 5)]], None
+
+    assert_same_batches(bs.rho_loss, plain, batch_size=10)
+
+
+def test_holdout_models_have_not_seen_what_they_score_and_cost_samples(monkeypatch):
+    learner = make_learner(200)
+    learner.data.y_train[:] = torch.randint(0, 2, (200,))  # nothing to learn but by heart
+    seen = []
+    monkeypatch.setattr(bs.Data, "training_samples", lambda self, rows: (seen.append((torch.is_grad_enabled(), rows)),
+                                                                         (self.x_train[rows], self.y_train[rows]))[1])
+    losses = bs.holdout_losses(learner)
+    trained, scored = set(), set()
+    halves = []
+    for is_training, rows in seen:
+        if is_training and scored:  # the second model begins
+            halves.append((trained, scored))
+            trained, scored = set(), set()
+        (trained if is_training else scored).update(rows.tolist())
+    halves.append((trained, scored))
+    assert len(halves) == 2
+    assert all(not trained & scored and len(trained | scored) == 200 for trained, scored in halves)
+    assert np.isfinite(losses).all()
+    assert learner.samples == 200
+
+
+def test_weights_scale_the_gradient_of_their_sample():
+    def step(weights):
+        learner = make_learner(4, schedule="constant")
+        learner.optimizer = torch.optim.SGD(learner.model.parameters(), 1.0)
+        before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+        bs.train_epoch(learner, lambda learner: [(np.arange(2), weights)])
+        return [after.detach() - old for after, old in zip(learner.model.parameters(), before)]
+
+    first, second, both = (step(np.array(w, np.float32)) for w in ([1, 0], [0, 1], [3, 0.5]))
+    for a, b, c in zip(first, second, both):
+        assert torch.allclose(3 * a + 0.5 * b, c, atol=1e-6)
+
+
+def test_strategies_are_short_and_take_one_argument():
     for name, strategy in bs.STRATEGIES.items():
-        assert list(inspect.signature(strategy).parameters)[:4] == ["loss", "score", "args", "rng"], name
+        required = [p for p in inspect.signature(strategy).parameters.values() if p.default is p.empty]
+        assert len(required) == 1, name
         assert len(inspect.getsource(strategy).splitlines()) < 25, name
 
 
-def test_moving_average_by_hand_and_batch_mean():
-    loss = np.full(4, np.inf, np.float32)
-    bs.track(loss, np.array([0, 2]), np.array([2.0, 1.0]), 0.9)
-    assert loss.tolist() == [2.0, np.inf, 1.0, np.inf]
-    bs.track(loss, np.array([2, 3]), np.array([3.0, 5.0]), 0.9)
-    assert loss.tolist() == pytest.approx([2.0, np.inf, 0.9 * 1 + 0.1 * 3, 5.0])
-    with warnings.catch_warnings(action="error"):
-        bs.track(loss, np.array([0, 1]), np.array([7.0, 8.0]), 0)
-    assert loss[:2].tolist() == [7.0, 8.0]
+def test_moving_average_by_hand():
+    learner = make_learner(4)
+    bs.track_losses(learner, np.array([0, 2]), np.array([2.0, 1.0]))
+    assert learner.loss.tolist() == [2.0, np.inf, 1.0, np.inf]
+    bs.track_losses(learner, np.array([2, 3]), np.array([3.0, 5.0]))
+    assert learner.loss.tolist() == pytest.approx([2.0, np.inf, 0.9 * 1 + 0.1 * 3, 5.0])
+    assert learner.last_loss.tolist() == [2.0, np.inf, 3.0, 5.0]
+    learner.args.smart_loss = "batch-mean"
+    learner.args.ema_decay = 0
+    bs.track_losses(learner, np.array([0, 1]), np.array([7.0, 8.0]))
+    assert learner.loss[:2].tolist() == [7.5, 7.5]
 
-    data = bs.load_dataset("digits", "data").to("cpu")
-    tracked = {}
-    for credit in ("per-sample", "batch-mean"):
-        torch.manual_seed(0)
-        model, tracked[credit] = bs.SimpleMLP((1, 8, 8), 10), np.full(1437, np.inf, np.float32)
-        with torch.no_grad():
-            losses = nn.functional.cross_entropy(
-                model((data.x_train[:5] - data.mean) / data.std), data.y_train[:5], reduction="none")
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        bs.train_one_epoch(model, optimizer, data, [np.arange(5)], tracked[credit], options(smart_loss=credit))
-    assert tracked["per-sample"][:5] == pytest.approx(losses.numpy(), abs=1e-6)
-    assert tracked["batch-mean"][:5] == pytest.approx([losses.mean().item()] * 5, abs=1e-6)
+
+def test_the_learning_rate_decays_to_zero_or_stays():
+    rates = {"linear": [], "constant": []}
+    for schedule, seen in rates.items():
+        learner = make_learner(100, epochs=2, batch_size=10, schedule=schedule)
+        step = learner.optimizer.step
+        learner.optimizer.step = lambda step=step, learner=learner, seen=seen: (
+            seen.append(learner.optimizer.param_groups[0]["lr"]), step())
+        for _ in range(2):
+            bs.train_epoch(learner, bs.random_batches)
+            bs.measure(learner)
+    assert rates["linear"] == pytest.approx([0.001 * (1 - i / 20) for i in range(20)])
+    assert rates["constant"] == [0.001] * 20
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
 
 
-def test_verdicts_agree_with_scipy():
+def make_records(finals, controls=()):
+    """Records of one setting: {strategy: [last value of each seed]}, and of those that are controls."""
+    rows = []
+    for control, scores in ((False, finals), (True, dict(controls))):
+        for name, values in scores.items():
+            for seed, value in enumerate(values):
+                for epoch, score in ((0, 10.0), (1, value)):
+                    rows.append({"strategy": name, "control": control, "seed": seed, "epoch": epoch, "samples":
+                                 100 * epoch, "seconds": 2.0 * epoch, "test_acc": score, "bits_per_byte": score})
+    return pd.DataFrame(rows)
+
+
+def compare(finals, task="vision", controls=()):
+    args = bs.parse_args(["--task", task])
+    args.strategy = list(finals)
+    table = bs.compare(make_records(finals, controls), args)
+    return table, bs.verdicts(table, args)
+
+
+def test_comparisons_agree_with_scipy():
     rng = np.random.default_rng(0)
     finals = {"random": rng.normal(90, 0.3, 5), "good": rng.normal(91.5, 0.3, 5), "same": rng.normal(90, 0.3, 5),
               "bad": rng.normal(88, 0.3, 5)}
-    found = bs.verdicts(finals, "vision")
-    p = {name: stats.ttest_rel(finals[name], finals["random"]).pvalue for name in found}
-    for name, verdict in found.items():
+    table, sentences = compare(finals)
+    p = {name: stats.ttest_rel(finals[name], finals["random"]).pvalue for name in table.index}
+    for name, row in table.iterrows():
         low, high = stats.ttest_rel(finals[name], finals["random"]).confidence_interval(0.95)
-        assert verdict["p"] == pytest.approx(p[name])
-        assert (verdict["difference"] - verdict["interval"], verdict["difference"] + verdict["interval"]) == (
-            pytest.approx((low, high)))
+        assert row["p"] == pytest.approx(p[name])
+        assert (row["mean"] - row["interval"], row["mean"] + row["interval"]) == pytest.approx((low, high))
         harder = [other for other in p if p[other] <= p[name]]  # Holm: the worst of the steps up to this one
-        assert verdict["p_holm"] == pytest.approx(min(1, max(
+        assert row["p_holm"] == pytest.approx(min(1, max(
             p[other] * sum(p[third] >= p[other] for third in p) for other in harder)))
-    assert "points better than random" in found["good"]["sentence"] and "worse" in found["bad"]["sentence"]
-    assert "no difference from random is shown" in found["same"]["sentence"]
-    assert "better" in bs.verdicts(finals, "nlp")["bad"]["sentence"], "fewer bits per byte are better"
-    assert bs.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert bs.verdicts({"random": [1.0, 2.0], "smart": [2.0, 3.5]}, "vision") == {}
-    assert bs.verdicts({"smart": [1.0, 2.0, 3.0]}, "vision") == {}
-    equal = bs.verdicts({"random": [1.0, 2.0, 3.0], "smart": [1.0, 2.0, 3.0]}, "vision")["smart"]
-    assert equal["p"] is equal["p_holm"] is None and equal["sentence"].startswith("smart: +0.00 points from random in")
+    assert re.fullmatch(r"good is 1\.\d\d ± 0\.\d\d points better than random with as many trained samples, p = .*",
+                        sentences[0])
+    assert " points worse than random" in sentences[1]
+    assert sentences[2] == "No difference from random with as many trained samples is shown for same."
+
+
+def test_fewer_bits_per_byte_are_better():
+    rng = np.random.default_rng(0)
+    _, sentences = compare({"random": rng.normal(3, 0.1, 5), "smart": rng.normal(2, 0.1, 5)}, "nlp")
+    assert "smart is" in sentences[0]
+    assert "bits per byte better than" in sentences[0]
+
+
+def test_a_strategy_is_compared_with_its_own_control():
+    finals = {"random": [90.0, 91, 92], "smart": [80.0, 82, 84]}
+    table, _ = compare(finals, controls={"smart": [70.0, 71, 75]})
+    assert table.loc["smart", "mean"] == pytest.approx(10)
+
+
+def test_the_same_difference_in_every_run_is_not_tested():
     with warnings.catch_warnings(action="error"):
-        same = bs.verdicts({"random": [1.1, 2.2, 3.3], "a": [2.2, 3.3, 4.4], "b": [3, 3, 3.6]}, "vision")
-    assert same["a"]["p"] is None and "+1.10 points from random in every seed, no test" in same["a"]["sentence"]
-    assert same["b"]["p_holm"] == pytest.approx(2 * same["b"]["p"])
+        table, sentences = compare({"random": [1.1, 2.2, 3.3], "a": [2.2, 3.3, 4.4], "b": [3, 3, 3.6]})
+    assert math.isnan(table.loc["a", "p"])
+    assert "a differs from random with as many trained samples by +1.10 points in every run" in sentences[-1]
+    assert table.loc["b", "p_holm"] == table.loc["b", "p"], "only one test is corrected for"
 
 
-def test_samples_to_a_target_lie_between_the_epochs():
-    history = [{"test_acc": a, "bits_per_byte": 8 - a / 20, "samples": 100 * i, "seconds": 2.0 * i}
-               for i, a in enumerate((10.0, 50.0, 90.0))]
-    assert bs.to_reach(history, 70, "vision", "samples") == pytest.approx(150)
-    assert bs.to_reach(history, 70, "vision", "seconds") == pytest.approx(3)
-    assert bs.to_reach(history, 6.5, "nlp", "samples") == pytest.approx(50)
-    assert bs.to_reach(history, 91, "vision", "samples") is None
+def test_holm_by_hand():
+    assert list(bs.holm([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
+
+
+@pytest.mark.parametrize(("target", "task", "column", "expected"), [
+    (70, "vision", "samples", 150), (70, "vision", "seconds", 3), (6.5, "nlp", "samples", 50),
+    (91, "vision", "samples", math.nan), (5, "vision", "samples", 0)])
+def test_samples_to_a_target_lie_between_the_epochs(target, task, column, expected):
+    run = pd.DataFrame([{"test_acc": a, "bits_per_byte": 8 - a / 20, "samples": 100 * i, "seconds": 2.0 * i}
+                        for i, a in enumerate((10.0, 50.0, 90.0))])
+    args = bs.parse_args(["--task", task])
+    assert bs.until_target(run, target, args, column) == pytest.approx(expected, nan_ok=True)
 
 
 # --- Readers and downloads --------------------------------------------------------------------------------------------
@@ -270,35 +455,38 @@ def write_cifar(folder, classes):
 
 def test_idx_and_qmnist_readers():
     x, y, x_test, y_test = write_mnist(Path("data/mnist"))
-    data = bs.load_dataset("mnist", "data")
-    assert (data.x_train[:, 0] == x).all() and (data.y_train == y).all() and (data.x_test[:, 0] == x_test).all()
-    assert (data.y_test == y_test).all() and data.num_classes == 10 and data.info["source"] == "real"
-    assert data.mean == pytest.approx(x.mean(), rel=1e-5) and data.std == pytest.approx(x.std(), rel=1e-5)
+    data = load("mnist")
+    assert (data.x_train[:, 0] == x).all()
+    assert (data.y_train == y).all()
+    assert (data.x_test[:, 0] == x_test).all()
+    assert (data.y_test == y_test).all()
+    assert data.mean == pytest.approx(x.mean(), rel=1e-5)
+    assert data.std == pytest.approx(x.std(), rel=1e-5)
     for part in ("train", "test"):
         labels = np.column_stack([y[:20], np.full((20, 7), 70_000)]).astype(np.int32)
         write_idx(Path(f"data/qmnist/qmnist-{part}-images-idx3-ubyte.gz"), x[:20])
         write_idx(Path(f"data/qmnist/qmnist-{part}-labels-idx2-int.gz"), labels)
-    assert (bs.load_dataset("qmnist", "data").y_test == y[:20]).all()
+    assert (load("qmnist").y_test == y[:20]).all()
 
 
 @pytest.mark.parametrize("classes", [10, 100])
 def test_cifar_reader(classes):
     x, y, x_test, y_test = write_cifar(Path(f"data/cifar{classes}"), classes)
-    data = bs.load_dataset(f"cifar{classes}", "data")
-    assert (data.x_train == x).all() and (data.y_train == y).all()
-    assert (data.x_test == x_test).all() and (data.y_test == y_test).all()
+    arrays = bs.read_cifar(Path(f"data/cifar{classes}"))
+    for array, expected in zip(arrays, (x, y, x_test, y_test)):
+        assert (array == expected).all()
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_cinic_reader(packed):
-    colours = {}
+    colors = {}
     for part in ("train", "valid", "test"):
         for number, label in enumerate(("airplane", "bird", "truck")):
             folder = Path("data/cinic10") / part / label
             folder.mkdir(parents=True)
             for i in range(2):
-                colours[part, number, i] = colour = (40 * number, 10 * i, {"train": 1, "valid": 2, "test": 3}[part])
-                Image.new("RGB", (32, 32), colour).save(folder / f"{i}.png")
+                colors[part, number, i] = color = (40 * number, 10 * i, {"train": 1, "valid": 2, "test": 3}[part])
+                Image.new("RGB", (32, 32), color).save(folder / f"{i}.png")
     Path("data/cinic10/loose.png").write_text("not in a class")
     if packed:
         with tarfile.open("data/archive", "w:gz") as archive:
@@ -306,127 +494,222 @@ def test_cinic_reader(packed):
         Path("data/cinic10").rename("unpacked")
         Path("data/cinic10").mkdir()
         Path("data/archive").rename("data/cinic10/CINIC-10.tar.gz")
-    data = bs.load_dataset("cinic10", "data")
+    data = load("cinic10")
     for x, y, part in ((data.x_train, data.y_train, "train"), (data.x_test, data.y_test, "test")):
-        assert x.shape == (6, 3, 32, 32) and (x == x[:, :, :1, :1]).all()
+        assert x.shape == (6, 3, 32, 32)
+        assert (x == x[:, :, :1, :1]).all()
         found = {(part, int(label), int(image[1, 0, 0]) // 10): tuple(image[:, 0, 0].tolist())
                  for image, label in zip(x, y)}
-        assert found == {key: colour for key, colour in colours.items() if key[0] == part}
+        assert found == {key: color for key, color in colors.items() if key[0] == part}
 
 
-def test_broken_files_are_named_with_their_checksum(capsys):
-    folder = Path("data/mnist")
-    write_mnist(folder)
-    path = folder / "train-images-idx3-ubyte.gz"
-    whole = path.read_bytes()
-    wrong_label = gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 40]) + bytes(39) + b"\x0b")
-    labels, published = (folder / "train-labels-idx1-ubyte.gz").read_bytes(), bs.DATASETS["mnist"].files
-    for name, content, words in ((path.name, whole[:-3000], "truncated"), (path.name, b"<html>not found</html>", "MD5"),
-                                 (path.name, gzip.compress(b"\0\0"), "truncated"), (path.name, labels, "IDX header"),
-                                 ("train-labels-idx1-ubyte.gz", wrong_label, "from 0 to 11")):
-        write_mnist(folder)
-        (folder / name).write_bytes(content)
-        with pytest.raises(SystemExit):
-            bs.main(["--dataset", "mnist", "--no-benchmark"])
-        error = capsys.readouterr().err
-        assert words in error and error.startswith("batch_selection.py: error: ") and error.count("\n") == 1
-        if content != wrong_label:
-            assert str(path) in error and md5_of(path) in error and f"published: {published[name]};" in error
-    assert not list(Path("outputs/vision").iterdir()), "no empty run stays behind"
+WHOLE_LABELS = bytes([0, 0, 8, 1, 0, 0, 0, 40])
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("train-images-idx3-ubyte.gz", "cut", "ended before"), ("train-images-idx3-ubyte.gz", b"<html></html>", "gzip"),
+    ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0"), "damaged"),
+    ("train-labels-idx1-ubyte.gz", gzip.compress(WHOLE_LABELS + bytes(39)), "damaged"),
+    ("train-labels-idx1-ubyte.gz", gzip.compress(WHOLE_LABELS + bytes(39) + b"\x0b"), "do not fit")])
+def test_a_broken_file_is_an_error(name, content, words, error_line):
+    write_mnist(Path("data/mnist"))
+    path = Path("data/mnist", name)
+    path.write_bytes(path.read_bytes()[:-3000] if content == "cut" else content)
+    line = error_line(bs, ["--dataset", "mnist", "--no-benchmark"])
+    assert words in line
+    assert "mnist" in line
+    assert not Path("outputs").exists()
+
+
+def test_a_broken_archive_or_folder_of_images_is_an_error(error_line):
     write_cifar(Path("data/cifar10"), 10)
     archive = Path("data/cifar10/cifar-10-binary.tar.gz")
     archive.write_bytes(archive.read_bytes()[:-5000])
-    with pytest.raises(bs.UserError, match=r"cifar-10-binary\.tar\.gz is truncated"):
-        bs.load_dataset("cifar10", "data")
+    assert "cifar10 in data: a file is damaged" in error_line(bs, ["--dataset", "cifar10"])
     Path("data/cinic10/train/cat").mkdir(parents=True)
-    with pytest.raises(bs.UserError, match="same classes"):
-        bs.load_dataset("cinic10", "data")
-    Path("data/cinic10/train/cat/1.png").write_bytes(b"\x89PNG")
-    with pytest.raises(bs.UserError, match=r"1\.png .* not a whole PNG"):
-        bs.load_dataset("cinic10", "data")
-    for side, name in enumerate(("train/cat/1", "train/cat/2", "test/cat/1"), 3):
-        Path(f"data/cinic10/{name}.png").parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (side, side)).save(f"data/cinic10/{name}.png")
-    with pytest.raises(bs.UserError, match="different sizes"):
-        bs.load_dataset("cinic10", "data")
+    assert "cinic10 in data" in error_line(bs, ["--dataset", "cinic10"])
+    for part in ("train", "test"):
+        Path(f"data/cinic10/{part}/cat").mkdir(parents=True, exist_ok=True)
+        Path(f"data/cinic10/{part}/cat/1.png").write_bytes(b"\x89PNG")
+    assert "1.png" in error_line(bs, ["--dataset", "cinic10"])
 
 
-def test_downloads_are_checked_and_a_bad_one_does_not_stay(monkeypatch, capsys):
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+def test_files_of_another_data_set_are_known_by_their_unpacked_content(monkeypatch, error_line):
+    write_mnist(Path("data/mnist"))
+    files = {path.name: path.read_bytes() for path in Path("data/mnist").iterdir()}
+    for name, content in files.items():  # packed anew, as Debian does: another MD5
+        Path("data/mnist", name).write_bytes(gzip.compress(gzip.decompress(content), 1))
+    unpacked = [md5(gzip.decompress(content)) for content in files.values()]
+    monkeypatch.setattr(bs.DATASETS["fashion_mnist"], "unpacked", unpacked)
+    line = error_line(bs, ["--dataset", "mnist", "--no-benchmark"])
+    assert "is a file of fashion_mnist; move it to a folder fashion_mnist" in line
+    Path("data/mnist").rename("data/fashion_mnist")
+    load("fashion_mnist")
+    assert bs.NOTES == []
+
+
+def test_unknown_files_are_noted():
+    write_mnist(Path("data/mnist"))
+    load("mnist")
+    assert len(bs.NOTES) == 4
+    assert "train-images-idx3-ubyte.gz is not the file that was published as mnist" in bs.NOTES[0]
+
+
+def serve(folder):
+    """A server of a folder, in a thread, that says nothing."""
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder))
+    Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_downloads_are_checked_and_a_bad_one_does_not_stay(monkeypatch, capsys, error_line):
     write_mnist(Path("site"))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="site")
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(bs.DATASETS["mnist"], "url", f"http://127.0.0.1:{server.server_port}/")
-        files = {path.name: md5_of(path) for path in Path("site").iterdir()}
-        monkeypatch.setattr(bs.DATASETS["mnist"], "files", files)
+    files = {path.name: md5(path.read_bytes()) for path in Path("site").iterdir()}
+    monkeypatch.setattr(bs.DATASETS["mnist"], "files", files)
+    name = "train-images-idx3-ubyte.gz"
+    with serve("site") as server:
+        monkeypatch.setattr(bs.DATASETS["mnist"], "url", f"http://127.0.0.1:{server.server_port}/{{}}")
         bs.main(["--download", "mnist"])
         assert sorted(path.name for path in Path("data/mnist").iterdir()) == sorted(files)
-        assert "| mnist | 10 | 70,000 | 12 | data/mnist | no |" in capsys.readouterr().out
-
-        name = "train-images-idx3-ubyte.gz"
-        whole = (Path("site") / name).read_bytes()
-        for content, words in ((whole[:100], "published"), (b"x" * len(whole), "published"), (None, "404")):
-            (Path("data/mnist") / name).unlink(missing_ok=True)
-            (Path("site") / name).unlink(missing_ok=True)
+        assert "| mnist | 10 classes, 70,000 samples, 12 MB | data/mnist | – |" in capsys.readouterr().out
+        whole = Path("site", name).read_bytes()
+        for content, words in ((whole[:100], "not the published one"), (None, "404")):
+            Path("data/mnist", name).unlink(missing_ok=True)
+            Path("site", name).unlink(missing_ok=True)
             if content:
-                (Path("site") / name).write_bytes(content)
-            with pytest.raises(SystemExit) as stopped:
-                bs.main(["--dataset", "mnist"])
-            error = capsys.readouterr().err
-            assert stopped.value.code == 2 and words in error and name in error
+                Path("site", name).write_bytes(content)
+            line = error_line(bs, ["--dataset", "mnist"])
+            assert words in line
+            assert name in line
             assert not [path for path in Path("data/mnist").iterdir() if path.name.startswith(name)]
         server.shutdown()
-    results = bs.main(["--quick", "--strategy", "random"])  # no network
-    assert list(results["comparison"]) == ["digits", "digits_csv"]
+
+
+def test_without_mnist_the_digits_are_used():
     results = bs.main(["--epochs", "1", "--runs", "1", "--jobs", "1", "--strategy", "random"])
-    assert "no MNIST" in capsys.readouterr().err and list(results["comparison"]) == ["digits"]
+    assert list(results["data"]) == ["digits"]
+    assert "scikit-learn's digits are used" in results["notes"][0]
 
 
-def test_csv_round_trip_is_equal_and_converted_once(capsys):
+def test_csv_round_trip_is_equal_and_converted_once(error_line):
     x, y, x_test, y_test = write_mnist(Path("data/mnist"))
-    data = bs.load_dataset("mnist_csv", "data")
+    data = load("mnist_csv")
     assert Path("data/mnist_csv/train.csv").read_text().splitlines()[0].startswith('"label","p0","p1"')
-    assert (data.x_train[:, 0] == x).all() and (data.y_train == y).all() and data.x_test.dtype == np.uint8
-    assert (data.x_test[:, 0] == x_test).all() and (data.y_test == y_test).all()
-    assert data.info["sha256"] == bs.load_dataset("mnist", "data").info["sha256"]
+    assert (data.x_train[:, 0] == x).all()
+    assert (data.y_train == y).all()
+    assert (data.x_test[:, 0] == x_test).all()
+    assert (data.y_test == y_test).all()
+    assert data.x_test.dtype == np.uint8
+    assert data.info["sha256"] == load("mnist").info["sha256"]
+    assert load("breast_cancer_csv").info["sha256"] == load("breast_cancer").info["sha256"]
     Path("data/mnist/train-images-idx3-ubyte.gz").unlink()
-    assert bs.load_dataset("mnist_csv", "data").info == data.info
+    assert load("mnist_csv").info == data.info
     train = Path("data/mnist_csv/train.csv")
     train.write_text(train.read_text()[:-300] + "999,1\n")
-    with pytest.raises(bs.UserError, match=r"mnist_csv/train\.csv: "):
-        bs.load_dataset("mnist_csv", "data")
+    assert "mnist_csv in data: a file is damaged" in error_line(bs, ["--dataset", "mnist_csv", "--no-benchmark"])
 
 
-def test_own_csv(capsys):
+# --- One's own CSV ----------------------------------------------------------------------------------------------------
+
+
+def write_pets(path="pets.csv", rows=60, extra=""):
+    """Two classes that the second feature tells apart."""
     rng = np.random.default_rng(0)
-    label = np.array(["cat", "dog"])[np.arange(60) % 2]
-    x = rng.normal(size=(60, 3)) + (label == "dog")[:, None] * np.array([0, 100.0, 0])
-    lines = ["a,label,b,c"] + [f"{r[0]},{name},{r[1]},{r[2]}" for r, name in zip(x, label)]
-    Path("pets.csv").write_text("\n".join(lines))
-    results = bs.main(["--data", "pets.csv", "--epochs", "20", "--runs", "1", "--strategy", "random", "smart",
-                       "--batch-size", "8", "--learning-rate", "0.01", "--jobs", "1"])
-    assert results["comparison"]["pets"]["finals"]["random"] == [100.0] and results["data"]["pets"]["train"] == 48
-    pixels = "label,p0,p1,p2,p3\n" + "".join(f"{i % 2},0,{i},{255 - i},9\n" for i in range(50))
-    Path("pixels.csv").write_text(pixels)
-    assert bs.load_csv(Path("pixels.csv")).x_train.shape == (40, 1, 2, 2)
-    Path("large.csv").write_text("label,t\n" + "".join(f"{i % 2},{1_700_000_000 + i % 2}\n" for i in range(50)))
-    large = bs.load_csv(Path("large.csv"))
-    assert large.x_train[:, 0] == pytest.approx(2.0 * large.y_train - 1), "a step of one second is not lost"
-    Path("pixels.csv").write_text(pixels.replace(",9\n", ",0.9\n"))
-    assert bs.load_csv(Path("pixels.csv")).x_train.dtype == np.float32, "no pixels: nothing is cut off"
-    capsys.readouterr()
-    for text, words in (("a,b\n1,2\n", "one column called label"), ("label\n1\n", "at least one other"),
-                        ("label,a\n", "no rows"), ("label,a\n0,1\n1,x\n", "x"), ("label,a\n0,1\n1,\n", "row 2"),
-                        ("label,a\n0,1\n0,2\n", "two classes"), ("", "Empty"),
-                        ("label,label\n1,2\n", "2 columns are called 'label'"),
-                        ("label,a,b,a\n1,2,3,4\n", "are called 'a'"),
-                        ("label,a\n0,1\n  ,2\n1,3\n", "row 2 has no label")):
-        Path("bad.csv").write_text(text)
-        with pytest.raises(SystemExit):
-            bs.main(["--data", "bad.csv"])
-        error = capsys.readouterr().err
-        assert "bad.csv" in error and words in error and error.count("\n") == 1, text
+    label = np.array(["cat", "dog"])[np.arange(rows) % 2]
+    x = rng.normal(size=(rows, 3)) + (label == "dog")[:, None] * np.array([0, 100.0, 0])
+    frame = pd.DataFrame({"a": x[:, 0], "label": label, "b": x[:, 1], "c": x[:, 2]})
+    frame.to_csv(path, index=False)
+    return frame
+
+
+def run_table(frame, *argv):
+    """Results of a short run on a table."""
+    frame.to_csv("table.csv", index=False)
+    return bs.main(["--data", "table.csv", "--epochs", "1", "--runs", "1", "--strategy", "random", "--jobs", "1",
+                    *argv])
+
+
+def test_own_csv_is_learned_and_its_header_names_the_classes(capsys):
+    results = run_table(write_pets(), "--epochs", "20", "--batch-size", "8", "--learning-rate", "0.01")
+    assert results["tables"]["table"][0]["test accuracy [%]"] == "100.00"
+    assert results["data"]["table"]["train"] == 48
+    assert "classes: 2 (cat, dog);" in capsys.readouterr().out
+    assert results["notes"] == []
+
+
+def test_pixels_of_a_square_are_an_image():
+    frame = pd.DataFrame([[i % 2, 0, i, 255 - i, 9] for i in range(50)], columns=["label", "p0", "p1", "p2", "p3"])
+    frame.to_csv("pixels.csv", index=False)
+    assert bs.load_table("pixels.csv", []).x_train.shape == (40, 1, 2, 2)
+    frame.assign(p3=0.9).to_csv("pixels.csv", index=False)
+    assert bs.load_table("pixels.csv", []).x_train.dtype == np.float32, "no pixels: nothing is cut off"
+
+
+def test_a_small_step_of_a_large_number_is_not_lost():
+    seconds = 1_700_000_000 + np.arange(50) % 2 + np.arange(50) / 1e4
+    pd.DataFrame({"label": np.arange(50) % 2, "t": seconds}).to_csv("large.csv", index=False)
+    data = bs.load_table("large.csv", [])
+    assert data.x_train[:, 0] == pytest.approx(2.0 * data.y_train - 1, abs=0.02)
+
+
+def test_an_id_that_follows_the_class_is_noted_and_can_be_dropped():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"number": range(200), "a": rng.normal(size=200), "label": np.arange(200) // 100})
+    results = run_table(frame.sample(frac=1, random_state=0))
+    assert "column 'number' seems to number the rows" in results["notes"][0]
+    results = run_table(frame, "--drop", "number")
+    assert results["notes"] == []
+
+
+def test_a_named_id_with_gaps_is_noted():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"user_id": rng.permutation(9000)[:60], "a": rng.normal(size=60), "label": np.arange(60) % 2})
+    assert "column 'user_id' seems to number the rows" in run_table(frame)["notes"][0]
+
+
+def test_counts_and_measurements_are_not_taken_for_ids():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"count": rng.integers(0, 50, 300), "width": rng.normal(size=300), "flag": np.arange(300) % 2,
+                          "label": rng.integers(0, 2, 300)})
+    assert run_table(frame)["notes"] == []
+
+
+def test_repeated_rows_are_left_out_with_a_note():
+    frame = write_pets()
+    results = run_table(pd.concat([frame] * 5))
+    assert "240 of 300 rows repeat an earlier one and are left out" in results["notes"][0]
+    assert results["data"]["table"]["train"] + results["data"]["table"]["test"] == 60
+
+
+def test_labels_that_differ_in_case_are_noted():
+    frame = write_pets()
+    frame.loc[:9, "label"] = frame["label"].str.capitalize()
+    assert "the labels ['Cat', 'cat'] differ in case only" in " ".join(run_table(frame)["notes"])
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("a,b\n1,2\n", "needs a column `label`"), ("label\n1\n", "needs a column `label` and another one"),
+    ("0,0,3,1.5\n1,0,2,0.5\n", "has it no header?"), ("label,a\n0,1\n1,x\n", "row 2, column 'a': x is no number"),
+    ("label,a\n0,1\n1,\n", "row 2, column 'a': nan"), ("label,a\n0,1\n1,inf\n", "row 2, column 'a': inf"),
+    ("label,a\n0,1\n0,2\n", "all rows have the label '0'"), ("", "No columns"), ("label,a\n", "has no rows"),
+    ("label,a\n0,1\n0,2\n1,3\n", "least populated class"), ("label,a\n0,1\n  ,2\n1,3\n", "row 2 has no label"),
+    ("label,a\ncat,1\nNaN,2\n1,3\n", "row 2 has no label"), ("label,a\n0,1,7\n1,2,8\n", "Length of header"),
+    ("label,a\n0,1\n1,2,8\n", "Expected 2 fields in line 3"), ("label;a\n0;1\n", "it has ['label;a']")])
+def test_a_bad_table_is_one_line(text, words, error_line):
+    Path("bad.csv").write_text(text)
+    line = error_line(bs, ["--data", "bad.csv"])
+    assert "bad.csv" in line
+    assert words in line
+
+
+def test_dropping_an_unknown_column_is_an_error(error_line):
+    write_pets()
+    assert "has no column ['x']" in error_line(bs, ["--data", "pets.csv", "--drop", "x"])
 
 
 def test_text_is_windows_that_share_nothing(tmp_path):
@@ -434,17 +717,18 @@ def test_text_is_windows_that_share_nothing(tmp_path):
     (folder / "sub").mkdir(parents=True)
     (folder / "a.txt").write_bytes(bytes(range(200)))
     (folder / "sub/b.txt").write_bytes(bytes(range(100, 156)))
-    data = bs.load_text(str(folder), options(window_len=10, text_bytes=10**6))
-    assert data.x_train.shape == (23, 10) and data.x_test.shape == (2, 10) and data.num_classes == 256
-    flat = np.concatenate([data.x_train, data.x_test]).ravel()
-    assert sorted(flat) == sorted((bytes(range(200)) + bytes(range(100, 156)))[:250]) or len(flat) == 250
+    args = bs.parse_args(["--task", "nlp", "--window-len", "10", "--text-bytes", "1000000"])
+    data = bs.load_text(str(folder), args)
+    assert data.x_train.shape == (23, 10)
+    assert data.x_test.shape == (2, 10)
     assert (data.y_train.ravel()[:-1] == data.x_train.ravel()[1:]).all()
-    assert data.x_train.base is not None and np.shares_memory(data.x_train, data.y_train), "views, not copies"
-    embedded = bs.load_text(None, options(window_len=64, text_bytes=50_000))
-    assert embedded.info["source"] == "embedded" and 2 < embedded.info["baseline"]["bigram: bits per byte"] < 6
-    for path, words in (("nowhere", "No such file"), (str(tmp_path / "texts/sub/b.txt"), "less than three windows")):
-        with pytest.raises(bs.UserError, match=words):
-            bs.load_text(path, options(window_len=64, text_bytes=1000))
+    assert np.shares_memory(data.x_train, data.y_train), "views, not copies"
+    args.window_len = 64
+    with pytest.raises(bs.UserError, match="less than three windows"):
+        bs.load_text(str(tmp_path / "texts/sub/b.txt"), args)
+    embedded = bs.load_text(None, args)
+    assert embedded.info["source"] == "embedded"
+    assert 2 < embedded.info["baseline"]["pairs of bytes, bits per byte"] < 6
 
 
 # --- Models, training, whole runs -------------------------------------------------------------------------------------
@@ -463,107 +747,124 @@ def test_models():
 def test_label_noise_changes_its_share_of_the_training_labels_alone(monkeypatch):
     y = np.arange(1000) % 10
     noisy = bs.add_label_noise(y, 10, 0.1, seed=3)
-    assert (noisy != y).sum() == 100 and set(noisy) <= set(range(10))
+    assert (noisy != y).sum() == 100
+    assert set(noisy) <= set(range(10))
     assert (bs.add_label_noise(y, 10, 0.1, 3) == noisy).all()
-    assert (bs.add_label_noise(y, 10, 0.1, 4) != noisy).any() and (y == np.arange(1000) % 10).all()
+    assert (bs.add_label_noise(y, 10, 0.1, 4) != noisy).any()
     seen, original = [], bs.measure
-    monkeypatch.setattr(bs, "measure", lambda model, data, task: seen.append(data) or original(model, data, task))
+    monkeypatch.setattr(bs, "measure", lambda learner: (seen.append(learner.data), original(learner)))
     digits("--label-noise", "0.1", "--epochs", "1", "--runs", "1", "--strategy", "random", "smart")
-    clean = bs.load_dataset("digits", "data")
+    clean = load("digits")
     assert all((data.y_test.numpy() == clean.y_test).all() for data in seen)
-    assert {(data.y_train.numpy() != clean.y_train).sum() for data in seen} == {144}
+    assert {int((data.y_train.numpy() != clean.y_train).sum()) for data in seen} == {144}
     assert (seen[0].y_train == seen[-1].y_train).all(), "the same noise for every strategy"
 
 
-def test_one_command_does_everything_in_the_seeds_folders(capsys):
-    strategies = ["random", "smart", "loss_threshold"]
-    results = bs.main(["--quick", "--runs", "3", "--jobs", "1", "--strategy", *strategies])
-    assert results["finished"] and set(results["comparison"]) == {"digits", "digits_csv"}
-    root = Path("outputs/vision")
-    names = {path.name for path in (root / "run-001").iterdir()}
-    assert names == {"results.json", "summary.txt", "benchmark.png", "comparison_digits.png",
-                     "comparison_digits_csv.png"}
-    for strategy in strategies:
-        folder = root / "digits" / strategy / "run-001"
-        assert {path.name for path in folder.iterdir()} == METRIC_PICTURES | {
-            "summary.txt", "results.json", "seed-42.pt", "seed-43.pt", "seed-44.pt"}
-        one = json.loads((folder / "results.json").read_text())
-        finals = [history[-1]["test_acc"] for history in one["histories"]]
-        assert one["finished"] and finals == results["comparison"]["digits"]["finals"][strategy]
-        assert results["comparison"]["digits_csv"]["finals"][strategy] == finals, "the CSV is the same data"
-    first = [json.loads((root / f"digits/{strategy}/run-001/results.json").read_text())["histories"][0][0]
-             for strategy in strategies]
-    assert all(entry == first[0] for entry in first), "the same first weights for every strategy"
-    text = (root / "run-001/summary.txt").read_text()
-    assert text in capsys.readouterr().out and "smart" in text and "majority class: test accuracy [%]: 1" in text
-    assert text.count("p = ") == text.count("loss_threshold: +0.00 points from random in every seed, no test") == 2
-    assert ", after 1 epoch, 1,437 samples against 1,437\n" in text and "1 epoch, batches of 64, 3 runs" in text
-    assert "training metrics: 1 in 3 samples;" in text and "difference from random [points]" in text
-    assert set(results["seconds"]) == {"data", "runs", "tables and pictures"} and results["peak_memory_mib"] > 1
-    state = torch.load(root / "digits/smart/run-001/seed-42.pt", weights_only=True)
-    assert state["arguments"] == results["arguments"]
+def records_of(results):
+    return pd.DataFrame(results["records"])
 
-    newer = root / "digits/smart/run-000/results.json"
-    newer.parent.mkdir()
-    newer.write_text('{"experiment": "visi')  # half written
-    again = bs.main(["--only", "compare", "--strategy", "random", "smart"])
-    newer.unlink()
-    newer.parent.rmdir()
-    assert again["arguments"] == results["arguments"] | {"only": "compare", "strategy": ["random", "smart"]}
-    assert again["comparison"]["digits"]["finals"]["smart"] == results["comparison"]["digits"]["finals"]["smart"]
-    assert {path.name for path in (root / "run-002").iterdir()} == {
-        "results.json", "summary.txt", "comparison_digits.png"}
-    short = ["--epochs", "1", "--runs", "1", "--jobs", "1"]
-    bs.main(["--only", "run", "--dataset", "digits", "--strategy", "fixed", *short])
-    assert {path.name for path in (root / "run-003").iterdir()} == {"results.json", "summary.txt"}
-    bench = bs.main(["--dataset", "digits_csv", "--benchmark-datasets", "digits", "--strategy", "random", "fixed",
-                     *short])
-    assert bench["arguments"]["benchmark_datasets"] == ["digits_csv", "digits"]
-    assert (root / "run-004/benchmark.png").exists()
-    assert "no verdict" in (root / "run-004/summary.txt").read_text()
+
+def test_the_control_is_random_with_exactly_as_many_trained_samples():
+    results = digits("--runs", "2", "--epochs", "2", "--strategy", "random", "selective_backprop", "smart")
+    last = records_of(results).groupby(["strategy", "control", "seed"]).last()["samples"]
+    assert (last["selective_backprop", True] == last["selective_backprop", False]).all()
+    assert set(last.index.droplevel("seed")) == {("random", False), ("selective_backprop", False),
+                                                 ("selective_backprop", True), ("smart", False)}
+    assert last["smart", False].tolist() == last["random", False].tolist() == [2 * 1437] * 2
+    alone = digits("--runs", "2", "--epochs", "2", "--strategy", "smart")
+    finals = [records_of(run).groupby(["strategy", "control", "seed"]).last()["test_acc"] for run in (results, alone)]
+    assert finals[1]["smart", True].tolist() == finals[0]["random", False].tolist(), "an own control is random's run"
+
+
+def test_a_time_budget_counts_training_and_selection_and_decays_the_rate(monkeypatch):
+    rates = []
+    original = bs.track_losses
+    monkeypatch.setattr(bs, "track_losses", lambda learner, *more: (
+        rates.append(learner.optimizer.param_groups[0]["lr"]), original(learner, *more)))
+    results = digits("--budget-seconds", "0.3", "--runs", "3", "--strategy", "random", "selective_backprop")
+    last = records_of(results).groupby(["strategy", "control", "seed"]).last()
+    assert len(last) == 6, "random with the same seed is the control"
+    assert (last["seconds"] >= 0.3).all()
+    assert (last["seconds"] < 0.5).all()
+    assert (last["epoch"] > 5).all(), "--epochs does not end it"
+    assert max(rates) > 0.0009
+    assert min(rates) < 0.00005
+    assert "random in the same time (0.3 s)" in Path("outputs/batch_selection/run-001/summary.md").read_text()
+
+
+def test_one_command_does_everything(capsys):
+    strategies = ["random", "smart", "loss_threshold"]
+    argv = ["--dataset", "digits", "--benchmark-datasets", "breast_cancer", "--runs", "3", "--epochs", "2", "--jobs",
+            "1", "--strategy", *strategies, "--label-noise", "0", "0.2", "--device", "cpu"]
+    results = bs.main(argv)
+    out = capsys.readouterr().out
+    run_dir = Path("outputs/batch_selection/run-001")
+    settings = ["digits", "digits-noise-0.2", "breast_cancer", "breast_cancer-noise-0.2"]
+    assert {path.name for path in run_dir.iterdir()} == {
+        "arguments.json", "results.json", "summary.md", "runs", "benchmark.png",
+        *(f"comparison_{setting}.png" for setting in settings)}
+    folders = [f"outputs/vision/{setting}/{strategy}/run-001" for setting in settings for strategy in strategies]
+    assert sorted(results["folders"]) == sorted(folders)
+    for folder in folders:
+        assert {path.name for path in Path(folder).iterdir()} == METRIC_PICTURES | {"summary.txt"}
+        assert folder in out
+    text = Path("outputs/vision/digits/smart/run-001/summary.txt").read_text()
+    finals = records_of(results).query("dataset == 'digits' and noise == 0 and strategy == 'smart' and epoch == 2")
+    mean, interval = bs.mean_and_interval(finals["test_acc"])
+    assert f"test accuracy [%]: {mean:.4f} ± {interval:.4f}\n" in text
+    assert "majority class, test accuracy [%]: 10.00" in out
+    assert "| strategy | 0% wrong | 20% wrong |" in out
+    first = records_of(results).query("dataset == 'digits' and noise == 0 and epoch == 0 and seed == 42")
+    assert first["test_acc"].nunique() == 1, "the same first weights for every strategy"
+    assert results["data"]["digits"]["source"] == "embedded"
+    bs.main([*argv, "--runs", "1"])
+    assert Path("outputs/vision/digits/smart/run-002/test_acc.png").exists()
+    summary = Path("outputs/batch_selection/run-002/summary.md").read_text()
+    assert "No verdict" in summary
+    assert "±" not in summary.split("±: 95 %")[0], "one run has no interval"
+
+
+def test_quick_learns_and_draws_few_pictures():
+    results = bs.main(["--quick", "--strategy", "random", "smart"])
+    assert list(results["data"]) == ["digits", "breast_cancer"]
+    last = records_of(results).groupby(["dataset", "strategy"]).last()
+    assert last.loc[("digits", "random"), "test_acc"] > 80
+    assert last["epoch"].tolist() == [5] * 4
+    assert len(list(Path("outputs").rglob("*.png"))) == 3
+    assert not Path("outputs/vision").exists()
 
 
 def test_language_task():
-    results = bs.main(["--task", "nlp", "--quick", "--runs", "2", "--text-bytes", "20000",
-                       "--strategy", "random", "smart"])
-    folder = Path("outputs/nlp/python_stdlib/smart/run-001")
+    results = bs.main(["--task", "nlp", "--runs", "2", "--text-bytes", "20000", "--epochs", "1", "--strategy", "random",
+                       "rho_loss", "importance", "--jobs", "1"])
+    folder = Path("outputs/nlp/python_stdlib/rho_loss/run-001")
     assert {path.name for path in folder.iterdir()} == {
-        "bits_per_byte.png", "perplexity.png", "validation_loss.png", "train_loss.png", "results.json", "summary.txt",
-        "seed-42.pt", "seed-43.pt"}
-    before, after = json.loads((folder / "results.json").read_text())["histories"][0]
-    assert before["bits_per_byte"] == pytest.approx(8, abs=0.3) and after["bits_per_byte"] < before["bits_per_byte"] - 1
-    assert after["perplexity"] == pytest.approx(2 ** after["bits_per_byte"])
-    assert list(results["comparison"]) == ["python_stdlib"]
-    assert "validation windows" in Path("outputs/nlp/run-001/summary.txt").read_text()
-    results = bs.main(["--task", "nlp", "--text-bytes", "5000", "--learning-rate", "1e4", "--batch-size", "80",
-                       "--runs", "1", "--epochs", "1", "--strategy", "random", "--data", ".", "--jobs", "1"])
-    name = Path.cwd().name
-    assert list(results["comparison"]) == [name] and Path(f"outputs/nlp/{name}/random/run-002/perplexity.png").exists()
-    history = json.loads(Path(f"outputs/nlp/{name}/random/run-002/results.json").read_text())["histories"][0]
-    assert history[1]["perplexity"] is None and history[1]["bits_per_byte"] > 1000
+        "bits_per_byte.png", "perplexity.png", "validation_loss.png", "train_loss.png", "summary.txt"}
+    runs = records_of(results).query("strategy == 'random'")
+    before, after = (runs[runs["epoch"] == epoch]["bits_per_byte"] for epoch in (0, 1))
+    assert before.to_numpy() == pytest.approx([8, 8], abs=0.3)
+    assert (after.to_numpy() < 7).all()
+    assert runs["perplexity"].to_numpy() == pytest.approx(2 ** runs["bits_per_byte"].to_numpy())
 
 
-def test_strategy_data_set_and_model_are_one_entry_each(monkeypatch):
-    def read_toy(folder):
+def test_strategy_data_set_and_model_are_one_line_each_as_the_docstring_shows(monkeypatch):
+    def read_mine(folder):
         x, y = images(80, (1, 4, 4), classes=2)
         x[:, 0, 0, 0] = 255 * y
         return x[:60], y[:60], x[60:], y[60:]
 
-    class Linear(nn.Sequential):
-        def __init__(self, shape, classes):
-            super().__init__(nn.Flatten(), nn.Linear(math.prod(shape), classes))
-
-    monkeypatch.setitem(bs.STRATEGIES, "hardest", lambda loss, score, args, rng: iter([np.argsort(-loss)[:16]]))
-    monkeypatch.setitem(bs.DATASETS, "toy", bs.Dataset(2, 80, 0, read_toy))
-    monkeypatch.setitem(bs.MODELS["vision"], "linear", Linear)
-    results = bs.main(["--dataset", "toy", "--strategy", "random", "hardest", "--model", "linear", "--no-benchmark",
-                       "--learning-rate", "0.1", "--batch-size", "16", "--jobs", "1"])
-    assert np.mean(results["comparison"]["toy"]["finals"]["random"]) > 90
-    assert Path("outputs/vision/toy/hardest/run-001/seed-46.pt").exists()
-
-
-def finals_of(results):
-    return results["comparison"]["digits"]["finals"]
+    lines = re.findall(r"^    ((?:STRATEGIES|DATASETS|MODELS)\[.*)$", bs.__doc__, re.M)
+    assert len(lines) == 3
+    for name in ("STRATEGIES", "DATASETS", "MODELS"):
+        monkeypatch.setattr(bs, name, dict(getattr(bs, name)))
+    monkeypatch.setitem(bs.MODELS, "vision", dict(bs.MODELS["vision"]))
+    for line in lines:
+        exec(line, vars(bs) | {"read_mine": read_mine, "np": np, "nn": nn})
+    results = bs.main(["--dataset", "mine", "--strategy", "random", "hardest", "--model", "wide", "--no-benchmark",
+                       "--learning-rate", "0.1", "--batch-size", "16", "--jobs", "2", "--epochs", "20"])
+    last = records_of(results).query("strategy == 'random' and epoch == 20")
+    assert last["test_acc"].mean() > 90
+    assert Path("outputs/vision/mine/hardest/run-001/test_acc.png").exists()
 
 
 PARALLEL = ["--dataset", "digits", "--no-benchmark", "--epochs", "2", "--runs", "2", "--strategy", "selective_backprop",
@@ -571,153 +872,146 @@ PARALLEL = ["--dataset", "digits", "--no-benchmark", "--epochs", "2", "--runs", 
 
 
 def assert_equal_runs(root, other_root, runs):
-    paths = sorted(Path(root).rglob("seed-*.pt"))
+    paths = sorted(Path(root).rglob("*.pt"))
     assert len(paths) == runs
     for path in paths:
         one, other = (torch.load(file, weights_only=True) for file in (path, other_root / path.relative_to(root)))
-        assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-        assert torch.equal(one["loss"], other["loss"]) and len(one["history"]) == len(other["history"])
+        for name in one["model"]:
+            assert torch.equal(one["model"][name], other["model"][name])
+        assert torch.equal(one["loss"], other["loss"])
+        assert one["samples"] == other["samples"]
 
 
-def test_dask_equals_sequential():
+def test_dask_and_loky_equal_sequential():
     pytest.importorskip("distributed")
-    alone = bs.main([*PARALLEL, "--jobs", "1", "--output-dir", "alone"])
-    dask = bs.main([*PARALLEL, "--jobs", "2", "--backend", "dask", "--output-dir", "dask"])
-    assert finals_of(alone) == finals_of(dask)
-    assert_equal_runs("alone", Path("dask"), runs=2)
+    bs.main([*PARALLEL, "--jobs", "1", "--output-dir", "alone"])
+    bs.main([*PARALLEL, "--jobs", "2", "--backend", "dask", "--output-dir", "dask"])
+    assert_equal_runs("alone", Path("dask"), runs=4)
+    bs.main([*PARALLEL, "--jobs", "2", "--output-dir", "loky"])
+    assert_equal_runs("alone", Path("loky"), runs=4)
 
 
 def test_loky_in_a_notebook_equals_sequential(tmp_path):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     (tmp_path / "empty").mkdir()
     cells = [f"%%writefile common.py\n{(ROOT / 'common.py').read_text()}",
              (ROOT / "batch_selection.py").read_text().replace("    main()\n", "    pass\n"),
              f"results = main({[*PARALLEL, '--jobs', '2']})"]
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(book, timeout=200, resources={"metadata": {"path": tmp_path / "empty"}}).execute()
-    pictures = [output for output in book.cells[-1].outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 1 + 4
+    outputs = run_notebook(cells, tmp_path / "empty")
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 1, "the pictures of each strategy are in their folders only"
     bs.main([*PARALLEL, "--jobs", "1", "--output-dir", "alone"])
-    assert_equal_runs("alone", Path("empty/outputs"), runs=2)
+    assert_equal_runs("alone", Path("empty/outputs"), runs=4)
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, capsys):
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, error_line):
     argv = ["--dataset", "digits", "--no-benchmark", "--runs", "2", "--epochs", "3", "--strategy", "smart",
-            "selective_backprop", "--jobs", "1", "--device", "cpu"]
+            "rho_loss", "--jobs", "1", "--device", "cpu"]
     whole = bs.main([*argv, "--output-dir", "whole"])
-    kill = "\n".join([  # in its batch 3 · 23 + 15: the second strategy's second epoch
+    kill = "\n".join([  # in rho_loss's second epoch: after 3 x 23 steps of smart and its control, and 5 of its own
         "import itertools, os, sys, batch_selection as bs",
-        "track, calls = bs.track, itertools.count(1)",
-        "bs.track = lambda *given: os.kill(os.getpid(), 9) if next(calls) == 84 else track(*given)",
+        "track, calls = bs.track_losses, itertools.count(1)",
+        "bs.track_losses = lambda *x: os.kill(os.getpid(), 9) if next(calls) == 2 * 69 + 7 else track(*x)",
         "bs.main(sys.argv[1:])"])
     command = [sys.executable, "-c", kill, *argv, "--output-dir", "killed"]
     process = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert process.returncode == -signal.SIGKILL
-    state = torch.load("killed/vision/digits/selective_backprop/run-001/seed-42.pt", weights_only=True)
-    assert len(state["history"]) == 2 and not list(Path("killed").rglob("seed-43.pt"))
-    first = Path("killed/vision/digits/smart/run-001/seed-42.pt")
+    runs = Path("killed/batch_selection/run-001/runs")
+    state = torch.load(runs / "digits-noise-0-rho_loss-42.pt", weights_only=True)
+    assert len(state["history"]) == 2
+    first = runs / "digits-noise-0-smart-42.pt"
     stamp = first.stat().st_mtime_ns
-    with pytest.raises(SystemExit):
-        bs.main(["--resume", "--output-dir", "killed", "--epochs", "5"])  # the default is an argument too
-    assert "a run keeps its own arguments" in capsys.readouterr().err
+    line = error_line(bs, ["--resume", "--output-dir", "killed", "--strategy", "smart"])
+    assert "--resume keeps a run's arguments; leave out --strategy" in line
     resumed = bs.main(["--resume", "--output-dir", "killed"])
-    assert finals_of(resumed) == finals_of(whole) and first.stat().st_mtime_ns == stamp, "finished runs are skipped"
-    assert_equal_runs("whole", Path("killed"), runs=4)
-    with pytest.raises(SystemExit):
-        bs.main(["--resume", "--output-dir", "killed"])
-    assert "no unfinished run" in capsys.readouterr().err
+    assert first.stat().st_mtime_ns == stamp, "finished runs are not trained again"
+    assert_equal_runs("whole", Path("killed"), runs=8)
+    columns = ["strategy", "seed", "control", "epoch", "test_acc"]
+    assert records_of(resumed)[columns].equals(records_of(whole)[columns])
+    assert "no unfinished run" in error_line(bs, ["--resume", "--output-dir", "killed"])
 
 
-def test_ctrl_c_bad_checkpoints_and_other_data(monkeypatch, capsys):
+def test_two_processes_that_resume_one_run_do_not_disturb_each_other(tmp_path, monkeypatch):
+    argv = [*PARALLEL, "--jobs", "1", "--strategy", "random", "smart", "fixed"]
+    bs.main([*argv, "--output-dir", "alone"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(bs, "train_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        bs.main([*argv, "--output-dir", "twice"])
+    command = [sys.executable, ROOT / "batch_selection.py", "--resume", "twice/batch_selection/run-001"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert_equal_runs("alone/batch_selection", Path("twice/batch_selection"), runs=6)
+    assert not list(Path("twice").rglob("*.part"))
+
+
+def test_ctrl_c_names_the_way_to_go_on(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(bs, "compare", interrupt)
-        with pytest.raises(SystemExit) as stopped:
-            digits("--epochs", "1", "--runs", "1", "--strategy", "random")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 130 and "--resume outputs/vision/run-001 --output-dir outputs" in said
-    checkpoint = Path("outputs/vision/digits/random/run-001/seed-42.pt")
+    monkeypatch.setattr(bs, "compare", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        digits("--epochs", "1", "--runs", "1", "--strategy", "random")
+    assert stopped.value.code == 130
+    assert "python batch_selection.py --resume --output-dir outputs" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_and_other_data_are_named(monkeypatch, error_line):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(bs, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        digits("--epochs", "1", "--runs", "1", "--strategy", "random")
+    checkpoint = Path("outputs/batch_selection/run-001/runs/digits-noise-0-random-42.pt")
     whole = checkpoint.read_bytes()
     state = torch.load(checkpoint, weights_only=True) | {"data": "of another day"}
-    for change, words in ((lambda: checkpoint.write_bytes(whole[:2000]), "not a whole checkpoint"),
-                          (lambda: torch.save(state, checkpoint), "other data")):
-        change()
-        with pytest.raises(SystemExit) as stopped:
-            bs.main(["--resume", "run-001"])
-        assert Path("outputs/vision/run-001").is_dir()
-        assert stopped.value.code == 2 and words in capsys.readouterr().err
-    shutil.rmtree("outputs/vision/digits")
-    with pytest.raises(SystemExit), monkeypatch.context() as patch:
-        patch.setattr(bs, "train_all", lambda *_: bs.check_finite(math.nan))
-        bs.main(["--resume"])
-    assert Path("outputs/vision/run-001").is_dir(), "what another invocation made stays"
-    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(whole[:2000])
+    assert "digits-noise-0-random-42.pt: damaged" in error_line(bs, ["--resume"])
+    torch.save(state, checkpoint)
+    assert "digits-noise-0-random-42.pt: trained on other data" in error_line(bs, ["--resume"])
     checkpoint.write_bytes(whole)
-    foreign = Path("outputs/fire/run-001")
-    foreign.mkdir(parents=True)
-    (foreign / "results.json").write_text('{"experiment": "fire", "finished": false, "arguments": {}}')
-    for argv in (["--resume", str(foreign)], ["--resume", "run-001", "--output-dir", "nowhere"]):
-        with pytest.raises(SystemExit):
-            bs.main(argv)
-        assert "no unfinished run" in capsys.readouterr().err
-    assert bs.main(["--resume"])["finished"]
+    assert bs.main(["--resume"])["tables"]["digits"]
 
 
-def test_a_killed_worker_and_a_missing_package(monkeypatch, capsys):
-    def killed(*_):
+def test_a_killed_worker_is_one_line(monkeypatch, error_line):
+    def killed(*_, **__):
         raise TerminatedWorkerError
 
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError
-
-    monkeypatch.setattr(bs, "train_all", killed)
-    monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(SystemExit):
-        digits()
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--resume outputs/vision/run-001" in error and "fewer --jobs" in error
-    assert Path("outputs/vision/run-001/results.json").exists()
+    monkeypatch.setattr("joblib.Parallel.__call__", killed)
+    line = error_line(bs, ["--dataset", "digits", "--no-benchmark"])
+    assert "a worker was killed" in line
+    assert "--resume and fewer --jobs" in line
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    ("--dataset minst", "--dataset"), ("--strategy clever", "--strategy"), ("--epochs 0", "not between 1"),
-    ("--label-noise 2", "not between 0 and 1"), ("--batch-size x", "--batch-size"),
-    ("--device quantum", "unknown device 'quantum'"), ("--model transformer", "is not of --task vision"),
-    ("--task nlp --model cnn", "is not of --task nlp"), ("--task nlp --dataset digits", "nlp takes --data"),
+    ("--dataset minst", "--dataset"), ("--strategy clever", "--strategy"), ("--epochs 0", "--epochs must be"),
+    ("--label-noise 2", "--label-noise must be between 0 and 1"), ("--batch-size x", "--batch-size"),
+    ("--label-noise nan", "--label-noise must be"), ("--budget-seconds 0", "--budget-seconds must be"),
+    ("--device quantum", "unknown device 'quantum'"), ("--model transformer", "--task vision has mlp, cnn"),
+    ("--task nlp --model cnn", "--task nlp has transformer"), ("--task nlp --dataset digits", "nlp takes --data"),
     ("--dataset digits --data x.csv", "exclude each other"), ("--data nowhere.csv", "nowhere.csv"),
-    ("--no-benchmark --benchmark-datasets digits", "exclude each other"),
-    ("--only benchmark --no-benchmark", "needs data sets"), ("--only compare --dataset digits", "no finished results"),
-    ("--dataset cifar10", "cifar-10-binary.tar.gz into data/cifar10"), ("--download cifar100", "cannot download"),
+    ("--no-benchmark --benchmark-datasets digits", "exclude each other"), ("--drop a", "--drop is for --data"),
+    ("--dataset cifar10", "cifar-10-binary.tar.gz"), ("--download cifar100", "cannot download"),
     ("--task nlp --data nowhere", "No such file"), ("--resume", "no unfinished run"), ("--jobs 0", "--jobs"),
     ("--dataset digits --learning-rate 1e30 --jobs 1 --strategy smart", "lower --learning-rate"),
-    ("--data=", "a path is empty"), ("--resume=", "a path is empty"),
-    ("--only compare --epochs 5", "nothing is trained"),
     ("--dataset digits --learning-rate 1e20 --batch-size 2000 --jobs 1 --epochs 1", "lower --learning-rate"),
-    ("--data table.csv --model cnn", "a CNN needs images"), ("--data-dir file --dataset mnist", "file"),
+    ("--data table.csv --model cnn --jobs 1", "cnn needs images"), ("--data-dir file --dataset mnist", "file"),
     ("--output-dir file --dataset digits", "file"), ("--nonsense", "--nonsense"),
 ])
-def test_every_error_is_one_line(argv, words, capsys):
+def test_every_error_is_one_line(argv, words, error_line):
     Path("file").write_text("in the way")
-    Path("table.csv").write_text("label,a,b\n" + "0,1,2\n1,3,4\n" * 10)
-    with pytest.raises(SystemExit) as stopped:
-        bs.main(argv.split())
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and error.startswith("batch_selection.py: error: ") and words in error
-    assert not list(Path("outputs").glob("vision/run-*")) or "learning" in argv
+    Path("table.csv").write_text("label,a,b\n" + "".join(f"{i % 2},{i}.5,{3 * i}.25\n" for i in range(30)))
+    assert words in error_line(bs, argv.split())
 
 
-def test_a_dask_scheduler_that_does_not_answer(monkeypatch, capsys):
+def test_a_dask_scheduler_that_does_not_answer(monkeypatch, error_line):
     pytest.importorskip("distributed")
     monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", "tcp://127.0.0.1:9")
-    with pytest.raises(SystemExit) as stopped:
-        digits("--backend", "dask")
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "no dask scheduler at DASK_SCHEDULER_ADDRESS=tcp://127.0.0.1:9" in error
+    assert "tcp://127.0.0.1:9" in error_line(bs, ["--dataset", "digits", "--backend", "dask"])
 
 
 def test_lists(capsys):
-    assert bs.main(["--list-datasets"]) is None and bs.main(["--check-device"]) is None
+    assert bs.main(["--list-datasets"]) is None
+    assert "| cinic10 | 10 classes, 180,000 samples, 688 MB | – | – |" in capsys.readouterr().out
+    assert bs.main(["--check-device"]) is None
     out = capsys.readouterr().out
-    assert "| cinic10 | 10 | 180,000 | 656 | no | no |" in out and "cpu: " in out and "auto: " in out
+    assert "cpu: " in out
+    assert "auto: " in out
