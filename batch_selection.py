@@ -1,7 +1,7 @@
 """Does it matter which samples go into a batch?
 
-Strategies choose the samples of each batch, and may weight them; data, first weights, random seeds
-and optimizer are the same for all. The control is random selection with exactly as many trained
+Strategies choose the samples of each batch, and may weight them; data, initial weights, random
+seeds and optimizer are the same for all. The control is random selection with exactly as many trained
 samples, or, with --budget-seconds, in the same time, selection included. A paired t-test over the
 seeds, with Holm's correction, says whether the last test accuracy differs from the control.
 
@@ -22,8 +22,9 @@ Results are in outputs/batch_selection/run-001/, with the next free number: resu
 summary.md, pictures of the comparison, and runs/*.pt for --resume. As in the original,
 outputs/vision/DATASET/STRATEGY/run-001/ has summary.txt and four pictures of each strategy.
 
-A strategy, a data set and a model of your own are one line each, in a notebook before main([...]):
-    STRATEGIES["hardest"] = lambda learner: [(np.argsort(-learner.loss)[:64], None)]
+A strategy, a data set and a model of your own are one line each, in a notebook before main([...]);
+other changes need an edit of this file, or --jobs 1, since workers import it anew:
+    STRATEGIES["sorted"] = lambda run: [(b, None) for b in split_batches(run.loss.argsort(), 64)]
     DATASETS["mine"] = Dataset(read_mine)  # read_mine(folder): x_train, y_train, x_test, y_test
     MODELS["vision"]["wide"] = lambda shape, classes: SimpleMLP(shape, classes, hidden=1024)
 
@@ -47,6 +48,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.request
 import warnings
@@ -113,24 +115,26 @@ def parse_args(argv=None):
     add("--model", help="mlp or cnn; nlp: transformer; if unset, the first of the task")
     add("--label-noise", nargs="+", type=float, default=[0.0], metavar="SHARE", help="share of "
         "training labels that are replaced by another class; several shares are compared")
-    add("--epochs", type=int, default=5, help="epochs, as the strategy defines them")
+    add("--epochs", type=int, default=5, help="calls of a strategy; importance and "
+        "rho_loss train on a fifth of the samples in each")
     add("--schedule", choices=["linear", "constant"], default="linear", help="learning rate: linear "
         "decay to zero, or constant as in the original")
     add("--budget-seconds", type=float, metavar="SECONDS", help="train for this time instead of "
         "--epochs, selection included; the learning rate decays to zero")
-    add("--runs", type=int, default=5, help="number of seeds; tests need 3")
+    add("--runs", type=int, default=5, help="number of seeds; the t-test needs 3")
     add("--seed", type=int, default=42, help="first seed")
     add("--batch-size", type=int, help="samples in a batch; if unset, 64; nlp: 16 windows")
     add("--learning-rate", type=float, help="learning rate of Adam; if unset, 0.001; nlp: 0.003")
     add("--explore-frac", type=float, default=0.5, help="smart, easy_first: share of a batch that "
         "is drawn from all samples")
-    add("--top-k-frac", type=float, default=0.2, help="smart, easy_first: share of the samples "
-        "from which the rest of a batch is drawn")
-    add("--ema-decay", type=float, default=0.9, help="decay of the tracked loss; 0 is the latest")
+    add("--top-k-frac", type=float, default=0.2, help="smart, easy_first: share of the training "
+        "samples, the hardest or easiest, from which the rest of a batch is drawn")
+    add("--ema-decay", type=float, default=0.9, help="decay of the tracked loss; 0 keeps "
+        "the latest loss only")
     add("--smart-loss", choices=["per-sample", "batch-mean"], default="per-sample", help="tracked "
         "loss of a sample: its own, or, as in the original, the mean of its batch")
-    add("--loss-threshold", type=float, help="loss_threshold: least tracked loss; if unset, 0.5; "
-        "nlp: 2")
+    add("--loss-threshold", type=float, help="the strategy loss_threshold trains on samples "
+        "whose tracked loss is above it; if unset, 0.5; nlp: 2")
     add("--selectivity", type=float, default=1.0, help="selective_backprop: power of the "
         "percentile")
     add("--target", type=float, help="value of the metric until which samples and seconds are "
@@ -150,9 +154,15 @@ def parse_args(argv=None):
         "to --data-dir and exit")
     add("--check-device", action="store_true", help="show what this machine computes with and exit")
     if "--quick" in (argv or []):
-        parser.set_defaults(dataset="digits", benchmark_datasets=["breast_cancer"], runs=3, jobs=1,
-                            text_bytes=100_000)
+        parser.set_defaults(runs=3, jobs=1, text_bytes=15_000)
     args = parser.parse_args(argv)
+    check_args(args, parser.error)
+    args.strategy = list(dict.fromkeys(args.strategy))
+    args.label_noise = list(dict.fromkeys(args.label_noise))
+    if args.quick and args.task == "vision" and not args.data:
+        args.dataset = args.dataset or "digits"
+        if not args.no_benchmark:
+            args.benchmark_datasets = args.benchmark_datasets or ["breast_cancer"]
     for name, value in TASK_DEFAULTS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -161,46 +171,47 @@ def parse_args(argv=None):
         args.jobs = 1 if alone else os.cpu_count()
     if args.data:
         args.data = os.path.abspath(args.data)  # a resumed run may be started elsewhere
-    check_args(args, parser.error)
     return args
 
 
 def check_args(args, error):
     """Call `error` with a message if an argument is out of range or does not fit another."""
-    for name in ("epochs", "runs", "batch_size", "jobs", "text_bytes"):
-        if getattr(args, name) < 1:
-            error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("explore_frac", "top_k_frac", "ema_decay", "label_noise"):
-        if not (np.greater_equal(getattr(args, name), 0) & np.less_equal(getattr(args, name), 1)).all():
-            error(f"--{name.replace('_', '-')} must be between 0 and 1")
-    for name in ("learning_rate", "loss_threshold", "selectivity"):
-        if not 0 <= getattr(args, name) < math.inf:
-            error(f"--{name.replace('_', '-')} must not be negative")
-    if args.budget_seconds is not None and not 0 < args.budget_seconds < math.inf:
-        error("--budget-seconds must be above 0")
-    if not 0 <= args.seed < 2**31 or args.window_len < 2:
-        error("--seed must be from 0 to 2**31, --window-len at least 2")
-    if args.model not in MODELS[args.task]:
+    least = {"epochs": 1, "runs": 1, "batch_size": 1, "jobs": 1, "text_bytes": 1, "window_len": 2,
+             "seed": 0, "learning_rate": 0, "loss_threshold": 0, "selectivity": 0,
+             "budget_seconds": 1e-3, "explore_frac": 0, "top_k_frac": 0, "ema_decay": 0,
+             "label_noise": 0}
+    most = dict.fromkeys(("explore_frac", "top_k_frac", "ema_decay", "label_noise"), 1)
+    most["seed"] = 2**31
+    for name, low in least.items():
+        high = most.get(name, math.inf)
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value <= high:
+                error(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
+    if args.model not in (None, *MODELS[args.task]):
         error(f"--model {args.model}: --task {args.task} has {', '.join(MODELS[args.task])}")
-    if args.data and args.dataset and not args.quick:
-        error("--data and --dataset exclude each other")
-    if args.task == "nlp" and (any(args.label_noise) or (args.dataset and not args.quick)):
-        error("--dataset and --label-noise are for --task vision; --task nlp takes --data")
-    if args.no_benchmark and args.benchmark_datasets and not args.quick:
+    if args.task == "nlp" and (any(args.label_noise) or args.dataset or args.benchmark_datasets):
+        error("--dataset, --benchmark-datasets and --label-noise are for --task vision; --task nlp "
+              "takes --data")
+    if args.data and (args.dataset or args.benchmark_datasets):
+        error("--data excludes --dataset and --benchmark-datasets")
+    if args.no_benchmark and args.benchmark_datasets:
         error("--no-benchmark and --benchmark-datasets exclude each other")
     if args.drop and not args.data:
         error("--drop is for --data")
 
 
 # --- Strategies ---------------------------------------------------------------------------------
-# A strategy gets the Learner (below) and returns or yields the batches of one epoch as pairs: row
-# numbers of training samples [batch], and their weights in the loss [batch] or None. What it sees:
-#   learner.loss                 moving average of each sample's loss [samples], inf where unseen
+# A strategy gets the Learner (below) and returns or yields the batches of one epoch, at least one, as
+# pairs: row numbers of training samples [batch], and their weights [batch] or None. The loss of a
+# batch is the mean of weight x loss. What a strategy sees:
+#   learner.loss                 moving average of each sample's loss [samples]; inf, thus harder
+#                                than all others, where unseen
 #   learner.last_loss            its latest loss [samples], inf where unseen
 #   learner.score(rows)          present losses of these samples, by a forward pass
 #   learner.gradient_norm(rows)  and the norms of the loss's gradients at the logits
 #   learner.progress()           share of the training that is done, from 0 to 1
-#   learner.memory               a dictionary of arrays that lasts from epoch to epoch
+#   learner.memory               numpy arrays that last from epoch to epoch
 #   learner.rng, learner.args    a numpy Generator and the command line
 
 
@@ -225,29 +236,34 @@ def explore_and_focus(learner, focus, size):
     """A batch of `size` rows: --explore-frac of it from all samples, the rest from `focus`."""
     explore = round(learner.args.explore_frac * size)
     explored = learner.rng.choice(len(learner.loss), explore, replace=False)
-    focused = learner.rng.choice(focus, min(size - explore, len(focus)), replace=False)
+    is_small = len(focus) < size - explore
+    focused = learner.rng.choice(focus, size - explore, replace=is_small)
     return np.concatenate([explored, focused])
 
 
 def smart(learner):
     """Half of a batch from all samples, half from the 20 % with the highest tracked loss.
 
-    The hardest are found anew for each batch, and all that tie with the last of them belong. The
-    original's strategy, but with each sample's own loss (--smart-loss).
+    The hardest are found anew for each batch, together with all that tie with the last of them; so
+    the first batches are random. The original's strategy, but with each sample's own loss
+    (--smart-loss).
     """
     loss = learner.loss
-    k = max(1, round(learner.args.top_k_frac * len(loss)))
+    focus_size = max(1, round(learner.args.top_k_frac * len(loss)))
     for batch in split_batches(loss, learner.args.batch_size):
-        threshold = np.partition(loss, -k)[-k]
+        threshold = np.partition(loss, -focus_size)[-focus_size]
         yield explore_and_focus(learner, np.flatnonzero(loss >= threshold), len(batch)), None
 
 
 def easy_first(learner):
-    """The reverse of smart: half of a batch from the 20 % with the lowest tracked loss."""
+    """The reverse of smart: half of a batch from the 20 % with the lowest tracked loss.
+
+    Unseen samples count as the hardest, so the first epoch returns to those that it began with.
+    """
     loss = learner.loss
-    k = max(1, round(learner.args.top_k_frac * len(loss)))
+    focus_size = max(1, round(learner.args.top_k_frac * len(loss)))
     for batch in split_batches(loss, learner.args.batch_size):
-        threshold = np.partition(loss, k - 1)[k - 1]
+        threshold = np.partition(loss, focus_size - 1)[focus_size - 1]
         yield explore_and_focus(learner, np.flatnonzero(loss <= threshold), len(batch)), None
 
 
@@ -309,13 +325,14 @@ def selective_backprop(learner, history=1024):
 def infobatch(learner, ratio=0.5):
     """Leave out a random half of the samples below the mean loss (Qin et al. 2024, ICLR).
 
-    The other half of them counts double, so that the expected gradient stays the same. The first
-    epoch and the last eighth, at least the last epoch, take every sample. arXiv:2303.04947.
+    Those that are kept have weight 2, so that the expected gradient stays the same. The first epoch
+    and the last eighth, at least the last epoch, take every sample. arXiv:2303.04947.
     """
     loss = learner.last_loss
     order = learner.rng.permutation(len(loss))
     weights = np.ones(len(loss), np.float32)
-    if 0 < learner.progress() < min(7 / 8, 1 - 1 / learner.args.epochs) and np.isfinite(loss).all():
+    is_late = learner.progress() > 7 / 8 or learner.is_last_epoch()
+    if np.isfinite(loss).all() and not is_late:
         is_easy = loss < loss.mean()
         is_left_out = is_easy & (learner.rng.random(len(loss)) < ratio)
         weights[is_easy] = 1 / (1 - ratio)
@@ -376,7 +393,8 @@ def rho_loss(learner, pool=5):
 def holdout_losses(learner):
     """Loss of each training sample [samples] under a small model that has not seen it.
 
-    Each of two models is trained for one epoch on a random half. The samples count as trained on.
+    Each of two models is trained for one epoch on a random half. These samples are added to
+    learner.samples, so that the control gets them, too.
     """
     args, data = learner.args, learner.data
     losses = np.empty(len(learner.loss), np.float32)
@@ -384,7 +402,7 @@ def holdout_losses(learner):
     for seen, unseen in ((first, second), (second, first)):
         model = HOLDOUT_MODELS[args.task](data.x_train.shape[1:], data.num_classes)
         model.to(args.device)
-        optimizer = torch.optim.Adam(model.parameters(), args.learning_rate)
+        optimizer = make_optimizer(model, args)
         for rows in split_batches(seen, args.batch_size):
             loss = sample_losses(model, data, *data.training_samples(rows))[0].mean()
             optimizer.zero_grad()
@@ -503,11 +521,13 @@ def read_cinic(folder):
     from PIL import Image
 
     archive = folder / "CINIC-10.tar.gz"
-    if not (folder / "images").exists() and archive.exists():
+    images = folder / "images"
+    if not images.exists() and archive.exists():
         log(f"unpacking {archive}")
-        with atomic_write(folder / "images") as part, tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")
-    root = next(folder.rglob("train")).parent
+        with tempfile.TemporaryDirectory(dir=folder) as part, tarfile.open(archive) as tar:
+            tar.extractall(f"{part}/images", filter="data")
+            os.replace(f"{part}/images", images)
+    root = next((images if images.exists() else folder).rglob("train")).parent
     classes = sorted(path.name for path in (root / "train").iterdir())
     arrays = []
     for split in ("train", "test"):
@@ -600,9 +620,14 @@ BENCHMARK = ["digits", "mnist", "fashion_mnist"]
 def find_folder(name, data_dir):
     """The folder with the files of a known data set; None when they are not here."""
     dataset = DATASETS[name]
-    for folder in (Path(data_dir, name), Path(dataset.system_folder or data_dir)):
-        if all((folder / file).exists() for file in dataset.files) or list(folder.glob("**/train")):
+    folders = [Path(data_dir, name)]
+    if dataset.system_folder:
+        folders.append(Path(dataset.system_folder))
+    for folder in folders:
+        if all((folder / file).exists() for file in dataset.files):
             return folder
+    if any(Path(data_dir, name).glob("**/train/*/*.png")):
+        return Path(data_dir, name)
     return None
 
 
@@ -626,7 +651,7 @@ def download(name, data_dir):
                 if compute_md5(part) != md5:
                     raise UserError(f"{url}: its MD5 is not the published one, {md5}; try again")
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
-            raise UserError(f"{name}: cannot download {url} ({error}); put the file into "
+            raise UserError(f"{name}: cannot download {url} ({error}); put {file} into "
                             f"{path.parent}, or use --dataset digits") from None
 
 
@@ -659,12 +684,19 @@ def check_files(name, folder):
 def make_data(name, arrays, source, class_names=None):
     """Data with mean and deviation of all values of the training part."""
     x_train, y_train, x_test, y_test = (np.ascontiguousarray(array) for array in arrays)
-    y_train, y_test = y_train.astype(np.int64), y_test.astype(np.int64)
     num_classes = len(class_names or np.unique(y_train))
+    classes = np.arange(num_classes)
     for x, y in ((x_train, y_train), (x_test, y_test)):
-        if not 0 < len(x) == len(y) or x.shape[1:] != x_train.shape[1:] or y.max() >= num_classes:
-            raise UserError(f"{name}: images {x.shape} and labels {y.shape}, the last of them "
-                            f"{y.max(initial=0)}, do not fit together")
+        if not 0 < len(x) == len(y) or x.shape[1:] != x_train.shape[1:]:
+            raise UserError(f"{name}: images {x.shape} and labels {y.shape} do not fit together")
+        if not np.isin(y, classes).all():
+            raise UserError(f"{name}: labels must be 0 to {num_classes - 1}, all of them in the "
+                            f"training part, not {np.setdiff1d(y, classes)[:5]}")
+        if not np.isfinite(x).all():
+            raise UserError(f"{name}: a value is missing or infinite")
+    y_train, y_test = y_train.astype(np.int64), y_test.astype(np.int64)
+    if x_train.dtype != np.uint8:
+        x_train, x_test = x_train.astype(np.float32), x_test.astype(np.float32)
     digest = hashlib.sha256()
     for array in (x_train, y_train, x_test, y_test):
         digest.update(array)
@@ -682,6 +714,8 @@ def load_dataset(name, data_dir):
     original_name = name.removesuffix("_csv")
     dataset = DATASETS[original_name]
     tables = [Path(data_dir, name, f"{split}.csv") for split in ("train", "test")]
+    if not dataset.files and name == original_name:
+        return make_data(name, dataset.read(None), "embedded" if dataset.about else "own")
     source = "real" if dataset.files else "embedded"
     try:
         if name == original_name or not all(table.exists() for table in tables):
@@ -747,9 +781,10 @@ def to_images(x, names):
 def read_table(path, drop):
     """(x [n, features], labels [n], names of the features) of a CSV file with a column `label`."""
     try:
+        header = pd.read_csv(path, header=None, nrows=1, dtype=str, encoding="utf-8-sig").iloc[0]
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(path, dtype={"label": str}, index_col=False, skipinitialspace=True,
-                                encoding="utf-8-sig")
+            frame = pd.read_csv(path, converters={"label": str.strip}, index_col=False,
+                                skipinitialspace=True, encoding="utf-8-sig")
     except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
     if frame.empty:
@@ -758,23 +793,25 @@ def read_table(path, drop):
     if missing:
         raise UserError(f"--drop: {path} has no column {sorted(missing)}")
     frame = frame.drop(columns=drop)
-    names = [str(name) for name in frame if name != "label"]
+    names = [name for name in frame if name != "label"]
     if "label" not in frame or not names:
-        numbers = pd.to_numeric(pd.Series(list(frame)), errors="coerce")
-        hint = "; has it no header?" if numbers.notna().any() else ""
-        raise UserError(f"{path}: needs a column `label` and another one; it has "
-                        f"{list(frame)[:5]}{hint}")
+        is_number = pd.to_numeric(pd.Series(list(frame)), errors="coerce").notna()
+        hint = "; has it no header?" if is_number.any() else ", separated by commas"
+        raise UserError(f"{path}: needs a column `label` and another one{hint}; it has "
+                        f"{list(frame)[:5]}")
+    if header.duplicated().any():
+        raise UserError(f"{path}: two columns are called {header[header.duplicated()].iloc[0]!r}")
     for name in names:
-        column = pd.to_numeric(frame[name], errors="coerce")
-        is_bad = ~np.isfinite(column.astype(float))
+        column = pd.to_numeric(frame[name], errors="coerce").astype(float)
+        is_bad = ~np.isfinite(column)
         if is_bad.any():
             raise UserError(f"{path}: row {is_bad.argmax() + 1}, column {name!r}: "
                             f"{frame[name][is_bad.argmax()]} is no number; see --drop")
-        frame[name] = column.astype(float)
-    labels = frame["label"].str.strip().replace("", None)
-    if labels.isna().any():
-        raise UserError(f"{path}: row {labels.isna().argmax() + 1} has no label")
-    frame["label"] = labels
+        frame[name] = column
+    is_missing = frame["label"].isna() | (frame["label"] == "")
+    if is_missing.any():
+        raise UserError(f"{path}: row {is_missing.argmax() + 1} has no label, or one that means a "
+                        "missing value")
     note_doubtful(frame, path)
     frame = frame.drop_duplicates()
     return frame[names].to_numpy(), frame["label"].to_numpy(), names
@@ -790,10 +827,14 @@ def note_doubtful(frame, path):
         values = frame[name].drop_duplicates()
         is_counter = (len(values) == len(frame) - repeated and (values % 1 == 0).all()
                       and (np.ptp(values) == len(values) - 1 or values.is_monotonic_increasing))
-        if is_counter or re.fullmatch(r"(.*_)?id|index|row|unnamed: \d+", name, re.I):
-            note(f"{path}: column {name!r} seems to number the rows; if they are sorted by class, "
-                 f"it gives the class away: --drop {name!r} leaves it out")
-    spellings = frame["label"].drop_duplicates().groupby(frame["label"].str.casefold()).agg(list)
+        if not is_counter and not re.fullmatch(r"(.*_)?id|index|row|unnamed: \d+", name, re.I):
+            continue
+        copies = frame.drop(columns=name).duplicated().sum() - repeated
+        note(f"{path}: column {name!r} seems to number the rows; if they are sorted by class, it "
+             f"gives the class away, and it hides {copies:,} repeated rows: --drop {name!r} leaves "
+             "it out")
+    labels = frame["label"].drop_duplicates()
+    spellings = labels.groupby(labels.str.casefold()).agg(list)
     for spelling in spellings[spellings.str.len() > 1]:
         note(f"{path}: the labels {spelling} differ in case only, and are classes of their own")
 
@@ -801,14 +842,13 @@ def note_doubtful(frame, path):
 def load_table(path, drop):
     """Data of one's own CSV file; a fixed fifth, stratified, is the test part."""
     x, labels, names = read_table(path, drop)
-    classes, y = np.unique(labels, return_inverse=True)
-    if len(classes) < 2:
-        raise UserError(f"{path}: all rows have the label {classes[0]!r}")
+    classes, y, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(classes) < 2 or counts.min() < 2 or len(y) < 5 * len(classes):
+        raise UserError(f"{path}: label needs two classes, each in two rows, in five on average; it "
+                        f"has {len(classes)} in {len(y)} rows, {classes[counts.argmin()]!r} in "
+                        f"{counts.min()}; is it a number instead of a class?")
     x = to_images(x, names)
-    try:
-        arrays = split_samples(x, y)
-    except ValueError as error:  # a class of one row, or fewer rows than classes
-        raise UserError(f"{path}: {error}") from None
+    arrays = split_samples(x, y)
     if x.dtype != np.uint8:
         arrays = standardize(*arrays)
     return make_data(Path(path).stem, arrays, "real", classes.tolist())
@@ -820,8 +860,8 @@ def load_text(path, args):
     Without a path the text is the standard library's source, its files in a fixed random order.
     """
     root = Path(path) if path else Path(os.__file__).parent
-    paths = sorted(root.rglob("*") if path else root.glob("*.py")) or [root]
-    paths = [file for file in paths if not file.is_dir()]
+    paths = sorted(root.rglob("*") if path else root.glob("*.py"))
+    paths = [file for file in paths if file.is_file()] or [root]
     text = b""
     for i in np.random.default_rng(0).permutation(len(paths)):
         if len(text) < args.text_bytes:
@@ -856,8 +896,6 @@ def load_all(args):
         names += args.benchmark_datasets
     elif not args.no_benchmark:
         names += [name for name in BENCHMARK if find_folder(name, args.data_dir)]
-    if args.no_benchmark:
-        names = names[:1]
     loaded = {}
     for name in dict.fromkeys(names):
         try:
@@ -953,6 +991,12 @@ def sample_losses(model, data, x, y):
 # --- Training -----------------------------------------------------------------------------------
 
 
+def make_optimizer(model, args):
+    """The optimizer of the model, and of the hold-out models of rho_loss."""
+    fused = args.device.type != "mps"
+    return torch.optim.Adam(model.parameters(), args.learning_rate, fused=fused)
+
+
 class Learner:
     """A model in training: what a strategy sees, and what a checkpoint keeps.
 
@@ -965,15 +1009,14 @@ class Learner:
         self.args = args
         self.max_samples = max_samples
         self.model = make_model(data.x_train.shape[1:], data.num_classes).to(args.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), args.learning_rate,
-                                          fused=args.device.type != "mps")
+        self.optimizer = make_optimizer(self.model, args)
         self.rng = np.random.default_rng(seed)
         self.loss = np.full(len(data.x_train), np.inf, np.float32)
         self.last_loss = self.loss.copy()
         self.memory = {}
         self.samples = 0  # trained on
-        self.steps = 0  # of this epoch
-        self.expected_steps = 0
+        self.steps = 0  # batches of this epoch up to now
+        self.expected_steps = 0  # batches of this epoch
         self.seconds = 0.0  # of training and selection, without evaluation
         self.start_time = None  # of the epoch that is going on
         self.history = []  # metrics before training and after each epoch
@@ -981,14 +1024,18 @@ class Learner:
     @torch.inference_mode()
     def score(self, rows):
         """Present losses of the training samples `rows`, as an array, by one forward pass."""
+        self.model.eval()
         losses, _ = sample_losses(self.model, self.data, *self.data.training_samples(rows))
+        self.model.train()
         return losses.cpu().numpy()
 
     @torch.inference_mode()
     def gradient_norm(self, rows):
         """Norms of softmax minus one-hot, the gradient of the loss at the logits."""
         x, y = self.data.training_samples(rows)
+        self.model.eval()
         _, logits = sample_losses(self.model, self.data, x, y)
+        self.model.train()
         error = logits.softmax(-1) - F.one_hot(y.long(), logits.shape[-1])
         return error.flatten(1).norm(dim=1).cpu().numpy()
 
@@ -1006,7 +1053,12 @@ class Learner:
         epochs = self.args.epochs
         if self.max_samples is not None:
             epochs = self.max_samples / len(self.loss)
-        return min(0.999, (len(self.history) - 1 + self.steps / self.expected_steps) / epochs)
+        share = (len(self.history) - 1 + self.steps / self.expected_steps) / epochs
+        return min(0.999, share)  # the learning rate stays above 0
+
+    def is_last_epoch(self):
+        """Whether this is the last one of --epochs."""
+        return not self.args.budget_seconds and len(self.history) >= self.args.epochs
 
     def is_done(self):
         """Whether the time, the samples or the epochs are used up."""
@@ -1020,7 +1072,7 @@ class Learner:
         """All that --resume needs, in plain types and tensors."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "loss": torch.from_numpy(self.loss), "last_loss": torch.from_numpy(self.last_loss),
-                "memory": {name: torch.from_numpy(array) for name, array in self.memory.items()},
+                "memory": {name: torch.as_tensor(array) for name, array in self.memory.items()},
                 "samples": self.samples, "seconds": self.seconds, "history": self.history,
                 "rng": json.dumps(self.rng.bit_generator.state),
                 "torch_rng": torch.get_rng_state()}
@@ -1052,10 +1104,11 @@ def train_epoch(learner, strategy):
     for rows, weights in batches:
         if learner.is_done():
             break
+        rows = check_batch(rows, weights)
         if args.schedule == "linear":
             for group in learner.optimizer.param_groups:
                 group["lr"] = args.learning_rate * (1 - learner.progress())
-        if learner.max_samples is not None:
+        if learner.max_samples is not None:  # in a control, whose strategy has no weights
             rows = rows[: learner.max_samples - learner.samples]
         losses, _ = sample_losses(learner.model, data, *data.training_samples(rows))
         loss = losses.mean()
@@ -1067,10 +1120,21 @@ def train_epoch(learner, strategy):
         track_losses(learner, rows, losses.detach().cpu().numpy())
         learner.samples += len(rows)
         learner.steps += 1
+    if not learner.steps and not learner.is_done():
+        raise UserError("the strategy has no batch for this epoch")
     if args.device.type == "cuda":
         torch.cuda.synchronize()
     learner.seconds = learner.elapsed()
     learner.start_time = None
+
+
+def check_batch(rows, weights):
+    """The rows as an array of integers, or UserError for what is none, or has other weights."""
+    rows = np.ascontiguousarray(rows)
+    if rows.dtype.kind not in "iu" or (weights is not None and weights.shape != rows.shape):
+        raise UserError("a strategy must yield row numbers, and as many weights or None, not rows "
+                        f"{rows.dtype} {rows.shape} and weights {np.shape(weights)}")
+    return rows.astype(np.int64, copy=False)
 
 
 def track_losses(learner, rows, losses):
@@ -1113,6 +1177,7 @@ def measure(learner):
     test_loss, test_acc = evaluate(learner.model, data, data.x_test, data.y_test)
     if not math.isfinite(train_loss + test_loss):
         raise UserError("the loss is no longer a number; lower --learning-rate")
+    # Before training: those of random, which progress() takes as the length of the first epoch.
     steps = learner.steps or math.ceil(len(learner.loss) / learner.args.batch_size)
     metrics = {"epoch": len(learner.history), "steps": steps, "samples": learner.samples,
                "seconds": learner.seconds, "train_loss": train_loss}
@@ -1157,8 +1222,8 @@ def train_run(data, strategy, make_model, seed, args, file, max_samples=None):
 def train_with_control(data, noise, name, strategies, make_model, seed, args, file):
     """Records of one strategy with one seed, and of its control where that is another run.
 
-    The control is random with exactly as many trained samples. Where random itself has as many,
-    or with a time budget, the run of random with the same seed is the control.
+    The control is random with exactly as many trained samples. Where random trains on equally many
+    in --epochs, or with a time budget, the run of random with the same seed is the control.
     """
     torch.set_num_threads(1)  # alone as in parallel: the numbers are the same, and it is as fast
     if noise:
@@ -1167,12 +1232,12 @@ def train_with_control(data, noise, name, strategies, make_model, seed, args, fi
     data = data.to(args.device)
     history = train_run(data, strategies[name], make_model, seed, args, file)
     records = pd.DataFrame(history).assign(control=False)
-    samples = history[-1]["samples"]
-    same_as_random = args.budget_seconds or samples == args.epochs * len(data.x_train)
+    max_samples = None if args.budget_seconds else history[-1]["samples"]
+    same_as_random = max_samples in (None, args.epochs * len(data.x_train))
     if name != BASELINE and not (same_as_random and BASELINE in args.strategy):
         control_file = file.with_name(f"{file.stem}-control.pt")
         control = train_run(data, strategies[BASELINE], make_model, seed, args, control_file,
-                            samples)
+                            max_samples)
         records = pd.concat([records, pd.DataFrame(control).assign(control=True)])
     return records.assign(dataset=data.name, noise=noise, strategy=name, seed=seed)
 
@@ -1186,7 +1251,7 @@ def train_all(all_data, args, run_dir):
     tasks = []
     for name, noise, seed, strategy in itertools.product(all_data, args.label_noise, seeds,
                                                          args.strategy):
-        file = run_dir.resolve() / "runs" / f"{name}-noise-{noise:g}-{strategy}-{seed}.pt"
+        file = run_dir.resolve() / "runs" / f"{name}-noise-{noise}-{strategy}-{seed}.pt"
         tasks.append(delayed(train_with_control)(all_data[name], noise, strategy, STRATEGIES,
                                                  make_model, seed, args, file))
     with contextlib.ExitStack() as stack:
@@ -1232,30 +1297,36 @@ def holm(p_values):
 def compare(records, args):
     """Each strategy in one setting against its control, by a paired t-test over the seeds.
 
-    Returns a table with a row for each strategy that has a control: the difference from it for
-    each seed, mean, interval (95 %, of this pair alone), p and p_holm. Where the difference is the
-    same for every seed, there is nothing to test, and p is NaN.
+    Returns a table with a row for each strategy that has a control: the control's score and the
+    difference from it for each seed, mean and interval of the difference (95 %, of this pair
+    alone), p, p_holm, and the steps of both. Where the difference is the same for every seed,
+    there is nothing to test: p is NaN.
     """
     from scipy import stats
 
     metric, _, _ = DECIDING[args.task]
-    last = records.groupby(["strategy", "control", "seed"], sort=False)[metric].last()
-    scores = last.unstack("seed")
+    runs = records[records["epoch"] > 0].groupby(["strategy", "control", "seed"], sort=False)
+    scores = runs[metric].last().unstack("seed")
+    steps = runs["steps"].sum().unstack("seed")
     rows = {}
     for name in args.strategy:
-        control = (name, True) if (name, True) in scores.index else (BASELINE, False)
-        if name == BASELINE or control not in scores.index:
+        # The control of a seed is a run of its own, or else the one of random.
+        controls = [key for key in ((name, True), (BASELINE, False)) if key in scores.index]
+        if name == BASELINE or not controls:
             continue
-        differences = (scores.loc[(name, False)] - scores.loc[control]).to_numpy()
+        control = scores.loc[controls].bfill().iloc[0].to_numpy()
+        differences = scores.loc[(name, False)].to_numpy() - control
         mean, interval = mean_and_interval(differences)
         p = np.nan
         if len(differences) >= MIN_RUNS and np.ptp(differences) > 1e-9:
             p = stats.ttest_1samp(differences, 0).pvalue
-        rows[name] = {"differences": differences, "mean": mean, "interval": interval, "p": p}
-    table = pd.DataFrame.from_dict(rows, orient="index",
-                                   columns=["differences", "mean", "interval", "p"])
-    tested = table["p"].notna()
-    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"])
+        rows[name] = {"control": control, "differences": differences, "mean": mean,
+                      "interval": interval, "p": p, "steps": steps.loc[(name, False)].mean(),
+                      "control_steps": steps.loc[controls].bfill().iloc[0].mean()}
+    columns = ["control", "differences", "mean", "interval", "p", "steps", "control_steps"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    is_tested = table["p"].notna()
+    table.loc[is_tested, "p_holm"] = holm(table.loc[is_tested, "p"])
     return table
 
 
@@ -1281,6 +1352,11 @@ def verdicts(comparison, args):
     for name in comparison.index[comparison["p"].isna()]:
         sentences.append(f"{name} differs from {control} by {comparison.loc[name, 'mean']:+.2f} "
                          f"{unit} in every run, so there is nothing to test.")
+    for name, row in comparison.iterrows():
+        ratio = row["steps"] / row["control_steps"]
+        if not args.budget_seconds and not 0.95 < ratio < 1.05:
+            sentences.append(f"{name} makes {row['steps']:,.0f} steps and its control "
+                             f"{row['control_steps']:,.0f}, which alone may make a difference.")
     return sentences
 
 
@@ -1304,7 +1380,9 @@ def mean_text(values, number="{:.2f}"):
     if np.isnan(values).any():
         return f"{np.isfinite(values).sum()} of {len(values)} runs"
     mean, interval = mean_and_interval(values)
-    return number.format(mean) + (f" ± {number.format(interval)}" if len(values) > 1 else "")
+    if len(values) == 1:
+        return number.format(mean)
+    return f"{number.format(mean)} ± {number.replace('+', '').format(interval)}"
 
 
 def choose_target(records, args):
@@ -1324,13 +1402,14 @@ def comparison_table(records, comparison, args):
     rows = []
     for name in args.strategy:
         runs = records[(records["strategy"] == name) & ~records["control"]].groupby("seed")
-        row = {"strategy": name, METRICS[args.task][metric]: mean_text(runs[metric].last())}
-        tested = comparison.loc[name] if name in comparison.index else None
-        row[f"difference from {name_control(args)} [{unit}]"] = (
-            mean_text(tested["differences"], "{:+.2f}").replace("± +", "± ")
-            if tested is not None else None)
-        row["p (Holm)"] = (f"{tested['p_holm']:.2g}"
-                           if tested is not None and np.isfinite(tested["p"]) else None)
+        row = {"strategy": name, METRICS[args.task][metric]: mean_text(runs[metric].last()),
+               name_control(args): None, f"difference [{unit}]": None, "p (Holm)": None}
+        if name in comparison.index:
+            tested = comparison.loc[name]
+            row[name_control(args)] = mean_text(tested["control"])
+            row[f"difference [{unit}]"] = mean_text(tested["differences"], "{:+.2f}")
+            if np.isfinite(tested["p"]):
+                row["p (Holm)"] = f"{tested['p_holm']:.2g}"
         row["samples"] = f"{runs['samples'].max().mean():,.0f}"
         row["seconds"] = mean_text(runs["seconds"].max())
         for column, number in (("samples", "{:,.0f}"), ("seconds", "{:.2f}")):
@@ -1341,7 +1420,8 @@ def comparison_table(records, comparison, args):
 
 
 def title_of(dataset, noise):
-    return f"{dataset}, {noise:.0%} wrong labels" if noise else dataset
+    """The name of a setting."""
+    return f"{dataset}, {100 * noise:g} % wrong labels" if noise else dataset
 
 
 def summarize_setting(title, records, comparison, info, args):
@@ -1358,8 +1438,8 @@ def summarize_setting(title, records, comparison, info, args):
              f"{info['test']:,} test samples, classes: {classes}; {args.model}, {length}, batches "
              f"of {args.batch_size}, runs: {args.runs}; {baseline}.", "",
              markdown_table(comparison_table(records, comparison, args)), ""]
-    if args.runs < MIN_RUNS or comparison.empty:
-        lines.append(f"- No verdict: it needs a strategy beside {BASELINE} and {MIN_RUNS} runs.")
+    if args.runs < MIN_RUNS:
+        lines.append(f"- No verdict: a paired t-test needs {MIN_RUNS} runs.")
     else:
         lines += [f"- {sentence}" for sentence in verdicts(comparison, args)]
     return "\n".join(lines)
@@ -1374,10 +1454,10 @@ def noise_table(comparisons, dataset, args):
             comparison = comparisons[dataset, noise]
             if name in comparison.index:
                 tested = comparison.loc[name]
-                text = mean_text(tested["differences"], "{:+.2f}").replace("± +", "± ")
+                text = mean_text(tested["differences"], "{:+.2f}")
                 if tested["p_holm"] < ALPHA:
                     text = f"**{text}**"
-                row[f"{noise:.0%} wrong"] = text
+                row[f"{100 * noise:g} % wrong"] = text
         if len(row) > 1:
             rows.append(row)
     return rows
@@ -1393,7 +1473,7 @@ def pivot_runs(records, column):
 
 def plot_strategy(records, title, info, args, folder):
     """One picture for each metric of one strategy: mean over the runs with its 95 % band."""
-    part = f"1 in {training_stride(info)} training samples"
+    part = f"1 in {training_stride(info)} training samples, labels as trained on"
     runs = f"mean and 95 % interval of {args.runs} runs" if args.runs > 1 else "one run"
     for metric, label in METRICS[args.task].items():
         fig, (ax,) = new_figure(f"{title}: {runs}", size=(7, 4))
@@ -1417,6 +1497,8 @@ def plot_comparison(records, comparison, title, args, path):
             runs = records[(records["strategy"] == name) & ~records["control"]]
             x = pivot_runs(runs, column).mean(axis=0) / (1000 if column == "samples" else 1)
             plot_curve(ax, x[1:], pivot_runs(runs, metric)[:, 1:], name, i, MARKERS[i % 7])
+            if name == BASELINE:
+                ax.lines[-1].set(color="black", linewidth=2.5)
         ax.axhline(choose_target(records, args), color="0.4", linewidth=0.8, label="target")
         ax.set(xlabel=axis_label, ylabel=label)
     epoch_axis(axes[0])
@@ -1469,7 +1551,7 @@ def write_strategy_folder(records, title, info, args):
     parent = Path(args.output_dir, args.task, dataset, first["strategy"])
     numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
     folder = parent / f"run-{max(numbers, default=0) + 1:03d}"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
     last = records.groupby("seed").last()
     lines = [f"{title}, {first['strategy']}, runs: {args.runs}, after the last epoch; mean and 95 "
              "% interval"]
@@ -1508,9 +1590,11 @@ def run_experiment(args):
             table = noise_table(comparisons, dataset, args)
             texts.append(f"## {dataset}: difference from the control, by share of wrong labels\n\n"
                          f"{markdown_table(table)}\n\nBold: p below {ALPHA} after Holm.")
-    texts.append("±: 95 % interval over the seeds, of that figure alone. p: paired t-test, after "
-                 "Holm's correction for all strategies of a table. Seconds: training and selection, "
-                 "without evaluation; runs side by side (--jobs) share the machine.")
+    texts.append("±: half width of the 95 % interval over the seeds, of that figure alone. p: "
+                 "paired t-test, after Holm's correction for all tests of a table. Seconds: "
+                 "training and selection, without evaluation; runs side by side (--jobs) share the "
+                 "machine. The last two columns are until the metric reaches --target, by default 1 "
+                 f"% short of what {BASELINE}, or else the first strategy, has at the end.")
     results = {"data": {name: data.info for name, data in all_data.items()}, "tables": tables,
                "comparisons": {title_of(*setting): table.reset_index(names="strategy").to_dict(
                    "records") for setting, table in comparisons.items()},
@@ -1646,12 +1730,13 @@ def resume_arguments(args):
     if not unfinished:
         raise UserError(f"--resume {args.resume}: no unfinished run; see --output-dir")
     free = {"--resume", "--output-dir", "--data-dir", "--device", "--jobs", "--backend"}
-    changed = set(changed_arguments(args)) - free
-    if changed:
-        raise UserError(f"--resume keeps a run's arguments; leave out {', '.join(sorted(changed))}")
+    changed = set(changed_arguments(args))
+    if changed - free:
+        raise UserError("--resume keeps a run's arguments; leave out "
+                        f"{', '.join(sorted(changed - free))}")
     arguments = vars(parse_args([])) | json.loads(unfinished[-1].read_text())
     arguments |= {name: value for name, value in vars(args).items()
-                  if f"--{name.replace('_', '-')}" in free}
+                  if f"--{name.replace('_', '-')}" in changed | {"--device"}}
     return argparse.Namespace(**arguments | {"resume": str(unfinished[-1].parent)})
 
 

@@ -101,7 +101,8 @@ def mean_and_interval(values):
 def plot_curve(ax, x, runs, label, index=0, marker=None):
     """One line over `x` [points]; `runs` is [points] or [runs, points], then with its 95 % confidence band."""
     mean, width = mean_and_interval(np.atleast_2d(runs))
-    ax.plot(x, mean, LINES[index % 4], marker=marker, markersize=4, color=COLORS[index % 8], label=label)
+    line = LINES[(index + index // 8) % 4]  # not the same again when the colors repeat
+    ax.plot(x, mean, line, marker=marker, markersize=4, color=COLORS[index % 8], label=label)
     if np.isfinite(width).any():
         ax.fill_between(x, mean - width, mean + width, color=COLORS[index % 8], alpha=0.2, linewidth=0)
 

@@ -1718,12 +1718,13 @@ def resume_arguments(args):
     if not unfinished:
         raise UserError(f"--resume {args.resume}: no unfinished run; see --output-dir")
     free = {"--resume", "--output-dir", "--data-dir", "--device", "--jobs", "--backend"}
-    changed = set(changed_arguments(args)) - free
-    if changed:
-        raise UserError(f"--resume keeps a run's arguments; leave out {', '.join(sorted(changed))}")
+    changed = set(changed_arguments(args))
+    if changed - free:
+        raise UserError("--resume keeps a run's arguments; leave out "
+                        f"{', '.join(sorted(changed - free))}")
     arguments = vars(parse_args([])) | json.loads(unfinished[-1].read_text())
     arguments |= {name: value for name, value in vars(args).items()
-                  if f"--{name.replace('_', '-')}" in free}
+                  if f"--{name.replace('_', '-')}" in changed | {"--device"}}
     return argparse.Namespace(**arguments | {"resume": str(unfinished[-1].parent)})
 
 

@@ -18,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -343,9 +344,10 @@ def make_records(finals, controls=()):
     for control, scores in ((False, finals), (True, dict(controls))):
         for name, values in scores.items():
             for seed, value in enumerate(values):
-                for epoch, score in ((0, 10.0), (1, value)):
+                for epoch, score in ((0, 10.0), (1, 99.0), (2, value)):  # the best epoch does not count
                     rows.append({"strategy": name, "control": control, "seed": seed, "epoch": epoch, "samples":
-                                 100 * epoch, "seconds": 2.0 * epoch, "test_acc": score, "bits_per_byte": score})
+                                 100 * epoch, "seconds": 2.0 * epoch, "test_acc": score, "bits_per_byte": score,
+                                 "steps": 30 if control else 10})
     return pd.DataFrame(rows)
 
 
@@ -386,6 +388,20 @@ def test_a_strategy_is_compared_with_its_own_control():
     finals = {"random": [90.0, 91, 92], "smart": [80.0, 82, 84]}
     table, _ = compare(finals, controls={"smart": [70.0, 71, 75]})
     assert table.loc["smart", "mean"] == pytest.approx(10)
+
+
+def test_a_run_of_random_takes_the_place_of_a_control_that_would_be_the_same():
+    args = bs.parse_args([])
+    args.strategy = ["random", "smart"]
+    records = make_records({"random": [90.0, 91, 92], "smart": [80.0, 82, 84]}, {"smart": [70.0, 71, 75]})
+    records = records[~(records["control"] & (records["seed"] == 1))]
+    assert bs.compare(records, args).loc["smart", "differences"].tolist() == [10, -9, 9]
+
+
+def test_another_number_of_steps_is_told():
+    finals = {"random": [90.0, 91, 92], "smart": [80.0, 82, 84]}
+    _, sentences = compare(finals, controls={"smart": [70.0, 71, 75]})
+    assert sentences[-1] == "smart makes 20 steps and its control 60, which alone may make a difference."
 
 
 def test_the_same_difference_in_every_run_is_not_tested():
@@ -510,7 +526,7 @@ WHOLE_LABELS = bytes([0, 0, 8, 1, 0, 0, 0, 40])
     ("train-images-idx3-ubyte.gz", "cut", "ended before"), ("train-images-idx3-ubyte.gz", b"<html></html>", "gzip"),
     ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0"), "damaged"),
     ("train-labels-idx1-ubyte.gz", gzip.compress(WHOLE_LABELS + bytes(39)), "damaged"),
-    ("train-labels-idx1-ubyte.gz", gzip.compress(WHOLE_LABELS + bytes(39) + b"\x0b"), "do not fit")])
+    ("train-labels-idx1-ubyte.gz", gzip.compress(WHOLE_LABELS + bytes(39) + b"\x0b"), "labels must be 0 to")])
 def test_a_broken_file_is_an_error(name, content, words, error_line):
     write_mnist(Path("data/mnist"))
     path = Path("data/mnist", name)
@@ -527,7 +543,7 @@ def test_a_broken_archive_or_folder_of_images_is_an_error(error_line):
     archive.write_bytes(archive.read_bytes()[:-5000])
     assert "cifar10 in data: a file is damaged" in error_line(bs, ["--dataset", "cifar10"])
     Path("data/cinic10/train/cat").mkdir(parents=True)
-    assert "cinic10 in data" in error_line(bs, ["--dataset", "cinic10"])
+    assert "put CINIC-10.tar.gz into data/cinic10" in error_line(bs, ["--dataset", "cinic10"])
     for part in ("train", "test"):
         Path(f"data/cinic10/{part}/cat").mkdir(parents=True, exist_ok=True)
         Path(f"data/cinic10/{part}/cat/1.png").write_bytes(b"\x89PNG")
@@ -550,6 +566,13 @@ def test_files_of_another_data_set_are_known_by_their_unpacked_content(monkeypat
     Path("data/mnist").rename("data/fashion_mnist")
     load("fashion_mnist")
     assert bs.NOTES == []
+
+
+def test_images_of_one_data_set_are_not_taken_for_another(capsys):
+    Path("data/cinic10/train/cat").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save("data/cinic10/train/cat/1.png")
+    assert bs.find_folder("mnist", "data") is None
+    assert bs.find_folder("cinic10", "data") == Path("data/cinic10")
 
 
 def test_unknown_files_are_noted():
@@ -662,6 +685,7 @@ def test_an_id_that_follows_the_class_is_noted_and_can_be_dropped():
     frame = pd.DataFrame({"number": range(200), "a": rng.normal(size=200), "label": np.arange(200) // 100})
     results = run_table(frame.sample(frac=1, random_state=0))
     assert "column 'number' seems to number the rows" in results["notes"][0]
+    assert "it hides 0 repeated rows" in results["notes"][0]
     results = run_table(frame, "--drop", "number")
     assert results["notes"] == []
 
@@ -686,6 +710,11 @@ def test_repeated_rows_are_left_out_with_a_note():
     assert results["data"]["table"]["train"] + results["data"]["table"]["test"] == 60
 
 
+def test_an_id_that_hides_repeated_rows_is_noted():
+    frame = pd.concat([write_pets()] * 5).reset_index(names="id").assign(id=range(300))
+    assert "it hides 240 repeated rows: --drop 'id'" in run_table(frame)["notes"][0]
+
+
 def test_labels_that_differ_in_case_are_noted():
     frame = write_pets()
     frame.loc[:9, "label"] = frame["label"].str.capitalize()
@@ -696,12 +725,13 @@ def test_labels_that_differ_in_case_are_noted():
     ("a,b\n1,2\n", "needs a column `label`"), ("label\n1\n", "needs a column `label` and another one"),
     ("0,0,3,1.5\n1,0,2,0.5\n", "has it no header?"), ("label,a\n0,1\n1,x\n", "row 2, column 'a': x is no number"),
     ("label,a\n0,1\n1,\n", "row 2, column 'a': nan"), ("label,a\n0,1\n1,inf\n", "row 2, column 'a': inf"),
-    ("label,a\n0,1\n0,2\n", "all rows have the label '0'"), ("", "No columns"), ("label,a\n", "has no rows"),
-    ("label,a\n0,1\n0,2\n1,3\n", "least populated class"), ("label,a\n0,1\n  ,2\n1,3\n", "row 2 has no label"),
+    ("label,a\n0,1\n0,2\n", "it has 1 in 2 rows"), ("", "No columns"), ("label,a\n", "has no rows"),
+    ("label,a\n0,1\n0,2\n1,3\n", "'1' in 1; is it a number"), ("label,a\n0,1\n  ,2\n1,3\n", "row 2 has no label"),
     ("label,a\ncat,1\nNaN,2\n1,3\n", "row 2 has no label"), ("label,a\n0,1,7\n1,2,8\n", "Length of header"),
+    ("label,a,a\n0,1,7\n", "two columns are called 'a'"), ("label,a\n0,1\n\xff,2\n", "utf-8"),
     ("label,a\n0,1\n1,2,8\n", "Expected 2 fields in line 3"), ("label;a\n0;1\n", "it has ['label;a']")])
 def test_a_bad_table_is_one_line(text, words, error_line):
-    Path("bad.csv").write_text(text)
+    Path("bad.csv").write_bytes(text.encode("latin-1"))
     line = error_line(bs, ["--data", "bad.csv"])
     assert "bad.csv" in line
     assert words in line
@@ -764,6 +794,53 @@ def records_of(results):
     return pd.DataFrame(results["records"])
 
 
+def test_a_strategy_and_its_control_have_the_same_wrong_labels(monkeypatch):
+    seen, original = [], bs.measure
+    monkeypatch.setattr(bs, "measure", lambda learner: (seen.append(learner), original(learner)))
+    digits("--label-noise", "0.3", "--epochs", "1", "--runs", "1", "--strategy", "importance")
+    assert {learner.max_samples for learner in seen} == {None, 288}
+    assert all(torch.equal(learner.data.y_train, seen[0].data.y_train) for learner in seen)
+
+
+def test_models_are_scored_as_in_evaluation():
+    learner = make_learner(64)
+    learner.model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2))
+    first = learner.score(np.arange(64))
+    learner.gradient_norm(np.arange(64))
+    assert (learner.score(np.arange(64)) == first).all()
+    assert learner.model.training
+    assert (learner.model[2].running_mean == 0).all()
+
+
+def test_infobatch_takes_every_sample_in_the_last_epoch():
+    for epochs in (2, 3, 5, 7, 10):
+        batches = simulate(bs.infobatch, 331, epochs=epochs, batch_size=400)
+        assert len(batches[-1][0]) == 331, epochs
+
+
+@pytest.mark.parametrize("batch", [(np.array([0.5, 1]), None), (np.array([True, False]), None),
+                                   (np.arange(3), np.ones(2)), (np.arange(3), np.ones((3, 1)))])
+def test_a_strategy_that_yields_no_rows_or_other_weights_is_an_error(batch):
+    learner = make_learner(10)
+    with pytest.raises(bs.UserError, match="must yield row numbers"):
+        bs.train_epoch(learner, lambda learner: [batch])
+
+
+def test_a_strategy_without_a_batch_is_an_error():
+    with pytest.raises(bs.UserError, match="no batch for this epoch"):
+        bs.train_epoch(make_learner(10), lambda learner: [])
+
+
+@pytest.mark.parametrize(("x", "y", "words"), [
+    (np.ones((8, 3)), [1, 2] * 4, "labels must be 0 to 1"), (np.ones((8, 3)), [0, 0.5] * 4, "labels must be 0 to 1"),
+    (np.ones((8, 3)), ["a", "b"] * 4, "labels must be"), (np.full((8, 3), np.nan), [0, 1] * 4, "missing or infinite"),
+    (np.ones((8, 3)), [0, 1], "do not fit")])
+def test_a_data_set_of_ones_own_is_checked(x, y, words):
+    with pytest.raises(bs.UserError, match=words):
+        bs.make_data("mine", (x, y, x, y), "own")
+    assert bs.make_data("mine", (np.ones((4, 2)), [0, 1, 0, 1]) * 2, "own").x_train.dtype == np.float32
+
+
 def test_the_control_is_random_with_exactly_as_many_trained_samples():
     results = digits("--runs", "2", "--epochs", "2", "--strategy", "random", "selective_backprop", "smart")
     last = records_of(results).groupby(["strategy", "control", "seed"]).last()["samples"]
@@ -792,6 +869,13 @@ def test_a_time_budget_counts_training_and_selection_and_decays_the_rate(monkeyp
     assert "random in the same time (0.3 s)" in Path("outputs/batch_selection/run-001/summary.md").read_text()
 
 
+def test_without_random_a_time_budget_has_a_control_of_its_own_with_the_same_time():
+    results = digits("--budget-seconds", "0.3", "--runs", "1", "--strategy", "importance")
+    last = records_of(results).groupby("control").last()
+    assert (last["seconds"] >= 0.3).all()
+    assert last.loc[True, "samples"] > 1.3 * last.loc[False, "samples"]
+
+
 def test_one_command_does_everything(capsys):
     strategies = ["random", "smart", "loss_threshold"]
     argv = ["--dataset", "digits", "--benchmark-datasets", "breast_cancer", "--runs", "3", "--epochs", "2", "--jobs",
@@ -813,7 +897,7 @@ def test_one_command_does_everything(capsys):
     mean, interval = bs.mean_and_interval(finals["test_acc"])
     assert f"test accuracy [%]: {mean:.4f} ± {interval:.4f}\n" in text
     assert "majority class, test accuracy [%]: 10.00" in out
-    assert "| strategy | 0% wrong | 20% wrong |" in out
+    assert "| strategy | 0 % wrong | 20 % wrong |" in out
     first = records_of(results).query("dataset == 'digits' and noise == 0 and epoch == 0 and seed == 42")
     assert first["test_acc"].nunique() == 1, "the same first weights for every strategy"
     assert results["data"]["digits"]["source"] == "embedded"
@@ -821,7 +905,7 @@ def test_one_command_does_everything(capsys):
     assert Path("outputs/vision/digits/smart/run-002/test_acc.png").exists()
     summary = Path("outputs/batch_selection/run-002/summary.md").read_text()
     assert "No verdict" in summary
-    assert "±" not in summary.split("±: 95 %")[0], "one run has no interval"
+    assert "±" not in summary.split("±: half")[0], "one run has no interval"
 
 
 def test_quick_learns_and_draws_few_pictures():
@@ -860,11 +944,11 @@ def test_strategy_data_set_and_model_are_one_line_each_as_the_docstring_shows(mo
     monkeypatch.setitem(bs.MODELS, "vision", dict(bs.MODELS["vision"]))
     for line in lines:
         exec(line, vars(bs) | {"read_mine": read_mine, "np": np, "nn": nn})
-    results = bs.main(["--dataset", "mine", "--strategy", "random", "hardest", "--model", "wide", "--no-benchmark",
+    results = bs.main(["--dataset", "mine", "--strategy", "random", "sorted", "--model", "wide", "--no-benchmark",
                        "--learning-rate", "0.1", "--batch-size", "16", "--jobs", "2", "--epochs", "20"])
     last = records_of(results).query("strategy == 'random' and epoch == 20")
     assert last["test_acc"].mean() > 90
-    assert Path("outputs/vision/mine/hardest/run-001/test_acc.png").exists()
+    assert Path("outputs/vision/mine/sorted/run-001/test_acc.png").exists()
 
 
 PARALLEL = ["--dataset", "digits", "--no-benchmark", "--epochs", "2", "--runs", "2", "--strategy", "selective_backprop",
@@ -903,28 +987,30 @@ def test_loky_in_a_notebook_equals_sequential(tmp_path):
     assert_equal_runs("alone", Path("empty/outputs"), runs=4)
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, error_line):
-    argv = ["--dataset", "digits", "--no-benchmark", "--runs", "2", "--epochs", "3", "--strategy", "smart",
-            "rho_loss", "--jobs", "1", "--device", "cpu"]
+@pytest.mark.parametrize("strategy", ["rho_loss", "loss_rank"])  # with hold-out losses, with latest losses
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(strategy, tmp_path, error_line):
+    argv = ["--dataset", "digits", "--no-benchmark", "--runs", "1", "--epochs", "3", "--strategy", "smart",
+            strategy, "--jobs", "1", "--device", "cpu"]
     whole = bs.main([*argv, "--output-dir", "whole"])
-    kill = "\n".join([  # in rho_loss's second epoch: after 3 x 23 steps of smart and its control, and 5 of its own
+    steps = 5 if strategy == "rho_loss" else 23
+    kill = "\n".join([  # in its second epoch, after 3 x 23 steps of smart and as many of its control
         "import itertools, os, sys, batch_selection as bs",
         "track, calls = bs.track_losses, itertools.count(1)",
-        "bs.track_losses = lambda *x: os.kill(os.getpid(), 9) if next(calls) == 2 * 69 + 7 else track(*x)",
+        f"bs.track_losses = lambda *x: os.kill(os.getpid(), 9) if next(calls) == {138 + steps + 2} else track(*x)",
         "bs.main(sys.argv[1:])"])
     command = [sys.executable, "-c", kill, *argv, "--output-dir", "killed"]
     process = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert process.returncode == -signal.SIGKILL
     runs = Path("killed/batch_selection/run-001/runs")
-    state = torch.load(runs / "digits-noise-0-rho_loss-42.pt", weights_only=True)
+    state = torch.load(runs / f"digits-noise-0.0-{strategy}-42.pt", weights_only=True)
     assert len(state["history"]) == 2
-    first = runs / "digits-noise-0-smart-42.pt"
+    first = runs / "digits-noise-0.0-smart-42.pt"
     stamp = first.stat().st_mtime_ns
     line = error_line(bs, ["--resume", "--output-dir", "killed", "--strategy", "smart"])
     assert "--resume keeps a run's arguments; leave out --strategy" in line
     resumed = bs.main(["--resume", "--output-dir", "killed"])
     assert first.stat().st_mtime_ns == stamp, "finished runs are not trained again"
-    assert_equal_runs("whole", Path("killed"), runs=8)
+    assert_equal_runs("whole", Path("killed"), runs=4)
     columns = ["strategy", "seed", "control", "epoch", "test_acc"]
     assert records_of(resumed)[columns].equals(records_of(whole)[columns])
     assert "no unfinished run" in error_line(bs, ["--resume", "--output-dir", "killed"])
@@ -960,13 +1046,13 @@ def test_damaged_checkpoints_and_other_data_are_named(monkeypatch, error_line):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(bs, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         digits("--epochs", "1", "--runs", "1", "--strategy", "random")
-    checkpoint = Path("outputs/batch_selection/run-001/runs/digits-noise-0-random-42.pt")
+    checkpoint = Path("outputs/batch_selection/run-001/runs/digits-noise-0.0-random-42.pt")
     whole = checkpoint.read_bytes()
     state = torch.load(checkpoint, weights_only=True) | {"data": "of another day"}
     checkpoint.write_bytes(whole[:2000])
-    assert "digits-noise-0-random-42.pt: damaged" in error_line(bs, ["--resume"])
+    assert "digits-noise-0.0-random-42.pt: damaged" in error_line(bs, ["--resume"])
     torch.save(state, checkpoint)
-    assert "digits-noise-0-random-42.pt: trained on other data" in error_line(bs, ["--resume"])
+    assert "digits-noise-0.0-random-42.pt: trained on other data" in error_line(bs, ["--resume"])
     checkpoint.write_bytes(whole)
     assert bs.main(["--resume"])["tables"]["digits"]
 
@@ -982,12 +1068,12 @@ def test_a_killed_worker_is_one_line(monkeypatch, error_line):
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    ("--dataset minst", "--dataset"), ("--strategy clever", "--strategy"), ("--epochs 0", "--epochs must be"),
-    ("--label-noise 2", "--label-noise must be between 0 and 1"), ("--batch-size x", "--batch-size"),
-    ("--label-noise nan", "--label-noise must be"), ("--budget-seconds 0", "--budget-seconds must be"),
+    ("--dataset minst", "--dataset"), ("--strategy clever", "--strategy"), ("--epochs 0", "--epochs 0 is not between"),
+    ("--label-noise 2", "--label-noise 2.0 is not between 0 and 1"), ("--batch-size x", "--batch-size"),
+    ("--label-noise nan", "--label-noise nan is not"), ("--budget-seconds 0", "--budget-seconds 0.0 is not"),
     ("--device quantum", "unknown device 'quantum'"), ("--model transformer", "--task vision has mlp, cnn"),
     ("--task nlp --model cnn", "--task nlp has transformer"), ("--task nlp --dataset digits", "nlp takes --data"),
-    ("--dataset digits --data x.csv", "exclude each other"), ("--data nowhere.csv", "nowhere.csv"),
+    ("--dataset digits --data x.csv", "--data excludes --dataset"), ("--data nowhere.csv", "nowhere.csv"),
     ("--no-benchmark --benchmark-datasets digits", "exclude each other"), ("--drop a", "--drop is for --data"),
     ("--dataset cifar10", "cifar-10-binary.tar.gz"), ("--download cifar100", "cannot download"),
     ("--task nlp --data nowhere", "No such file"), ("--resume", "no unfinished run"), ("--jobs 0", "--jobs"),
@@ -1000,6 +1086,37 @@ def test_every_error_is_one_line(argv, words, error_line):
     Path("file").write_text("in the way")
     Path("table.csv").write_text("label,a,b\n" + "".join(f"{i % 2},{i}.5,{3 * i}.25\n" for i in range(30)))
     assert words in error_line(bs, argv.split())
+
+
+def test_a_full_disk_is_one_line(monkeypatch, error_line):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    line = error_line(bs, ["--dataset", "digits", "--no-benchmark", "--strategy", "random", "--jobs", "1"])
+    assert "digits-noise-0.0-random-42.pt cannot be written; is the disk full?" in line
+    assert not list(Path("outputs").rglob("*.part"))
+
+
+def test_repeated_strategies_and_shares_count_once():
+    args = bs.parse_args(["--strategy", "smart", "smart", "--label-noise", "0.1", "0.1"])
+    assert args.strategy == ["smart"]
+    assert args.label_noise == [0.1]
+
+
+def test_quick_keeps_what_is_asked_for():
+    args = bs.parse_args(["--quick", "--dataset", "mnist", "--no-benchmark"])
+    assert (args.dataset, args.benchmark_datasets) == ("mnist", None)
+    assert bs.parse_args(["--quick", "--task", "nlp"]).dataset is None
+    assert bs.parse_args(["--quick", "--data", "x.csv"]).benchmark_datasets is None
+
+
+def test_the_picture_says_that_its_intervals_are_not_corrected(monkeypatch):
+    labels = []
+    monkeypatch.setattr(bs, "save_figure", lambda fig, *_, **__: (
+        labels.extend(ax.get_xlabel() for ax in fig.axes), plt.close(fig)))
+    digits("--epochs", "1", "--runs", "3", "--strategy", "random", "smart")
+    assert any("uncorrected; p: corrected after Holm" in label.replace("\n", " ") for label in labels)
 
 
 def test_a_dask_scheduler_that_does_not_answer(monkeypatch, error_line):
