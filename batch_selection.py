@@ -404,14 +404,14 @@ def holdout_losses(learner):
         model.to(args.device)
         optimizer = make_optimizer(model, args)
         for rows in split_batches(seen, args.batch_size):
-            loss = sample_losses(model, data, *data.training_samples(rows))[0].mean()
+            loss = sample_losses(model, *data.training_samples(rows))[0].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         learner.samples += len(seen)
         with torch.inference_mode():
             for rows in split_batches(unseen, 1000):
-                present, _ = sample_losses(model, data, *data.training_samples(rows))
+                present, _ = sample_losses(model, *data.training_samples(rows))
                 losses[rows] = present.cpu().numpy()
     return losses
 
@@ -429,8 +429,8 @@ STRATEGIES = {"random": random_batches, "fixed": fixed_batches, "smart": smart,
 class Data:
     """Training and test samples, as numpy arrays or tensors.
 
-    Vision: x [n, channels, height, width] or [n, features], of which (x - mean) / std goes into the
-    model; y [n]. Language: x and y [n, window] bytes, y one byte further on, and no mean.
+    Vision: x [n, channels, height, width] or [n, features], y [n]. Language: x and y [n, window]
+    bytes, y one byte further on, and no mean.
     """
 
     name: str
@@ -440,14 +440,17 @@ class Data:
     y_test: np.ndarray
     num_classes: int
     info: dict  # source, numbers of samples, classes, sha256, score of a simple baseline
-    mean: np.ndarray | None = None
-    std: np.ndarray | None = None
+    mean: float | None = None
+    std: float | None = None
 
     def to(self, device):
-        """The same as tensors on the device."""
-        arrays = {name: torch.tensor(value, device=device) for name, value in vars(self).items()
-                  if isinstance(value, np.ndarray)}
-        return replace(self, **arrays)
+        """The same as tensors on the device, normalized: x is (x - mean) / std."""
+        tensors = {name: torch.tensor(value, device=device).long() for name, value in
+                   vars(self).items() if name.startswith("y_")}
+        for name in ("x_train", "x_test"):
+            x = torch.tensor(getattr(self, name), device=device)
+            tensors[name] = x.long() if self.mean is None else x.float().sub_(self.mean).div_(self.std)
+        return replace(self, **tensors)
 
     def training_samples(self, rows):
         """(x, y) of these rows; index_select is several times faster than x_train[rows]."""
@@ -704,8 +707,8 @@ def make_data(name, arrays, source, class_names=None):
     info = {"source": source, "train": len(x_train), "test": len(x_test),
             "classes": class_names or num_classes, "sha256": digest.hexdigest(),
             "baseline": {"majority class, test accuracy [%]": majority}}
-    mean = np.float32(x_train.mean(dtype=np.float64))
-    std = np.float32(x_train.std(dtype=np.float32) or 1)
+    mean = float(x_train.mean(dtype=np.float64))
+    std = float(x_train.std(dtype=np.float32)) or 1.0
     return Data(name, x_train, y_train, x_test, y_test, num_classes, info, mean, std)
 
 
@@ -981,11 +984,13 @@ HOLDOUT_MODELS = {"vision": partial(SimpleMLP, hidden=32),
                   "nlp": partial(TinyTransformer, d_model=32, num_heads=2, num_layers=1)}
 
 
-def sample_losses(model, data, x, y):
+def sample_losses(model, x, y):
     """(cross-entropy of each sample [batch], of a window the mean over its bytes; logits)."""
-    logits = model(x.long() if data.mean is None else (x - data.mean) / data.std)
-    losses = F.cross_entropy(logits.flatten(0, -2), y.flatten().long(), reduction="none")
-    return losses if y.dim() == 1 else losses.view(y.shape).mean(1), logits
+    logits = model(x)
+    if y.dim() == 1:
+        return F.cross_entropy(logits, y, reduction="none"), logits
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+    return losses.view(y.shape).mean(1), logits
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -1025,7 +1030,7 @@ class Learner:
     def score(self, rows):
         """Present losses of the training samples `rows`, as an array, by one forward pass."""
         self.model.eval()
-        losses, _ = sample_losses(self.model, self.data, *self.data.training_samples(rows))
+        losses, _ = sample_losses(self.model, *self.data.training_samples(rows))
         self.model.train()
         return losses.cpu().numpy()
 
@@ -1034,9 +1039,9 @@ class Learner:
         """Norms of softmax minus one-hot, the gradient of the loss at the logits."""
         x, y = self.data.training_samples(rows)
         self.model.eval()
-        _, logits = sample_losses(self.model, self.data, x, y)
+        _, logits = sample_losses(self.model, x, y)
         self.model.train()
-        error = logits.softmax(-1) - F.one_hot(y.long(), logits.shape[-1])
+        error = logits.softmax(-1) - F.one_hot(y, logits.shape[-1])
         return error.flatten(1).norm(dim=1).cpu().numpy()
 
     def elapsed(self):
@@ -1110,7 +1115,7 @@ def train_epoch(learner, strategy):
                 group["lr"] = args.learning_rate * (1 - learner.progress())
         if learner.max_samples is not None:  # in a control, whose strategy has no weights
             rows = rows[: learner.max_samples - learner.samples]
-        losses, _ = sample_losses(learner.model, data, *data.training_samples(rows))
+        losses, _ = sample_losses(learner.model, *data.training_samples(rows))
         loss = losses.mean()
         if weights is not None:
             loss = (losses * torch.from_numpy(weights).to(args.device)).mean()
@@ -1139,25 +1144,25 @@ def check_batch(rows, weights):
 
 def track_losses(learner, rows, losses):
     """Bring the latest losses and their moving averages up to date; a first loss is its average."""
-    if not np.isfinite(losses).all():
+    if not math.isfinite(losses.sum()):
         raise UserError("the loss is no longer a number; lower --learning-rate")
     learner.last_loss[rows] = losses
     if learner.args.smart_loss == "batch-mean":
         losses = losses.mean()
-    old = learner.loss[rows]
     decay = learner.args.ema_decay
-    is_new = np.isinf(old)
-    learner.loss[rows] = np.where(is_new, losses, decay * np.where(is_new, 0, old)
-                                  + (1 - decay) * losses)
+    old = learner.loss[rows]
+    with np.errstate(invalid="ignore"):  # 0 x inf, with --ema-decay 0
+        average = decay * old + (1 - decay) * losses
+    learner.loss[rows] = np.where(np.isinf(old), losses, average)
 
 
 @torch.inference_mode()
-def evaluate(model, data, x, y):
+def evaluate(model, x, y):
     """(mean loss, accuracy in percent) over all samples."""
     total, correct = 0.0, 0.0
     model.eval()
     for x_part, y_part in zip(x.split(1000), y.split(1000)):
-        losses, logits = sample_losses(model, data, x_part, y_part)
+        losses, logits = sample_losses(model, x_part, y_part)
         total += losses.sum().item()
         correct += (logits.argmax(-1) == y_part).sum().item()
     return total / len(x), 100 * correct / y.numel()
@@ -1172,9 +1177,9 @@ def measure(learner):
     """Append the metrics of this moment to the history."""
     data = learner.data
     stride = training_stride(data.info)
-    train_loss, train_acc = evaluate(learner.model, data, data.x_train[::stride],
+    train_loss, train_acc = evaluate(learner.model, data.x_train[::stride],
                                      data.y_train[::stride])
-    test_loss, test_acc = evaluate(learner.model, data, data.x_test, data.y_test)
+    test_loss, test_acc = evaluate(learner.model, data.x_test, data.y_test)
     if not math.isfinite(train_loss + test_loss):
         raise UserError("the loss is no longer a number; lower --learning-rate")
     # Before training: those of random, which progress() takes as the length of the first epoch.

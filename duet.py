@@ -50,11 +50,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,7 +77,9 @@ ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066
 SEED_CLAIM = {"temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
               "user_metrics": {"none": 99.0, "auto_expanding": 99.0}, "etth1": {"none": 79.7, "auto_expanding": 87.5},
               "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8}}
-FILLS = {"mask": "value and mask", "zero": "zero fill", "forward": "forward fill"}
+SERIES_FILES = [".ts", ".tsv", ".txt"]  # of the UEA and UCR archives
+FILLS = {"both": "forward fill and mask", "mask": "value and mask", "zero": "zero fill", "forward": "forward fill"}
+MISSING = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
 INTERVAL = ("± is the 95 % interval of the mean over the seeds (Student's t). It covers initial weights, order of "
@@ -107,6 +111,10 @@ UNITS = {"c": "celsius", "f": "fahrenheit", "k": "kelvin", "pct": "percent", "ms
          "mb": "megabytes", "gb": "gigabytes", "mm": "millimetres", "v": "volts", "a": "amperes", "hz": "hertz"}
 
 
+# A unit of one letter counts as one only after a number or one of these words: phase_a is not in amperes.
+QUANTITIES = {"temperature", "voltage", "current", "duration", "time", "length", "period", "delay"}
+
+
 class UserError(Exception):
     """Something that the user can put right: main() makes it one line on stderr and exit code 2."""
 
@@ -132,9 +140,11 @@ def name_to_words(name):
     for token in re.findall(r"[^\W_]+", name):
         parts = re.findall(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+", token)
         words += [token.lower()] if token.lower() in UNITS else [part.lower() for part in parts]
-    if len(words) > 1:  # a unit stands last; alone it is a name
-        words[-1] = UNITS.get(words[-1], words[-1])
-    return " ".join(ABBREVIATIONS.get(word, word) for word in words) or name
+    words = [ABBREVIATIONS.get(word, word) for word in words[:-1]] + words[-1:]
+    if len(words) > 1 and (len(words[-1]) > 1 or words[-2] in QUANTITIES or words[-2].isdigit()):
+        words[-1] = UNITS.get(words[-1], words[-1])  # a unit stands last; alone it is a name
+    words[-1:] = [ABBREVIATIONS.get(word, word) for word in words[-1:]]
+    return " ".join(words) or name
 
 
 @dataclass
@@ -215,7 +225,8 @@ def split_at_random(labels, share=0.2, seed=0, at_least=0):
     rng, chosen = np.random.default_rng(seed), np.zeros(len(labels), bool)
     for label in np.unique(labels):
         own = rng.permutation(np.flatnonzero(labels == label))
-        chosen[own[: max(at_least, round(share * len(own)))]] = True
+        number = max(at_least, round(share * len(own)), int(len(own) > 1))  # one of two is chosen
+        chosen[own[:number]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
@@ -279,47 +290,97 @@ def synthetic_schema(number, windows):
 # --- Data: CSV, .ts and ETTh1 -----------------------------------------------------------------------------------------
 
 
-def read_csv(path):
-    """({numeric column: float64 [rows]}, {left out: why}, texts of the date column or None) of a CSV file."""
-    import pyarrow as pa
-    import pyarrow.csv
-
+def read_text(path):
+    """The text of a file in UTF-8, with or without a byte order mark."""
     try:
-        table = pa.csv.read_csv(path)
-        names = table.column_names
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def parse_numbers(column):
+    """A column of texts as numbers, with `1,504` as thousands or `50,13` as decimals where all cells look like that."""
+    text = column.dropna().astype(str).str.strip()
+    if text.str.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all() and text.str.contains(",").any():
+        column = column.astype(str).str.replace(",", "")
+    elif text.str.fullmatch(r"-?\d+,?\d*").all():
+        column = column.astype(str).str.replace(",", ".")
+    return pd.to_numeric(column, errors="coerce")
+
+
+def read_csv(path):
+    """({numeric column: float64 [rows]}, {left out: why}, texts of the date column or None) of a CSV file.
+
+    The rows are in order of time: dates that fall, or are mixed, are sorted with a note.
+    """
+    text = read_text(path)
+    header = text.split("\n", 1)[0]
+    separator = max(",;\t", key=header.count)
+    try:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            frame = pd.read_csv(io.StringIO(text), sep=separator, index_col=False, skipinitialspace=True)
+    except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    names = next(csv.reader([header], delimiter=separator))
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns have the same name: {', '.join(names)}")
-    if not table.num_rows:
+    if frame.empty:
         raise UserError(f"{path}: no rows")
     numbers, left_out, dates = {}, {}, None
-    for name, column in zip(names, table.columns):
-        kind = column.type
-        if pa.types.is_null(kind):
+    for name, column in frame.items():
+        if column.isna().all():
             left_out[name] = "empty"
-        elif pa.types.is_temporal(kind) or name.lower() in ("date", "time", "datetime", "timestamp"):
-            left_out[name], dates = "a date", [str(value) for value in column.to_pylist()]
         elif re.fullmatch(r"|Unnamed: \d+|__index_level_\d+__", name):
             left_out[name] = "a row index"
-        elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-            numbers[name] = column.cast(pa.float64(), safe=False).to_numpy()
+        elif is_date(name, column):
+            left_out[name], dates = "a date", column
+        elif pd.api.types.is_numeric_dtype(column):
+            numbers[name] = column.to_numpy(float)
         else:
+            values = parse_numbers(column)
+            bad = values.isna() & column.notna()
+            if not bad.any():
+                numbers[name] = values.to_numpy(float)
+                continue
             left_out[name] = "not numeric"
-            bad = [(row, cell) for row, cell in enumerate(column.to_pylist(), start=2) if not is_number(cell)]
-            if 0 < len(bad) < table.num_rows / 2:
-                raise UserError(f"{path}: row {bad[0][0]}, column {name!r}: {bad[0][1]!r}, a number is needed")
+            if bad.mean() < 0.5:
+                row = bad.argmax()
+                raise UserError(f"{path}: row {row + 2}, column {name!r}: {column[row]!r}, a number is needed")
     if not numbers:
-        hint = "; the separator must be a comma" if re.search("[;\t]", names[0]) else ""
-        raise UserError(f"{path}: no numeric column, only {', '.join(names)}{hint}")
+        raise UserError(f"{path}: no numeric column, only {', '.join(map(str, frame))}")
+    if dates is not None:
+        order = sort_dates(path, dates)
+        numbers = {name: values[order] for name, values in numbers.items()}
+        dates = dates.iloc[order].astype(str).tolist()
     return numbers, left_out, dates
 
 
-def is_number(cell):
-    try:
-        return cell is None or math.isfinite(float(cell))
-    except (TypeError, ValueError):
-        return False
+def is_date(name, column):
+    """Whether a column has dates: by its name, or as texts that can all be read as such."""
+    if name.lower() in ("date", "time", "datetime", "timestamp"):
+        return True
+    text = column.dropna()
+    return (not pd.api.types.is_numeric_dtype(column) and text.astype(str).str.contains(r"\d[-/:]\d").all()
+            and pd.to_datetime(text, errors="coerce", format="mixed", utc=True).notna().all())
+
+
+def sort_dates(path, dates):
+    """The order of the rows in time; a note tells of another order in the file, of repeated dates and of gaps."""
+    times = dates
+    if not pd.api.types.is_numeric_dtype(dates):
+        times = pd.to_datetime(dates, errors="coerce", format="mixed", utc=True).dt.tz_localize(None)
+    if times.isna().any():
+        note(f"{path}: row {times.isna().argmax() + 2} of {dates.name!r} is no date; the rows are taken as they stand")
+        return np.arange(len(dates))
+    order = np.argsort(times.to_numpy(), kind="stable")
+    if (np.diff(order) < 0).any():
+        note(f"{path}: its rows are not in order of {dates.name!r}; they have been sorted")
+    steps = np.diff(times.to_numpy()[order].astype("int64" if times.dtype.kind == "M" else float)).astype(float)
+    if (steps == 0).any():
+        note(f"{path}: {(steps == 0).sum():,} rows repeat a value of {dates.name!r}: several series in one file?")
+    if len(steps) and (steps > 1.5 * np.median(steps)).any():
+        note(f"{path}: {(steps > 1.5 * np.median(steps)).sum():,} gaps in {dates.name!r}; rows count as equally spaced")
+    return order
 
 
 def csv_dataset(path, target, num_classes, protocol, name=None):
@@ -339,8 +400,14 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
         raise UserError(f"{path}: {len(series)} rows, at least {math.ceil(12.5 * SEQ_LEN) + SEQ_LEN} are needed")
     values = numbers[target]
     seen = values if protocol == "seed" else values[:train]
+    distinct = np.unique(values[np.isfinite(values)])
+    classes = [f"quantile {k + 1}" for k in range(num_classes)]
     limits = np.nanpercentile(seen, np.round(100 * np.arange(1, num_classes) / num_classes, 2))
-    if not (np.diff(limits) > 0).all():
+    if 2 <= len(distinct) <= max(10, num_classes) and (distinct % 1 == 0).all():
+        note(f"{path}: {target!r} has {len(distinct)} distinct values only; they are the classes")
+        classes = [f"{value:g}" for value in distinct]
+        limits = (distinct[1:] + distinct[:-1]) / 2
+    elif not (np.diff(limits) > 0).all():
         raise UserError(f"{path}: --num-classes {num_classes}: quantiles of {target!r} coincide ({limits.tolist()})")
     following = values[starts + SEQ_LEN]
     inner, validation = split_blocks(train, gap=SEQ_LEN)
@@ -349,7 +416,6 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
         inner = inner[inner < train - SEQ_LEN]
     parts = {"train": inner, "validation": validation, "test": np.arange(train, len(starts))}
     parts = {part: some[np.isfinite(following[some])] for part, some in parts.items()}
-    classes = [f"quantile {k + 1}" for k in range(num_classes)]
     labels = np.digitize(following, limits)
     info = {"source": "real", "path": str(path), "left_out": left_out, "class_limits": limits.tolist(),
             "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "protocol": protocol}
@@ -357,37 +423,48 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
                            target=list(numbers).index(target), limits=limits, info=info))
 
 
-def read_ts(path):
-    """(cases [[float64 [length] for each dimension], …], labels [text]) of a UEA/UCR .ts file; `?` is NaN."""
-    cases, labels, in_data = [], [], False
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+def read_ts(path, labelled=True):
+    """(cases [[float64 [length] for each dimension], …], labels [text]) of a UEA/UCR .ts file; `?` is NaN.
+
+    A .tsv or .txt file of the older UCR archive has one case a line, the class first. With labelled=False, as for
+    --predict, a file without classes, and `?` as a class, are taken, too.
+    """
+    lines = read_text(path).splitlines()
+    if Path(path).suffix != ".ts":
+        rows = [re.split(r"[\t, ]+", line.strip()) for line in lines if line.strip()]
+        lines = ["@data", *(f"{','.join(values)}:{label}" for label, *values in rows)]
+    cases, labels, in_data, has_label = [], [], False, True
     for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
+        if not line or line[0] in "#%":
             continue
         if not in_data:
-            key, _, value = line.lower().partition(" ")
+            key, *value = line.lower().split()
             if not key.startswith("@"):
                 raise UserError(f"{path}: line {number}: no @data line before it, this is no .ts file")
-            if (key, value.split(" ")[0]) in (("@timestamps", "true"), ("@classlabel", "false")):
-                raise UserError(f"{path}: line {number}: {line}: it must have classes and no time stamps")
+            if (key, value[:1]) == ("@targetlabel", ["true"]):
+                raise UserError(f"{path}: line {number}: {line}: a file for regression, it has no classes")
+            if (key, value[:1]) == ("@timestamps", ["true"]):
+                raise UserError(f"{path}: line {number}: {line}: files with time stamps are not read")
+            if (key, value[:1]) == ("@classlabel", ["false"]):
+                has_label = False
+                if labelled:
+                    raise UserError(f"{path}: line {number}: {line}: it must have classes")
             in_data = key == "@data"
             continue
-        *dimensions, label = line.split(":")
+        dimensions = line.split(":")
+        label = dimensions.pop().strip() if has_label else "?"
         try:
-            case = [np.array([cell.replace("?", "nan") or "nan" for cell in text.split(",")], np.float64)
+            case = [np.array([cell.strip().replace("?", "nan") or "nan" for cell in text.split(",")], np.float64)
                     for text in dimensions]
         except ValueError as error:
             raise UserError(f"{path}: line {number}: {error}, a number or ? is needed") from None
         if not case or (cases and len(case) != len(cases[0])):
             wanted = f"{len(cases[0])} dimensions" if cases else "values, a colon and the class"
             raise UserError(f"{path}: line {number}: {len(case)} dimensions, {wanted} are needed")
-        if label.strip() in ("", "?"):
+        if labelled and label in ("", "?"):
             raise UserError(f"{path}: line {number}: the class after the last colon is missing")
         cases.append(case)
-        labels.append(label.strip())
+        labels.append(label)
     if not cases:
         raise UserError(f"{path}: no cases after @data")
     return cases, labels
@@ -408,13 +485,14 @@ def ts_dataset(name, files):
     cases, texts, test = [], [], []
     for file in files:
         own, labels = read_ts(file)
-        cases, texts, test = cases + own, texts + labels, test + [file.stem.endswith("_TEST")] * len(own)
+        is_test = file.stem.lower().endswith("_test")
+        cases, texts, test = cases + own, texts + labels, test + [is_test] * len(own)
     if len({len(case) for case in cases}) > 1:
         raise UserError(f"{name}: training and test file have different dimensions")
     classes = sorted(set(texts))
     labels = np.array([classes.index(text) for text in texts])
     seq_len = max(len(values) for case in cases for values in case)
-    info = {"source": "real", "path": [str(file) for file in files],
+    info = {"source": "real", "archive": True, "path": [str(file) for file in files],
             "file_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
     parts = independent_parts(labels, np.array(test) if 0 < sum(test) < len(test) else None)
     return prepare(Dataset(name, [f"dim_{i}" for i in range(len(cases[0]))], stack_cases(cases, seq_len),
@@ -459,13 +537,16 @@ def load_datasets(args):
     for path in map(Path, args.data or []):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; --data takes .csv, .ts and folders of .ts")
-        files = sorted(path.glob("*.ts")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():  # one format: the archive has the same data in several
+            files = next((found for kind in SERIES_FILES if (found := sorted(path.glob(f"*{kind}")))), [])
         if not files:
-            raise UserError(f"{path}: no .ts file in this folder")
+            raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder")
         for file in files:
-            groups.setdefault(Path(re.sub(r"_(TRAIN|TEST)\.ts$", ".ts", str(file))), []).append(file)
+            name = re.sub(r"_(train|test)(\.\w+)$", r"\2", str(file), flags=re.I)
+            groups.setdefault(Path(name), []).append(file)
     for path, files in groups.items():
-        if path.suffix == ".ts":
+        if path.suffix in SERIES_FILES:
             datasets.append(ts_dataset(path.stem, files))
         elif args.target is None:
             raise UserError(f"{path}: --target COLUMN is needed for a CSV: {', '.join(read_csv(path)[0])}")
@@ -695,12 +776,12 @@ def forward_fill(x):
 def values_and_mask(x, fill):
     """Two channels [batch, columns, time] each of x with NaNs: the values, and 1 where they are present.
 
-    fill: `mask` puts 0 for a NaN and says so in the mask; `zero` and `forward` fill and say nothing (a mask of 1).
+    fill: `both` puts the last value for a NaN and says so in the mask, `mask` puts 0 and says so; `zero` and `forward`
+    fill and say nothing (a mask of 1).
     """
-    if fill == "mask":
-        return x.nan_to_num(), (~x.isnan()).to(x.dtype)
-    filled = forward_fill(x) if fill == "forward" else x
-    return filled.nan_to_num(), torch.ones_like(x)
+    filled = forward_fill(x) if fill in ("both", "forward") else x
+    mask = (~x.isnan()).to(x.dtype) if fill in ("both", "mask") else torch.ones_like(x)
+    return filled.nan_to_num(), mask
 
 
 def cut_patches(x):
@@ -711,6 +792,33 @@ def cut_patches(x):
 
 def num_patches(seq_len):
     return max(0, math.ceil((seq_len - PATCH_LEN) / STRIDE)) + 1
+
+
+class ConvStem(nn.Module):
+    """Three convolutions with batch normalization, pooled: [batch, channels, time] -> [batch, patches, d_model].
+
+    Their kernels of 9, 5 and 3 steps see details that a patch of 16 steps must learn at each place anew.
+    """
+
+    def __init__(self, channels, d_model, width=128):
+        super().__init__()
+        layers = []
+        for kernel, outputs in ((9, width), (5, width), (3, d_model)):
+            layers += [nn.Conv1d(channels, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm1d(outputs),
+                       nn.ReLU()]
+            channels = outputs
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return F.adaptive_avg_pool1d(self.layers(x), num_patches(x.shape[-1])).transpose(1, 2)
+
+
+def normalize_windows(values, mask):
+    """Each column of each window minus its mean over what is present, by its deviation; 0 where missing."""
+    number = mask.sum(-1, keepdim=True).clamp(min=1)
+    mean = (values * mask).sum(-1, keepdim=True) / number
+    deviation = (((values - mean) * mask).square().sum(-1, keepdim=True) / number).sqrt()
+    return (values - mean) * mask / (deviation + 1e-2)
 
 
 class Head(nn.Module):
@@ -752,26 +860,34 @@ class MultiDatasetPatchDuET(nn.Module):
     With `shared`, one set of weights serves any columns (c_in is not read): the patch layer sees one column at a time
     (value, mask) and adds the embedding of its name, then each of `queries` learned queries pools the columns of a
     patch by attention, whatever their number, and the results together are one token. Each data set has a head.
+
+    With stem="conv", convolutions over all columns (Wang et al. 2017, arXiv:1611.06455) take the place of patch layer
+    and transformer, which a few dozen windows are not enough for; they also see each window normalized by itself.
+    Not with `shared`.
     """
 
-    def __init__(self, c_in, seq_len=SEQ_LEN, strategy="none", shared=False, head="mean", fill="mask", dropout=0.0,
-                 d_model=64, queries=8, **bert):
+    def __init__(self, c_in, seq_len=SEQ_LEN, strategy="none", shared=False, head="mean", fill="both", dropout=0.0,
+                 d_model=64, queries=8, stem="patches", **bert):
         super().__init__()
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
         self.settings = {"c_in": c_in, "seq_len": seq_len, "strategy": strategy, "shared": shared, "head": head,
-                         "fill": fill, "dropout": dropout, "d_model": d_model, "queries": queries} | bert
+                         "fill": fill, "dropout": dropout, "d_model": d_model, "queries": queries,
+                         "stem": stem} | bert
         self.c_in, self.strategy, self.shared, self.head_kind, self.fill = c_in, strategy, shared, head, fill
-        # What all strategies have comes first: with one seed they begin with the same weights there.
-        self.positions = nn.Parameter(0.02 * torch.randn(num_patches(seq_len), d_model))
-        layer = nn.TransformerEncoderLayer(d_model, 8, 2048, 0.0, batch_first=True, norm_first=True)
-        # Dropout on what each half of a layer adds, not inside: on 2048 hidden units it would be a third of the time.
-        layer.dropout1.p = layer.dropout2.p = dropout
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        if stem == "patches":
+            # What all strategies have comes first: with one seed they begin with the same weights there.
+            self.positions = nn.Parameter(0.02 * torch.randn(num_patches(seq_len), d_model))
+            layer = nn.TransformerEncoderLayer(d_model, 8, 2048, 0.0, batch_first=True, norm_first=True)
+            # Dropout on what each half of a layer adds, not inside: on 2048 hidden units it is a third of the time.
+            layer.dropout1.p = layer.dropout2.p = dropout
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         if shared:
             self.patch_layer = nn.Linear(2 * PATCH_LEN, d_model)
             self.queries = nn.Linear(d_model, queries)
             self.join = nn.Linear(queries * d_model, d_model)
+        elif stem == "conv":
+            self.stem = ConvStem(c_in * (3 if strategy == "none" else 4), d_model)
         else:
             self.patch_layer = nn.Linear(c_in * (2 if strategy == "none" else 3) * PATCH_LEN, d_model)
         self.embedder = None
@@ -779,7 +895,7 @@ class MultiDatasetPatchDuET(nn.Module):
             self.embedder = AutoExpandingEmbedder(d_model if shared else 1)
         elif strategy == "frozen_bert":
             self.embedder = FrozenBERTColumnEmbedder(target_dim=d_model if shared else 1, **bert)
-        self.heads, self.column_names, self.cards, self.dataset = nn.ModuleDict(), {}, {}, None
+        self.heads, self.column_names, self.cards = nn.ModuleDict(), {}, {}
 
     @classmethod
     def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None, strategy="none", **options):
@@ -789,7 +905,7 @@ class MultiDatasetPatchDuET(nn.Module):
         return model
 
     def set_dataset_columns(self, names, dataset="default", num_classes=None, target=None, limits=None, optimizer=None):
-        """Serve `dataset`, whose columns are `names`, from now on; with `num_classes` it gets a new head.
+        """Serve `dataset`, whose columns are `names`; with `num_classes` it gets a new head.
 
         Raises ValueError where the model cannot take that number of columns, or has no head for the data set.
         """
@@ -797,27 +913,26 @@ class MultiDatasetPatchDuET(nn.Module):
             raise ValueError(f"{len(names)} columns for a model of {self.c_in}: its patch layer is built for that "
                              "number; create_for_dataset(..., shared=True) takes any")
         if num_classes is not None:
-            head = Head(self.head_kind, self.positions.shape[1], num_classes, target, limits)
-            self.heads[head_key(dataset)] = head.to(self.positions.device)
+            head = Head(self.head_kind, self.settings["d_model"], num_classes, target, limits)
+            self.heads[head_key(dataset)] = head.to(next(self.parameters()).device)
         if head_key(dataset) not in self.heads:
             raise ValueError(f"no head for data set {dataset!r} yet: give its num_classes")
         if self.embedder:
             self.embedder.lookup(names, optimizer)
         self.column_names[dataset] = list(names)
-        self.dataset = dataset
 
     def add_dataset(self, card):
         """Serve the data set of this card(), with a new head; checkpoints keep the card."""
         self.cards[card["name"]] = card
         self.set_dataset_columns(card["columns"], card["name"], len(card["classes"]), card["target"], card["limits"])
 
-    def forward(self, x):
+    def forward(self, x, dataset="default"):
         if not self.shared and x.shape[1] != self.c_in:
             raise ValueError(f"x has {x.shape[1]} columns, the model {self.c_in}")
         values, mask = values_and_mask(x, self.fill)
         names = None  # [columns, d_model or 1]
         if self.embedder:  # rows are looked up each time: a loaded state may have others
-            names = self.embedder(self.embedder.lookup(self.column_names[self.dataset]).to(x.device))
+            names = self.embedder(self.embedder.lookup(self.column_names[dataset]).to(x.device))
         if self.shared:
             patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)  # [batch, columns, patches, 32]
             tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
@@ -827,10 +942,13 @@ class MultiDatasetPatchDuET(nn.Module):
             tokens = self.join((weights.transpose(2, 3) @ tokens).flatten(2))
         else:
             channels = [values, mask] + ([] if names is None else [names.to(x.dtype).expand(x.shape)])
+            if self.settings["stem"] == "conv":
+                channels.append(normalize_windows(values, mask))
+                return self.heads[head_key(dataset)](self.stem(torch.cat(channels, dim=1)), x)
             patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
             tokens = self.patch_layer(patches.transpose(1, 2).flatten(2))
         tokens = tokens + self.positions[-tokens.shape[1] :]  # [batch, patches, d_model]
-        return self.heads[head_key(self.dataset)](self.encoder(tokens), x)
+        return self.heads[head_key(dataset)](self.encoder(tokens), x)
 
 
 def head_key(dataset):
@@ -853,24 +971,34 @@ def gather_windows(series, starts, seq_len):
     return series.unfold(0, seq_len, 1)[starts]
 
 
-def drop_values(x, share, blocks=False):
-    """x [batch, columns, time] with `share` of each series NaN: values at random, or one block of each series.
+def drop_values(x, share, missing="at random"):
+    """x [batch, columns, time] with `share` of it NaN: values at random, one block of each series, or whole columns.
 
-    `share` is a number or a tensor that broadcasts to [batch, 1, 1].
+    `share` is a number or a tensor that broadcasts to [batch, 1, 1]. Of whole columns at least one stays.
     """
-    if not blocks:
+    if missing == "at random":
         return x.masked_fill(torch.rand_like(x) < share, math.nan)
+    if missing == "whole columns":
+        order = torch.rand(*x.shape[:2], 1, device=x.device).argsort(1).argsort(1)  # a random rank for each column
+        number = (torch.as_tensor(share, device=x.device) * x.shape[1]).round().clamp(max=x.shape[1] - 1)
+        return x.masked_fill(order < number, math.nan)
     length = torch.as_tensor(share, device=x.device) * x.shape[-1]
     first = torch.rand(*x.shape[:2], 1, device=x.device) * (x.shape[-1] - length)
     t = torch.arange(x.shape[-1], device=x.device)
     return x.masked_fill((t >= first.round()) & (t < first.round() + length), math.nan)
 
 
-def fit(model, datasets, args, path, drop=False):
+def choose_batch_size(windows, largest):
+    """An eighth of few windows, so that an epoch has several steps; from 16 to `largest`."""
+    return int(min(max(16, windows // 8), windows, largest))
+
+
+def fit(model, datasets, args, path, drop=False, keep="best"):
     """Train `model` on the training parts, args.steps steps a data set; returns the history, a dict an evaluation.
 
     Every data set has the same number of steps, in random order; one that is new to the model gets a head. The model
-    ends with the weights that were best by mean validation accuracy over the data sets. Goes on from the checkpoint at
+    ends with the weights that were best by mean validation accuracy over the data sets, or, with keep="last", with the
+    last ones. Goes on from the checkpoint at
     `path`, if there is one; a finished one is loaded and nothing is done. With `drop`, values are left out at random,
     up to half of them, in training alone.
     """
@@ -908,17 +1036,19 @@ def fit(model, datasets, args, path, drop=False):
         turns = torch.arange(len(datasets)).repeat(each)[torch.randperm(each * len(datasets))].tolist()
         batches = []
         for data in datasets:
-            train, needed = torch.from_numpy(data.parts["train"]), each * args.batch_size
+            train = torch.from_numpy(data.parts["train"])
+            batch_size = choose_batch_size(len(train), args.batch_size)
+            needed = each * batch_size
             order = torch.cat([torch.randperm(len(train)) for _ in range(math.ceil(needed / len(train)))])[:needed]
-            batches.append(iter(train[order].to(device).split(args.batch_size)))
+            batches.append(iter(train[order].to(device).split(batch_size)))
         for turn in turns:
             (series, starts, labels), batch = tensors[turn], next(batches[turn])
             x = gather_windows(series, starts[batch], datasets[turn].seq_len)  # [batch, columns, time]
             if drop:
-                x = drop_values(x, 0.5 * torch.rand(len(x), 1, 1, device=device), blocks=len(losses) % 2 == 1)
-            model.dataset = datasets[turn].name
+                share = 0.5 * torch.rand(len(x), 1, 1, device=device)
+                x = drop_values(x, share, MISSING[len(losses) % len(MISSING)])
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-                logits = model(x)
+                logits = model(x, datasets[turn].name)
             loss = F.cross_entropy(logits.float(), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -939,7 +1069,7 @@ def fit(model, datasets, args, path, drop=False):
         history.append({"step": args.steps * (number + 1) // evaluations * len(datasets), "train_loss": loss,
                         "validation_accuracy": accuracies, "train_seconds": trained,
                         "seconds": time.perf_counter() - began})
-        if accuracy > best["accuracy"]:
+        if accuracy > best["accuracy"] or keep == "last":
             best = {"accuracy": accuracy, "model": copy.deepcopy(model.state_dict())}
         state = {name: part.state_dict() for name, part in saved.items()}
         state |= {"history": history, "best": best, "data": data_key, "finished": False,
@@ -961,12 +1091,12 @@ def fit(model, datasets, args, path, drop=False):
 def predict(model, data, part, corrupt=None):
     """Logits [windows, classes] of a part of `data`; `corrupt` changes each batch x [batch, columns, time] before."""
     model.eval()
-    model.dataset, device = data.name, next(model.parameters()).device
+    device = next(model.parameters()).device
     series, outputs = torch.from_numpy(data.series).to(device), []
     with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
         for starts in torch.from_numpy(data.starts[data.parts[part]]).to(device).split(1024):
             x = gather_windows(series, starts, data.seq_len)
-            outputs.append(model(corrupt(x) if corrupt else x).float())
+            outputs.append(model(corrupt(x) if corrupt else x, data.name).float())
     return torch.cat(outputs).cpu().numpy()
 
 
@@ -1039,32 +1169,117 @@ def window_features(data, part):
         missing, last = x.isnan(), forward_fill(x)[..., -1].nan_to_num()
         mean = x.nanmean(-1).nan_to_num()
         x = torch.where(missing, mean[..., None], x)
-        columns = last, mean, x.std(-1), x.amin(-1), x.amax(-1), x @ t / (t @ t), missing.float().mean(-1)
+        columns = last, mean, x.std(-1, correction=0), x.amin(-1), x.amax(-1), x @ t / (t @ t), missing.float().mean(-1)
         features.append(torch.cat(columns, dim=1))
     return torch.cat(features).numpy()
 
 
+class Hydra:
+    """Features of windows by competing convolutions (Dempster et al. 2023, arXiv:2203.13652), for a ridge classifier.
+
+    At each step the `kernels` random kernels of a group compete: the one with the largest output gets that output,
+    the one with the smallest is counted. Every dilation has `groups` groups, half of them on the differences between
+    steps; of several columns a group reads the sum of a random few.
+    """
+
+    def __init__(self, columns, seq_len, groups=64, kernels=8, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.kernels = kernels
+        self.parts = []  # (dilation, whether on differences, weights [groups / 2 * kernels, 1, 9], columns of a group)
+        few = max(1, min(8, columns // 2))
+        for exponent in range(1 + int(math.log2(max(1, (seq_len - 1) / 8)))):
+            for on_differences in (False, True):
+                weights = torch.randn(groups // 2 * kernels, 1, 9, generator=generator)
+                weights = weights - weights.mean(-1, keepdim=True)
+                weights = weights / weights.abs().sum(-1, keepdim=True)
+                chosen = [torch.randperm(columns, generator=generator)[:few] for _ in range(groups // 2)]
+                self.parts.append((2**exponent, on_differences, weights, torch.stack(chosen)))
+
+    def transform(self, x):
+        """Features [batch, features] of x [batch, columns, time] without NaN."""
+        features = []
+        differences = F.pad(x.diff(dim=-1), (0, int(x.shape[-1] == 1)))
+        for dilation, on_differences, weights, chosen in self.parts:
+            source = differences if on_differences else x
+            mixed = F.pad(source[:, chosen].sum(2), (4 * dilation, 4 * dilation))  # [batch, groups, time]
+            output = F.conv1d(mixed, weights, dilation=dilation, groups=len(chosen))
+            output = output.unflatten(1, (len(chosen), self.kernels))  # [batch, groups, kernels, time]
+            largest, winner = output.max(2)
+            smallest, loser = output.min(2)
+            empty = torch.zeros(output.shape[:3])
+            features.append(empty.scatter_add(2, winner, largest).flatten(1))
+            features.append(empty.scatter_add(2, loser, torch.ones_like(smallest)).flatten(1))
+        return torch.cat(features, dim=1)
+
+
+class HydraClassifier:
+    """Hydra, scaled as its authors do, and a ridge classifier, on at most `most` training windows in equal steps."""
+
+    def __init__(self, most=4000):
+        self.most = most
+
+    def features(self, data, windows):
+        series = torch.from_numpy(data.series)
+        chunks = [forward_fill(gather_windows(series, starts, data.seq_len)).nan_to_num()
+                  for starts in torch.from_numpy(data.starts[windows]).split(64)]
+        return torch.cat([self.hydra.transform(chunk) for chunk in chunks]).clamp(min=0).sqrt()
+
+    def fit(self, data):
+        from sklearn.linear_model import RidgeClassifierCV
+
+        windows = data.parts["train"]
+        windows = windows[:: math.ceil(len(windows) / self.most)]
+        self.hydra = Hydra(len(data.columns), data.seq_len)
+        features = self.features(data, windows)
+        self.mean = features.mean(0)
+        # The square root of a rare count has hardly a spread: the more zeros, the more is added to it.
+        self.std = features.std(0) + (features == 0).float().mean(0) ** 4 + 1e-8
+        self.ridge = RidgeClassifierCV(np.logspace(-3, 3, 10)).fit(self.scale(features), data.labels[windows])
+        return self
+
+    def scale(self, features):
+        return ((features - self.mean) * (features != 0) / self.std).numpy()
+
+    def probabilities(self, data, part, sharpness=2):
+        """[windows, classes]: the softmax of the ridge classifier's outputs, which lie about -1 and 1, times 2."""
+        outputs = self.ridge.decision_function(self.scale(self.features(data, data.parts[part])))
+        if outputs.ndim == 1:  # of two classes
+            outputs = np.stack([-outputs, outputs], axis=1)
+        probabilities = np.zeros((len(outputs), len(data.classes)))
+        probabilities[:, self.ridge.classes_] = torch.from_numpy(sharpness * outputs).softmax(1).numpy()
+        return probabilities
+
+
 def baseline_records(data):
-    """One record of scores each for persistence (where the target is a column) and two models on window features."""
+    """One record of scores each for the majority class, persistence (where the target is a column), two models on
+    window features, and Hydra. They choose nothing on the validation part, so they are fitted on it, too."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    train = np.sort(np.concatenate([data.parts["train"], data.parts["validation"]]))
+    data = dataclasses.replace(data, parts={"train": train, "test": data.parts["test"]})
     labels, records = {part: data.labels[some] for part, some in data.parts.items()}, []
     features = {part: window_features(data, part) for part in ("train", "test")}
+    majority = np.full(len(labels["test"]), np.bincount(labels["train"]).argmax())
+    records.append({"dataset": data.name, "model": "majority class", "seconds": 0.0} | scores(labels["test"], majority))
     if data.target is not None:
         last = features["test"][:, data.target]  # the first columns of the features are the last values
         found = scores(labels["test"], np.digitize(last, data.limits))
         records.append({"dataset": data.name, "model": "persistence", "seconds": 0.0} | found)
-    for name, model in {
-        "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
-        "gradient boosting": HistGradientBoostingClassifier(early_stopping=False, random_state=0),
-    }.items():
+    leaf = int(np.clip(len(labels["train"]) // 20, 1, 20))  # with 20, as by default, no tree can split 30 windows
+    trees = HistGradientBoostingClassifier(early_stopping=False, min_samples_leaf=leaf, random_state=0)
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    for name, model in {"logistic regression": linear, "gradient boosting": trees}.items():
         began = time.perf_counter()
         model.fit(features["train"], labels["train"])
         record = {"dataset": data.name, "model": name, "seconds": time.perf_counter() - began}
         records.append(record | scores(labels["test"], model.predict(features["test"])))
+    began = time.perf_counter()
+    predicted = HydraClassifier().fit(data).probabilities(data, "test").argmax(1)
+    records.append({"dataset": data.name, "model": "hydra", "seconds": time.perf_counter() - began}
+                   | scores(labels["test"], predicted))
     return records
 
 
@@ -1113,7 +1328,7 @@ def share_table(records, *keys):
 # --- Experiments: (args, datasets, strategies, run_dir) -> {tables: {name: [{column: value}]}, …} ---------------------
 
 
-def new_model(args, datasets, strategy, shared, seed, fill="mask", seq_len=0):
+def new_model(args, datasets, strategy, shared, seed, fill="both", seq_len=0, stem="patches"):
     """An untrained model on the device for windows up to seq_len, or as long as the data sets'.
 
     With one seed, training starts from the same random state and the same transformer whatever the strategy.
@@ -1121,17 +1336,51 @@ def new_model(args, datasets, strategy, shared, seed, fill="mask", seq_len=0):
     seed_everything(seed)
     seq_len = max(seq_len, *(data.seq_len for data in datasets))
     model = MultiDatasetPatchDuET(len(datasets[0].columns), seq_len, strategy, shared, args.head, fill, args.dropout,
-                                  **(bert_options(args) if strategy == "frozen_bert" else {}))
+                                  stem=stem, **(bert_options(args) if strategy == "frozen_bert" else {}))
     for data in datasets:
         model.add_dataset(card(data))
     seed_everything(seed)
     return model.to(args.torch_device)
 
 
+def conv_records(args, data, members, seed, run_dir):
+    """Two records: the mean of `members` models with convolutions, and that with Hydra's probabilities as much again.
+
+    They are trained on training and validation windows: their steps are given, twice --steps, and nothing is chosen.
+    """
+    train = np.sort(np.concatenate([data.parts["train"], data.parts["validation"]]))
+    whole = dataclasses.replace(data, parts=data.parts | {"train": train})
+    settings = argparse.Namespace(**vars(args) | {"batch_size": min(args.batch_size, 32), "steps": 2 * args.steps})
+    logits, seconds = [], 0.0
+    for member in range(members):
+        model = new_model(args, [data], "none", False, seed + 1000 * member, stem="conv")
+        history = fit(model, [whole], settings, run_dir / f"models/{data.name}-conv-{seed}-{member}.pt", keep="last")
+        seconds += sum(entry["seconds"] for entry in history)
+        logits.append(predict(model, data, "test"))
+    probabilities = torch.from_numpy(np.stack(logits)).softmax(-1).mean(0).numpy()
+    parameters = members * sum(parameter.numel() for parameter in model.parameters())
+    began = time.perf_counter()
+    hydra = HydraClassifier().fit(whole).probabilities(data, "test")
+    records = []
+    for name, answer in (("conv", probabilities), ("conv + hydra", probabilities + hydra)):
+        if name != "conv":
+            seconds += time.perf_counter() - began
+        records.append({"dataset": data.name, "model": name, "seed": seed, "parameters": parameters, "seconds": seconds}
+                       | scores(data.labels[data.parts["test"]], answer.argmax(1)))
+        note(f"{data.name}, {name}, seed {seed}: {records[-1]['accuracy']:.2%}")
+    return records
+
+
 def benchmark(args, datasets, strategies, run_dir):
     """The baselines and every strategy on every data set, and with --shared the shared models."""
     records = [record for data in datasets for record in baseline_records(data)]
     for seed in range(args.seed, args.seed + args.runs):
+        for data in datasets:
+            members = args.members
+            if members is None:
+                members = 3 if data.info.get("archive") else 0
+            if members:
+                records += conv_records(args, data, members, seed, run_dir)
         for shared in (False, True) if args.shared else (False,):
             for strategy in strategies:
                 for own in [datasets] if shared else [[data] for data in datasets]:
@@ -1214,7 +1463,8 @@ def transfer(args, datasets, strategies, run_dir):
     records = []
     for seed in range(args.seed, args.seed + args.runs):
         limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES[1:]}
-        records += [baseline_records(some)[-1] | {"share": share, "seed": seed} for share, some in limited.items()]
+        records += [record | {"share": share, "seed": seed} for share, some in limited.items()
+                    for record in baseline_records(some) if record["model"] in ("gradient boosting", "hydra")]
         for strategy in strategies:
             base = new_model(args, sources, strategy, True, seed, seq_len=data.seq_len)
             fit(base, sources, args, run_dir / f"models/sources-{strategy}-{seed}.pt")
@@ -1244,10 +1494,10 @@ def transfer(args, datasets, strategies, run_dir):
 
 
 def nan_robustness(args, datasets, strategies, run_dir):
-    """The dual-patch model and two that fill, on test windows with more and more values missing.
+    """The model with four ways to fill, on test windows with more and more values missing.
 
     Strategies are those of --strategies, without it `none`. All are trained alike, with up to half of the values left
-    out at random and in blocks.
+    out at random, in blocks and as whole columns in turn.
     """
     records, strategies = [], [name for name in strategies if name in (args.strategies or ["none"])]
     for data in datasets:
@@ -1255,10 +1505,10 @@ def nan_robustness(args, datasets, strategies, run_dir):
             for strategy, (fill, name) in itertools.product(strategies, FILLS.items()):
                 model = new_model(args, [data], strategy, False, seed, fill)
                 fit(model, [data], args, run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt", drop=True)
-                for missing, blocks in (("at random", False), ("in blocks", True)):
+                for missing in MISSING:
                     for share in MISSING_SHARES:
                         torch.manual_seed(seed)  # the same values are missing for every model
-                        corrupt = partial(drop_values, share=share, blocks=blocks) if share else None
+                        corrupt = partial(drop_values, share=share, missing=missing) if share else None
                         records.append(evaluate(model, data, (), corrupt, model=f"{strategy}, {name}", share=share,
                                                 seed=seed, missing=missing))
             note(f"missing values, {data.name}, seed {seed}: done")
@@ -1324,8 +1574,8 @@ def read_for_prediction(path, cards):
 
     It is read as the one of `cards` that shares most columns with it, by name, else by name_to_words().
     """
-    if path.suffix == ".ts":
-        cases, _ = read_ts(path)
+    if path.suffix in SERIES_FILES:
+        cases, _ = read_ts(path, labelled=False)
         columns, dates = {f"dim_{i}": i for i in range(len(cases[0]))}, None
     else:
         columns, _, dates = read_csv(path)
@@ -1337,7 +1587,7 @@ def read_for_prediction(path, cards):
         raise UserError(f"{path}: none of the columns {', '.join(match)}, only {', '.join(columns)}")
     if missing:
         note(f"{path}: no column {', '.join(missing)}: treated as missing values")
-    if path.suffix == ".ts":
+    if path.suffix in SERIES_FILES:
         series, starts = stack_cases(cases, seq_len), seq_len * np.arange(len(cases))
         about = {"case": np.arange(1, len(cases) + 1)}
         if max(len(values) for case in cases for values in case) > seq_len:
@@ -1351,6 +1601,7 @@ def read_for_prediction(path, cards):
     places = {name: i for i, name in enumerate(columns)}
     absent = np.full(len(series), np.nan)
     series = np.stack([absent if name is None else series[:, places[name]] for name in match.values()], axis=1)
+    series = np.where(np.isfinite(series), series, np.nan)  # as in training
     series = ((series - one["mean"]) / one["std"]).astype(np.float32)
     parts = {"all": np.arange(len(starts))}
     return Dataset(one["name"], list(match), series, starts, None, one["classes"], parts, seq_len), about, missing
@@ -1564,6 +1815,8 @@ def parse_args(argv):
     add("--cache-stats", action="store_true", help="instead: how many embeddings of --bert-model are cached")
     add("--head", choices=["mean", "last", "ordinal"], default="mean", help="mean of all patches, as the seed has it, "
         "the last patch, or a forecast of --target cut by the class limits")
+    add("--members", type=between(int, 0), metavar="N", help="models with convolutions, averaged, alone and with Hydra "
+        "(default: 3 for files of the UEA and UCR archives, else none)")
     add("--dropout", type=between(float, 0, 0.99), default=0.1, metavar="P", help="in the encoder")
     add("--steps", type=between(int, 1), default=600, metavar="N", help="of training for each data set")
     add("--evaluations", type=between(int, 1), default=6, metavar="N", help="on validation; the best weights are kept")

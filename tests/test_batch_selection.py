@@ -230,7 +230,7 @@ def test_importance_is_its_plain_definition():
 def test_the_gradient_norm_is_that_of_autograd():
     learner = make_learner(6)
     x, y = learner.data.training_samples(np.arange(6))
-    _, logits = bs.sample_losses(learner.model, learner.data, x, y)
+    _, logits = bs.sample_losses(learner.model, x, y)
     logits = logits.detach().requires_grad_()
     nn.functional.cross_entropy(logits, y, reduction="sum").backward()
     assert learner.gradient_norm(np.arange(6)) == pytest.approx(logits.grad.norm(dim=1).numpy(), rel=1e-5)

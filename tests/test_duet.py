@@ -20,7 +20,8 @@ import duet
 
 ROOT = Path(duet.__file__).resolve().parent
 ETT = ROOT.parent / "shared/data"
-TINY = ["--windows", "60", "--steps", "4", "--evaluations", "2", "--batch-size", "16", "--device", "cpu"]
+TINY = ["--windows", "60", "--steps", "4", "--evaluations", "2", "--batch-size", "16", "--members", "1", "--device",
+        "cpu"]
 new = duet.MultiDatasetPatchDuET.create_for_dataset
 NAMES = ["indoor_temp", "outdoor_temp", "humidity", "pressure", "wind", "rain", "sun"]
 
@@ -50,8 +51,8 @@ def small_csv(tmp_path_factory):
         out = csv.writer(file)
         out.writerow(["date", "site", "fixed", "tempC", "load", "noise"])
         for i, (a, b) in enumerate(walk):
-            out.writerow([f"2024-01-01 {i // 60 % 24:02}:{i % 60:02}:00", "north", 7, "" if i % 50 == 3 else a, b,
-                          rng.normal()])
+            out.writerow([f"2024-01-{1 + i // 1440:02} {i // 60 % 24:02}:{i % 60:02}:00", "north", 7,
+                          "" if i % 50 == 3 else a, b, rng.normal()])
     return path
 
 
@@ -72,6 +73,40 @@ def fails(capsys, *arguments):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+# --- Baselines --------------------------------------------------------------------------------------------------------
+
+
+def test_hydra_is_its_plain_definition():
+    hydra = duet.Hydra(3, 40, groups=4, kernels=3, seed=1)
+    x = torch.randn(2, 3, 40, dtype=torch.float64).float()
+    features = iter(hydra.transform(x).split(6, dim=1))  # two groups of three kernels
+    assert [dilation for dilation, *_ in hydra.parts] == [1, 1, 2, 2, 4, 4]
+    for dilation, on_differences, weights, columns in hydra.parts:
+        source = (x[..., 1:] - x[..., :-1]) if on_differences else x
+        largest, counts = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)
+        for case, group, step in np.ndindex(2, 2, source.shape[-1]):
+            mixed = source[case, columns[group]].sum(0)
+            outputs = []
+            for kernel in range(3):
+                taps = [step + dilation * (k - 4) for k in range(9)]
+                outputs.append(sum(float(weights[3 * group + kernel, 0, k]) * float(mixed[at])
+                                   for k, at in enumerate(taps) if 0 <= at < len(mixed)))
+            largest[case, group, int(np.argmax(outputs))] += max(outputs)
+            counts[case, group, int(np.argmin(outputs))] += 1
+        assert torch.allclose(next(features), largest.flatten(1), atol=1e-4)
+        assert torch.equal(next(features), counts.flatten(1))
+
+
+def test_every_baseline_is_there_and_boosting_can_split_few_windows(tmp_path):
+    lines = [f"{level},{level + 1},{level}:{'up' if level > 50 else 'down'}" for level in range(0, 100, 3)]
+    (tmp_path / "Toy.ts").write_text("@classLabel true up down\n@data\n" + "\n".join(lines))
+    (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path / "Toy.ts")]))
+    accuracy = {record["model"]: record["accuracy"] for record in duet.baseline_records(data)}
+    assert list(accuracy) == ["majority class", "logistic regression", "gradient boosting", "hydra"]
+    assert accuracy["gradient boosting"] > 0.8
+    assert accuracy["majority class"] < 0.7
+
+
 # --- Model ------------------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +123,7 @@ def test_parameters_are_exactly_the_seeds_and_hold_no_encoder(strategy, counts, 
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("fill", ["mask", "zero", "forward"])
+@pytest.mark.parametrize("fill", ["both", "mask", "zero", "forward"])
 @pytest.mark.parametrize("head", ["mean", "ordinal"])
 def test_a_nan_never_reaches_the_output(shared, fill, head):
     one = {"name": "a", "columns": NAMES[:3], "classes": list("xyz"), "target": 1, "limits": [-0.5, 0.5], "seq_len": 96}
@@ -106,7 +141,7 @@ def test_the_mask_tells_a_missing_value_from_a_zero():
     x = torch.zeros(1, 4, 96)
     gap = x.clone()
     gap[..., 40:60] = torch.nan
-    for fill, differs in (("mask", True), ("zero", False)):
+    for fill, differs in (("both", True), ("mask", True), ("zero", False)):
         model = new(4, fill=fill).eval()
         assert torch.equal(model(x), model(gap)) != differs
     values, mask = duet.values_and_mask(gap, "mask")
@@ -114,6 +149,9 @@ def test_the_mask_tells_a_missing_value_from_a_zero():
     ramp = torch.arange(5.0).repeat(1, 1, 1)
     ramp[..., 0], ramp[..., 3] = torch.nan, torch.nan
     assert duet.values_and_mask(ramp, "forward")[0].tolist() == [[[0, 1, 2, 2, 4]]]
+    values, mask = duet.values_and_mask(ramp, "both")
+    assert values.tolist() == [[[0, 1, 2, 2, 4]]]
+    assert mask.tolist() == [[[0, 1, 1, 0, 1]]]
 
 
 def test_patches_are_cut_as_by_hand():
@@ -211,6 +249,27 @@ def test_an_untrained_ordinal_head_is_persistence():
 
 
 # --- The frozen encoder and its cache ---------------------------------------------------------------------------------
+
+
+def test_a_letter_is_a_unit_only_after_a_quantity():
+    words = {"phase_a": "phase a", "current_a": "current amperes", "tempC": "temperature celsius", "x_h": "x h",
+             "delay_ms": "delay milliseconds", "lane_2_s": "lane 2 seconds"}
+    assert {name: duet.name_to_words(name) for name in words} == words
+
+
+def test_convolutions_see_each_window_normalized_by_itself():
+    torch.manual_seed(0)
+    model = duet.MultiDatasetPatchDuET(2, 96, stem="conv")
+    model.set_dataset_columns(["a", "b"], num_classes=3)
+    x = torch.randn(4, 2, 96)
+    x[0, 0, :20] = torch.nan
+    values, mask = duet.values_and_mask(x, "both")
+    normalized = duet.normalize_windows(values, mask)
+    assert torch.allclose(normalized[1].mean(-1), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(normalized[1].std(-1), torch.ones(2), atol=0.02)
+    assert (normalized[0, 0, :20] == 0).all()
+    assert model(x).shape == (4, 3)
+    assert model.stem(torch.randn(4, 6, 96)).shape == (4, 11, 64)
 
 
 def test_names_become_words():
@@ -374,12 +433,40 @@ def test_columns_that_are_no_numbers_are_left_out(tmp_path, capsys):
     numbers, left_out, dates = duet.read_csv(tmp_path / "a.csv")
     assert list(numbers) == ["time spent", "big"] and left_out == {"time": "a date", "none": "empty"}
     assert dates == ["x"] * 3 and numbers["big"].dtype == np.float64
-    (tmp_path / "b.csv").write_text("a\n" + "\n".join(["0", "1"] * 800))
-    duet.csv_dataset(tmp_path / "b.csv", "a", 2, "seed")
-    assert "class 'quantile 1' has no window" not in capsys.readouterr().err
-    (tmp_path / "b.csv").write_text("a\n" + "\n".join("0001112" * 300))
-    duet.csv_dataset(tmp_path / "b.csv", "a", 3, "seed")
-    assert "class 'quantile 1' has no window" in capsys.readouterr().err
+
+
+def test_a_target_of_few_values_is_the_classes(tmp_path, capsys):
+    labels = np.random.default_rng(0).integers(0, 3, 2000)
+    (tmp_path / "b.csv").write_text("a,x\n" + "\n".join(f"{2 * label},{i}.5" for i, label in enumerate(labels)))
+    data = duet.csv_dataset(tmp_path / "b.csv", "a", 4, "holdout")
+    assert data.classes == ["0", "2", "4"]
+    assert np.array_equal(data.labels, labels[96:])
+    assert "'a' has 3 distinct values only; they are the classes" in capsys.readouterr().err
+    assert [record["model"] for record in duet.baseline_records(data)][1] == "persistence"
+
+
+@pytest.mark.parametrize(("text", "values"), [
+    ('a,b\n"1,504",2\n"12,001,000",3\n7,4\n', [1504, 12001000, 7]), ("a;b\n50,13;1\n-2,5;2\n3;3\n", [50.13, -2.5, 3]),
+    ("\ufeffa\tb\n1.5\t2\n3\t4\n", [1.5, 3])])
+def test_numbers_as_people_write_them_are_read(text, values, tmp_path):
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    numbers, _, _ = duet.read_csv(tmp_path / "a.csv")
+    assert numbers["a"].tolist() == values
+    assert list(numbers) == ["a", "b"]
+
+
+def test_dates_that_fall_or_repeat_or_have_gaps_are_noted_and_sorted(tmp_path, capsys):
+    days = ["2024-01-05", "2024-01-04", "2024-01-02", "2024-01-02", "2024-01-01"]
+    (tmp_path / "a.csv").write_text("day,a\n" + "\n".join(f"{day},{i}" for i, day in enumerate(days)))
+    numbers, _, dates = duet.read_csv(tmp_path / "a.csv")
+    assert numbers["a"].tolist() == [4, 2, 3, 1, 0]
+    assert dates[0] == "2024-01-01"
+    said = capsys.readouterr().err
+    for words in ("not in order of 'day'; they have been sorted", "1 rows repeat a value of 'day'", "1 gaps in 'day'"):
+        assert words in said
+    (tmp_path / "a.csv").write_text("day,a\n" + "\n".join(f"2024-01-0{i},{i}" for i in range(1, 6)))
+    duet.read_csv(tmp_path / "a.csv")
+    assert capsys.readouterr().err == ""
 
 
 def test_the_last_validation_block_ends_before_the_test_part_and_large_values_keep_their_digits(tmp_path):
@@ -399,7 +486,7 @@ def test_etth1_is_the_seeds_task_and_persistence_is_at_95():
     raw = np.genfromtxt(ETT / "ett/ETTh1.csv", delimiter=",", skip_header=1, usecols=7)
     limits = np.percentile(raw, (33.33, 66.67))  # values that occur: rounding must not move one across
     assert np.array_equal(np.digitize(data.series[:, data.target], data.limits), np.digitize(raw, limits))
-    persistence = duet.baseline_records(few(data))[0]["accuracy"]
+    persistence = duet.baseline_records(few(data))[1]["accuracy"]
     assert persistence == np.mean(np.digitize(raw[-3466:-1], limits) == np.digitize(raw[-3465:], limits))
     assert round(100 * persistence, 2) == 95.12
 
@@ -443,7 +530,33 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, c
     assert data.parts["test"].tolist() == list(range(31)) and data.parts["train"].min() >= 31  # TEST is read first
     results = duet.main(["--data", str(tmp_path), "--strategies", "none", "--output-dir", str(tmp_path / "out"), *TINY])
     models = [row["model"] for row in results["benchmark"]["tables"]["accuracy"]]
-    assert models == ["logistic regression", "gradient boosting", "none"]
+    assert models == ["majority class", "logistic regression", "gradient boosting", "hydra", "conv", "conv + hydra",
+                      "none"]
+
+
+def test_ts_files_of_many_kinds_are_read(tmp_path, capsys):
+    path = tmp_path / "Toy.ts"
+    path.write_text("\ufeff%comment\n@classLabel true a b\n% more\n@data\n" + "1.5:a\n2.5:b\n" * 40, encoding="utf-8")
+    (data,) = duet.load_datasets(duet.parse_args(["--data", str(path)]))
+    assert data.seq_len == 1
+    records = {record["model"]: record["accuracy"] for record in duet.baseline_records(data)}
+    assert records["logistic regression"] == 1
+    path.write_text("@classLabel false\n@data\n1,2:3,4\n5,6:7,8\n")
+    assert duet.read_ts(path, labelled=False)[1] == ["?", "?"]
+    path.write_text("@classLabel true a\n@data\n1,2:?\n")
+    assert duet.read_ts(path, labelled=False)[1] == ["?"]
+
+
+def test_the_older_archives_files_and_lower_case_parts_are_one_data_set(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / f"Gun_{part}.tsv").write_text("\n".join(f"{1 + i % 2}\t{i}\t{i % 2}\t3.5" for i in range(20)))
+    (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path)]))
+    assert (data.name, data.classes, data.seq_len, len(data.parts["test"])) == ("Gun", ["1", "2"], 3, 20)
+
+
+def test_one_of_two_cases_of_a_class_is_for_validation():
+    parts = duet.independent_parts(np.repeat(np.arange(8), 2), np.zeros(16, bool))
+    assert [len(parts[part]) for part in ("train", "validation")] == [8, 8]
 
 
 @pytest.mark.parametrize("lines, header, message", [
@@ -451,7 +564,8 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, c
     (["1,2:3,4:up", "1,2:up"], HEADER, "line 8: 1 dimensions, 2 dimensions are needed"),
     ([], HEADER, "no cases after @data"),
     (["1,2:up"], "", "line 1: no @data line before it, this is no .ts file"),
-    (["1,2:up"], "@timeStamps true\n@data\n", "line 1: @timeStamps true: it must have classes and no time stamps"),
+    (["1,2:up"], "@timeStamps true\n@data\n", "line 1: @timeStamps true: files with time stamps are not read"),
+    (["1,2:3.5"], "@targetlabel true\n@data\n", "line 1: @targetlabel true: a file for regression"),
     (["1,2:3:", "1,2:3:up"], HEADER, "line 7: the class after the last colon is missing"),
     (["1,2:3:up", "1,2:3: ?"], HEADER, "line 8: the class after the last colon is missing"),
     (["1,2:3"], "@classLabel false\n@data\n", "@classLabel false: it must have"),
@@ -561,8 +675,9 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch):
     assert results["transfer"]["to"] == "schema_03" and (tmp_path / "duet/run-001/transfer.png").exists()
     rows = {row["model"]: row for row in results["transfer"]["tables"]["accuracy"]}
     assert rows["none, pretrained"]["0%"] and rows["none, from scratch"]["0%"] is None
-    assert set(rows) == {"gradient boosting", *(f"{strategy}, {start}" for strategy in ("none", "auto_expanding")
-                                                for start in ("pretrained", "from scratch"))}
+    networks = {f"{strategy}, {start}" for strategy in ("none", "auto_expanding")
+                for start in ("pretrained", "from scratch")}
+    assert set(rows) == {"gradient boosting", "hydra", *networks}
     for checkpoint, names in (("schema_03-none-pretrained-0.1-42", 3), ("sources-auto_expanding-42", 2)):
         model, cards = duet.restore_model(duet.argparse.Namespace(
             checkpoint=tmp_path / f"duet/run-001/models/{checkpoint}.pt"))
@@ -570,19 +685,19 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch):
         assert duet.predict(model, duet.synthetic_schema(0, 400), "test").shape[1] == 3
     holes, drop = {}, duet.drop_values
 
-    def record(x, share, blocks=False):
-        dropped = drop(x, share, blocks)
+    def record(x, share, missing):
+        dropped = drop(x, share, missing)
         if isinstance(share, float):  # not in training, where each window has its own
-            holes.setdefault((share, blocks), set()).add(dropped.isnan().numpy().tobytes())
+            holes.setdefault((share, missing), set()).add(dropped.isnan().numpy().tobytes())
         return dropped
 
     monkeypatch.setattr(duet, "drop_values", record)
     results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path),
                          "--strategies", "auto_expanding"])
-    assert len(holes) == 10 and all(len(same) == 1 for same in holes.values())  # the same gaps for every model
+    assert len(holes) == 15 and all(len(same) == 1 for same in holes.values())  # the same gaps for every model
     table = results["nan_robustness"]["tables"]["accuracy"]
     assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "auto_expanding, forward fill")) == 1
-    assert len(table) == 6 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
+    assert len(table) == 12 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
 
 
 def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch):
@@ -616,11 +731,19 @@ def test_strategies_with_one_seed_begin_alike(encoder, tmp_path):
             assert all(torch.equal(value, alike[name]) for name, value in model.encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("blocks", [False, True])
-def test_dropped_values_have_the_share_asked_for(blocks):
-    x = duet.drop_values(torch.zeros(200, 3, 96), 0.25, blocks)
+def test_whole_columns_are_missing_and_one_stays():
+    missing = duet.drop_values(torch.zeros(200, 4, 96), 0.5, "whole columns").isnan()
+    assert (missing.all(-1) == missing.any(-1)).all()
+    assert (missing.all(-1).sum(1) == 2).all()
+    assert missing.all(-1).float().mean(0).tolist() == pytest.approx([0.5] * 4, abs=0.1)
+    assert duet.drop_values(torch.zeros(5, 1, 96), 0.9, "whole columns").isnan().sum() == 0
+
+
+@pytest.mark.parametrize("missing", ["at random", "in blocks"])
+def test_dropped_values_have_the_share_asked_for(missing):
+    x = duet.drop_values(torch.zeros(200, 3, 96), 0.25, missing)
     assert abs(x.isnan().float().mean() - 0.25) < 0.02
-    if blocks:
+    if missing == "in blocks":
         assert (x.isnan().sum(-1) == 24).all() and (x.isnan().float().diff(dim=-1).abs().sum(-1) <= 2).all()
 
 
@@ -686,10 +809,10 @@ def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tm
     (["--data", "TEXT", "--target", "a"], "row 5, column 'a': 'oops', a number is needed"),
     (["--data", "WORDS", "--target", "a"], "no numeric column, only a"),
     (["--data", "TWICE", "--target", "a"], "two columns have the same name: a, a"),
-    (["--data", "EMPTY"], "no .ts file in this folder"),
+    (["--data", "EMPTY"], "no .ts, .tsv or .txt file in this folder"),
     (["--data", "HEADER", "--target", "a"], "no rows"),
     (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
-    (["--data", "SEMICOLON", "--target", "a"], "no numeric column, only a;b; the separator must be a comma"),
+    (["--data", "SEMICOLON", "--target", "a"], "1 rows, at least 1296 are needed"),
     (["--data", "shared", "--target", "a"], "a data set cannot be called 'shared', a name that results use"),
     (["--data", ""], "--data is an empty text"),
     (["--checkpoint", "", "--predict", "CSV"], "--checkpoint is an empty text"),
