@@ -152,8 +152,8 @@ def plot_dots(ax, labels, series, number=None, errors=None, highlight=None):
         colors = ["black" if highlight in (name, label) else COLORS[i % 8] for label in labels]
         sizes = [80 if highlight in (name, label) else 35 for label in labels]
         ax.scatter(values, rows, sizes, colors, marker=MARKERS[i % 7], label=name, zorder=3)
-        if errors is not None:
-            ax.errorbar(values, rows, xerr=errors[name], fmt="none", ecolor=colors, capsize=3)
+        for value, row, error, color in zip(values, rows, errors[name], colors) if errors is not None else ():
+            ax.errorbar(value, row, xerr=error, fmt="none", ecolor=color, capsize=3)
         for value, row in zip(values, rows) if number else ():
             ax.annotate(number.format(value), (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
     ax.set_yticks(range(len(labels)), labels)

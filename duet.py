@@ -1,10 +1,12 @@
 """Do column names help a time-series transformer, and can one set of weights serve tables with different columns?
 
-Method: windows of 96 steps are classified by a patch transformer that reads each column's values and, as a second
-channel, which of them are present, so that a NaN needs no filling. Three strategies for the columns' names: `none`, a
-learned vocabulary that grows (`auto_expanding`), a frozen BERT read once and cached (`frozen_bert`). Per-dataset
+Method: windows of 96 steps are classified by a patch transformer that reads each column's values, the last one where
+one is missing, and, as a second channel, which of them are present. Strategies for the columns' names: `none`, a
+learned vocabulary that grows (`auto_expanding`), a frozen BERT read once and cached (`frozen_bert`), a fixed random
+vector for each name as a control (`random_names`). Per-dataset
 models join all columns in one patch layer; the shared model (--shared) treats each column alone, with its name's
-embedding, and lets columns attend to each other. Beside them: persistence, logistic regression, gradient boosting.
+embedding, and lets columns attend to each other. Beside them: the majority class, persistence, logistic regression,
+gradient boosting and Hydra, and on the archives' files convolutions, alone and averaged with Hydra.
 
     python duet.py                                             # three data sets, three strategies: 5 minutes
     python duet.py --quick                                     # every experiment, small, no network: a minute
@@ -25,7 +27,7 @@ columns apart.
 
 Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (the ordinal head), Zhou et al. 2021
 (ETTh1), Bagnall et al. 2018 (the .ts archive); a public plan, "Multi-Dataset Training Plan for DuET", whose table is
-reprinted as the seed's.
+reprinted as the original's; github.com/kailukowiak/TREA-C, whose synthetic data --protocol original makes.
 """
 
 import argparse
@@ -62,8 +64,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import (detect_device, has_bfloat16, in_notebook, mean_and_interval, new_figure, plot_bars, plot_curve,
-                    plot_ranking, save_figure, seed_everything)
+from common import (MARKERS, detect_device, has_bfloat16, in_notebook, legend_below, mean_and_interval, new_figure,
+                    plot_curve, plot_dots, plot_ranking, save_figure, seed_everything)
 
 try:
     import resource
@@ -71,10 +73,10 @@ except ImportError:  # Windows: memory is then not reported
     resource = None
 
 SEQ_LEN, PATCH_LEN, STRIDE = 96, 16, 8
-STRATEGIES = ["none", "auto_expanding", "frozen_bert"]
+STRATEGIES = ["none", "auto_expanding", "frozen_bert", "random_names"]
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
-SEED_CLAIM = {"temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
+ORIGINAL_CLAIM = {"temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
               "user_metrics": {"none": 99.0, "auto_expanding": 99.0}, "etth1": {"none": 79.7, "auto_expanding": 87.5},
               "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8}}
 SERIES_FILES = [".ts", ".tsv", ".txt"]  # of the UEA and UCR archives
@@ -85,7 +87,7 @@ LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
 INTERVAL = ("± is the 95 % interval of the mean over the seeds (Student's t). It covers initial weights, order of "
             "batches and, in a transfer, the choice of labels; not that of the test part. * marks a difference whose "
             "interval leaves 0 out (paired t-test); the comparisons are not corrected for their number.")
-PROBES = ["temp", "temperature", "price"]  # the seed's question: is "temp" nearer to "temperature" than to "price"?
+PROBES = ["temp", "temperature", "price"]  # the original's question: is "temp" nearer to "temperature" than to "price"?
 
 # The embedded data sets: {column: (level, scale)}, and the pair of which the second may follow the first.
 EMBEDDED = {
@@ -276,6 +278,22 @@ def embedded_dataset(name, columns, coupled, windows, seed):
                            ["apart", "along", "against"], independent_parts(labels), info=info))
 
 
+def original_dataset(name, seed, windows=1000):
+    """The original's synthetic data: each column is noise and a sine with 1, 2 or 3 periods, by the class.
+
+    800 windows for training and validation and 200 for the test; 5 % of the values are NaN, 3 % in user_metrics.
+    """
+    rng, columns = np.random.default_rng(seed), list(EMBEDDED[name][0])
+    labels = rng.integers(3, size=windows)
+    t = np.linspace(0, 1, SEQ_LEN)
+    wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)[..., None]  # [windows, time, 1]
+    x = rng.normal(size=(windows, SEQ_LEN, len(columns))) + wave
+    x[rng.random(x.shape) < (0.03 if name == "user_metrics" else 0.05)] = np.nan
+    parts = independent_parts(labels, np.arange(windows) >= 0.8 * windows)
+    return prepare(Dataset(name, columns, x.reshape(-1, len(columns)), SEQ_LEN * np.arange(windows), labels,
+                           ["1 period", "2 periods", "3 periods"], parts, info={"source": "original's synthetic"}))
+
+
 def synthetic_schema(number, windows):
     """Data set `number` of a family: 3 to 12 columns with names of its own, the same meaning of the classes in all."""
     rng = np.random.default_rng([1, number])
@@ -383,11 +401,12 @@ def sort_dates(path, dates):
     return order
 
 
-def csv_dataset(path, target, num_classes, protocol, name=None):
+def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     """Windows of 96 rows of a CSV file; the class is the quantile of `target` in the next row.
 
-    `seed` protocol: quantiles of the whole series, first 80 % of the windows for training. `holdout`: quantiles of the
-    rows before the test part, and no training window shares rows with it. Validation shares none in either.
+    `original` protocol: quantiles of the whole series, first 80 % of the windows for training. `holdout`: quantiles of
+    the rows before the test part, and no training window shares rows with it. Validation shares none in either. A share
+    `missing` of the values is left out at random, once the classes are known.
     """
     numbers, left_out, _ = read_csv(path)
     if target not in numbers:
@@ -399,7 +418,7 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
     if train < 10 * SEQ_LEN:
         raise UserError(f"{path}: {len(series)} rows, at least {math.ceil(12.5 * SEQ_LEN) + SEQ_LEN} are needed")
     values = numbers[target]
-    seen = values if protocol == "seed" else values[:train]
+    seen = values if protocol == "original" else values[:train]
     distinct = np.unique(values[np.isfinite(values)])
     classes = [f"quantile {k + 1}" for k in range(num_classes)]
     limits = np.nanpercentile(seen, np.round(100 * np.arange(1, num_classes) / num_classes, 2))
@@ -417,6 +436,7 @@ def csv_dataset(path, target, num_classes, protocol, name=None):
     parts = {"train": inner, "validation": validation, "test": np.arange(train, len(starts))}
     parts = {part: some[np.isfinite(following[some])] for part, some in parts.items()}
     labels = np.digitize(following, limits)
+    series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
     info = {"source": "real", "path": str(path), "left_out": left_out, "class_limits": limits.tolist(),
             "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "protocol": protocol}
     return prepare(Dataset(name or Path(path).stem, list(numbers), series, starts, labels, classes, parts,
@@ -530,7 +550,10 @@ def load_datasets(args):
                 note(f"warning: etth1 left out, embedded data sets alone: {problem}")
     for number, name in enumerate(names or []):
         if name == "etth1":
-            datasets.append(csv_dataset(fetch_etth1(args.data_dir), "OT", 3, args.protocol or "seed", "etth1"))
+            path, missing = fetch_etth1(args.data_dir), 0.05 if args.protocol == "original" else 0.0
+            datasets.append(csv_dataset(path, "OT", 3, args.protocol or "original", "etth1", missing))
+        elif args.protocol == "original":
+            datasets.append(original_dataset(name, [4, number]))
         else:
             datasets.append(embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number]))
     groups = {}  # path without _TRAIN or _TEST: files
@@ -620,6 +643,36 @@ class AutoExpandingEmbedder(nn.Module):
         self.grow(len(weight))  # a checkpoint may have a larger vocabulary, or a smaller one
         state_dict[key] = torch.cat([weight, self.embedding.weight.data[len(weight) :].to(weight)])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RandomNameEmbedder(nn.Module):
+    """A fixed random vector for each name, drawn by the name alone: identity without meaning, as a control.
+
+    forward maps rows [columns] to [columns, target_dim]; only the projection is trained.
+    """
+
+    def __init__(self, target_dim=1, dim=16):
+        super().__init__()
+        self.rows = {}  # name: row
+        self.register_buffer("table", torch.zeros(0, dim), persistent=False)
+        self.projection = nn.Linear(dim, target_dim)
+
+    def lookup(self, names, optimizer=None):
+        """Rows [columns] of `names` in the table."""
+        for name in names:
+            if name not in self.rows:
+                self.rows[name] = len(self.rows)
+                self.table = torch.cat([self.table, self.embed([name]).to(self.table)])
+        return torch.tensor([self.rows[name] for name in names])
+
+    def embed(self, names):
+        """Vectors [names, dim]."""
+        seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) for name in names]
+        dim = self.table.shape[1]
+        return torch.stack([torch.randn(dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    def forward(self, rows):
+        return self.projection(self.table[rows])
 
 
 class FrozenBERTColumnEmbedder(nn.Module):
@@ -824,8 +877,8 @@ def normalize_windows(values, mask):
 class Head(nn.Module):
     """Logits [batch, classes] from patch tokens [batch, patches, d_model].
 
-    `mean` and `last`: one Linear on the mean (the seed's) or the last token. `ordinal`: the classes are intervals of
-    one column's next value, so forecast it as its last value plus a learned step, with a learned spread, and let the
+    `mean` and `last`: one Linear on the mean (the original's) or the last token. `ordinal`: the classes are intervals
+    of one column's next value, so forecast it as its last value plus a learned step, with a learned spread, and let the
     class `limits` cut that distribution (the cumulative logit model of McCullagh 1980). An untrained one is
     persistence. Where the data set has no such column, `ordinal` is `last`.
     """
@@ -854,7 +907,7 @@ class Head(nn.Module):
 class MultiDatasetPatchDuET(nn.Module):
     """Logits [batch, num_classes] from x [batch, columns, time], scaled, with NaNs: patches, two pre-norm layers, head.
 
-    As the seed has it, one Linear reads all columns of a patch, so their number c_in is fixed, and with a strategy each
+    As in the original, one Linear reads all columns of a patch, so their number c_in is fixed, and with a strategy each
     column's name is one number, a third channel beside value and mask; 571,459 parameters with 4 columns and `none`.
 
     With `shared`, one set of weights serves any columns (c_in is not read): the patch layer sees one column at a time
@@ -893,13 +946,15 @@ class MultiDatasetPatchDuET(nn.Module):
         self.embedder = None
         if strategy == "auto_expanding":
             self.embedder = AutoExpandingEmbedder(d_model if shared else 1)
+        elif strategy == "random_names":
+            self.embedder = RandomNameEmbedder(d_model if shared else 1)
         elif strategy == "frozen_bert":
             self.embedder = FrozenBERTColumnEmbedder(target_dim=d_model if shared else 1, **bert)
         self.heads, self.column_names, self.cards = nn.ModuleDict(), {}, {}
 
     @classmethod
     def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None, strategy="none", **options):
-        """The seed's constructor; `options` are those of the class."""
+        """The original's constructor; `options` are those of the class."""
         model = cls(c_in, seq_len, strategy, **options)
         model.set_dataset_columns(column_names or [f"column_{i + 1}" for i in range(c_in)], num_classes=num_classes)
         return model
@@ -963,6 +1018,11 @@ def card(data):
             "std": data.std.tolist(), "seq_len": data.seq_len}
 
 
+def use_bfloat16(device):
+    """On a GPU that has it; on a CPU float32 was faster for models of this size (41 against 51 ms a step)."""
+    return device.type == "cuda" and has_bfloat16(device)
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
@@ -993,6 +1053,15 @@ def choose_batch_size(windows, largest):
     return int(min(max(16, windows // 8), windows, largest))
 
 
+def note_memory(datasets, args):
+    """A note before a training that needs gigabytes: attention keeps patches x patches weights for each of 8 heads."""
+    patches = max(num_patches(data.seq_len) for data in datasets)
+    gigabytes = args.batch_size * patches * (2 * 8 * patches + 4 * 2048 + 1000) * 4 * 2 / 1e9
+    if gigabytes > 4:
+        longest = max(data.seq_len for data in datasets)
+        note(f"windows of {longest:,} steps need about {gigabytes:.0f} GB in training; a lower --batch-size needs less")
+
+
 def fit(model, datasets, args, path, drop=False, keep="best"):
     """Train `model` on the training parts, args.steps steps a data set; returns the history, a dict an evaluation.
 
@@ -1009,6 +1078,7 @@ def fit(model, datasets, args, path, drop=False, keep="best"):
     tensors = [(torch.from_numpy(data.series).to(device), torch.from_numpy(data.starts).to(device),
                 torch.from_numpy(data.labels).to(device)) for data in datasets]
     steps = args.steps * len(datasets)
+    note_memory(datasets, args)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01, fused=True)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # half a cosine, down to zero at the last step, after a warm-up
@@ -1027,7 +1097,9 @@ def fit(model, datasets, args, path, drop=False, keep="best"):
             torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
             history, best = state["history"], state["best"]
 
-    bar = tqdm(total=steps, initial=history[-1]["step"] if history else 0, desc=path.stem, unit="step", leave=False)
+    hidden = not (sys.stderr.isatty() or in_notebook())
+    done = history[-1]["step"] if history else 0
+    bar = tqdm(total=steps, initial=done, desc=path.stem, unit="step", leave=False, disable=hidden)
     evaluations = min(args.evaluations, args.steps)
     for number in range(len(history), evaluations):
         began, losses = time.perf_counter(), []
@@ -1047,7 +1119,7 @@ def fit(model, datasets, args, path, drop=False, keep="best"):
             if drop:
                 share = 0.5 * torch.rand(len(x), 1, 1, device=device)
                 x = drop_values(x, share, MISSING[len(losses) % len(MISSING)])
-            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device)):
                 logits = model(x, datasets[turn].name)
             loss = F.cross_entropy(logits.float(), labels[batch])
             optimizer.zero_grad()
@@ -1093,7 +1165,7 @@ def predict(model, data, part, corrupt=None):
     model.eval()
     device = next(model.parameters()).device
     series, outputs = torch.from_numpy(data.series).to(device), []
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device)):
         for starts in torch.from_numpy(data.starts[data.parts[part]]).to(device).split(1024):
             x = gather_windows(series, starts, data.seq_len)
             outputs.append(model(corrupt(x) if corrupt else x, data.name).float())
@@ -1391,14 +1463,16 @@ def benchmark(args, datasets, strategies, run_dir):
                                 for data in own]
                     accuracy = np.mean([record["accuracy"] for record in records[-len(own) :]])
                     note(f"{name}, {strategy}, seed {seed}: {accuracy:.2%}")
-    plot_benchmark(records, run_dir)
-    claim = SEED_CLAIM if args.head == "mean" and args.protocol != "holdout" and not args.data else {}
-    if {data.name for data in datasets} != {*EMBEDDED, "etth1"}:  # the seed's average is over these three
+    plot_benchmark(records, {data.name: 1 / len(data.classes) for data in datasets}, run_dir)
+    claim = {}  # the original's figures, beside its own data only
+    if args.head == "mean" and not args.data and args.protocol != "holdout":
+        claim = ORIGINAL_CLAIM if args.protocol == "original" else {"etth1": ORIGINAL_CLAIM["etth1"]}
+    if {data.name for data in datasets} != {*EMBEDDED, "etth1"}:  # the original's average is over these three
         claim = {name: models for name, models in claim.items() if name != "mean of all"}
     table = benchmark_table(records, [name for name in args.strategies or STRATEGIES if name not in strategies], claim)
     return {"records": records, "tables": {"accuracy": table}, "note": "Differences are points of accuracy, paired by "
-            "seed. Seconds are one training, of a shared model for all data sets. The seed's figures are single runs "
-            "whose epoch was chosen on the test part; its embedded data are not public."}
+            "seed. Seconds are one training, of a shared model for all data sets. The original's figures are single "
+            "runs whose last or best epoch on the test part was scored; its data are those of --protocol original."}
 
 
 def benchmark_table(records, not_run, claim):
@@ -1420,7 +1494,7 @@ def benchmark_table(records, not_run, claim):
                     "macro F1 %": percent([record["macro_f1"] for record in own]),
                     "minus none": difference(records, model, plain, dataset=name) if learned else None,
                     "minus per-dataset": difference(records, model, strategy, dataset=name) if learned else None,
-                    "seed %": claim.get(name, {}).get(model), "parameters": own[0].get("parameters"),
+                    "original %": claim.get(name, {}).get(model), "parameters": own[0].get("parameters"),
                     "seconds": round(float(np.mean([record["seconds"] for record in own])), 1)})
         table += [{"data set": name, "model": f"{model} (not run)"} for model in not_run]
     return table
@@ -1624,22 +1698,30 @@ def predict_file(args, datasets, strategies, run_dir):
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def plot_benchmark(records, run_dir):
-    """Accuracy of every model, by data set where there are few, else on average."""
+def plot_benchmark(records, chance, run_dir):
+    """Accuracy of every model, by data set where there are few, else on average; `chance` {data set: share}."""
     datasets, models = distinct(records, "dataset"), distinct(records, "model")
-    fig, (axis,) = new_figure("Test accuracy (with 95 % interval over several runs)", size=(12, 5.5))
+    models = [name for name in models if name != "majority class"]
     if len(datasets) <= 6:
+        title = "Test accuracy, with 95 % interval over several runs"
+        fig, (axis,) = new_figure(title, size=(11, 2 + 1.4 * len(datasets)))
         values, ends = {}, {}
         for model in models:
             found = [mean_and_interval(values_of(records, "accuracy", dataset=data, model=model) or [np.nan])
                      for data in datasets]
             values[model], ends[model] = (100 * np.array(column, float) for column in zip(*found))
-        plot_bars(axis, datasets, values, "{:.1f}", ends)
-        axis.set(ylabel="accuracy [%]", ylim=(0, 119), yticks=range(0, 101, 20))
+        plot_dots(axis, datasets, values, errors=ends)
+        for row, name in enumerate(datasets):
+            label = "chance" if row == 0 else None
+            axis.plot(2 * [100 * chance[name]], [row - 0.4, row + 0.4], "--", color="0.4", label=label)
+        axis.set(xlabel="accuracy [%]", xlim=(0, 101))
+        legend_below(axis, 5)
     else:
+        fig, (axis,) = new_figure("Test accuracy", size=(11, 5))
         means = {model: 100 * np.mean(values_of(records, "accuracy", model=model)) for model in models}
         plot_ranking(axis, means, "{:.1f}")
-        axis.set(xlabel=f"accuracy [%], mean over {len(datasets)} data sets")
+        axis.axvline(100 * np.mean(list(chance.values())), linestyle="--", color="0.4")
+        axis.set(xlabel=f"accuracy [%], mean over {len(datasets)} data sets; dashed: chance", xlim=(0, 105))
     save_figure(fig, run_dir / "benchmark.png")
 
 
@@ -1652,11 +1734,13 @@ def plot_shares(records, title, xlabel, key, path):
         shares = sorted(distinct(own, "share"))
         for i, model in enumerate(distinct(own, "model")):
             runs = {share: values_of(own, "accuracy", model=model, share=share) for share in shares}
-            at = [i for i, share in enumerate(shares) if runs[share]]
-            plot_curve(axis, at, 100 * np.array(list(filter(None, runs.values()))).T, model, i, "osv^Dx*"[i % 7])
-        axis.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
+            at = [100 * share for share in shares if runs[share]]
+            plot_curve(axis, at, 100 * np.array(list(filter(None, runs.values()))).T, model, i, MARKERS[i % 7])
+        if shares[-1] == 1:  # 0, 5, 10 and 100 %
+            axis.set_xscale("symlog", linthresh=10)
+        axis.set_xticks([100 * share for share in shares], [f"{share:.0%}" for share in shares])
         low, high = axis.get_ylim()  # an interval may reach beyond what an accuracy can be
-        axis.set(title=panel, xlabel=xlabel, ylabel="test accuracy [%]", ylim=(max(low, 0), min(high, 103)))
+        axis.set(title=panel, xlabel=xlabel, ylabel="test accuracy [%]", ylim=(max(low, 0), min(high, 101)))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     save_figure(fig, path)
 
@@ -1790,7 +1874,8 @@ def between(kind, low, high=math.inf):
 def parse_args(argv):
     parser = Parser("duet.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="every experiment in a minute, no network, too short to learn anything")
+    add("--quick", action="store_true", help="every experiment in a minute, no network, on the original's synthetic "
+        "data, which a few steps are enough for")
     add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help=f"{', '.join(EMBEDDED)} (embedded), "
         "etth1 (downloaded); default: all three, etth1 if it can be had")
     add("--data", nargs="+", metavar="PATH", help="your own .csv files, in order of time, .ts files or folders of .ts")
@@ -1798,8 +1883,9 @@ def parse_args(argv):
     add("--num-classes", type=between(int, 2, 100), default=3, metavar="N", help="quantile classes of --target")
     add("--synthetic-schemas", type=between(int, 0, 999), default=0, metavar="N", help="tables of 3-12 columns")
     add("--windows", type=between(int, 60), default=2000, metavar="N", help="of each embedded data set, 96 steps each")
-    add("--protocol", choices=["seed", "holdout"], help="class limits: quantiles of the whole series, as the seed has "
-        "them, or of the rows before the test part, with a gap; default: seed for etth1, holdout for --data")
+    add("--protocol", choices=["original", "holdout"], help="original: class limits are quantiles of the whole series, "
+        "embedded data are the original's synthetic ones, 5 %% of ETTh1 are left out; holdout: limits are quantiles "
+        "of the rows before the test part, with a gap (default: for etth1 the original's limits, for --data holdout)")
     add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="for the columns' names: "
         f"{', '.join(STRATEGIES)}; default: all, with --nan-robustness none")
     add("--shared", action="store_true", help="also one shared model for all data sets, with each strategy")
@@ -1813,7 +1899,7 @@ def parse_args(argv):
     add("--tokenization", choices=["words", "raw"], default="words", help="indoor_temp as indoor temperature, or as is")
     add("--prewarm", metavar="FILE", help="instead: put the column names in FILE, one a line, into the cache")
     add("--cache-stats", action="store_true", help="instead: how many embeddings of --bert-model are cached")
-    add("--head", choices=["mean", "last", "ordinal"], default="mean", help="mean of all patches, as the seed has it, "
+    add("--head", choices=["mean", "last", "ordinal"], default="mean", help="mean of all patches, as in the original, "
         "the last patch, or a forecast of --target cut by the class limits")
     add("--members", type=between(int, 0), metavar="N", help="models with convolutions, averaged, alone and with Hydra "
         "(default: 3 for files of the UEA and UCR archives, else none)")
@@ -1829,8 +1915,8 @@ def parse_args(argv):
     add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds in a row: mean ± 95 %% interval")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
     if "--quick" in argv:
-        parser.set_defaults(windows=300, steps=20, batch_size=64, evaluations=3, shared=True, transfer="last",
-                            nan_robustness=True)
+        parser.set_defaults(windows=300, steps=40, batch_size=32, evaluations=2, shared=True, transfer="last",
+                            nan_robustness=True, protocol="original")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if "" in (value if isinstance(value, list) else [value]):  # an empty path would be this folder

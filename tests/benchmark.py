@@ -154,8 +154,8 @@ def duet_training(repeats=5):
     def bare():
         model.train()
         for x, label in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
-                logits = model(x)
+            with torch.autocast(device.type, torch.bfloat16, enabled=duet.use_bfloat16(device)):
+                logits = model(x, data.name)
             loss = nn.functional.cross_entropy(logits.float(), label)
             clipped_step(model, optimizer, loss)
         loss.item()

@@ -221,7 +221,7 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
     with pytest.raises(ValueError, match="strategy 'bert' is none of"):
         new(4, strategy="bert")
     shared = new(5, 96, 3, weather, "auto_expanding", shared=True).eval()
-    for names in (["CPU_usage", "memory_usage", "disk_IO"], weather, [f"column {i}" for i in range(12)]):  # the seed's
+    for names in (["CPU_usage", "memory_usage", "disk_IO"], weather, [f"column {i}" for i in range(12)]):
         shared.set_dataset_columns(names)
         x = torch.randn(2, len(names), 96)
         logits = shared(x)
@@ -304,7 +304,7 @@ def test_the_encoder_is_loaded_only_for_uncached_names_and_freed(encoder, tmp_pa
     torch.testing.assert_close(vectors.square().mean(1), torch.ones(2))
     raw = duet.FrozenBERTColumnEmbedder(encoder, tmp_path, tokenization="raw").embed(["temp"])
     assert len(loads) == 2 and not torch.allclose(raw[0], vectors[1])
-    # The seed's own way to fill the cache.
+    # The original's own way to fill the cache.
     embedder = duet.FrozenBERTColumnEmbedder(encoder, tmp_path)
     for column in ("wind_speed", "user_id"):
         embedder._compute_bert_embedding(column)
@@ -409,7 +409,7 @@ def test_blocks_never_share_rows():
 
 
 def test_a_csv_is_prepared_and_its_classes_are_quantiles_of_the_next_value(small_csv):
-    data = duet.csv_dataset(small_csv, "load", 4, "seed")
+    data = duet.csv_dataset(small_csv, "load", 4, "original")
     assert data.columns == ["tempC", "load", "noise"] and data.target == 1
     left_out = data.info["left_out"]
     assert left_out == {"date": "a date", "site": "not numeric", "fixed": "constant or empty in the training part"}
@@ -472,7 +472,7 @@ def test_dates_that_fall_or_repeat_or_have_gaps_are_noted_and_sorted(tmp_path, c
 def test_the_last_validation_block_ends_before_the_test_part_and_large_values_keep_their_digits(tmp_path):
     rows = np.random.default_rng(0).normal(size=4300)
     (tmp_path / "a.csv").write_text("a\n" + "\n".join(f"{1e9 + value:.6f}" for value in rows))
-    for protocol in ("seed", "holdout"):
+    for protocol in ("original", "holdout"):
         data = duet.csv_dataset(tmp_path / "a.csv", "a", 3, protocol)
         assert data.parts["validation"].max() + 96 < data.parts["test"].min()
         np.testing.assert_allclose(data.series[:, 0], (rows - data.mean + 1e9) / data.std, atol=1e-5)
@@ -890,7 +890,7 @@ def test_figures_carry_their_interval_and_the_seeds_stand_beside_its_own_protoco
         assert results["benchmark"]["tables"]["accuracy"][-1]["seed %"] == claim
     records = [{"dataset": name, "model": "none", "accuracy": 0.5, "macro_f1": 0.5, "seconds": 1.0}
                for name in ("a", "b")]
-    assert duet.benchmark_table(records, [], duet.SEED_CLAIM)[-1]["seed %"] == 92.8
+    assert duet.benchmark_table(records, [], duet.ORIGINAL_CLAIM)[-1]["original %"] == 92.8
 
 
 def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsys, monkeypatch):
