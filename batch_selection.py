@@ -747,7 +747,7 @@ def load_dataset(name, data_dir):
 
 
 def write_csv(path, x, y):
-    """Write `label,p0,p1,…`, one sample a line; with features that are no pixels `label,f0,f1,…`."""
+    """Write `label,p0,p1,…`, one sample a line; `label,f0,f1,…` for features that are no pixels."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -1543,8 +1543,8 @@ def plot_benchmark(comparisons, args, path):
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     direction = "more" if sign > 0 else "less"
-    ax.set_xlabel(f"difference from {name_control(args)} [{unit}; {direction} is better]\nbars: 95 % "
-                  "interval of each alone, uncorrected")
+    ax.set_xlabel(f"difference from {name_control(args)} [{unit}; {direction} is better]\nbars: 95 "
+                  "% interval of each alone, uncorrected")
     legend_below(ax, 3)
     save_figure(fig, path)
 
@@ -1760,7 +1760,8 @@ def describe_run(args):
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets",
                 "perforatedai")
-    versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
+    versions = {name: getattr(sys.modules[name], "__version__", None)
+                for name in packages if name in sys.modules}
     device = args.device
     return {
         "experiment": EXPERIMENT,

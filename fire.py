@@ -1940,7 +1940,8 @@ def describe_run(args):
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets",
                 "perforatedai")
-    versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
+    versions = {name: getattr(sys.modules[name], "__version__", None)
+                for name in packages if name in sys.modules}
     device = args.device
     return {
         "experiment": EXPERIMENT,

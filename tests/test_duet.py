@@ -20,8 +20,7 @@ import duet
 
 ROOT = Path(duet.__file__).resolve().parent
 ETT = ROOT.parent / "shared/data"
-TINY = ["--windows", "60", "--steps", "4", "--evaluations", "2", "--batch-size", "16", "--members", "1", "--device",
-        "cpu"]
+TINY = ["--windows", "60", "--steps", "4", "--evaluations", "2", "--batch-size", "16", "--device", "cpu"]
 new = duet.MultiDatasetPatchDuET.create_for_dataset
 NAMES = ["indoor_temp", "outdoor_temp", "humidity", "pressure", "wind", "rain", "sun"]
 
@@ -131,7 +130,7 @@ def test_a_nan_never_reaches_the_output(shared, fill, head):
     model.add_dataset(one)
     x = torch.randn(4, 3, 96)
     x[0], x[1, 1], x[2, :, ::2], x[3, 1, -30:] = (torch.nan,) * 4
-    logits = model(x)
+    logits = model(x, "a")
     assert logits.shape == (4, 3) and logits.isfinite().all()
     logits.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
@@ -230,7 +229,7 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
         shared.set_dataset_columns([names[i] for i in order])
         torch.testing.assert_close(shared(x[:, order]), logits)
     shared.set_dataset_columns(["x", "y"], "items", num_classes=4)  # no name clashes with a method of torch's
-    assert shared(torch.randn(2, 2, 96)).shape == (2, 4)
+    assert shared(torch.randn(2, 2, 96), "items").shape == (2, 4)
     with pytest.raises(ValueError, match="no head for data set 'new'"):
         shared.set_dataset_columns(["x"], "new")
 
@@ -243,9 +242,9 @@ def test_an_untrained_ordinal_head_is_persistence():
     x = torch.randn(50, 4, 96)
     x[::3, 2, -5:] = torch.nan
     last = torch.where(x[:, 2, -1].isnan(), x[:, 2, -6], x[:, 2, -1])
-    torch.testing.assert_close(model(x).exp().sum(1), torch.ones(50))
+    torch.testing.assert_close(model(x, "a").exp().sum(1), torch.ones(50))
     near = np.abs(last.numpy()[:, None] - limits).min(1) > 0.1
-    assert (model(x).argmax(1).numpy() == np.digitize(last, limits))[near].all() and near.sum() > 30
+    assert (model(x, "a").argmax(1).numpy() == np.digitize(last, limits))[near].all() and near.sum() > 30
 
 
 # --- The frozen encoder and its cache ---------------------------------------------------------------------------------
@@ -706,7 +705,36 @@ def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch)
     results = duet.main(["--quick", "--windows", "300", "--steps", "2", "--batch-size", "8", "--bert-model", "no/such",
                          "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)])
     assert {"nan_robustness", "transfer", "benchmark"} <= set(results) and "frozen_bert" in results["not_run"]
-    assert {data["source"] for data in results["data"].values()} == {"embedded"}
+    assert {data["source"] for data in results["data"].values()} == {"original's synthetic"}
+
+
+def test_what_quick_trains_is_learned(tmp_path):
+    args = duet.parse_args(["--quick", "--device", "cpu"])
+    args.torch_device = torch.device("cpu")
+    data = duet.original_dataset("user_metrics", [4, 1])
+    model = duet.new_model(args, [data], "none", False, 42)
+    duet.fit(model, [data], args, tmp_path / "model.pt")
+    assert duet.evaluate(model, data)["accuracy"] > 0.8
+
+
+def test_the_originals_data_are_sines_of_one_to_three_periods_with_noise():
+    data = duet.original_dataset("user_metrics", 0)
+    assert {part: len(some) for part, some in data.parts.items()} == {"train": 640, "validation": 160, "test": 200}
+    assert data.info["missing"] == pytest.approx(0.03, abs=0.002)
+    assert duet.original_dataset("temperature_sensors", 0).info["missing"] == pytest.approx(0.05, abs=0.002)
+    windows = np.nan_to_num(data.series.reshape(1000, 96, 5))
+    for label in range(3):
+        spectrum = np.abs(np.fft.rfft(windows[data.labels == label].mean((0, 2))))
+        assert spectrum.argmax() == label + 1
+
+
+def test_random_names_are_fixed_by_the_name_alone():
+    first, second = duet.RandomNameEmbedder(), duet.RandomNameEmbedder()
+    first.lookup(["a", "b"])
+    second.lookup(["b"])
+    assert torch.equal(first.table[1], second.table[0])
+    assert not torch.equal(first.table[0], first.table[1])
+    assert sum(parameter.numel() for parameter in first.parameters()) == 17
 
 
 def test_few_labels_are_the_share_asked_for():
@@ -885,9 +913,10 @@ def test_figures_carry_their_interval_and_the_seeds_stand_beside_its_own_protoco
     assert duet.percent([0.01, 0.02, 0.03], "+") == "+2.00 ± 2.48" and duet.percent([0.9]) == "90.00"
     assert duet.percent([0.01, 0.011, 0.012], "+") == "+1.10 ± 0.25 *" and "*" not in duet.percent([0.9, 0.91])
     command = ["--dataset", "user_metrics", "--strategies", "none", *TINY, "--output-dir", str(tmp_path)]
-    for head, claim in (("mean", 99.0), ("last", None)):
-        results = duet.main([*command, "--head", head])
-        assert results["benchmark"]["tables"]["accuracy"][-1]["seed %"] == claim
+    original = ["--protocol", "original"]  # the embedded data of this script are not the original's
+    for head, protocol, claim in (("mean", original, 99.0), ("last", original, None), ("mean", [], None)):
+        results = duet.main([*command, "--head", head, *protocol])
+        assert results["benchmark"]["tables"]["accuracy"][-1]["original %"] == claim
     records = [{"dataset": name, "model": "none", "accuracy": 0.5, "macro_f1": 0.5, "seconds": 1.0}
                for name in ("a", "b")]
     assert duet.benchmark_table(records, [], duet.ORIGINAL_CLAIM)[-1]["original %"] == 92.8
