@@ -1561,7 +1561,7 @@ def transfer(args, datasets, strategies, run_dir):
               for one in strategies if one != "none" and "none" in strategies]
     differences = [{"model": one, "minus": other} | {f"{share:.0%}": difference(records, one, other, share=share)
                                                      for share in LABEL_SHARES} for one, other in pairs]
-    plot_shares(records, "Shared model on a new data set", "labels of it", "dataset", run_dir / "transfer.png")
+    plot_shares(records, "Shared model on a new data set", "share of its labels", "dataset", run_dir / "transfer.png")
     return {"to": goal, "records": records, "tables": {"accuracy": share_table(records, "model"),
                                                        "differences": differences},
             "note": f"Test accuracy [%] on {goal} by the share of its labels; differences in points, paired by seed."}

@@ -737,6 +737,15 @@ def test_random_names_are_fixed_by_the_name_alone():
     assert sum(parameter.numel() for parameter in first.parameters()) == 17
 
 
+def test_a_training_that_needs_gigabytes_is_announced(capsys):
+    args = duet.parse_args([])
+    data = duet.synthetic_schema(0, 60)
+    duet.note_memory([data], args)
+    assert capsys.readouterr().err == ""
+    duet.note_memory([duet.dataclasses.replace(data, seq_len=20_000)], args)
+    assert "windows of 20,000 steps need about" in capsys.readouterr().err
+
+
 def test_few_labels_are_the_share_asked_for():
     data = duet.synthetic_schema(0, 1000)
     few = duet.with_labels(data, 0.1, 42)
