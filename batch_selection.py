@@ -220,6 +220,19 @@ def split_batches(rows, size):
     return np.split(rows, range(size, len(rows), size))
 
 
+def fill_batches(selections, size):
+    """Batches of `size` from selections of at most so many rows, which wait until they fill one;
+    the last batch may be smaller."""
+    waiting = np.empty(0, int)
+    for selected in selections:
+        waiting = np.concatenate([waiting, selected])
+        if len(waiting) >= size:
+            yield waiting[:size], None
+            waiting = waiting[size:]
+    if len(waiting):
+        yield waiting, None
+
+
 def random_batches(learner):
     """Every sample once an epoch, in a new random order."""
     order = learner.rng.permutation(len(learner.loss))
@@ -274,17 +287,9 @@ def self_paced(learner, limit=2):
     waits while its label is that unlikely, as a wrong one is. The limit is fixed instead of
     growing, and 2 was chosen on 10,000 of Fashion-MNIST's training images.
     """
-    size = learner.args.batch_size
-    selected = np.empty(0, int)
-    for candidates, _ in random_batches(learner):
-        losses = learner.score(candidates)
-        is_likely = losses < limit * math.log(learner.data.num_classes)
-        selected = np.concatenate([selected, candidates[is_likely]])
-        if len(selected) >= size:
-            yield selected[:size], None
-            selected = selected[size:]
-    if len(selected):
-        yield selected, None
+    highest = limit * math.log(learner.data.num_classes)
+    likely = (rows[learner.score(rows) < highest] for rows, _ in random_batches(learner))
+    yield from fill_batches(likely, learner.args.batch_size)
 
 
 def loss_threshold(learner):
@@ -307,19 +312,17 @@ def selective_backprop(learner, history=1024):
     epoch. Every sample has a forward pass; the selected ones wait until they fill a batch.
     arXiv:1910.00762.
     """
-    size = learner.args.batch_size
-    recent, selected = np.empty(0), np.empty(0, int)
-    for candidates, _ in random_batches(learner):
-        losses = learner.score(candidates)
-        recent = np.concatenate([recent, losses])[-history:]
-        percentile = np.searchsorted(np.sort(recent), losses, side="right") / len(recent)
-        is_selected = learner.rng.random(len(candidates)) < percentile**learner.args.selectivity
-        selected = np.concatenate([selected, candidates[is_selected]])
-        if len(selected) >= size:
-            yield selected[:size], None
-            selected = selected[size:]
-    if len(selected):
-        yield selected, None
+
+    def select():
+        recent = np.empty(0)
+        for candidates, _ in random_batches(learner):
+            losses = learner.score(candidates)
+            recent = np.concatenate([recent, losses])[-history:]
+            percentile = np.searchsorted(np.sort(recent), losses, side="right") / len(recent)
+            chance = percentile**learner.args.selectivity
+            yield candidates[learner.rng.random(len(candidates)) < chance]
+
+    yield from fill_batches(select(), learner.args.batch_size)
 
 
 def infobatch(learner, ratio=0.5):
@@ -1145,10 +1148,15 @@ def check_batch(rows, weights):
     return rows.astype(np.int64, copy=False)
 
 
+def check_finite(loss):
+    """Raise UserError if a loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise UserError("the loss is no longer a number; lower --learning-rate")
+
+
 def track_losses(learner, rows, losses):
     """Bring the latest losses and their moving averages up to date; a first loss is its average."""
-    if not math.isfinite(losses.sum()):
-        raise UserError("the loss is no longer a number; lower --learning-rate")
+    check_finite(losses.sum())
     learner.last_loss[rows] = losses
     if learner.args.smart_loss == "batch-mean":
         losses = losses.mean()
@@ -1183,8 +1191,7 @@ def measure(learner):
     train_loss, train_acc = evaluate(learner.model, data.x_train[::stride],
                                      data.y_train[::stride])
     test_loss, test_acc = evaluate(learner.model, data.x_test, data.y_test)
-    if not math.isfinite(train_loss + test_loss):
-        raise UserError("the loss is no longer a number; lower --learning-rate")
+    check_finite(train_loss + test_loss)
     # Before training: those of random, which progress() takes as the length of the first epoch.
     steps = learner.steps or math.ceil(len(learner.loss) / learner.args.batch_size)
     metrics = {"epoch": len(learner.history), "steps": steps, "samples": learner.samples,
@@ -1393,13 +1400,17 @@ def mean_text(values, number="{:.2f}"):
     return f"{number.format(mean)} ± {number.replace('+', '').format(interval)}"
 
 
+def runs_of(records, name):
+    """The records of a strategy without those of its control."""
+    return records[(records["strategy"] == name) & ~records["control"]]
+
+
 def choose_target(records, args):
     """--target, or 1 % short of what random, else the first strategy, reaches at the end."""
     metric, sign, _ = DECIDING[args.task]
     if args.target is not None:
         return args.target
-    name = BASELINE if BASELINE in args.strategy else args.strategy[0]
-    runs = records[(records["strategy"] == name) & ~records["control"]]
+    runs = runs_of(records, BASELINE if BASELINE in args.strategy else args.strategy[0])
     return runs.groupby("seed")[metric].last().mean() * (1 - sign * 0.01)
 
 
@@ -1409,7 +1420,7 @@ def comparison_table(records, comparison, args):
     target = choose_target(records, args)
     rows = []
     for name in args.strategy:
-        runs = records[(records["strategy"] == name) & ~records["control"]].groupby("seed")
+        runs = runs_of(records, name).groupby("seed")
         row = {"strategy": name, METRICS[args.task][metric]: mean_text(runs[metric].last()),
                name_control(args): None, f"difference [{unit}]": None, "p (Holm)": None}
         if name in comparison.index:
@@ -1432,7 +1443,12 @@ def title_of(dataset, noise):
     return f"{dataset}, {100 * noise:g} % wrong labels" if noise else dataset
 
 
-def summarize_setting(title, records, comparison, info, args):
+def file_name(dataset, noise):
+    """The name of a setting in files and folders."""
+    return f"{dataset}-noise-{noise:g}" if noise else dataset
+
+
+def summarize_setting(title, table, comparison, info, args):
     """Table and verdicts of one setting as text."""
     classes = info["classes"]
     if isinstance(classes, list):
@@ -1445,7 +1461,7 @@ def summarize_setting(title, records, comparison, info, args):
              f"{info['source'].capitalize()} data, {info['train']:,} training and "
              f"{info['test']:,} test samples, classes: {classes}; {args.model}, {length}, batches "
              f"of {args.batch_size}, runs: {args.runs}; {baseline}.", "",
-             markdown_table(comparison_table(records, comparison, args)), ""]
+             markdown_table(table), ""]
     if args.runs < MIN_RUNS:
         lines.append(f"- No verdict: a paired t-test needs {MIN_RUNS} runs.")
     else:
@@ -1497,17 +1513,18 @@ def plot_comparison(records, comparison, title, args, path):
     controls."""
     metric, sign, unit = DECIDING[args.task]
     label = METRICS[args.task][metric]
+    target = choose_target(records, args)
     fig, axes = new_figure(f"{title}: {label}, mean of {args.runs} runs", 2, 2, (12, 9))
     axis_labels = {"epoch": "epoch", "samples": "samples trained on [thousands]",
                    "seconds": "training time [s]"}
     for ax, (column, axis_label) in zip(axes, axis_labels.items()):
         for i, name in enumerate(args.strategy):
-            runs = records[(records["strategy"] == name) & ~records["control"]]
+            runs = runs_of(records, name)
             x = pivot_runs(runs, column).mean(axis=0) / (1000 if column == "samples" else 1)
             plot_curve(ax, x[1:], pivot_runs(runs, metric)[:, 1:], name, i, MARKERS[i % 7])
             if name == BASELINE:
                 ax.lines[-1].set(color="black", linewidth=2.5)
-        ax.axhline(choose_target(records, args), color="0.4", linewidth=0.8, label="target")
+        ax.axhline(target, color="0.4", linewidth=0.8, label="target")
         ax.set(xlabel=axis_label, ylabel=label)
     epoch_axis(axes[0])
     ax = axes[3]
@@ -1552,24 +1569,19 @@ def plot_benchmark(comparisons, args, path):
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def write_strategy_folder(records, title, info, args):
-    """outputs/TASK/DATASET/STRATEGY/run-001, with the next free number: summary.txt and a picture
-    of each metric. Returns the folder."""
-    first = records.iloc[0]
-    dataset = first["dataset"] + (f"-noise-{first['noise']:g}" if first["noise"] else "")
-    parent = Path(args.output_dir, args.task, dataset, first["strategy"])
-    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
-    folder = parent / f"run-{max(numbers, default=0) + 1:03d}"
+def write_strategy_folder(records, parent, title, info, args):
+    """A new folder in `parent`, outputs/TASK/DATASET/STRATEGY: summary.txt and a picture of each
+    metric. Returns the folder."""
+    folder = free_run_dir(parent)
     folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
     last = records.groupby("seed").last()
-    lines = [f"{title}, {first['strategy']}, runs: {args.runs}, after the last epoch; mean and 95 "
-             "% interval"]
+    lines = [f"{title}, runs: {args.runs}, after the last epoch; mean and 95 % interval"]
     lines += [f"{label}: {mean_text(last[metric], '{:.4f}')}"
               for metric, label in METRICS[args.task].items()]
     lines += [f"samples: {mean_text(last['samples'], '{:,.0f}')}",
               f"seconds: {mean_text(last['seconds'])}"]
     (folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot_strategy(records, f"{title}, {first['strategy']}", info, args, folder)
+    plot_strategy(records, title, info, args, folder)
     return str(folder)
 
 
@@ -1585,13 +1597,14 @@ def run_experiment(args):
         title = title_of(dataset, noise)
         comparison = compare(setting, args)
         comparisons[dataset, noise] = comparison
-        texts.append(summarize_setting(title, setting, comparison, info, args))
         tables[title] = comparison_table(setting, comparison, args)
-        name = f"{dataset}-noise-{noise:g}" if noise else dataset
+        texts.append(summarize_setting(title, tables[title], comparison, info, args))
+        name = file_name(dataset, noise)
         plot_comparison(setting, comparison, title, args, run_dir / f"comparison_{name}.png")
-        for _, runs in setting[~setting["control"]].groupby("strategy", sort=False):
-            if not args.quick:
-                folders.append(write_strategy_folder(runs, title, info, args))
+        for strategy in args.strategy if not args.quick else ():
+            parent = Path(args.output_dir, args.task, name, strategy)
+            runs = runs_of(setting, strategy)
+            folders.append(write_strategy_folder(runs, parent, f"{title}, {strategy}", info, args))
     if len(comparisons) > 1 and set(args.strategy) != {BASELINE}:
         plot_benchmark(comparisons, args, run_dir / "benchmark.png")
     if len(args.label_noise) > 1:
@@ -1716,13 +1729,17 @@ def changed_arguments(args):
             if value is not None and value != defaults[name]}
 
 
+def free_run_dir(parent):
+    """The path run-001 in the folder `parent`, with the next free number."""
+    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
+    return parent / f"run-{max(numbers, default=0) + 1:03d}"
+
+
 def next_run_dir(args):
     """The folder of this run: that of --resume, or else a new one with arguments.json."""
     if args.resume:
         return Path(args.resume)
-    parent = Path(args.output_dir, EXPERIMENT)
-    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
-    run_dir = parent / f"run-{max(numbers, default=0) + 1:03d}"
+    run_dir = free_run_dir(Path(args.output_dir, EXPERIMENT))
     run_dir.mkdir(parents=True)
     with atomic_write(run_dir / "arguments.json") as path:
         path.write_text(to_json(plain_arguments(args)))

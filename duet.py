@@ -3,12 +3,12 @@
 Method: windows of 96 steps are classified by a patch transformer that reads each column's values, the last one where
 one is missing, and, as a second channel, which of them are present. Strategies for the columns' names: `none`, a
 learned vocabulary that grows (`auto_expanding`), a frozen BERT read once and cached (`frozen_bert`), a fixed random
-vector for each name as a control (`random_names`). Per-dataset
-models join all columns in one patch layer; the shared model (--shared) treats each column alone, with its name's
-embedding, and lets columns attend to each other. Beside them: the majority class, persistence, logistic regression,
-gradient boosting and Hydra, and on the archives' files convolutions, alone and averaged with Hydra.
+vector for each name as a control (`random_names`). Per-dataset models join all columns in one patch layer; the shared
+model (--shared) treats each column alone, with its name's embedding, and lets columns attend to each other. Beside
+them: the majority class, persistence, logistic regression, gradient boosting and Hydra, and on the archives' files
+convolutions, alone and averaged with Hydra.
 
-    python duet.py                                             # three data sets, three strategies: 5 minutes
+    python duet.py                                             # three data sets, all strategies: 5 minutes
     python duet.py --quick                                     # every experiment, small, no network: a minute
     python duet.py --shared --runs 5                           # one model for all, mean ± 95 % interval
     python duet.py --dataset etth1 --head ordinal              # what it takes to beat persistence
@@ -77,8 +77,9 @@ STRATEGIES = ["none", "auto_expanding", "frozen_bert", "random_names"]
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
 ORIGINAL_CLAIM = {"temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
-              "user_metrics": {"none": 99.0, "auto_expanding": 99.0}, "etth1": {"none": 79.7, "auto_expanding": 87.5},
-              "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8}}
+                  "user_metrics": {"none": 99.0, "auto_expanding": 99.0},
+                  "etth1": {"none": 79.7, "auto_expanding": 87.5},
+                  "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8}}
 SERIES_FILES = [".ts", ".tsv", ".txt"]  # of the UEA and UCR archives
 FILLS = {"both": "forward fill and mask", "mask": "value and mask", "zero": "zero fill", "forward": "forward fill"}
 MISSING = ["at random", "in blocks", "whole columns"]
@@ -142,10 +143,9 @@ def name_to_words(name):
     for token in re.findall(r"[^\W_]+", name):
         parts = re.findall(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+", token)
         words += [token.lower()] if token.lower() in UNITS else [part.lower() for part in parts]
-    words = [ABBREVIATIONS.get(word, word) for word in words[:-1]] + words[-1:]
+    words = [ABBREVIATIONS.get(word, word) for word in words]
     if len(words) > 1 and (len(words[-1]) > 1 or words[-2] in QUANTITIES or words[-2].isdigit()):
         words[-1] = UNITS.get(words[-1], words[-1])  # a unit stands last; alone it is a name
-    words[-1:] = [ABBREVIATIONS.get(word, word) for word in words[-1:]]
     return " ".join(words) or name
 
 
@@ -1078,7 +1078,6 @@ def fit(model, datasets, args, path, drop=False, keep="best"):
     tensors = [(torch.from_numpy(data.series).to(device), torch.from_numpy(data.starts).to(device),
                 torch.from_numpy(data.labels).to(device)) for data in datasets]
     steps = args.steps * len(datasets)
-    note_memory(datasets, args)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01, fused=True)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # half a cosine, down to zero at the last step, after a warm-up
@@ -1322,6 +1321,12 @@ class HydraClassifier:
         return probabilities
 
 
+def with_validation(data):
+    """The data with the validation windows among those for training, where nothing is chosen by them."""
+    train = np.sort(np.concatenate([data.parts["train"], data.parts["validation"]]))
+    return dataclasses.replace(data, parts=data.parts | {"train": train})
+
+
 def baseline_records(data):
     """One record of scores each for the majority class, persistence (where the target is a column), two models on
     window features, and Hydra. They choose nothing on the validation part, so they are fitted on it, too."""
@@ -1330,9 +1335,8 @@ def baseline_records(data):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    train = np.sort(np.concatenate([data.parts["train"], data.parts["validation"]]))
-    data = dataclasses.replace(data, parts={"train": train, "test": data.parts["test"]})
-    labels, records = {part: data.labels[some] for part, some in data.parts.items()}, []
+    data = with_validation(data)
+    labels, records = {part: data.labels[data.parts[part]] for part in ("train", "test")}, []
     features = {part: window_features(data, part) for part in ("train", "test")}
     majority = np.full(len(labels["test"]), np.bincount(labels["train"]).argmax())
     records.append({"dataset": data.name, "model": "majority class", "seconds": 0.0} | scores(labels["test"], majority))
@@ -1420,8 +1424,7 @@ def conv_records(args, data, members, seed, run_dir):
 
     They are trained on training and validation windows: their steps are given, twice --steps, and nothing is chosen.
     """
-    train = np.sort(np.concatenate([data.parts["train"], data.parts["validation"]]))
-    whole = dataclasses.replace(data, parts=data.parts | {"train": train})
+    whole = with_validation(data)
     settings = argparse.Namespace(**vars(args) | {"batch_size": min(args.batch_size, 32), "steps": 2 * args.steps})
     logits, seconds = [], 0.0
     for member in range(members):
@@ -1962,6 +1965,8 @@ def run_experiments(args, run_dir):
     if args.quick or not todo:
         todo.append("benchmark")
     datasets = [] if args.checkpoint else load_datasets(args)
+    if datasets:
+        note_memory(datasets, args)
     if args.quick and len(datasets) < 2:  # nothing to transfer from
         todo.remove("transfer")
     strategies = args.strategies or (["none"] if todo == ["nan_robustness"] else STRATEGIES)

@@ -1695,13 +1695,17 @@ def changed_arguments(args):
             if value is not None and value != defaults[name]}
 
 
+def free_run_dir(parent):
+    """The path run-001 in the folder `parent`, with the next free number."""
+    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
+    return parent / f"run-{max(numbers, default=0) + 1:03d}"
+
+
 def next_run_dir(args):
     """The folder of this run: that of --resume, or else a new one with arguments.json."""
     if args.resume:
         return Path(args.resume)
-    parent = Path(args.output_dir, EXPERIMENT)
-    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
-    run_dir = parent / f"run-{max(numbers, default=0) + 1:03d}"
+    run_dir = free_run_dir(Path(args.output_dir, EXPERIMENT))
     run_dir.mkdir(parents=True)
     with atomic_write(run_dir / "arguments.json") as path:
         path.write_text(to_json(plain_arguments(args)))
