@@ -1,60 +1,52 @@
-"""Do column names help a time-series transformer, and can one set of weights serve tables with different columns?
+"""Do column names help a time-series transformer, and can one model serve many tables?
 
-Method: windows of 96 steps are classified by a patch transformer that reads each column's values, the last one where
-one is missing, and, as a second channel, which of them are present. Strategies for the columns' names: `none`, a
-learned vocabulary that grows (`auto_expanding`), a frozen BERT read once and cached (`frozen_bert`), a fixed random
-vector for each name as a control (`random_names`). Per-dataset models join all columns in one patch layer; the shared
-model (--shared) treats each column alone, with its name's embedding, and lets columns attend to each other. Beside
-them: the majority class, persistence, logistic regression, gradient boosting and Hydra, and on the archives' files
-convolutions, alone and averaged with Hydra.
+Windows of 96 steps are classified by a transformer over patches of 16 steps, which reads each
+column's values, the last one where one is missing, and a mask of what is present. A strategy adds
+the columns' names: none, a learned vocabulary that grows (auto_expanding), a frozen BERT that is
+read once and cached (frozen_bert), or, as a control, a fixed random vector (random_names). With
+--shared, one model serves all data sets: it treats each column alone, with its name's embedding.
 
-    python duet.py                                             # three data sets, all strategies: 5 minutes
-    python duet.py --quick                                     # every experiment, small, no network: a minute
-    python duet.py --shared --runs 5                           # one model for all, mean ± 95 % interval
-    python duet.py --dataset etth1 --head ordinal              # what it takes to beat persistence
+ANSWER
+
+    python duet.py                                        # three data sets: 5 minutes
+    python duet.py --quick                                # every experiment, small, no network
+    python duet.py --shared --runs 5                      # one model for all, with an interval
+    python duet.py --dataset etth1 --head ordinal         # what it takes to beat persistence
     python duet.py --data sales.csv --target price --num-classes 4
-    python duet.py --data BasicMotions/                        # the UEA/UCR .ts format
-    python duet.py --transfer --synthetic-schemas 8            # new columns with 0, 5, 10, 100 % of the labels
+    python duet.py --data BasicMotions/                   # a folder of UEA or UCR files
+    python duet.py --transfer --synthetic-schemas 8       # a new data set, few of its labels
     python duet.py --nan-robustness --dataset user_metrics
-    python duet.py --columns --bert-model FOLDER               # which names lie near each other
+    python duet.py --columns --bert-model FOLDER          # which names are near each other
     python duet.py --predict new.csv --checkpoint outputs/duet/run-001/models/etth1-none-42.pt
 
-Written to outputs/duet/run-001/ (the next free number): results.json, summary.md, pictures, models/*.pt.
+A strategy is a ColumnEmbedder in STRATEGIES. Inside one data set a name's embedding does not
+change over time, so it is only a bias: there, the strategies are the same class of functions. In
+the shared model it tells the columns apart.
 
-A column's embedding is constant over time, so through one patch layer it is only a bias: inside one data set the three
-strategies are the same class of functions, and a difference is one of optimization. In the shared model it tells the
-columns apart.
-
-Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (the ordinal head), Zhou et al. 2021
-(ETTh1), Bagnall et al. 2018 (the .ts archive); a public plan, "Multi-Dataset Training Plan for DuET", whose table is
-reprinted as the original's; github.com/kailukowiak/TREA-C, whose synthetic data --protocol original makes.
+Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (ordinal head), Wang
+et al. 2017 (convolutions), Dempster et al. 2023 (Hydra), Zhou et al. 2021 (ETTh1), Bagnall et al.
+2018 (the archive's files); the original is github.com/kailukowiak/TREA-C.
 """
 
 import argparse
 import contextlib
 import copy
 import csv
-import dataclasses
-import gc
+import functools
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
 import math
 import os
-import pickle
-import platform
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 import warnings
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,206 +56,315 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import (MARKERS, detect_device, has_bfloat16, in_notebook, legend_below, mean_and_interval, new_figure,
-                    plot_curve, plot_dots, plot_ranking, save_figure, seed_everything)
+from common import (MARKERS, detect_device, has_bfloat16, in_notebook, legend_below,
+                    mean_and_interval, new_figure, plot_curve, plot_dots, plot_ranking,
+                    save_figure, seed_everything)
 
-try:
-    import resource
-except ImportError:  # Windows: memory is then not reported
-    resource = None
-
+EXPERIMENT = "duet"
 SEQ_LEN, PATCH_LEN, STRIDE = 96, 16, 8
-STRATEGIES = ["none", "auto_expanding", "frozen_bert", "random_names"]
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
-ORIGINAL_CLAIM = {"temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
-                  "user_metrics": {"none": 99.0, "auto_expanding": 99.0},
-                  "etth1": {"none": 79.7, "auto_expanding": 87.5},
-                  "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8}}
-SERIES_FILES = [".ts", ".tsv", ".txt"]  # of the UEA and UCR archives
-FILLS = {"both": "forward fill and mask", "mask": "value and mask", "zero": "zero fill", "forward": "forward fill"}
-MISSING = ["at random", "in blocks", "whole columns"]
+ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol original
+    "temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
+    "user_metrics": {"none": 99.0, "auto_expanding": 99.0},
+    "etth1": {"none": 79.7, "auto_expanding": 87.5},
+    "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8},
+}
+ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
+FILLS = {"both": "forward fill and mask", "mask": "value and mask", "zero": "zero fill",
+         "forward": "forward fill"}
+MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
-INTERVAL = ("± is the 95 % interval of the mean over the seeds (Student's t). It covers initial weights, order of "
-            "batches and, in a transfer, the choice of labels; not that of the test part. * marks a difference whose "
-            "interval leaves 0 out (paired t-test); the comparisons are not corrected for their number.")
-PROBES = ["temp", "temperature", "price"]  # the original's question: is "temp" nearer to "temperature" than to "price"?
+PROBES = ["temp", "temperature", "price"]  # is "temp" nearer to "temperature" than to "price"?
 
-# The embedded data sets: {column: (level, scale)}, and the pair of which the second may follow the first.
+# The embedded data sets: {column: (level, scale)} and the two columns that the class couples.
 EMBEDDED = {
-    "temperature_sensors": ({"indoor_temp": (21, 1.5), "outdoor_temp": (12, 4), "humidity": (55, 8),
-                             "pressure": (1013, 6)}, ("outdoor_temp", "indoor_temp")),
-    "user_metrics": ({"user_count": (800, 150), "session_duration": (300, 60), "page_views": (4000, 900),
-                      "click_rate": (0.04, 0.01), "conversion_rate": (0.02, 0.005)}, ("user_count", "page_views")),
+    "temperature_sensors": (
+        {"indoor_temp": (21, 1.5), "outdoor_temp": (12, 4), "humidity": (55, 8),
+         "pressure": (1013, 6)}, ("outdoor_temp", "indoor_temp")),
+    "user_metrics": (
+        {"user_count": (800, 150), "session_duration": (300, 60), "page_views": (4000, 900),
+         "click_rate": (0.04, 0.01), "conversion_rate": (0.02, 0.005)},
+        ("user_count", "page_views")),
 }
-# Synthetic schemas: in each the class is how a power column follows a temperature column; the rest is beside the point.
-LEADS = ["outdoor_temp", "ambient_temperature", "airTempC", "temp_outside", "weather_temperature", "tempC"]
-FOLLOWERS = ["power_load", "energy_usage", "electricity_demand", "consumptionKwh", "grid_load", "power_demand"]
-OTHERS = ["humidity", "pressure", "wind_speed", "CPU_usage", "memory_usage", "disk_IO", "network_bytes", "price",
-          "volume", "volatility", "page_views", "click_rate", "user_count", "vibration", "flow_rate", "rainfall"]
+# Synthetic schemas: the class is always how a power column follows a temperature column.
+TEMPERATURES = ["outdoor_temp", "ambient_temperature", "airTempC", "temp_outside",
+                "weather_temperature", "tempC"]
+POWERS = ["power_load", "energy_usage", "electricity_demand", "consumptionKwh", "grid_load",
+          "power_demand"]
+OTHERS = ["humidity", "pressure", "wind_speed", "CPU_usage", "memory_usage", "disk_IO",
+          "network_bytes", "price", "volume", "volatility", "page_views", "click_rate",
+          "user_count", "vibration", "flow_rate", "rainfall"]
 SITES = ["roof", "hall", "north", "south", "cellar", "garden", "plant", "office"]
 
-ABBREVIATIONS = {"temp": "temperature", "hum": "humidity", "avg": "average", "num": "number",
-                 "cnt": "count", "min": "minimum", "max": "maximum", "mem": "memory", "vol": "volume", "cap": "capital",
-                 "hufl": "high useful load", "hull": "high useless load", "mufl": "middle useful load",
-                 "mull": "middle useless load", "lufl": "low useful load", "lull": "low useless load",
-                 "ot": "oil temperature", "io": "input output", "id": "identifier"}
-UNITS = {"c": "celsius", "f": "fahrenheit", "k": "kelvin", "pct": "percent", "ms": "milliseconds", "s": "seconds",
-         "h": "hours", "kwh": "kilowatt hours", "kw": "kilowatts", "hpa": "hectopascal", "ppm": "parts per million",
-         "mb": "megabytes", "gb": "gigabytes", "mm": "millimetres", "v": "volts", "a": "amperes", "hz": "hertz"}
-
-
-# A unit of one letter counts as one only after a number or one of these words: phase_a is not in amperes.
+ABBREVIATIONS = {
+    "temp": "temperature", "hum": "humidity", "avg": "average", "num": "number", "cnt": "count",
+    "min": "minimum", "max": "maximum", "mem": "memory", "vol": "volume", "cap": "capital",
+    "hufl": "high useful load", "hull": "high useless load", "mufl": "middle useful load",
+    "mull": "middle useless load", "lufl": "low useful load", "lull": "low useless load",
+    "ot": "oil temperature", "io": "input output", "id": "identifier",
+}
+UNITS = {
+    "c": "celsius", "f": "fahrenheit", "k": "kelvin", "pct": "percent", "ms": "milliseconds",
+    "s": "seconds", "h": "hours", "kwh": "kilowatt hours", "kw": "kilowatts",
+    "hpa": "hectopascal", "ppm": "parts per million", "mb": "megabytes", "gb": "gigabytes",
+    "mm": "millimetres", "v": "volts", "a": "amperes", "hz": "hertz",
+}
+# A single letter is a unit only after a number or one of these words: not in phase_a.
 QUANTITIES = {"temperature", "voltage", "current", "duration", "time", "length", "period", "delay"}
 
 
-class UserError(Exception):
-    """Something that the user can put right: main() makes it one line on stderr and exit code 2."""
+def parse_args(argv=None):
+    """The command line as a namespace; an error is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="every experiment on the original's easy synthetic "
+        "data, no network: under a minute")
+    add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help="embedded data "
+        f"sets {', '.join(EMBEDDED)}, or etth1, which is downloaded; if unset, all three, or the "
+        "embedded ones if etth1 cannot be downloaded")
+    add("--data", nargs="+", metavar="PATH", help="CSV files in order of time, or .ts, .tsv and "
+        ".txt files of the UEA and UCR archives, or folders of those")
+    add("--target", metavar="COLUMN", help="column of the CSV files whose next value is "
+        "classified: into its quantiles, or, with few distinct values, into these")
+    add("--num-classes", type=int, default=3, help="number of quantile classes of --target")
+    add("--synthetic-schemas", type=int, default=0, metavar="N", help="number of synthetic data "
+        "sets with 3 to 12 columns each")
+    add("--windows", type=int, default=2000, help="windows of each embedded data set")
+    add("--protocol", choices=["original", "holdout"], help="original: the original's synthetic "
+        "data, 5 %% of ETTh1 missing, class limits from the whole series; holdout: limits from "
+        "the rows before the test part; if unset, etth1 has the original's limits and --data "
+        "those of holdout")
+    add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="strategies for column "
+        f"names: {', '.join(STRATEGIES)}; if unset, all, with --nan-robustness none")
+    add("--shared", nargs="?", const="also", choices=["also", "only"], help="train one model for "
+        "all data sets with each strategy, also or only")
+    add("--transfer", nargs="?", const="last", metavar="NAME", help="experiment: pretrain on the "
+        "other data sets, then learn NAME, or the last one, from 0, 5, 10 and 100 %% of its labels")
+    add("--nan-robustness", action="store_true", help="experiment: accuracy with 0 to 50 %% of the "
+        "values missing")
+    add("--head", choices=["mean", "last", "ordinal"], default="mean", help="classify the mean of "
+        "the patches, as the original does, or the last patch, or forecast --target and let the "
+        "class limits cut the forecast")
+    add("--conv-members", type=int, metavar="N", help="convolutional networks to average, alone "
+        "and with Hydra; if unset, 3 for files of the archives, otherwise 0")
+    add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
+    add("--steps", type=int, default=600, help="training steps for each data set")
+    add("--evaluations", type=int, default=6, help="evaluations on the validation part, of which "
+        "the best keeps its weights")
+    add("--batch-size", type=int, default=128, help="windows in a batch")
+    add("--learning-rate", type=float, default=1e-3, help="peak learning rate of AdamW")
+    add("--bert-model", default="bert-base-uncased", help="frozen encoder of frozen_bert: a name "
+        "on the Hugging Face hub, or a folder")
+    add("--tokenization", choices=["words", "raw"], default="words", help="what the encoder "
+        "reads: indoor_temp as indoor temperature, or as it is")
+    add("--runs", type=int, default=1, help="number of seeds")
+    add("--seed", type=int, default=42, help="first seed")
+    add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
+    add("--data-dir", default="data", help="folder of downloads and of cached name embeddings")
+    add("--output-dir", default="outputs", help="folder of all results")
+    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
+        "with; without a value, the newest")
+    add("--checkpoint", metavar="FILE", help="trained model for --predict and --columns")
+    add("--predict", metavar="FILE", help="classify the windows of a file and exit")
+    add("--columns", action="store_true", help="show which column names are near each other, by "
+        "the frozen encoder or the embeddings of --checkpoint, and exit")
+    add("--prewarm", metavar="FILE", help="cache the embeddings of the names in a file, one a "
+        "line, and exit")
+    add("--cache-stats", action="store_true", help="show what is cached of --bert-model and exit")
+    if "--quick" in (argv or []):
+        parser.set_defaults(windows=300, steps=40, batch_size=32, evaluations=2, shared="also",
+                            transfer="last", nan_robustness=True, protocol="original")
+    args = parser.parse_args(argv)
+    check_args(args, parser.error)
+    return args
 
 
-class Diverged(UserError):
-    """The loss is no number; the run would end so each time, and --resume takes it only if it is named."""
+def check_args(args, error):
+    """Call `error` with a message if an argument is out of range or does not fit another."""
+    least = {"num_classes": 2, "synthetic_schemas": 0, "windows": 60, "conv_members": 0,
+             "dropout": 0, "steps": 1, "evaluations": 1, "batch_size": 1, "learning_rate": 0,
+             "runs": 1, "seed": 0}
+    most = {"num_classes": 100, "synthetic_schemas": 999, "dropout": 0.99, "runs": 999,
+            "seed": 2**31}
+    for name, low in least.items():
+        value, high = getattr(args, name), most.get(name, math.inf)
+        if value is not None and not low <= value <= high:
+            error(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
+    if args.predict and not args.checkpoint:
+        error("--predict needs --checkpoint, a file in models/ of a finished run")
+    if args.checkpoint and not (args.predict or args.columns):
+        error("--checkpoint is for --predict and --columns")
 
 
-class EncoderMissing(UserError):
-    """A column name is not in the cache and its encoder cannot be had; the benchmark marks the row as not run."""
-
-
-def note(text):
-    print(f"duet.py: {text}", file=sys.stderr)
-
-
-# --- Data: columns and windows ----------------------------------------------------------------------------------------
-
-
-def name_to_words(name):
-    """A column name as English words: `tempC` -> "temperature celsius", `CPU_usage` -> "cpu usage"."""
-    words = []
-    for token in re.findall(r"[^\W_]+", name):
-        parts = re.findall(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+", token)
-        words += [token.lower()] if token.lower() in UNITS else [part.lower() for part in parts]
-    words = [ABBREVIATIONS.get(word, word) for word in words]
-    if len(words) > 1 and (len(words[-1]) > 1 or words[-2] in QUANTITIES or words[-2].isdigit()):
-        words[-1] = UNITS.get(words[-1], words[-1])  # a unit stands last; alone it is a name
-    return " ".join(words) or name
+# --- Data: columns and windows ------------------------------------------------------------------
 
 
 @dataclass
 class Dataset:
-    """Windows of one table: window w is seq_len rows of `series` from row starts[w] on."""
+    """Windows of one table: window w is seq_len rows of `series`, from row starts[w] on."""
 
     name: str
     columns: list  # names
-    series: np.ndarray  # [rows, columns] float64, NaN where missing; scaled and float32 after prepare()
+    series: np.ndarray  # [rows, columns] float64, NaN where missing; float32 once normalized
     starts: np.ndarray  # [windows] int64
     labels: np.ndarray  # [windows] int64
     classes: list  # names
-    parts: dict  # {train, validation, test: indices of windows}
+    splits: dict  # {train, val, test: numbers of windows}
     seq_len: int = SEQ_LEN
-    target: int | None = None  # the column whose next value is classified, if it is one
+    target: int | None = None  # the column whose next value is classified, if there is one
     limits: np.ndarray | None = None  # [classes - 1] between the classes, in units of the target
-    info: dict = field(default_factory=dict)
+    info: dict = field(default_factory=dict)  # for results.json
     mean: np.ndarray | None = None  # [columns] of the training part
     std: np.ndarray | None = None
 
+    def metadata(self):
+        """What a checkpoint keeps of it, so that new files can be read in the same way."""
+        limits = None if self.limits is None else self.limits.tolist()
+        return {"name": self.name, "columns": self.columns, "classes": self.classes,
+                "target": self.target, "limits": limits, "mean": self.mean.tolist(),
+                "std": self.std.tolist(), "seq_len": self.seq_len}
 
-def prepare(data):
-    """Leave out columns that are constant in the training part and scale the others by it; returns `data`."""
-    train = np.zeros(len(data.series), bool)
-    for start in data.starts[data.parts["train"]]:
-        train[start : start + data.seq_len] = True
-    known = np.where(np.isfinite(data.series), data.series, np.nan)
-    filled = np.isfinite(known[train]).sum(axis=0)
-    mean = np.nansum(known[train], axis=0) / filled.clip(1)
-    std = np.sqrt(np.nansum((known[train] - mean) ** 2, axis=0) / filled.clip(1))
-    keep = (filled > 0) & (std > 1e-9 * np.maximum(np.abs(mean), 1e-9))
+
+def name_to_words(name):
+    """A column name as English words: `tempC` -> "temperature celsius"."""
+    words = []
+    for token in re.findall(r"[^\W_]+", name):
+        if token.lower() in UNITS:
+            words.append(token.lower())
+        else:
+            parts = re.findall(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+", token)
+            words += [part.lower() for part in parts]
+    words = [ABBREVIATIONS.get(word, word) for word in words]
+    if len(words) > 1:  # a unit is the last word
+        *before, last = words
+        if len(last) > 1 or before[-1] in QUANTITIES or before[-1].isdigit():
+            words = [*before, UNITS.get(last, last)]
+    return " ".join(words) or name
+
+
+def normalize_dataset(data):
+    """Scale the columns by the training part, without those that do not vary there; returns `data`.
+
+    Raises UserError where no column varies or a part lacks windows.
+    """
+    in_train = np.zeros(len(data.series), bool)
+    for start in data.starts[data.splits["train"]]:
+        in_train[start : start + data.seq_len] = True
+    series = np.where(np.isfinite(data.series), data.series, np.nan)
+    with warnings.catch_warnings(), np.errstate(over="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of an empty column
+        mean = np.nanmean(series[in_train], axis=0)
+        std = np.nanstd(series[in_train], axis=0)
+    if np.isinf(std).any():
+        raise UserError(f"{data.name}: the values of {data.columns[np.isinf(std).argmax()]!r} are "
+                        "too large")
+    varies = std > 1e-9 * np.maximum(np.abs(mean), 1e-9)
     if data.target is not None:
-        keep[data.target] = True
-        data.target = int(keep[: data.target].sum())
-    if not keep.any():
-        raise UserError(f"{data.name}: no column that varies in the training part")
-    left_out = data.info.setdefault("left_out", {})
-    left_out |= {name: "constant or empty in the training part" for name, kept in zip(data.columns, keep) if not kept}
-    data.columns = [name for name, kept in zip(data.columns, keep) if kept]
-    data.mean, data.std = mean[keep], np.maximum(std[keep], 1e-12)
-    data.series = ((known[:, keep] - data.mean) / data.std).astype(np.float32)
-    if data.limits is not None:
-        # Rounded like the series, so that a value at a limit stays at it.
-        data.limits = ((data.limits - data.mean[data.target]) / data.std[data.target]).astype(np.float32)
+        varies[data.target] = True
+        std[data.target] = max(std[data.target], 1e-12)
+        data.target = int(varies[: data.target].sum())
+    if not varies.any():
+        raise UserError(f"{data.name}: no column varies in the training part")
+    for name in itertools.compress(data.columns, ~varies):
+        note(f"{data.name}: column {name!r} left out, constant or empty in the training part")
+    data.columns = list(itertools.compress(data.columns, varies))
+    data.mean, data.std = mean[varies], std[varies]
+    data.series = ((series[:, varies] - data.mean) / data.std).astype(np.float32)
+    if data.limits is not None:  # rounded like the series, so that a value at a limit stays there
+        limits = (data.limits - data.mean[data.target]) / data.std[data.target]
+        data.limits = limits.astype(np.float32)
+    return describe_dataset(data)
+
+
+def describe_dataset(data):
+    """Add the data set's figures to its info and check that each part has windows."""
+    counts = {split: np.bincount(data.labels[windows], minlength=len(data.classes))
+              for split, windows in data.splits.items()}
+    for split, count in counts.items():
+        if not count.any() or (split == "train" and np.count_nonzero(count) < 2):
+            raise UserError(f"{data.name}: the {split} part has {count.tolist()} windows of its "
+                            "classes; take more data")
+    for name in itertools.compress(data.classes, counts["train"] == 0):
+        note(f"{data.name}: class {name!r} has no window in the training part")
     digest = hashlib.sha256(np.ascontiguousarray(data.series))
     digest.update(data.labels)
-    counts = {part: np.bincount(data.labels[some], minlength=len(data.classes)) for part, some in data.parts.items()}
-    data.info |= {"rows": len(data.series), "sha256": digest.hexdigest(), "windows": counts, "classes": data.classes,
-                  "columns": {name: name_to_words(name) for name in data.columns},
-                  "missing": float(np.isnan(data.series).mean())}
-    for part, count in counts.items():
-        if not count.any() or (part == "train" and np.count_nonzero(count) < 2):
-            raise UserError(f"{data.name}: the {part} part has {count.tolist()} windows of its classes; take more data")
-    for name, why in left_out.items():
-        note(f"{data.name}: column {name!r} left out, {why}")
-    for name, count in zip(data.classes, counts["train"]):
-        if not count:
-            note(f"{data.name}: class {name!r} has no window in the training part")
+    data.info |= {"rows": len(data.series), "sha256": digest.hexdigest(), "windows": counts,
+                  "classes": data.classes, "missing": float(np.isnan(data.series).mean()),
+                  "columns": {name: name_to_words(name) for name in data.columns}}
     return data
 
 
 def split_blocks(windows, gap, blocks=25):
-    """(train, validation) of window numbers 0 … windows - 1 in order of time, one row apart.
+    """(train, val) numbers of windows that begin at consecutive rows.
 
-    Every fifth contiguous block is for validation; the `gap` windows beside it share rows with it and are left out.
+    Every fifth block is for validation; the `gap` windows beside it, which share rows with it, are
+    left out.
     """
     blocks = int(np.clip(windows // (4 * gap), 5, blocks))
-    block = np.arange(windows) * blocks // windows
-    validation = np.flatnonzero(block % 5 == 2)
-    near = np.zeros(windows, bool)
-    for edge in np.flatnonzero(np.diff(block % 5 == 2)):  # the last window before the change
+    in_val = np.arange(windows) * blocks // windows % 5 == 2
+    near = in_val.copy()
+    for edge in np.flatnonzero(np.diff(in_val)):  # the last window before a change
         near[max(0, edge - gap + 1) : edge + gap + 1] = True
-    return np.flatnonzero((block % 5 != 2) & ~near), validation
+    return np.flatnonzero(~near), np.flatnonzero(in_val)
 
 
 def split_at_random(labels, share=0.2, seed=0, at_least=0):
-    """(rest, chosen) window numbers, `share` of each class chosen; for windows that have no rows in common."""
-    rng, chosen = np.random.default_rng(seed), np.zeros(len(labels), bool)
+    """(rest, chosen) numbers of windows that share no rows; `share` of each class is chosen, and at
+    least one of a class that has two."""
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        own = rng.permutation(np.flatnonzero(labels == label))
-        number = max(at_least, round(share * len(own)), int(len(own) > 1))  # one of two is chosen
-        chosen[own[:number]] = True
+        windows = rng.permutation(np.flatnonzero(labels == label))
+        count = max(at_least, round(share * len(windows)), int(len(windows) > 1))
+        chosen[windows[:count]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def independent_parts(labels, test=None):
-    """{part: window numbers}: 64, 16 and 20 % of each class, or those of `test` [windows] bool for the test part."""
-    train, test = split_at_random(labels) if test is None else (np.flatnonzero(~test), np.flatnonzero(test))
-    inner, validation = split_at_random(labels[train])
-    return {"train": train[inner], "validation": train[validation], "test": test}
+def split_windows(labels, is_test=None):
+    """{split: numbers of windows}: 64, 16 and 20 % of each class, or the test part `is_test`."""
+    if is_test is None:
+        rest, test = split_at_random(labels)
+    else:
+        rest, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    train, val = split_at_random(labels[rest])
+    return {"train": rest[train], "val": rest[val], "test": test}
 
 
-# --- Data: embedded generators ----------------------------------------------------------------------------------------
+# --- Data: embedded generators ------------------------------------------------------------------
 
 
 def generate_windows(columns, coupled, windows, seed):
-    """Series [windows * 96, columns] and labels [windows] of three classes that no single column can tell apart.
+    """Series [windows * 96, columns] and labels [windows] of three classes that no single column
+    can tell apart.
 
-    Every column has slow noise and one bump. That of the first of the two `coupled` columns is upward. In class 1 the
-    second follows 6 steps later with a bump upward, in class 2 downward; in class 0 its bump is either, at another
-    time. Some of the other columns follow each other as well, whatever the class. 5 % of the values are NaN.
+    Every column has slow noise and one bump, which is upward in the first of the two `coupled`
+    columns. In class 1 the second of them follows 6 steps later with a bump upward, in class 2
+    downward; in class 0 its bump is either, at another time. Other pairs of columns are coupled
+    likewise, whatever the class. 5 % of the values are NaN.
     """
-    rng, names, t = np.random.default_rng(seed), list(columns), np.arange(SEQ_LEN)
+    rng = np.random.default_rng(seed)
+    names = list(columns)
     labels = rng.integers(3, size=windows)
     centre = rng.uniform(10, SEQ_LEN - 16, (windows, len(names)))
     sign = rng.choice([-1, 1], (windows, len(names)))
     lead, follower = map(names.index, coupled)
     others = [i for i in range(len(names)) if i not in (lead, follower)]
-    for a, b in [(lead, follower), *zip(others[::2], others[1::2])]:
-        follows = (labels if a == lead else rng.integers(3, size=windows)) > 0
-        away = (centre[:, a] - 4 + rng.uniform(20, 50, windows)) % (SEQ_LEN - 20) + 10
-        centre[:, b] = np.where(follows, centre[:, a] + 6, away)
+    for first, second in [(lead, follower), *zip(others[::2], others[1::2])]:
+        follows = (labels if first == lead else rng.integers(3, size=windows)) > 0
+        elsewhere = (centre[:, first] - 4 + rng.uniform(20, 50, windows)) % (SEQ_LEN - 20) + 10
+        centre[:, second] = np.where(follows, centre[:, first] + 6, elsewhere)
     sign[:, lead] = 1
     sign[:, follower] = np.select([labels == 1, labels == 2], [1, -1], sign[:, follower])
     height = sign * rng.uniform(1.6, 2.6, sign.shape)
-    x = height[..., None] * np.exp(-(((t - centre[..., None]) / 4) ** 2))  # [windows, columns, time]
-    x += np.cumsum(rng.normal(0, 0.06, x.shape), axis=-1) + rng.normal(0, 0.5, sign.shape)[..., None]
+    t = np.arange(SEQ_LEN)
+    # x is [windows, columns, time].
+    x = height[..., None] * np.exp(-(((t - centre[..., None]) / 4) ** 2))
+    x += np.cumsum(rng.normal(0, 0.06, x.shape), axis=-1)
+    x += rng.normal(0, 0.5, sign.shape)[..., None]
     x += rng.normal(0, 0.2, x.shape)
     level, scale = np.array(list(columns.values()), float).T[:, :, None]
     x = level + scale * x
@@ -272,226 +373,253 @@ def generate_windows(columns, coupled, windows, seed):
 
 
 def embedded_dataset(name, columns, coupled, windows, seed):
+    """The Dataset of generate_windows."""
     series, labels = generate_windows(columns, coupled, windows, seed)
-    info = {"source": "embedded"}
-    return prepare(Dataset(name, list(columns), series, SEQ_LEN * np.arange(windows), labels,
-                           ["apart", "along", "against"], independent_parts(labels), info=info))
+    return normalize_dataset(Dataset(
+        name, list(columns), series, SEQ_LEN * np.arange(windows), labels,
+        ["apart", "along", "against"], split_windows(labels), info={"source": "embedded"}))
 
 
 def original_dataset(name, seed, windows=1000):
-    """The original's synthetic data: each column is noise and a sine with 1, 2 or 3 periods, by the class.
+    """The original's synthetic data: each column is noise and a sine with 1, 2 or 3 periods.
 
-    800 windows for training and validation and 200 for the test; 5 % of the values are NaN, 3 % in user_metrics.
+    The number of periods is the class. 800 windows are for training and validation and 200 for the
+    test; 5 % of the values are NaN, 3 % in user_metrics.
     """
-    rng, columns = np.random.default_rng(seed), list(EMBEDDED[name][0])
+    rng = np.random.default_rng(seed)
+    columns = list(EMBEDDED[name][0])
     labels = rng.integers(3, size=windows)
     t = np.linspace(0, 1, SEQ_LEN)
     wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)[..., None]  # [windows, time, 1]
     x = rng.normal(size=(windows, SEQ_LEN, len(columns))) + wave
     x[rng.random(x.shape) < (0.03 if name == "user_metrics" else 0.05)] = np.nan
-    parts = independent_parts(labels, np.arange(windows) >= 0.8 * windows)
-    return prepare(Dataset(name, columns, x.reshape(-1, len(columns)), SEQ_LEN * np.arange(windows), labels,
-                           ["1 period", "2 periods", "3 periods"], parts, info={"source": "original's synthetic"}))
+    splits = split_windows(labels, np.arange(windows) >= 0.8 * windows)
+    return normalize_dataset(Dataset(
+        name, columns, x.reshape(-1, len(columns)), SEQ_LEN * np.arange(windows), labels,
+        ["1 period", "2 periods", "3 periods"], splits, info={"source": "original's synthetic"}))
 
 
 def synthetic_schema(number, windows):
-    """Data set `number` of a family: 3 to 12 columns with names of its own, the same meaning of the classes in all."""
+    """Data set `number` of a family with the same classes, 3 to 12 columns and their own names."""
     rng = np.random.default_rng([1, number])
-    site = number // len(LEADS)  # only then do names come again, with the place before them
-    coupled = [f"{SITES[(site - 1) % 8]}{site}_{name}" if site else name
-               for name in (LEADS[number % len(LEADS)], FOLLOWERS[number % len(FOLLOWERS)])]
-    names = rng.permutation([*coupled, *rng.permutation(OTHERS)[: rng.integers(1, 11)]]).tolist()
+    round_number = number // len(TEMPERATURES)  # from the second on, names begin with a place
+    coupled = [names[number % len(names)] for names in (TEMPERATURES, POWERS)]
+    if round_number:
+        coupled = [f"{SITES[(round_number - 1) % 8]}{round_number}_{name}" for name in coupled]
+    others = rng.permutation(OTHERS)[: rng.integers(1, 11)]
+    names = rng.permutation([*coupled, *others]).tolist()
     columns = {name: (rng.uniform(-5, 50), rng.uniform(0.5, 20)) for name in names}
     return embedded_dataset(f"schema_{number + 1:02}", columns, coupled, windows, [2, number])
 
 
-# --- Data: CSV, .ts and ETTh1 -----------------------------------------------------------------------------------------
+# --- Data: CSV, .ts and ETTh1 -------------------------------------------------------------------
 
 
 def read_text(path):
     """The text of a file in UTF-8, with or without a byte order mark."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def parse_numbers(column):
-    """A column of texts as numbers, with `1,504` as thousands or `50,13` as decimals where all cells look like that."""
-    text = column.dropna().astype(str).str.strip()
-    if text.str.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all() and text.str.contains(",").any():
-        column = column.astype(str).str.replace(",", "")
-    elif text.str.fullmatch(r"-?\d+,?\d*").all():
-        column = column.astype(str).str.replace(",", ".")
-    return pd.to_numeric(column, errors="coerce")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}; save it as UTF-8") from None
 
 
 def read_csv(path):
-    """({numeric column: float64 [rows]}, {left out: why}, texts of the date column or None) of a CSV file.
+    """A CSV file as (numbers, dates): a DataFrame of its numeric columns in order of time, and the
+    texts of its date column, or None.
 
-    The rows are in order of time: dates that fall, or are mixed, are sorted with a note.
+    Separators are commas, semicolons or tabs. Columns of other texts are left out with a note.
     """
     text = read_text(path)
     header = text.split("\n", 1)[0]
     separator = max(",;\t", key=header.count)
-    try:
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(io.StringIO(text), sep=separator, index_col=False, skipinitialspace=True)
-    except (ValueError, pd.errors.ParserWarning) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    names = next(csv.reader([header], delimiter=separator))
+    names = next(csv.reader([header], delimiter=separator), [])
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two columns have the same name: {', '.join(names)}")
+    try:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            frame = pd.read_csv(io.StringIO(text), sep=separator, index_col=False,
+                                skipinitialspace=True)
+    except (ValueError, pd.errors.ParserWarning) as error:
+        raise UserError(f"{path}: {error}") from None
     if frame.empty:
         raise UserError(f"{path}: no rows")
-    numbers, left_out, dates = {}, {}, None
+    numbers, dates = {}, None
     for name, column in frame.items():
-        if column.isna().all():
-            left_out[name] = "empty"
-        elif re.fullmatch(r"|Unnamed: \d+|__index_level_\d+__", name):
-            left_out[name] = "a row index"
-        elif is_date(name, column):
-            left_out[name], dates = "a date", column
-        elif pd.api.types.is_numeric_dtype(column):
-            numbers[name] = column.to_numpy(float)
+        if is_date(name, column):
+            dates = column
+        elif column.isna().all() or re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name):
+            note(f"{path}: column {name!r} left out, empty or a row index")
         else:
             values = parse_numbers(column)
-            bad = values.isna() & column.notna()
-            if not bad.any():
-                numbers[name] = values.to_numpy(float)
-                continue
-            left_out[name] = "not numeric"
-            if bad.mean() < 0.5:
-                row = bad.argmax()
-                raise UserError(f"{path}: row {row + 2}, column {name!r}: {column[row]!r}, a number is needed")
+            wrong = values.isna() & column.notna()
+            if 0 < wrong.mean() < 0.5:
+                row = wrong.argmax()
+                raise UserError(f"{path}: row {row + 2}, column {name!r}: {column[row]!r}, a "
+                                "number is needed")
+            if wrong.any():
+                note(f"{path}: column {name!r} left out, not numeric")
+            else:
+                numbers[name] = values.astype(float)
     if not numbers:
-        raise UserError(f"{path}: no numeric column, only {', '.join(map(str, frame))}")
-    if dates is not None:
-        order = sort_dates(path, dates)
-        numbers = {name: values[order] for name, values in numbers.items()}
-        dates = dates.iloc[order].astype(str).tolist()
-    return numbers, left_out, dates
+        raise UserError(f"{path}: no numeric column, only {', '.join(frame)}")
+    numbers = pd.DataFrame(numbers)
+    if dates is None:
+        return numbers, None
+    order = sort_dates(path, dates)
+    return numbers.iloc[order].reset_index(drop=True), dates.iloc[order].astype(str).tolist()
+
+
+def parse_numbers(column):
+    """A column as numbers, NaN for other texts; `1,504` has thousands and `50,13` a decimal comma
+    where all cells look like that."""
+    if pd.api.types.is_numeric_dtype(column):
+        return column
+    text = column.astype(str).str.strip()
+    present = text[column.notna()]
+    thousands = present.str.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all()
+    if thousands and present.str.contains(",").any():
+        text = text.str.replace(",", "")
+    elif present.str.fullmatch(r"-?\d+,?\d*").all():
+        text = text.str.replace(",", ".")
+    return pd.to_numeric(text, errors="coerce")
 
 
 def is_date(name, column):
     """Whether a column has dates: by its name, or as texts that can all be read as such."""
     if name.lower() in ("date", "time", "datetime", "timestamp"):
         return True
-    text = column.dropna()
-    return (not pd.api.types.is_numeric_dtype(column) and text.astype(str).str.contains(r"\d[-/:]\d").all()
-            and pd.to_datetime(text, errors="coerce", format="mixed", utc=True).notna().all())
+    text = column.dropna().astype(str)
+    if text.empty or pd.api.types.is_numeric_dtype(column):
+        return False
+    looks_like_date = text.str.contains(r"\d[-/:]\d").all()
+    return looks_like_date and parse_dates(text).notna().all()
+
+
+def parse_dates(text):
+    """Texts as times, NaT where one is not a date."""
+    return pd.to_datetime(text, errors="coerce", format="mixed", utc=True).dt.tz_localize(None)
 
 
 def sort_dates(path, dates):
-    """The order of the rows in time; a note tells of another order in the file, of repeated dates and of gaps."""
-    times = dates
-    if not pd.api.types.is_numeric_dtype(dates):
-        times = pd.to_datetime(dates, errors="coerce", format="mixed", utc=True).dt.tz_localize(None)
+    """The order of the rows in time; notes tell of unsorted and repeated dates and of gaps."""
+    times = dates if pd.api.types.is_numeric_dtype(dates) else parse_dates(dates)
     if times.isna().any():
-        note(f"{path}: row {times.isna().argmax() + 2} of {dates.name!r} is no date; the rows are taken as they stand")
+        row = times.isna().argmax()
+        note(f"{path}: row {row + 2} of {dates.name!r} is not a date; the rows keep their order")
         return np.arange(len(dates))
     order = np.argsort(times.to_numpy(), kind="stable")
     if (np.diff(order) < 0).any():
-        note(f"{path}: its rows are not in order of {dates.name!r}; they have been sorted")
-    steps = np.diff(times.to_numpy()[order].astype("int64" if times.dtype.kind == "M" else float)).astype(float)
-    if (steps == 0).any():
-        note(f"{path}: {(steps == 0).sum():,} rows repeat a value of {dates.name!r}: several series in one file?")
-    if len(steps) and (steps > 1.5 * np.median(steps)).any():
-        note(f"{path}: {(steps > 1.5 * np.median(steps)).sum():,} gaps in {dates.name!r}; rows count as equally spaced")
+        note(f"{path}: rows that were not in order of {dates.name!r} have been sorted")
+    steps = times.iloc[order].diff()[1:]
+    if (repeated := int((steps == 0 * steps).sum())):
+        note(f"{path}: {repeated:,} rows repeat a value of {dates.name!r}; are there several "
+             "series in this file?")
+    if len(steps) and (gaps := int((steps > 1.5 * steps.median()).sum())):
+        note(f"{path}: {gaps:,} gaps in {dates.name!r}; the rows are taken as equally spaced")
     return order
 
 
-def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
-    """Windows of 96 rows of a CSV file; the class is the quantile of `target` in the next row.
-
-    `original` protocol: quantiles of the whole series, first 80 % of the windows for training. `holdout`: quantiles of
-    the rows before the test part, and no training window shares rows with it. Validation shares none in either. A share
-    `missing` of the values is left out at random, once the classes are known.
-    """
-    numbers, left_out, _ = read_csv(path)
-    if target not in numbers:
-        why = f"is left out, {left_out[target]}" if target in left_out else "is not there"
-        raise UserError(f"{path}: --target {target!r} {why}; numeric columns: {', '.join(numbers)}")
-    series = np.stack(list(numbers.values()), axis=1)
-    starts = np.arange(len(series) - SEQ_LEN)
-    train = int(0.8 * len(starts))
-    if train < 10 * SEQ_LEN:
-        raise UserError(f"{path}: {len(series)} rows, at least {math.ceil(12.5 * SEQ_LEN) + SEQ_LEN} are needed")
-    values = numbers[target]
-    seen = values if protocol == "original" else values[:train]
+def make_classes(path, values, num_classes, rows):
+    """(names, limits) of the classes of a target column: its distinct values, if they are few whole
+    numbers, otherwise the quantiles of its first `rows`."""
     distinct = np.unique(values[np.isfinite(values)])
-    classes = [f"quantile {k + 1}" for k in range(num_classes)]
-    limits = np.nanpercentile(seen, np.round(100 * np.arange(1, num_classes) / num_classes, 2))
     if 2 <= len(distinct) <= max(10, num_classes) and (distinct % 1 == 0).all():
-        note(f"{path}: {target!r} has {len(distinct)} distinct values only; they are the classes")
-        classes = [f"{value:g}" for value in distinct]
-        limits = (distinct[1:] + distinct[:-1]) / 2
-    elif not (np.diff(limits) > 0).all():
-        raise UserError(f"{path}: --num-classes {num_classes}: quantiles of {target!r} coincide ({limits.tolist()})")
-    following = values[starts + SEQ_LEN]
-    inner, validation = split_blocks(train, gap=SEQ_LEN)
-    validation = validation[validation < train - SEQ_LEN]
-    if protocol == "holdout":
-        inner = inner[inner < train - SEQ_LEN]
-    parts = {"train": inner, "validation": validation, "test": np.arange(train, len(starts))}
-    parts = {part: some[np.isfinite(following[some])] for part, some in parts.items()}
-    labels = np.digitize(following, limits)
-    series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
-    info = {"source": "real", "path": str(path), "left_out": left_out, "class_limits": limits.tolist(),
-            "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "protocol": protocol}
-    return prepare(Dataset(name or Path(path).stem, list(numbers), series, starts, labels, classes, parts,
-                           target=list(numbers).index(target), limits=limits, info=info))
+        note(f"{path}: the target has only {len(distinct)} distinct values, which are the classes")
+        return [f"{value:g}" for value in distinct], (distinct[1:] + distinct[:-1]) / 2
+    percentiles = np.round(100 * np.arange(1, num_classes) / num_classes, 2)
+    limits = np.nanpercentile(values[:rows], percentiles)
+    if not (np.diff(limits) > 0).all():
+        raise UserError(f"{path}: --num-classes {num_classes}: quantiles of the target coincide: "
+                        f"{limits.tolist()}")
+    return [f"quantile {k + 1}" for k in range(num_classes)], limits
 
 
-def read_ts(path, labelled=True):
-    """(cases [[float64 [length] for each dimension], …], labels [text]) of a UEA/UCR .ts file; `?` is NaN.
+def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
+    """Windows of 96 rows of a CSV file, classified by the value of `target` in the next row.
 
-    A .tsv or .txt file of the older UCR archive has one case a line, the class first. With labelled=False, as for
-    --predict, a file without classes, and `?` as a class, are taken, too.
+    The last 20 % of the windows are the test part. With the `original` protocol, the class limits
+    are quantiles of the whole series; with `holdout`, of the rows before the test part, and no
+    training window shares rows with it. Validation windows never do. A share `missing` of the
+    values is removed once the classes are known.
     """
-    lines = read_text(path).splitlines()
-    if Path(path).suffix != ".ts":
-        rows = [re.split(r"[\t, ]+", line.strip()) for line in lines if line.strip()]
-        lines = ["@data", *(f"{','.join(values)}:{label}" for label, *values in rows)]
-    cases, labels, in_data, has_label = [], [], False, True
-    for number, line in enumerate(map(str.strip, lines), start=1):
+    numbers, _ = read_csv(path)
+    if target not in numbers:
+        raise UserError(f"{path}: --target {target!r} is not one of the numeric columns "
+                        f"{', '.join(numbers)}")
+    series, values = numbers.to_numpy(copy=True), numbers[target].to_numpy()
+    starts = np.arange(len(series) - SEQ_LEN)
+    first_test = int(0.8 * len(starts))
+    if first_test < 10 * SEQ_LEN:
+        needed = math.ceil(12.5 * SEQ_LEN) + SEQ_LEN
+        raise UserError(f"{path}: {len(series)} rows, at least {needed} are needed")
+    known = first_test if protocol == "holdout" else None
+    classes, limits = make_classes(path, values, num_classes, known)
+    train, val = split_blocks(first_test, gap=SEQ_LEN)
+    val = val[val < first_test - SEQ_LEN]
+    if protocol == "holdout":
+        train = train[train < first_test - SEQ_LEN]
+    next_values = values[starts + SEQ_LEN]
+    splits = {"train": train, "val": val, "test": np.arange(first_test, len(starts))}
+    splits = {split: windows[np.isfinite(next_values[windows])]
+              for split, windows in splits.items()}
+    series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
+    info = {"source": "real", "path": str(path), "protocol": protocol,
+            "class_limits": limits.tolist(),
+            "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return normalize_dataset(Dataset(
+        name or Path(path).stem, list(numbers), series, starts, np.digitize(next_values, limits),
+        classes, splits, target=list(numbers).index(target), limits=limits, info=info))
+
+
+def read_archive_file(path, labelled=True):
+    """(cases, labels) of a .ts file: cases [[float64 [length] of each dimension]] with NaN for `?`.
+
+    A .tsv or .txt file has one case a line, the class first. With labelled=False, as for
+    --predict, a file or a case without class is read, too.
+    """
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    header, first = {"@classlabel": "true"}, 0
+    if Path(path).suffix == ".ts":
+        first = next((i + 1 for i, line in enumerate(lines) if line.lower() == "@data"), 0)
+        if not first:
+            raise UserError(f"{path}: no @data line, so this is not a .ts file")
+        words = [line.lower().split() for line in lines[:first] if line.startswith("@")]
+        header |= {key: value[0] for key, *value in words if value}
+    else:
+        rows = [re.split(r"[\t, ]+", line) for line in lines]
+        lines = [f"{','.join(values)}:{label}" if label else "" for label, *values in rows]
+    if header.get("@targetlabel") == "true":
+        raise UserError(f"{path}: @targetlabel true: a regression file, which has no classes")
+    if header.get("@timestamps") == "true":
+        raise UserError(f"{path}: @timestamps true: files with time stamps are not supported")
+    has_label = header["@classlabel"] == "true"
+    if labelled and not has_label:
+        raise UserError(f"{path}: @classlabel false: a file with classes is needed")
+    cases, labels = [], []
+    for number, line in enumerate(lines[first:], start=first + 1):
         if not line or line[0] in "#%":
             continue
-        if not in_data:
-            key, *value = line.lower().split()
-            if not key.startswith("@"):
-                raise UserError(f"{path}: line {number}: no @data line before it, this is no .ts file")
-            if (key, value[:1]) == ("@targetlabel", ["true"]):
-                raise UserError(f"{path}: line {number}: {line}: a file for regression, it has no classes")
-            if (key, value[:1]) == ("@timestamps", ["true"]):
-                raise UserError(f"{path}: line {number}: {line}: files with time stamps are not read")
-            if (key, value[:1]) == ("@classlabel", ["false"]):
-                has_label = False
-                if labelled:
-                    raise UserError(f"{path}: line {number}: {line}: it must have classes")
-            in_data = key == "@data"
-            continue
         dimensions = line.split(":")
-        label = dimensions.pop().strip() if has_label else "?"
+        labels.append(dimensions.pop().strip() if has_label else "?")
         try:
-            case = [np.array([cell.strip().replace("?", "nan") or "nan" for cell in text.split(",")], np.float64)
-                    for text in dimensions]
+            cells = [text.replace("?", "nan").split(",") for text in dimensions]
+            case = [np.array([cell.strip() or "nan" for cell in row], np.float64) for row in cells]
         except ValueError as error:
             raise UserError(f"{path}: line {number}: {error}, a number or ? is needed") from None
         if not case or (cases and len(case) != len(cases[0])):
-            wanted = f"{len(cases[0])} dimensions" if cases else "values, a colon and the class"
-            raise UserError(f"{path}: line {number}: {len(case)} dimensions, {wanted} are needed")
-        if labelled and label in ("", "?"):
+            raise UserError(f"{path}: line {number}: {len(case)} dimensions, "
+                            f"{len(cases[0]) if cases else 'at least one'} needed")
+        if labelled and labels[-1] in ("", "?"):
             raise UserError(f"{path}: line {number}: the class after the last colon is missing")
         cases.append(case)
-        labels.append(label)
     if not cases:
-        raise UserError(f"{path}: no cases after @data")
+        raise UserError(f"{path}: no cases")
     return cases, labels
 
 
 def stack_cases(cases, seq_len):
-    """Cases of unequal length, the last seq_len steps of each, as series [cases * seq_len, dimensions], NaN before."""
+    """The last seq_len steps of each case as a series [cases * seq_len, dimensions]; NaN before
+    shorter ones."""
     series = np.full((len(cases), seq_len, len(cases[0])), np.nan)
     for i, case in enumerate(cases):
         for j, values in enumerate(case):
@@ -500,27 +628,30 @@ def stack_cases(cases, seq_len):
     return series.reshape(-1, len(cases[0]))
 
 
-def ts_dataset(name, files):
-    """The data set of a .ts file, or of NAME_TRAIN.ts and NAME_TEST.ts together."""
-    cases, texts, test = [], [], []
+def archive_dataset(name, files):
+    """The data set of one archive file, or of NAME_TRAIN and NAME_TEST together."""
+    cases, texts, is_test = [], [], []
     for file in files:
-        own, labels = read_ts(file)
-        is_test = file.stem.lower().endswith("_test")
-        cases, texts, test = cases + own, texts + labels, test + [is_test] * len(own)
+        file_cases, file_labels = read_archive_file(file)
+        cases += file_cases
+        texts += file_labels
+        is_test += [file.stem.lower().endswith("_test")] * len(file_cases)
     if len({len(case) for case in cases}) > 1:
         raise UserError(f"{name}: training and test file have different dimensions")
-    classes = sorted(set(texts))
-    labels = np.array([classes.index(text) for text in texts])
+    classes, labels = np.unique(texts, return_inverse=True)
     seq_len = max(len(values) for case in cases for values in case)
+    columns = [f"dim_{i}" for i in range(len(cases[0]))]
+    content = b"".join(file.read_bytes() for file in files)
     info = {"source": "real", "archive": True, "path": [str(file) for file in files],
-            "file_sha256": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
-    parts = independent_parts(labels, np.array(test) if 0 < sum(test) < len(test) else None)
-    return prepare(Dataset(name, [f"dim_{i}" for i in range(len(cases[0]))], stack_cases(cases, seq_len),
-                           seq_len * np.arange(len(cases)), labels, classes, parts, seq_len, info=info))
+            "file_sha256": hashlib.sha256(content).hexdigest()}
+    splits = split_windows(labels, np.array(is_test) if len(set(is_test)) > 1 else None)
+    return normalize_dataset(Dataset(
+        name, columns, stack_cases(cases, seq_len), seq_len * np.arange(len(cases)), labels,
+        classes.tolist(), splits, seq_len, info=info))
 
 
 def fetch_etth1(data_dir):
-    """Path of ETTh1.csv under `data_dir`/ett, downloaded and checked if it is not there."""
+    """Path of ETTh1.csv in data_dir/ett, downloaded and checked if it is absent."""
     path = Path(data_dir) / "ett/ETTh1.csv"
     if path.exists():
         return path
@@ -528,108 +659,124 @@ def fetch_etth1(data_dir):
         with urllib.request.urlopen(ETTH1_URL, timeout=3) as response:
             content = response.read()
     except (OSError, ValueError) as error:
-        raise UserError(f"{ETTH1_URL}: {error}; download it yourself to {path}") from None
+        raise UserError(f"{ETTH1_URL}: {error}; put the file at {path}") from None
     if hashlib.sha256(content).hexdigest() != ETTH1_SHA256:
-        raise UserError(f"{ETTH1_URL}: the checksum is wrong; try again, or put the right file at {path}")
+        raise UserError(f"{ETTH1_URL}: its checksum is wrong; try again or put the file at {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(content)
+    with atomic_write(path) as part:
+        part.write_bytes(content)
     return path
 
 
-def load_datasets(args):
-    """[Dataset, …] that the arguments ask for, the real one only if it can be had and nothing was named."""
-    datasets, names = [], args.dataset
-    if names is None and not (args.data or args.synthetic_schemas):
-        names = list(EMBEDDED)
-        if not args.quick:
-            try:
-                fetch_etth1(args.data_dir)
-                names.append("etth1")
-            except UserError as problem:
-                note(f"warning: etth1 left out, embedded data sets alone: {problem}")
-    for number, name in enumerate(names or []):
-        if name == "etth1":
-            path, missing = fetch_etth1(args.data_dir), 0.05 if args.protocol == "original" else 0.0
-            datasets.append(csv_dataset(path, "OT", 3, args.protocol or "original", "etth1", missing))
-        elif args.protocol == "original":
-            datasets.append(original_dataset(name, [4, number]))
-        else:
-            datasets.append(embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number]))
-    groups = {}  # path without _TRAIN or _TEST: files
-    for path in map(Path, args.data or []):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder; --data takes .csv, .ts and folders of .ts")
+def group_files(paths):
+    """{path without _TRAIN or _TEST: files} of files and folders of archive files."""
+    groups = {}
+    for path in map(Path, paths):
         files = [path]
-        if path.is_dir():  # one format: the archive has the same data in several
-            files = next((found for kind in SERIES_FILES if (found := sorted(path.glob(f"*{kind}")))), [])
+        if path.is_dir():  # the archive has the same data in several formats: take one
+            found = [sorted(path.glob(f"*{suffix}")) for suffix in ARCHIVE_SUFFIXES]
+            files = next(filter(None, found), [])
         if not files:
             raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder")
         for file in files:
             name = re.sub(r"_(train|test)(\.\w+)$", r"\2", str(file), flags=re.I)
             groups.setdefault(Path(name), []).append(file)
-    for path, files in groups.items():
-        if path.suffix in SERIES_FILES:
-            datasets.append(ts_dataset(path.stem, files))
-        elif args.target is None:
-            raise UserError(f"{path}: --target COLUMN is needed for a CSV: {', '.join(read_csv(path)[0])}")
+    return groups
+
+
+def load_datasets(args):
+    """The data sets [Dataset] that the arguments name; if they name none, the embedded ones and
+    ETTh1, if that can be had."""
+    datasets, names = [], args.dataset
+    if not (names or args.data or args.synthetic_schemas):
+        names = list(EMBEDDED)
+        if not args.quick:
+            try:
+                fetch_etth1(args.data_dir)
+                names.append("etth1")
+            except UserError as error:
+                note(f"etth1 is left out: {error}")
+    for number, name in enumerate(names or []):
+        if name == "etth1":
+            missing = 0.05 if args.protocol == "original" else 0.0
+            datasets.append(csv_dataset(fetch_etth1(args.data_dir), "OT", 3,
+                                        args.protocol or "original", "etth1", missing))
+        elif args.protocol == "original":
+            datasets.append(original_dataset(name, [4, number]))
         else:
-            datasets += [csv_dataset(file, args.target, args.num_classes, args.protocol or "holdout") for file in files]
+            datasets.append(embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number]))
+    for path, files in group_files(args.data or []).items():
+        if path.suffix in ARCHIVE_SUFFIXES:
+            datasets.append(archive_dataset(path.stem, files))
+        elif args.target is None:
+            raise UserError(f"{path}: a CSV file needs --target, one of the columns "
+                            f"{', '.join(read_csv(path)[0])}")
+        else:
+            datasets += [csv_dataset(file, args.target, args.num_classes,
+                                     args.protocol or "holdout") for file in files]
     datasets += [synthetic_schema(number, args.windows) for number in range(args.synthetic_schemas)]
     names = [data.name for data in datasets]
     if len(set(names)) < len(names):
         raise UserError(f"two data sets have the same name: {', '.join(names)}")
-    if reserved := {"shared", "sources", "mean of all"} & set(names):
-        raise UserError(f"a data set cannot be called {reserved.pop()!r}, a name that results use; rename the file")
     return datasets
 
 
-# --- Model: column embeddings -----------------------------------------------------------------------------------------
+# --- Model: embeddings of column names ----------------------------------------------------------
 
 
-class AutoExpandingEmbedder(nn.Module):
-    """A learned vocabulary of column names that grows: forward maps rows [columns] to [columns, target_dim]."""
+class ColumnEmbedder(nn.Module):
+    """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
-    def __init__(self, target_dim=1, dim=16, initial_size=1000):
+    A subclass computes the vectors [names, dim] of new names in compute(names); here they are not
+    trained, only the Linear is.
+    """
+
+    def __init__(self, dim, target_dim=1):
         super().__init__()
-        self.rows = {}  # name: row
-        self.embedding = nn.Embedding(initial_size, dim)
+        self.rows = {}  # name: row of the table
+        self.register_buffer("table", torch.zeros(0, dim), persistent=False)
         self.projection = nn.Linear(dim, target_dim)
 
-    def lookup(self, names, optimizer=None):
-        """Rows [columns] of `names`; new names get the next rows, and the table doubles when it is full.
-
-        An `optimizer` that already has moments of the table must be given here, or its next step raises.
-        """
-        for name in names:
-            self.rows.setdefault(name, len(self.rows))
-        size = self.embedding.num_embeddings
-        while size < len(self.rows):
-            size *= 2
-        self.grow(size, optimizer)
-        return torch.tensor([self.rows[name] for name in names])
-
-    @torch.no_grad()
-    def grow(self, size, optimizer=None):
-        """Append rows up to `size`; old rows keep their values, new ones have no moments in the optimizer yet."""
-        weight = self.embedding.weight
-        added = size - len(weight)
-        if added <= 0:
-            return
-        new = torch.randn(added, weight.shape[1], device=weight.device, dtype=weight.dtype)
-        moments = optimizer.state.get(weight, {}) if optimizer else {}
-        for key, value in moments.items():
-            if value.shape == weight.shape:
-                moments[key] = torch.cat([value, torch.zeros_like(new)])
-        weight.data, weight.grad = torch.cat([weight, new]), None  # the same Parameter, so the optimizer still has it
-        self.embedding.num_embeddings = size
+    def add(self, names):
+        """Extend the table by the names that it lacks."""
+        new = [name for name in dict.fromkeys(names) if name not in self.rows]
+        if new:
+            self.table = torch.cat([self.table, self.compute(new).to(self.table)])
+            self.rows |= {name: len(self.rows) + i for i, name in enumerate(new)}
 
     def embed(self, names):
         """Vectors [names, dim]."""
-        return self.embedding(self.lookup(names))
+        self.add(names)
+        return self.table[[self.rows[name] for name in names]]
 
-    def forward(self, rows):
-        return self.projection(self.embedding(rows))
+    def forward(self, names):
+        return self.projection(self.embed(names))
+
+
+class AutoExpandingEmbedder(ColumnEmbedder):
+    """A learned vocabulary of column names; its table doubles when it is full.
+
+    Names beyond the table's size must be added before an optimizer is made, or its next step
+    raises RuntimeError.
+    """
+
+    def __init__(self, target_dim=1, dim=16, initial_size=1000):
+        super().__init__(dim, target_dim)
+        del self.table
+        self.embedding = nn.Embedding(initial_size, dim)
+
+    def add(self, names):
+        for name in names:
+            self.rows.setdefault(name, len(self.rows))
+        while len(self.rows) > len(self.embedding.weight):
+            weight = self.embedding.weight
+            weight.data = torch.cat([weight.data, torch.randn_like(weight)])
+            self.embedding.num_embeddings = len(weight)
+
+    def embed(self, names):
+        self.add(names)
+        rows = [self.rows[name] for name in names]
+        return self.embedding(torch.tensor(rows, device=self.embedding.weight.device))
 
     def get_extra_state(self):
         return dict(self.rows)
@@ -637,175 +784,111 @@ class AutoExpandingEmbedder(nn.Module):
     def set_extra_state(self, rows):
         self.rows = dict(rows)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        key = prefix + "embedding.weight"
-        weight = state_dict[key]
-        self.grow(len(weight))  # a checkpoint may have a larger vocabulary, or a smaller one
-        state_dict[key] = torch.cat([weight, self.embedding.weight.data[len(weight) :].to(weight)])
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
-
-class RandomNameEmbedder(nn.Module):
-    """A fixed random vector for each name, drawn by the name alone: identity without meaning, as a control.
-
-    forward maps rows [columns] to [columns, target_dim]; only the projection is trained.
-    """
+class RandomNameEmbedder(ColumnEmbedder):
+    """A fixed random vector for each name: identity without meaning, as a control."""
 
     def __init__(self, target_dim=1, dim=16):
-        super().__init__()
-        self.rows = {}  # name: row
-        self.register_buffer("table", torch.zeros(0, dim), persistent=False)
-        self.projection = nn.Linear(dim, target_dim)
+        super().__init__(dim, target_dim)
 
-    def lookup(self, names, optimizer=None):
-        """Rows [columns] of `names` in the table."""
+    def compute(self, names):
+        vectors = []
         for name in names:
-            if name not in self.rows:
-                self.rows[name] = len(self.rows)
-                self.table = torch.cat([self.table, self.embed([name]).to(self.table)])
-        return torch.tensor([self.rows[name] for name in names])
-
-    def embed(self, names):
-        """Vectors [names, dim]."""
-        seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) for name in names]
-        dim = self.table.shape[1]
-        return torch.stack([torch.randn(dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-    def forward(self, rows):
-        return self.projection(self.table[rows])
+            seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+            generator = torch.Generator().manual_seed(seed)
+            vectors.append(torch.randn(self.table.shape[1], generator=generator))
+        return torch.stack(vectors)
 
 
-class FrozenBERTColumnEmbedder(nn.Module):
-    """Column names by a frozen BERT: forward maps rows [columns] of its table to [columns, target_dim].
+class FrozenBERTColumnEmbedder(ColumnEmbedder):
+    """Column names as read by a frozen BERT: the mean of its last hidden states, scaled to a mean
+    square of 1.
 
-    Only the projection is trained. The encoder is loaded for names that neither `known` nor the cache has, and is
-    freed at once; it is never a part of this module. The cache is one safetensors file for each encoder, with keys
-    `tokenization/name`; index.json beside it says in plain text what is there.
-
-    bert_model: a name on the Hugging Face hub, or a local folder. tokenization: `words` reads a name as words
-    (name_to_words), `raw` as it is. A vector is the mean of the last hidden states, scaled to mean square 1. known:
-    {name: vector} that need neither cache nor encoder, such as a checkpoint's. offline: do not ask the hub.
-    Raises EncoderMissing where an uncached name finds no encoder.
+    The encoder is loaded only for names that neither `known` {name: vector}, such as a
+    checkpoint's, nor the cache has, and freed at once. The cache is one safetensors file for each
+    encoder, with keys `tokenization/name`; delete it if the encoder's weights have changed.
+    bert_model: a name on the Hugging Face hub, or a folder. tokenization: `words` reads a name
+    through name_to_words(), `raw` as it is. Raises UserError where the encoder cannot be loaded.
     """
 
-    def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings", target_dim=1,
-                 tokenization="words", known=None, offline=False):
-        super().__init__()
-        local = Path(bert_model).expanduser()
-        self.bert_model = str(local.resolve()) if local.is_dir() else bert_model
-        self.tokenization, self.cache_dir, self.offline = tokenization, Path(cache_dir), offline
-        digest = hashlib.sha256(self.bert_model.encode()).hexdigest()[:8]
-        self.cache_path = self.cache_dir / f"{Path(self.bert_model).name}-{digest}.safetensors"
-        self.encoder = None  # (tokenizer, model in a list) between _compute_bert_embedding and _save_cache
-        self.fresh = set()  # keys computed, not yet saved
-        self.rows = {}  # name: row
-        self.cache = self._read_cache() | {f"{tokenization}/{name}": vector for name, vector in (known or {}).items()}
-        if not self.cache:
-            self._load_encoder()
-        self.bert_dim = self.encoder[1][0].config.hidden_size if self.encoder else len(next(iter(self.cache.values())))
-        self.register_buffer("table", torch.zeros(0, self.bert_dim), persistent=False)
-        self.projection = nn.Linear(self.bert_dim, target_dim)
+    def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings",
+                 target_dim=1, tokenization="words", known=None, offline=False):
+        folder = Path(bert_model).expanduser()
+        bert_model = str(folder.resolve()) if folder.is_dir() else bert_model
+        digest = hashlib.sha256(bert_model.encode()).hexdigest()[:8]
+        cache_path = Path(cache_dir) / f"{Path(bert_model).name}-{digest}.safetensors"
+        cache = read_cache(cache_path)
+        for name, vector in (known or {}).items():
+            cache[f"{tokenization}/{name}"] = vector
+        if not cache:
+            dim = load_encoder(bert_model, offline)[1].config.hidden_size
+        for vector in cache.values():
+            dim = len(vector)
+        super().__init__(dim, target_dim)
+        self.bert_model, self.tokenization, self.offline = bert_model, tokenization, offline
+        self.cache_path, self.cache = cache_path, cache
 
-    def lookup(self, names, optimizer=None):
-        """Rows [columns] of `names` in the table, after computing and caching what is not there."""
-        new = [name for name in dict.fromkeys(names) if name not in self.rows]
-        if new:
-            self.table = torch.cat([self.table, self.embed(new).to(self.table)])
-            self.rows |= {name: len(self.rows) + i for i, name in enumerate(new)}
-        return torch.tensor([self.rows[name] for name in names])
+    @torch.no_grad()
+    def compute(self, names):
+        missing = [name for name in names if f"{self.tokenization}/{name}" not in self.cache]
+        if missing:
+            tokenizer, encoder = load_encoder(self.bert_model, self.offline)
+            for name in missing:
+                text = name_to_words(name) if self.tokenization == "words" else name
+                tokens = tokenizer(text, return_tensors="pt", truncation=True)
+                vector = encoder(**tokens).last_hidden_state[0].mean(0)
+                vector = vector * len(vector) ** 0.5 / vector.norm()
+                self.cache[f"{self.tokenization}/{name}"] = vector
+            self.save_cache()
+        return torch.stack([self.cache[f"{self.tokenization}/{name}"] for name in names])
 
-    def embed(self, names):
-        """Vectors [names, bert_dim] from the cache, the missing ones from the encoder, which is freed afterwards."""
-        try:
-            return torch.stack([self._compute_bert_embedding(name) for name in names])
-        finally:
-            self._save_cache()
+    def save_cache(self):
+        from safetensors.torch import save_file
 
-    def forward(self, rows):
-        return self.projection(self.table[rows])
-
-    def _fingerprint(self):
-        """Sizes and dates of a local encoder's weights, so that a cache of older weights is not read."""
-        files = sorted(Path(self.bert_model).glob("*.safetensors")) if os.path.isdir(self.bert_model) else []
-        return " ".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
-
-    def _read_cache(self):
-        """{tokenization/name: vector [bert_dim]}; empty where there is no file, or a torn one, or older weights'."""
-        from safetensors import SafetensorError, safe_open
-
-        if not self.cache_path.exists():
-            return {}
-        try:
-            with safe_open(self.cache_path, "pt") as file:
-                now = self._fingerprint()
-                if now and file.metadata()["fingerprint"] != now:
-                    return {}
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            note(f"warning: {self.cache_path} is damaged ({error}) and will be written anew")
-            return {}
-
-    def _load_encoder(self):
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        for offline in (True, False):  # first what is on this machine
-            if not offline and (self.offline or os.path.isdir(self.bert_model) or not hub_in_reach()):
-                break
-            try:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(self.bert_model, local_files_only=offline)
-                model = transformers.AutoModel.from_pretrained(self.bert_model, local_files_only=offline)
-                self.encoder = tokenizer, [model.eval()]  # in a list, so that it is no submodule
-                return
-            except Exception as error:  # transformers raises many kinds here, its own and those of its libraries
-                why = str(error).strip().splitlines()[0]
-        raise EncoderMissing(f"--bert-model {self.bert_model}: no such encoder here and the hub is out of reach, or "
-                             f"it cannot be read ({why[:120]}); take a local folder, or names that the cache has")
-
-    @torch.inference_mode()
-    def _compute_bert_embedding(self, name):
-        """Vector [bert_dim] of one name, from the cache or else from the encoder; _save_cache() keeps it."""
-        key = f"{self.tokenization}/{name}"
-        if key not in self.cache:
-            if self.encoder is None:
-                self._load_encoder()
-            tokenizer, (model,) = self.encoder
-            text = name_to_words(name) if self.tokenization == "words" else name
-            vector = model(**tokenizer(text, return_tensors="pt", truncation=True)).last_hidden_state[0].mean(0)
-            self.cache[key] = vector * len(vector) ** 0.5 / vector.norm()
-            self.fresh.add(key)
-        return self.cache[key]
-
-    def _save_cache(self):
-        """Merge what is new into the file, under a lock and with a rename, and free the encoder."""
-        if self.encoder:
-            self.encoder = None
-            gc.collect()
-        if not self.fresh:
-            return
-        from filelock import FileLock
-        from safetensors.torch import save
-
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.cache_dir / "lock"):
-            self.cache = self._read_cache() | self.cache  # another process may have written meanwhile
-            with whole_file(self.cache_path) as file:
-                file.write(save(self.cache, {"bert_model": self.bert_model, "fingerprint": self._fingerprint()}))
-            index, index_path = {}, self.cache_dir / "index.json"
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                index |= json.loads(index_path.read_text())
-            index[self.cache_path.name] = {"bert_model": self.bert_model, "bert_dim": self.bert_dim,
-                                           "keys": sorted(self.cache)}
-            with whole_file(index_path) as file:
-                file.write(json.dumps(index, indent=1, ensure_ascii=False).encode())
-        self.fresh.clear()
+        self.cache_path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.cache_path) as path:
+            save_file(self.cache, path)
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
         size = self.cache_path.stat().st_size if self.cache_path.exists() else 0
-        return {"cached_embeddings": len(self._read_cache()), "cache_size_mb": round(size / 1e6, 3),
-                "bert_model": self.bert_model, "bert_dim": self.bert_dim}
+        return {"cached_embeddings": len(read_cache(self.cache_path)),
+                "cache_size_mb": round(size / 1e6, 3), "bert_model": self.bert_model,
+                "bert_dim": self.table.shape[1]}
+
+
+STRATEGIES = {"none": None, "auto_expanding": AutoExpandingEmbedder,
+              "frozen_bert": FrozenBERTColumnEmbedder, "random_names": RandomNameEmbedder}
+
+
+def read_cache(path):
+    """{tokenization/name: vector} of a cache file, empty where there is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path) if path.exists() else {}
+    except SafetensorError as error:
+        raise UserError(f"{path}: {error}; delete this cache of name embeddings") from None
+
+
+def load_encoder(name, offline):
+    """(tokenizer, model) of a BERT in a folder, in Hugging Face's cache, or on the hub."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    error = None
+    for local in (True, False):
+        if not local and (offline or os.path.isdir(name) or not hub_in_reach()):
+            break
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+            model = transformers.AutoModel.from_pretrained(name, local_files_only=local)
+            return tokenizer, model.eval()
+        except Exception as problem:  # transformers raises errors of many types here
+            error = str(problem).strip().splitlines()[0]
+    raise UserError(f"--bert-model {name} cannot be loaded ({error[:120]}); give a local folder")
 
 
 def hub_in_reach():
@@ -817,454 +900,444 @@ def hub_in_reach():
         return False
 
 
-# --- Model: the transformers ------------------------------------------------------------------------------------------
+# --- Model: the networks ------------------------------------------------------------------------
 
 
 def forward_fill(x):
     """x [batch, columns, time] with each NaN replaced by the value before it; leading NaNs stay."""
-    at = torch.arange(x.shape[-1], device=x.device).where(~x.isnan(), 0).cummax(-1).values
-    return x.gather(-1, at)
+    steps = torch.arange(x.shape[-1], device=x.device)
+    return x.gather(-1, steps.where(~x.isnan(), 0).cummax(-1).values)
 
 
 def values_and_mask(x, fill):
-    """Two channels [batch, columns, time] each of x with NaNs: the values, and 1 where they are present.
+    """(values, mask) [batch, columns, time] of x with NaNs; the mask is 1 where a value is present.
 
-    fill: `both` puts the last value for a NaN and says so in the mask, `mask` puts 0 and says so; `zero` and `forward`
-    fill and say nothing (a mask of 1).
+    fill: `both` puts the last value for a NaN and `mask` a 0, and the mask says so; `zero` and
+    `forward` fill likewise, with a mask of 1 everywhere.
     """
-    filled = forward_fill(x) if fill in ("both", "forward") else x
+    values = forward_fill(x) if fill in ("both", "forward") else x
     mask = (~x.isnan()).to(x.dtype) if fill in ("both", "mask") else torch.ones_like(x)
-    return filled.nan_to_num(), mask
+    return values.nan_to_num(), mask
 
 
 def cut_patches(x):
-    """x [batch, channels, time] -> [batch, channels, patches, 16], every 8 steps; 0s in front to make it fit."""
-    pad = max(PATCH_LEN - x.shape[-1], (PATCH_LEN - x.shape[-1]) % STRIDE)
-    return F.pad(x, (pad, 0)).unfold(-1, PATCH_LEN, STRIDE)
+    """x [batch, channels, time] -> [batch, channels, patches, 16], every 8 steps, with zeros in
+    front to make it fit."""
+    padding = max(PATCH_LEN - x.shape[-1], (PATCH_LEN - x.shape[-1]) % STRIDE)
+    return F.pad(x, (padding, 0)).unfold(-1, PATCH_LEN, STRIDE)
 
 
 def num_patches(seq_len):
     return max(0, math.ceil((seq_len - PATCH_LEN) / STRIDE)) + 1
 
 
-class ConvStem(nn.Module):
-    """Three convolutions with batch normalization, pooled: [batch, channels, time] -> [batch, patches, d_model].
-
-    Their kernels of 9, 5 and 3 steps see details that a patch of 16 steps must learn at each place anew.
-    """
-
-    def __init__(self, channels, d_model, width=128):
-        super().__init__()
-        layers = []
-        for kernel, outputs in ((9, width), (5, width), (3, d_model)):
-            layers += [nn.Conv1d(channels, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm1d(outputs),
-                       nn.ReLU()]
-            channels = outputs
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return F.adaptive_avg_pool1d(self.layers(x), num_patches(x.shape[-1])).transpose(1, 2)
-
-
-def normalize_windows(values, mask):
-    """Each column of each window minus its mean over what is present, by its deviation; 0 where missing."""
-    number = mask.sum(-1, keepdim=True).clamp(min=1)
-    mean = (values * mask).sum(-1, keepdim=True) / number
-    deviation = (((values - mean) * mask).square().sum(-1, keepdim=True) / number).sqrt()
-    return (values - mean) * mask / (deviation + 1e-2)
-
-
 class Head(nn.Module):
-    """Logits [batch, classes] from patch tokens [batch, patches, d_model].
+    """Logits [batch, classes] from patch tokens [batch, patches, d_model] and the windows x.
 
-    `mean` and `last`: one Linear on the mean (the original's) or the last token. `ordinal`: the classes are intervals
-    of one column's next value, so forecast it as its last value plus a learned step, with a learned spread, and let the
-    class `limits` cut that distribution (the cumulative logit model of McCullagh 1980). An untrained one is
-    persistence. Where the data set has no such column, `ordinal` is `last`.
+    `mean` and `last` are a Linear on the mean (the original's) or the last token. `ordinal` is the
+    cumulative logit model of McCullagh (1980): the classes are intervals of one column's next
+    value, so it forecasts this as the last value plus a learned step, with a learned spread, and
+    lets the class limits cut that distribution; untrained, it is persistence. Where the data set
+    has no such column, `ordinal` is `last`.
     """
 
     def __init__(self, kind, d_model, num_classes, target=None, limits=None):
         super().__init__()
         self.kind = "last" if kind == "ordinal" and target is None else kind
         self.target = target
+        self.linear = nn.Linear(d_model, 2 if self.kind == "ordinal" else num_classes)
         if self.kind == "ordinal":
-            self.register_buffer("limits", torch.as_tensor(np.asarray(limits), dtype=torch.float32))
-            self.linear = nn.Linear(d_model, 2)
+            self.register_buffer("limits", torch.tensor(np.asarray(limits), dtype=torch.float32))
             nn.init.zeros_(self.linear.weight)
-            self.linear.bias.data = torch.tensor([0.0, -2.0])  # no step; a spread of 0.14 standard deviations
-        else:
-            self.linear = nn.Linear(d_model, num_classes)
+            self.linear.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
 
     def forward(self, tokens, x):
-        if self.kind != "ordinal":
-            return self.linear(tokens.mean(1) if self.kind == "mean" else tokens[:, -1])
-        step, log_spread = self.linear(tokens[:, -1]).float().unbind(-1)
-        expected = forward_fill(x[:, self.target]).nan_to_num()[:, -1] + step  # [batch]
-        below = torch.sigmoid((self.limits - expected[:, None]) * torch.exp(-log_spread)[:, None])
-        return F.pad(F.pad(below, (0, 1), value=1.0), (1, 0)).diff(dim=-1).clamp(min=1e-6).log()
+        if self.kind == "mean":
+            return self.linear(tokens.mean(1))
+        outputs = self.linear(tokens[:, -1])
+        if self.kind == "last":
+            return outputs
+        step, log_spread = outputs.float().unbind(-1)
+        last_value = forward_fill(x[:, self.target]).nan_to_num()[:, -1]
+        distance = self.limits - (last_value + step)[:, None]  # [batch, classes - 1]
+        below = torch.sigmoid(distance * torch.exp(-log_spread)[:, None])
+        below = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0))  # 0, …, 1
+        return below.diff(dim=-1).clamp(min=1e-6).log()
 
 
 class MultiDatasetPatchDuET(nn.Module):
-    """Logits [batch, num_classes] from x [batch, columns, time], scaled, with NaNs: patches, two pre-norm layers, head.
+    """Logits [batch, classes] from windows x [batch, columns, time], scaled, with NaNs.
 
-    As in the original, one Linear reads all columns of a patch, so their number c_in is fixed, and with a strategy each
-    column's name is one number, a third channel beside value and mask; 571,459 parameters with 4 columns and `none`.
+    Patches, two pre-norm transformer layers, and a head for each data set. As in the original, one
+    Linear reads all columns of a patch, so their number c_in is fixed, and a strategy makes each
+    column's name one number, a third channel beside value and mask: 571,459 parameters with 4
+    columns and `none`.
 
-    With `shared`, one set of weights serves any columns (c_in is not read): the patch layer sees one column at a time
-    (value, mask) and adds the embedding of its name, then each of `queries` learned queries pools the columns of a
-    patch by attention, whatever their number, and the results together are one token. Each data set has a head.
-
-    With stem="conv", convolutions over all columns (Wang et al. 2017, arXiv:1611.06455) take the place of patch layer
-    and transformer, which a few dozen windows are not enough for; they also see each window normalized by itself.
-    Not with `shared`.
+    With `shared`, one set of weights serves any columns, and c_in is not used: the patch layer
+    reads one column at a time and adds the embedding of its name, then `queries` learned queries
+    pool the columns of a patch by attention, and their results together are one token.
     """
 
-    def __init__(self, c_in, seq_len=SEQ_LEN, strategy="none", shared=False, head="mean", fill="both", dropout=0.0,
-                 d_model=64, queries=8, stem="patches", **bert):
+    def __init__(self, c_in, seq_len=SEQ_LEN, strategy="none", shared=False, head="mean",
+                 fill="both", dropout=0.0, d_model=64, queries=8, **bert):
         super().__init__()
         if strategy not in STRATEGIES:
-            raise ValueError(f"strategy {strategy!r} is none of {', '.join(STRATEGIES)}")
-        self.settings = {"c_in": c_in, "seq_len": seq_len, "strategy": strategy, "shared": shared, "head": head,
-                         "fill": fill, "dropout": dropout, "d_model": d_model, "queries": queries,
-                         "stem": stem} | bert
-        self.c_in, self.strategy, self.shared, self.head_kind, self.fill = c_in, strategy, shared, head, fill
-        if stem == "patches":
-            # What all strategies have comes first: with one seed they begin with the same weights there.
-            self.positions = nn.Parameter(0.02 * torch.randn(num_patches(seq_len), d_model))
-            layer = nn.TransformerEncoderLayer(d_model, 8, 2048, 0.0, batch_first=True, norm_first=True)
-            # Dropout on what each half of a layer adds, not inside: on 2048 hidden units it is a third of the time.
-            layer.dropout1.p = layer.dropout2.p = dropout
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+        self.settings = {"c_in": c_in, "seq_len": seq_len, "strategy": strategy, "shared": shared,
+                         "head": head, "fill": fill, "dropout": dropout, "d_model": d_model,
+                         "queries": queries} | bert
+        self.c_in, self.shared, self.head_kind, self.fill = c_in, shared, head, fill
+        # What all strategies have comes first: with one seed they begin with the same weights.
+        self.positions = nn.Parameter(0.02 * torch.randn(num_patches(seq_len), d_model))
+        layer = nn.TransformerEncoderLayer(d_model, 8, 2048, 0.0, batch_first=True, norm_first=True)
+        # Dropout on what each half of a layer adds; on its 2048 hidden units it would take a third
+        # of the time.
+        layer.dropout1.p = layer.dropout2.p = dropout
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         if shared:
             self.patch_layer = nn.Linear(2 * PATCH_LEN, d_model)
             self.queries = nn.Linear(d_model, queries)
             self.join = nn.Linear(queries * d_model, d_model)
-        elif stem == "conv":
-            self.stem = ConvStem(c_in * (3 if strategy == "none" else 4), d_model)
         else:
-            self.patch_layer = nn.Linear(c_in * (2 if strategy == "none" else 3) * PATCH_LEN, d_model)
+            channels = c_in * (2 if strategy == "none" else 3)
+            self.patch_layer = nn.Linear(channels * PATCH_LEN, d_model)
         self.embedder = None
-        if strategy == "auto_expanding":
-            self.embedder = AutoExpandingEmbedder(d_model if shared else 1)
-        elif strategy == "random_names":
-            self.embedder = RandomNameEmbedder(d_model if shared else 1)
-        elif strategy == "frozen_bert":
-            self.embedder = FrozenBERTColumnEmbedder(target_dim=d_model if shared else 1, **bert)
-        self.heads, self.column_names, self.cards = nn.ModuleDict(), {}, {}
+        if strategy != "none":
+            self.embedder = STRATEGIES[strategy](target_dim=d_model if shared else 1, **bert)
+        self.heads = nn.ModuleList()
+        self.head_numbers, self.column_names, self.datasets = {}, {}, {}
 
     @classmethod
-    def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None, strategy="none", **options):
+    def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None,
+                           strategy="none", **options):
         """The original's constructor; `options` are those of the class."""
         model = cls(c_in, seq_len, strategy, **options)
-        model.set_dataset_columns(column_names or [f"column_{i + 1}" for i in range(c_in)], num_classes=num_classes)
+        names = column_names or [f"column_{i + 1}" for i in range(c_in)]
+        model.set_dataset_columns(names, num_classes=num_classes)
         return model
 
-    def set_dataset_columns(self, names, dataset="default", num_classes=None, target=None, limits=None, optimizer=None):
-        """Serve `dataset`, whose columns are `names`; with `num_classes` it gets a new head.
+    def set_dataset_columns(self, names, dataset="default", num_classes=None, target=None,
+                            limits=None):
+        """Serve `dataset` with columns `names`; with `num_classes` it gets a new head.
 
-        Raises ValueError where the model cannot take that number of columns, or has no head for the data set.
+        Raises ValueError where the number of columns does not fit, or the head is missing.
         """
         if not self.shared and len(names) != self.c_in:
-            raise ValueError(f"{len(names)} columns for a model of {self.c_in}: its patch layer is built for that "
-                             "number; create_for_dataset(..., shared=True) takes any")
+            raise ValueError(f"{len(names)} columns for a model of {self.c_in}, whose patch layer "
+                             "has a fixed size; create_for_dataset(..., shared=True) takes any")
         if num_classes is not None:
             head = Head(self.head_kind, self.settings["d_model"], num_classes, target, limits)
-            self.heads[head_key(dataset)] = head.to(next(self.parameters()).device)
-        if head_key(dataset) not in self.heads:
+            self.head_numbers[dataset] = len(self.heads)
+            self.heads.append(head.to(self.positions.device))
+        if dataset not in self.head_numbers:
             raise ValueError(f"no head for data set {dataset!r} yet: give its num_classes")
         if self.embedder:
-            self.embedder.lookup(names, optimizer)
+            self.embedder.add(names)
         self.column_names[dataset] = list(names)
 
-    def add_dataset(self, card):
-        """Serve the data set of this card(), with a new head; checkpoints keep the card."""
-        self.cards[card["name"]] = card
-        self.set_dataset_columns(card["columns"], card["name"], len(card["classes"]), card["target"], card["limits"])
+    def add_dataset(self, metadata):
+        """Serve the data set of a Dataset.metadata(), with a new head."""
+        name, classes = metadata["name"], metadata["classes"]
+        self.set_dataset_columns(metadata["columns"], name, len(classes), metadata["target"],
+                                 metadata["limits"])
+        self.datasets[name] = metadata
+
+    def head(self, dataset):
+        return self.heads[self.head_numbers[dataset]]
 
     def forward(self, x, dataset="default"):
         if not self.shared and x.shape[1] != self.c_in:
             raise ValueError(f"x has {x.shape[1]} columns, the model {self.c_in}")
         values, mask = values_and_mask(x, self.fill)
-        names = None  # [columns, d_model or 1]
-        if self.embedder:  # rows are looked up each time: a loaded state may have others
-            names = self.embedder(self.embedder.lookup(self.column_names[dataset]).to(x.device))
-        if self.shared:
-            patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)  # [batch, columns, patches, 32]
-            tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
-            if names is not None:
-                tokens = tokens + names.to(tokens.dtype)
-            weights = self.queries(tokens).softmax(dim=2).to(tokens.dtype)  # [batch, patches, columns, queries]
-            tokens = self.join((weights.transpose(2, 3) @ tokens).flatten(2))
-        else:
-            channels = [values, mask] + ([] if names is None else [names.to(x.dtype).expand(x.shape)])
-            if self.settings["stem"] == "conv":
-                channels.append(normalize_windows(values, mask))
-                return self.heads[head_key(dataset)](self.stem(torch.cat(channels, dim=1)), x)
-            patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
-            tokens = self.patch_layer(patches.transpose(1, 2).flatten(2))
-        tokens = tokens + self.positions[-tokens.shape[1] :]  # [batch, patches, d_model]
-        return self.heads[head_key(dataset)](self.encoder(tokens), x)
+        names = None
+        if self.embedder:
+            names = self.embedder(self.column_names[dataset]).to(x.dtype)
+        embed = self.embed_each_column if self.shared else self.embed_all_columns
+        tokens = embed(values, mask, names)  # [batch, patches, d_model]
+        tokens = self.encoder(tokens + self.positions[-tokens.shape[1] :])
+        return self.head(dataset)(tokens, x)
+
+    def embed_all_columns(self, values, mask, names):
+        """Tokens [batch, patches, d_model]; names [columns, 1] are a constant channel each."""
+        channels = [values, mask]
+        if names is not None:
+            channels.append(names.expand(values.shape))
+        patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
+        return self.patch_layer(patches.transpose(1, 2).flatten(2))
+
+    def embed_each_column(self, values, mask, names):
+        """Tokens [batch, patches, d_model]; names [columns, d_model] are added to each column."""
+        patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)
+        tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
+        if names is not None:
+            tokens = tokens + names.to(tokens.dtype)
+        weights = self.queries(tokens).softmax(dim=2).to(tokens.dtype)
+        pooled = weights.transpose(2, 3) @ tokens  # [batch, patches, queries, d_model]
+        return self.join(pooled.flatten(2))
 
 
-def head_key(dataset):
-    """The name of a data set's head: a module's name has no dot and is no method of ModuleDict."""
-    return "of " + dataset.replace(".", "\N{MIDDLE DOT}")
+class ConvNet(nn.Module):
+    """Logits [batch, classes] from windows x [batch, columns, time] by three convolutions (Wang et
+    al. 2017, arXiv:1611.06455), for data sets of too few windows for a transformer.
+
+    It reads values, mask, and the values normalized within each window.
+    """
+
+    def __init__(self, c_in, num_classes, fill="both"):
+        super().__init__()
+        self.settings = {"c_in": c_in, "num_classes": num_classes, "fill": fill}
+        self.fill, self.datasets = fill, {}
+        layers, channels = [], 3 * c_in
+        for kernel, outputs in ((9, 128), (5, 128), (3, 64)):
+            layers += [nn.Conv1d(channels, outputs, kernel, padding=kernel // 2, bias=False),
+                       nn.BatchNorm1d(outputs), nn.ReLU()]
+            channels = outputs
+        self.layers = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels, num_classes)
+
+    def add_dataset(self, metadata):
+        self.datasets[metadata["name"]] = metadata
+
+    def forward(self, x, dataset="default"):
+        values, mask = values_and_mask(x, self.fill)
+        channels = torch.cat([values, mask, normalize_windows(values, mask)], dim=1)
+        return self.linear(self.layers(channels).mean(-1))
 
 
-def card(data):
-    """What a checkpoint keeps of a data set, so that new files can be read the same way."""
-    return {"name": data.name, "columns": data.columns, "classes": data.classes, "target": data.target,
-            "limits": None if data.limits is None else data.limits.tolist(), "mean": data.mean.tolist(),
-            "std": data.std.tolist(), "seq_len": data.seq_len}
+def normalize_windows(values, mask):
+    """Each column of each window minus its mean over what is present, divided by its standard
+    deviation; 0 where missing."""
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    centered = (values - (values * mask).sum(-1, keepdim=True) / count) * mask
+    std = (centered.square().sum(-1, keepdim=True) / count).sqrt()
+    return centered / (std + 1e-2)
 
 
-def use_bfloat16(device):
-    """On a GPU that has it; on a CPU float32 was faster for models of this size (41 against 51 ms a step)."""
-    return device.type == "cuda" and has_bfloat16(device)
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
+# --- Training -----------------------------------------------------------------------------------
 
 
 def gather_windows(series, starts, seq_len):
-    """Series [rows, columns] -> the windows [batch, columns, seq_len] that begin at the rows `starts` [batch]."""
+    """Windows [batch, columns, seq_len] of series [rows, columns] from rows `starts` [batch] on."""
     return series.unfold(0, seq_len, 1)[starts]
 
 
 def drop_values(x, share, missing="at random"):
-    """x [batch, columns, time] with `share` of it NaN: values at random, one block of each series, or whole columns.
+    """x [batch, columns, time] with a share of its values NaN: at random, in one block of each
+    series, or in whole columns, of which one stays.
 
-    `share` is a number or a tensor that broadcasts to [batch, 1, 1]. Of whole columns at least one stays.
+    `share` is a number or a tensor [batch, 1, 1].
     """
+    share = torch.as_tensor(share, device=x.device)
     if missing == "at random":
         return x.masked_fill(torch.rand_like(x) < share, math.nan)
     if missing == "whole columns":
-        order = torch.rand(*x.shape[:2], 1, device=x.device).argsort(1).argsort(1)  # a random rank for each column
-        number = (torch.as_tensor(share, device=x.device) * x.shape[1]).round().clamp(max=x.shape[1] - 1)
-        return x.masked_fill(order < number, math.nan)
-    length = torch.as_tensor(share, device=x.device) * x.shape[-1]
-    first = torch.rand(*x.shape[:2], 1, device=x.device) * (x.shape[-1] - length)
+        rank = torch.rand(*x.shape[:2], 1, device=x.device).argsort(1).argsort(1)
+        count = (share * x.shape[1]).round().clamp(max=x.shape[1] - 1)
+        return x.masked_fill(rank < count, math.nan)
+    length = share * x.shape[-1]
+    first = (torch.rand(*x.shape[:2], 1, device=x.device) * (x.shape[-1] - length)).round()
     t = torch.arange(x.shape[-1], device=x.device)
-    return x.masked_fill((t >= first.round()) & (t < first.round() + length), math.nan)
+    return x.masked_fill((t >= first) & (t < first + length), math.nan)
 
 
-def choose_batch_size(windows, largest):
-    """An eighth of few windows, so that an epoch has several steps; from 16 to `largest`."""
-    return int(min(max(16, windows // 8), windows, largest))
+def autocast(device):
+    """bfloat16 on a GPU that has it; on a CPU, float32 is faster for models of this size."""
+    enabled = device.type == "cuda" and has_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def note_memory(datasets, args):
-    """A note before a training that needs gigabytes: attention keeps patches x patches weights for each of 8 heads."""
-    patches = max(num_patches(data.seq_len) for data in datasets)
-    gigabytes = args.batch_size * patches * (2 * 8 * patches + 4 * 2048 + 1000) * 4 * 2 / 1e9
-    if gigabytes > 4:
-        longest = max(data.seq_len for data in datasets)
-        note(f"windows of {longest:,} steps need about {gigabytes:.0f} GB in training; a lower --batch-size needs less")
-
-
-def fit(model, datasets, args, path, drop=False, keep="best"):
-    """Train `model` on the training parts, args.steps steps a data set; returns the history, a dict an evaluation.
-
-    Every data set has the same number of steps, in random order; one that is new to the model gets a head. The model
-    ends with the weights that were best by mean validation accuracy over the data sets, or, with keep="last", with the
-    last ones. Goes on from the checkpoint at
-    `path`, if there is one; a finished one is loaded and nothing is done. With `drop`, values are left out at random,
-    up to half of them, in training alone.
-    """
-    for data in datasets:
-        if data.name not in model.cards:
-            model.add_dataset(card(data))
-    device = next(model.parameters()).device
-    tensors = [(torch.from_numpy(data.series).to(device), torch.from_numpy(data.starts).to(device),
-                torch.from_numpy(data.labels).to(device)) for data in datasets]
-    steps = args.steps * len(datasets)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01, fused=True)
+def warm_up_then_cosine(step, steps):
+    """Factor of the learning rate: linear over the first 5 %, then half a cosine to zero."""
     warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # half a cosine, down to zero at the last step, after a warm-up
-        optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1))))
-    saved = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    data_key = "".join(data.info["sha256"] for data in datasets)
-    state = load_checkpoint(path, data_key)
-    history, best = [], {"accuracy": -1.0}
-    if state:
-        with reading(path):
-            for name, part in {"model": model}.items() if state["finished"] else saved.items():
-                part.load_state_dict(state[name])
-            if state["finished"]:
-                return state["history"]
-            torch.set_rng_state(state["random"])
-            torch.cuda.set_rng_state_all(state["cuda_random"][: torch.cuda.device_count()])
-            history, best = state["history"], state["best"]
+    return min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
 
-    hidden = not (sys.stderr.isatty() or in_notebook())
-    done = history[-1]["step"] if history else 0
-    bar = tqdm(total=steps, initial=done, desc=path.stem, unit="step", leave=False, disable=hidden)
+
+def draw_batches(datasets, steps, batch_size, device):
+    """`steps` batches of each data set in random order: (number of the data set, windows [batch]).
+
+    A batch is an eighth of few windows, so that an epoch has several steps.
+    """
+    batches = []
+    for number, data in enumerate(datasets):
+        train = torch.from_numpy(data.splits["train"])
+        size = min(max(16, len(train) // 8), len(train), batch_size)
+        epochs = math.ceil(steps * size / len(train))
+        order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])[: steps * size]
+        batches += [(number, windows) for windows in train[order].to(device).split(size)]
+    return [batches[i] for i in torch.randperm(len(batches))]
+
+
+def fit(model, datasets, args, seed, file, keep="best", drop=False):
+    """Train a model with args.steps steps on each data set; returns the history, a list with a
+    dictionary for each evaluation.
+
+    The model ends with the weights of the best mean validation accuracy over the data sets, or,
+    with keep="last", with its last weights. With `drop`, up to half of the values are left out in
+    training. All that is random follows from the seed and the number of the evaluation, so that
+    training goes on from an unfinished checkpoint in `file` bit for bit; a finished one is loaded.
+    """
+    device = next(model.parameters()).device
+    tensors = [[torch.from_numpy(array).to(device)
+                for array in (data.series, data.starts, data.labels)] for data in datasets]
+    steps = args.steps * len(datasets)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01,
+                                  fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_up_then_cosine(step, steps))
+    modules = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    state = load_state(file, modules, datasets)
     evaluations = min(args.evaluations, args.steps)
-    for number in range(len(history), evaluations):
-        began, losses = time.perf_counter(), []
+    ends = [args.steps * number // evaluations for number in range(evaluations + 1)]
+    for number in range(len(state["history"]), evaluations):
+        start_time = time.perf_counter()
+        torch.manual_seed(1000 * seed + number)
         model.train()
-        each = args.steps * (number + 1) // evaluations - args.steps * number // evaluations
-        turns = torch.arange(len(datasets)).repeat(each)[torch.randperm(each * len(datasets))].tolist()
-        batches = []
-        for data in datasets:
-            train = torch.from_numpy(data.parts["train"])
-            batch_size = choose_batch_size(len(train), args.batch_size)
-            needed = each * batch_size
-            order = torch.cat([torch.randperm(len(train)) for _ in range(math.ceil(needed / len(train)))])[:needed]
-            batches.append(iter(train[order].to(device).split(batch_size)))
-        for turn in turns:
-            (series, starts, labels), batch = tensors[turn], next(batches[turn])
-            x = gather_windows(series, starts[batch], datasets[turn].seq_len)  # [batch, columns, time]
+        batches = draw_batches(datasets, ends[number + 1] - ends[number], args.batch_size, device)
+        losses = []
+        for index, windows in progress(batches, f"{file.stem}, {number + 1} of {evaluations}"):
+            series, starts, labels = tensors[index]
+            x = gather_windows(series, starts[windows], datasets[index].seq_len)
             if drop:
                 share = 0.5 * torch.rand(len(x), 1, 1, device=device)
-                x = drop_values(x, share, MISSING[len(losses) % len(MISSING)])
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device)):
-                logits = model(x, datasets[turn].name)
-            loss = F.cross_entropy(logits.float(), labels[batch])
+                x = drop_values(x, share, MISSING_KINDS[len(losses) % len(MISSING_KINDS)])
+            with autocast(device):
+                logits = model(x, datasets[index].name)
+            loss = F.cross_entropy(logits.float(), labels[windows])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            schedule.step()
+            scheduler.step()
             losses.append(loss.detach())
-            if len(losses) % 20 == 1:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-            bar.update()
-        trained = time.perf_counter() - began
-        loss = torch.stack(losses).mean().item()
-        if not math.isfinite(loss):
-            raise Diverged(f"{path.stem}: the loss is not finite; lower the --learning-rate")
-        accuracies = {data.name: float(np.mean(predict(model, data, "validation").argmax(1)
-                                               == data.labels[data.parts["validation"]])) for data in datasets}
-        accuracy = float(np.mean(list(accuracies.values())))
-        history.append({"step": args.steps * (number + 1) // evaluations * len(datasets), "train_loss": loss,
-                        "validation_accuracy": accuracies, "train_seconds": trained,
-                        "seconds": time.perf_counter() - began})
-        if accuracy > best["accuracy"] or keep == "last":
-            best = {"accuracy": accuracy, "model": copy.deepcopy(model.state_dict())}
-        state = {name: part.state_dict() for name, part in saved.items()}
-        state |= {"history": history, "best": best, "data": data_key, "finished": False,
-                  "random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}
-        if number < evaluations - 1:
-            save_checkpoint(state, path)
-    bar.close()
-    model.load_state_dict(best["model"])
-    settings = dict(model.settings)
-    if model.strategy == "frozen_bert":  # its vectors: then predicting needs neither cache nor encoder
-        settings |= {"cache_dir": str(model.embedder.cache_dir),
-                     "known": dict(zip(model.embedder.rows, model.embedder.table.cpu()))}
-    save_checkpoint({"model": best["model"], "history": history, "data": data_key, "finished": True,
-                     "cards": model.cards, "settings": settings}, path)
-    return history
+        train_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(train_loss):
+            raise UserError(f"{file.stem}: the loss is not finite; lower --learning-rate")
+        train_seconds = time.perf_counter() - start_time
+        accuracies = {data.name: accuracy(model, data, "val") for data in datasets}
+        state["history"].append({
+            "step": ends[number + 1] * len(datasets), "train_loss": train_loss,
+            "val_accuracy": accuracies, "train_seconds": train_seconds,
+            "seconds": time.perf_counter() - start_time})
+        end_evaluation(state, modules, keep, file, finished=number + 1 == evaluations)
+    model.load_state_dict(state["best"]["model"])
+    return state["history"]
+
+
+def load_state(file, modules, datasets):
+    """A new training state, or that of an unfinished or finished checkpoint; `modules` are then set
+    to it, too."""
+    data_sha256 = [data.info["sha256"] for data in datasets]
+    state = {"history": [], "best": {"accuracy": -1.0}, "data_sha256": data_sha256}
+    if not file.exists():
+        return state
+    state = load_checkpoint(file, file)
+    if state["data_sha256"] != data_sha256:
+        raise UserError(f"{file}: trained on other data; restore the files or start a new run")
+    for name in modules.keys() & state.keys():
+        modules[name].load_state_dict(state[name])
+    return state
+
+
+def end_evaluation(state, modules, keep, file, finished):
+    """Keep the best or the last weights and write the checkpoint: with all that training needs, or,
+    once it is finished, with all that prediction needs."""
+    model = modules["model"]
+    val_accuracy = float(np.mean(list(state["history"][-1]["val_accuracy"].values())))
+    if keep == "last" or val_accuracy > state["best"]["accuracy"]:
+        weights = copy.deepcopy(model.state_dict())
+        state["best"] = {"accuracy": val_accuracy, "model": weights}
+    for name, module in modules.items():
+        state[name] = module.state_dict()
+    checkpoint = state
+    if finished:
+        settings = dict(model.settings)
+        if settings.get("strategy") == "frozen_bert":  # prediction then needs no encoder
+            embedder = model.embedder
+            settings["known"] = {name: embedder.embed([name])[0].cpu() for name in embedder.rows}
+        checkpoint = {key: state[key] for key in ("history", "best", "data_sha256")}
+        checkpoint |= {"class": type(model).__name__, "settings": settings,
+                       "datasets": model.datasets}
+    with atomic_write(file) as path:
+        torch.save(checkpoint, path)
 
 
 @torch.inference_mode()
-def predict(model, data, part, corrupt=None):
-    """Logits [windows, classes] of a part of `data`; `corrupt` changes each batch x [batch, columns, time] before."""
+def predict(model, data, split, corrupt=None):
+    """Logits [windows, classes] of a split; `corrupt` changes x [batch, columns, time] first."""
     model.eval()
     device = next(model.parameters()).device
-    series, outputs = torch.from_numpy(data.series).to(device), []
-    with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device)):
-        for starts in torch.from_numpy(data.starts[data.parts[part]]).to(device).split(1024):
-            x = gather_windows(series, starts, data.seq_len)
-            outputs.append(model(corrupt(x) if corrupt else x, data.name).float())
+    series = torch.from_numpy(data.series).to(device)
+    starts = torch.from_numpy(data.starts[data.splits[split]]).to(device)
+    outputs = []
+    for batch in starts.split(1024):
+        x = gather_windows(series, batch, data.seq_len)
+        if corrupt:
+            x = corrupt(x)
+        with autocast(device):
+            outputs.append(model(x, data.name).float())
     return torch.cat(outputs).cpu().numpy()
 
 
-def bert_options(args):
-    """The arguments that FrozenBERTColumnEmbedder needs."""
-    return {"bert_model": args.bert_model, "cache_dir": str(Path(args.data_dir) / "column_embeddings"),
-            "tokenization": args.tokenization, "offline": args.quick}
+def accuracy(model, data, split):
+    """Share of the windows of a split that the model classifies correctly."""
+    predicted = predict(model, data, split).argmax(1)
+    return float(np.mean(predicted == data.labels[data.splits[split]]))
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Open `path` to write under another name, and rename at the end: a killed run leaves the older file whole."""
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make room, or take another folder") from None
+# --- Evaluation: baselines ----------------------------------------------------------------------
 
 
-def save_checkpoint(state, path):
-    """torch.save to a whole file."""
-    buffer = io.BytesIO()  # writing to the disk itself, torch hides a full one behind a RuntimeError
-    torch.save(state, buffer)
-    with whole_file(path) as file:
-        file.write(buffer.getbuffer())
-
-
-@contextlib.contextmanager
-def reading(path):
-    """What goes wrong while the checkpoint at `path` is read becomes a UserError."""
-    try:
-        yield
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, OSError,
-            pickle.UnpicklingError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: damaged, or no checkpoint of this duet.py ({why})") from None
-
-
-def load_checkpoint(path, data_key=None):
-    """The state at `path`, None where there is no file; UserError where it is damaged or of other data."""
-    if not Path(path).exists():
-        return None
-    with reading(path):
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if data_key and data_key != state["data"]:
-            raise UserError(f"{path}: the run began with other data; bring the files back or start a new run")
-        return state
-
-
-# --- Evaluation -------------------------------------------------------------------------------------------------------
-
-
-def scores(labels, predicted):
-    """Accuracy and macro F1 (over the classes that occur) of predicted classes [windows]."""
+def make_record(data, model, predicted, **columns):
+    """One row of the results: accuracy and macro F1 of the classes [windows] predicted for the test
+    part. The F1 is over the classes that occur."""
     from sklearn.metrics import f1_score
 
-    present = np.unique(labels)
-    return {"accuracy": float(np.mean(labels == predicted)),
-            "macro_f1": float(f1_score(labels, predicted, labels=present, average="macro", zero_division=0))}
+    labels = data.labels[data.splits["test"]]
+    macro_f1 = f1_score(labels, predicted, labels=np.unique(labels), average="macro",
+                        zero_division=0)
+    return {"dataset": data.name, "model": model, "accuracy": float(np.mean(labels == predicted)),
+            "macro_f1": float(macro_f1), "parameters": None} | columns
 
 
-def window_features(data, part):
-    """What the baselines see: last, mean, std, min, max, slope, missing share [windows, 7 columns]."""
+def window_features(data, split):
+    """Features [windows, 7 * columns] for baselines: last value, mean, standard deviation, minimum,
+    maximum, slope and share missing of each column."""
     series, features = torch.from_numpy(data.series), []
     t = torch.linspace(-1, 1, data.seq_len)
-    for starts in torch.from_numpy(data.starts[data.parts[part]]).split(4096):
+    for starts in torch.from_numpy(data.starts[data.splits[split]]).split(4096):
         x = gather_windows(series, starts, data.seq_len)
-        missing, last = x.isnan(), forward_fill(x)[..., -1].nan_to_num()
+        missing = x.isnan()
+        last = forward_fill(x)[..., -1].nan_to_num()
         mean = x.nanmean(-1).nan_to_num()
         x = torch.where(missing, mean[..., None], x)
-        columns = last, mean, x.std(-1, correction=0), x.amin(-1), x.amax(-1), x @ t / (t @ t), missing.float().mean(-1)
-        features.append(torch.cat(columns, dim=1))
+        features.append(torch.cat([
+            last, mean, x.std(-1, correction=0), x.amin(-1), x.amax(-1), x @ t / (t @ t),
+            missing.float().mean(-1)], dim=1))
     return torch.cat(features).numpy()
 
 
 class Hydra:
-    """Features of windows by competing convolutions (Dempster et al. 2023, arXiv:2203.13652), for a ridge classifier.
+    """Features of windows by competing convolutions (Dempster et al. 2023, arXiv:2203.13652), for a
+    ridge classifier.
 
-    At each step the `kernels` random kernels of a group compete: the one with the largest output gets that output,
-    the one with the smallest is counted. Every dilation has `groups` groups, half of them on the differences between
-    steps; of several columns a group reads the sum of a random few.
+    At each step the random kernels of a group compete: the one with the largest output gets that
+    output, the one with the smallest is counted. Every dilation has `groups` groups, half of them
+    on the differences between steps; of several columns, a group reads the sum of a random few.
     """
 
     def __init__(self, columns, seq_len, groups=64, kernels=8, seed=0):
         generator = torch.Generator().manual_seed(seed)
         self.kernels = kernels
-        self.parts = []  # (dilation, whether on differences, weights [groups / 2 * kernels, 1, 9], columns of a group)
-        few = max(1, min(8, columns // 2))
+        self.parts = []  # (dilation, on differences, weights [kernels, 1, 9], columns)
+        count = max(1, min(8, columns // 2))
         for exponent in range(1 + int(math.log2(max(1, (seq_len - 1) / 8)))):
             for on_differences in (False, True):
                 weights = torch.randn(groups // 2 * kernels, 1, 9, generator=generator)
                 weights = weights - weights.mean(-1, keepdim=True)
                 weights = weights / weights.abs().sum(-1, keepdim=True)
-                chosen = [torch.randperm(columns, generator=generator)[:few] for _ in range(groups // 2)]
-                self.parts.append((2**exponent, on_differences, weights, torch.stack(chosen)))
+                chosen = torch.stack([torch.randperm(columns, generator=generator)[:count]
+                                      for _ in range(groups // 2)])
+                self.parts.append((2**exponent, on_differences, weights, chosen))
 
     def transform(self, x):
         """Features [batch, features] of x [batch, columns, time] without NaN."""
@@ -1272,768 +1345,926 @@ class Hydra:
         differences = F.pad(x.diff(dim=-1), (0, int(x.shape[-1] == 1)))
         for dilation, on_differences, weights, chosen in self.parts:
             source = differences if on_differences else x
-            mixed = F.pad(source[:, chosen].sum(2), (4 * dilation, 4 * dilation))  # [batch, groups, time]
+            mixed = F.pad(source[:, chosen].sum(2), (4 * dilation, 4 * dilation))
             output = F.conv1d(mixed, weights, dilation=dilation, groups=len(chosen))
-            output = output.unflatten(1, (len(chosen), self.kernels))  # [batch, groups, kernels, time]
-            largest, winner = output.max(2)
-            smallest, loser = output.min(2)
+            output = output.unflatten(1, (len(chosen), self.kernels))
+            largest, winner = output.max(2)  # [batch, groups, time]
+            loser = output.argmin(2)
             empty = torch.zeros(output.shape[:3])
             features.append(empty.scatter_add(2, winner, largest).flatten(1))
-            features.append(empty.scatter_add(2, loser, torch.ones_like(smallest)).flatten(1))
+            features.append(empty.scatter_add(2, loser, torch.ones_like(largest)).flatten(1))
         return torch.cat(features, dim=1)
 
 
 class HydraClassifier:
-    """Hydra, scaled as its authors do, and a ridge classifier, on at most `most` training windows in equal steps."""
-
-    def __init__(self, most=4000):
-        self.most = most
+    """Hydra's features, scaled as its authors do, and a ridge classifier, fitted to at most 4,000
+    training windows."""
 
     def features(self, data, windows):
-        series = torch.from_numpy(data.series)
-        chunks = [forward_fill(gather_windows(series, starts, data.seq_len)).nan_to_num()
-                  for starts in torch.from_numpy(data.starts[windows]).split(64)]
-        return torch.cat([self.hydra.transform(chunk) for chunk in chunks]).clamp(min=0).sqrt()
-
-    def fit(self, data):
-        from sklearn.linear_model import RidgeClassifierCV
-
-        windows = data.parts["train"]
-        windows = windows[:: math.ceil(len(windows) / self.most)]
-        self.hydra = Hydra(len(data.columns), data.seq_len)
-        features = self.features(data, windows)
-        self.mean = features.mean(0)
-        # The square root of a rare count has hardly a spread: the more zeros, the more is added to it.
-        self.std = features.std(0) + (features == 0).float().mean(0) ** 4 + 1e-8
-        self.ridge = RidgeClassifierCV(np.logspace(-3, 3, 10)).fit(self.scale(features), data.labels[windows])
-        return self
+        series, features = torch.from_numpy(data.series), []
+        for starts in torch.from_numpy(data.starts[windows]).split(64):
+            x = forward_fill(gather_windows(series, starts, data.seq_len)).nan_to_num()
+            features.append(self.hydra.transform(x))
+        return torch.cat(features).clamp(min=0).sqrt()
 
     def scale(self, features):
         return ((features - self.mean) * (features != 0) / self.std).numpy()
 
-    def probabilities(self, data, part, sharpness=2):
-        """[windows, classes]: the softmax of the ridge classifier's outputs, which lie about -1 and 1, times 2."""
-        outputs = self.ridge.decision_function(self.scale(self.features(data, data.parts[part])))
-        if outputs.ndim == 1:  # of two classes
+    def fit(self, data):
+        from sklearn.linear_model import RidgeClassifierCV
+
+        windows = data.splits["train"]
+        windows = windows[:: math.ceil(len(windows) / 4000)]
+        self.hydra = Hydra(len(data.columns), data.seq_len)
+        features = self.features(data, windows)
+        self.mean = features.mean(0)
+        # A rare count has hardly any spread: the more zeros, the more is added to it.
+        self.std = features.std(0) + (features == 0).float().mean(0) ** 4 + 1e-8
+        self.ridge = RidgeClassifierCV(np.logspace(-3, 3, 10))
+        self.ridge.fit(self.scale(features), data.labels[windows])
+        return self
+
+    def probabilities(self, data, split):
+        """[windows, classes]: the softmax of twice the outputs, which lie about -1 and 1."""
+        outputs = self.ridge.decision_function(self.scale(self.features(data, data.splits[split])))
+        if outputs.ndim == 1:  # two classes
             outputs = np.stack([-outputs, outputs], axis=1)
         probabilities = np.zeros((len(outputs), len(data.classes)))
-        probabilities[:, self.ridge.classes_] = torch.from_numpy(sharpness * outputs).softmax(1).numpy()
+        probabilities[:, self.ridge.classes_] = torch.from_numpy(2 * outputs).softmax(1).numpy()
         return probabilities
 
 
 def with_validation(data):
-    """The data with the validation windows among those for training, where nothing is chosen by them."""
-    train = np.sort(np.concatenate([data.parts["train"], data.parts["validation"]]))
-    return dataclasses.replace(data, parts=data.parts | {"train": train})
+    """The data set with its validation windows in the training part."""
+    train = np.sort(np.concatenate([data.splits["train"], data.splits["val"]]))
+    return replace(data, splits=data.splits | {"train": train})
 
 
-def baseline_records(data):
-    """One record of scores each for the majority class, persistence (where the target is a column), two models on
-    window features, and Hydra. They choose nothing on the validation part, so they are fitted on it, too."""
+def baseline_records(data, seed):
+    """Records of the majority class, logistic regression and boosting on window features, Hydra,
+    and, where a column's next value is classified, persistence.
+
+    They choose nothing on the validation part, so they are fitted to it as well.
+    """
+    from sklearn.dummy import DummyClassifier
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     data = with_validation(data)
-    labels, records = {part: data.labels[data.parts[part]] for part in ("train", "test")}, []
-    features = {part: window_features(data, part) for part in ("train", "test")}
-    majority = np.full(len(labels["test"]), np.bincount(labels["train"]).argmax())
-    records.append({"dataset": data.name, "model": "majority class", "seconds": 0.0} | scores(labels["test"], majority))
+    x_train, x_test = window_features(data, "train"), window_features(data, "test")
+    y_train = data.labels[data.splits["train"]]
+    leaf = int(np.clip(len(y_train) // 20, 1, 20))  # with 20, no tree can split 30 windows
+    models = {
+        "majority class": DummyClassifier(),
+        "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
+        "gradient boosting": HistGradientBoostingClassifier(
+            early_stopping=False, min_samples_leaf=leaf, random_state=0)}
+    records = []
     if data.target is not None:
-        last = features["test"][:, data.target]  # the first columns of the features are the last values
-        found = scores(labels["test"], np.digitize(last, data.limits))
-        records.append({"dataset": data.name, "model": "persistence", "seconds": 0.0} | found)
-    leaf = int(np.clip(len(labels["train"]) // 20, 1, 20))  # with 20, as by default, no tree can split 30 windows
-    trees = HistGradientBoostingClassifier(early_stopping=False, min_samples_leaf=leaf, random_state=0)
-    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    for name, model in {"logistic regression": linear, "gradient boosting": trees}.items():
-        began = time.perf_counter()
-        model.fit(features["train"], labels["train"])
-        record = {"dataset": data.name, "model": name, "seconds": time.perf_counter() - began}
-        records.append(record | scores(labels["test"], model.predict(features["test"])))
-    began = time.perf_counter()
+        last_value = x_test[:, data.target]  # the last values are the first features
+        predicted = np.digitize(last_value, data.limits)
+        records.append(make_record(data, "persistence", predicted, seed=seed, seconds=0.0))
+    for name, model in models.items():
+        start_time = time.perf_counter()
+        predicted = model.fit(x_train, y_train).predict(x_test)
+        seconds = time.perf_counter() - start_time
+        records.append(make_record(data, name, predicted, seed=seed, seconds=seconds))
+    start_time = time.perf_counter()
     predicted = HydraClassifier().fit(data).probabilities(data, "test").argmax(1)
-    records.append({"dataset": data.name, "model": "hydra", "seconds": time.perf_counter() - began}
-                   | scores(labels["test"], predicted))
-    return records
+    seconds = time.perf_counter() - start_time
+    return [*records, make_record(data, "hydra", predicted, seed=seed, seconds=seconds)]
 
 
-def evaluate(model, data, history=(), corrupt=None, /, **about):
-    """The record of a model on the test part of a data set: scores, size and how it was trained."""
-    found = scores(data.labels[data.parts["test"]], predict(model, data, "test", corrupt).argmax(1))
-    return {"dataset": data.name, "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "seconds": sum(entry["seconds"] for entry in history), "history": list(history)} | about | found
-
-
-def values_of(records, key, **where):
-    """[runs] of `key` in the records that match, in order of the seeds."""
-    return [record[key] for record in records if all(record.get(name) == value for name, value in where.items())]
-
-
-def distinct(records, key):
-    return list(dict.fromkeys(record.get(key) for record in records))
+# --- Evaluation: tables -------------------------------------------------------------------------
 
 
 def percent(values, sign=""):
-    """Mean of shares in percent, and its 95 % interval where there are several; None for no values.
+    """Mean of shares in percent, with its 95 % interval where there are several.
 
-    With `sign` "+" they are differences, and a star says that the interval leaves 0 out.
+    With `sign` "+" they are differences, and a star says that the interval excludes 0.
     """
-    if not len(values):
+    mean, width = mean_and_interval(100 * np.asarray(values, float))
+    if len(values) == 1:
+        return f"{mean:{sign}.2f}"
+    star = " *" if sign and abs(mean) > width else ""
+    return f"{mean:{sign}.2f} ± {width:.2f}{star}"
+
+
+def difference(accuracies, model, other):
+    """Accuracy of one model minus that of another, paired by seed, as percent(); None where either
+    is missing. `accuracies` is a table [seed, model]."""
+    if model == other or not {model, other} <= set(accuracies):
         return None
-    mean, width = mean_and_interval(100 * np.array(values, float))
-    star = " *" * bool(sign and abs(mean) > width)  # never for one run, whose width is NaN
-    return f"{mean:{sign}.2f}" + (f" ± {width:.2f}{star}" if len(values) > 1 else "")
+    return percent((accuracies[model] - accuracies[other]).dropna(), "+")
 
 
-def difference(records, one, other, **where):
-    """Accuracy of model `one` minus that of `other`, paired by seed, as percent(); None where either is not there."""
-    pairs = zip(*(values_of(records, "accuracy", model=name, **where) for name in (one, other)))
-    return None if one == other else percent([a - b for a, b in pairs], "+")
+def add_means(records):
+    """The records with those of a data set "mean of all": of each model and seed that occurs in all
+    data sets, where there are several."""
+    count = records["dataset"].nunique()
+    groups = records.groupby(["model", "seed"], sort=False)
+    means = groups[["accuracy", "macro_f1", "seconds"]].mean()[groups.size() == count]
+    if count == 1:
+        return records
+    return pd.concat([records, means.reset_index().assign(dataset="mean of all")])
 
 
-def share_table(records, *keys):
-    """[{column: value}] of accuracy [%]: a row for each combination of `keys`, a column for each share."""
-    groups = list(dict.fromkeys(tuple(record[key] for key in keys) for record in records))
-    return [dict(zip(keys, group)) | {f"{share:.0%}": percent(values_of(records, "accuracy", share=share,
-                                                                        **dict(zip(keys, group))))
-                                      for share in sorted(distinct(records, "share"))} for group in groups]
+def benchmark_table(records, original):
+    """Rows {column: value} for each data set and model, with differences paired by seed."""
+    records = add_means(pd.DataFrame(records))
+    records["parameters"] = records["parameters"].map("{:,.0f}".format, na_action="ignore")
+    rows = []
+    for name, of_dataset in records.groupby("dataset", sort=False):
+        accuracies = of_dataset.pivot_table("accuracy", "seed", "model")
+        for model, runs in of_dataset.groupby("model", sort=False):
+            plain, strategy = model, model.removeprefix("shared, ")
+            if strategy in STRATEGIES:
+                plain = model.replace(strategy, "none")
+            rows.append({
+                "data set": name, "model": model, "accuracy %": percent(runs["accuracy"]),
+                "macro F1 %": percent(runs["macro_f1"]),
+                "minus none": difference(accuracies, model, plain),
+                "minus per-dataset": difference(accuracies, model, strategy),
+                "original %": original.get(name, {}).get(model),
+                "parameters": runs["parameters"].iloc[0],
+                "seconds": f"{runs['seconds'].mean():.1f}"})
+    return rows
 
 
-# --- Experiments: (args, datasets, strategies, run_dir) -> {tables: {name: [{column: value}]}, …} ---------------------
+def share_table(records, keys):
+    """Rows {column: value} of the accuracy [%]: a row for each combination of the columns `keys`, a
+    column for each share."""
+    table = pd.DataFrame(records).pivot_table("accuracy", keys, "share", percent, sort=False)
+    table = table[sorted(table)].rename(columns="{:.0%}".format)
+    return table.reset_index().to_dict("records")
 
 
-def new_model(args, datasets, strategy, shared, seed, fill="both", seq_len=0, stem="patches"):
-    """An untrained model on the device for windows up to seq_len, or as long as the data sets'.
-
-    With one seed, training starts from the same random state and the same transformer whatever the strategy.
-    """
-    seed_everything(seed)
-    seq_len = max(seq_len, *(data.seq_len for data in datasets))
-    model = MultiDatasetPatchDuET(len(datasets[0].columns), seq_len, strategy, shared, args.head, fill, args.dropout,
-                                  stem=stem, **(bert_options(args) if strategy == "frozen_bert" else {}))
-    for data in datasets:
-        model.add_dataset(card(data))
-    seed_everything(seed)
-    return model.to(args.torch_device)
+# --- Pictures -----------------------------------------------------------------------------------
 
 
-def conv_records(args, data, members, seed, run_dir):
-    """Two records: the mean of `members` models with convolutions, and that with Hydra's probabilities as much again.
-
-    They are trained on training and validation windows: their steps are given, twice --steps, and nothing is chosen.
-    """
-    whole = with_validation(data)
-    settings = argparse.Namespace(**vars(args) | {"batch_size": min(args.batch_size, 32), "steps": 2 * args.steps})
-    logits, seconds = [], 0.0
-    for member in range(members):
-        model = new_model(args, [data], "none", False, seed + 1000 * member, stem="conv")
-        history = fit(model, [whole], settings, run_dir / f"models/{data.name}-conv-{seed}-{member}.pt", keep="last")
-        seconds += sum(entry["seconds"] for entry in history)
-        logits.append(predict(model, data, "test"))
-    probabilities = torch.from_numpy(np.stack(logits)).softmax(-1).mean(0).numpy()
-    parameters = members * sum(parameter.numel() for parameter in model.parameters())
-    began = time.perf_counter()
-    hydra = HydraClassifier().fit(whole).probabilities(data, "test")
-    records = []
-    for name, answer in (("conv", probabilities), ("conv + hydra", probabilities + hydra)):
-        if name != "conv":
-            seconds += time.perf_counter() - began
-        records.append({"dataset": data.name, "model": name, "seed": seed, "parameters": parameters, "seconds": seconds}
-                       | scores(data.labels[data.parts["test"]], answer.argmax(1)))
-        note(f"{data.name}, {name}, seed {seed}: {records[-1]['accuracy']:.2%}")
-    return records
-
-
-def benchmark(args, datasets, strategies, run_dir):
-    """The baselines and every strategy on every data set, and with --shared the shared models."""
-    records = [record for data in datasets for record in baseline_records(data)]
-    for seed in range(args.seed, args.seed + args.runs):
-        for data in datasets:
-            members = args.members
-            if members is None:
-                members = 3 if data.info.get("archive") else 0
-            if members:
-                records += conv_records(args, data, members, seed, run_dir)
-        for shared in (False, True) if args.shared else (False,):
-            for strategy in strategies:
-                for own in [datasets] if shared else [[data] for data in datasets]:
-                    name = "shared" if shared else own[0].name
-                    model = new_model(args, own, strategy, shared, seed)
-                    history = fit(model, own, args, run_dir / f"models/{name}-{strategy}-{seed}.pt")
-                    records += [evaluate(model, data, history, model="shared, " * shared + strategy, seed=seed)
-                                for data in own]
-                    accuracy = np.mean([record["accuracy"] for record in records[-len(own) :]])
-                    note(f"{name}, {strategy}, seed {seed}: {accuracy:.2%}")
-    plot_benchmark(records, {data.name: 1 / len(data.classes) for data in datasets}, run_dir)
-    claim = {}  # the original's figures, beside its own data only
-    if args.head == "mean" and not args.data and args.protocol != "holdout":
-        claim = ORIGINAL_CLAIM if args.protocol == "original" else {"etth1": ORIGINAL_CLAIM["etth1"]}
-    if {data.name for data in datasets} != {*EMBEDDED, "etth1"}:  # the original's average is over these three
-        claim = {name: models for name, models in claim.items() if name != "mean of all"}
-    table = benchmark_table(records, [name for name in args.strategies or STRATEGIES if name not in strategies], claim)
-    return {"records": records, "tables": {"accuracy": table}, "note": "Differences are points of accuracy, paired by "
-            "seed. Seconds are one training, of a shared model for all data sets. The original's figures are single "
-            "runs whose last or best epoch on the test part was scored; its data are those of --protocol original."}
-
-
-def benchmark_table(records, not_run, claim):
-    """[{column: value}]: data sets × models, then the means over the data sets; differences are paired by seed."""
-    datasets, models, table = distinct(records, "dataset"), distinct(records, "model"), []
-    for model in models if len(datasets) > 1 else []:  # a data set "mean of all": for each seed the mean over them
-        same = [[r for r in records if (r["dataset"], r["model"]) == (name, model)] for name in datasets]
-        records = records + [{"dataset": "mean of all", "model": model} | {
-            key: float(np.mean([one[key] for one in run])) for key in ("accuracy", "macro_f1", "seconds")}
-            for run in zip(*same)]
-    for name in distinct(records, "dataset"):
-        for model in models:
-            own = [record for record in records if (record["dataset"], record["model"]) == (name, model)]
-            if own:
-                strategy = model.removeprefix("shared, ")
-                plain, learned = model.replace(strategy, "none"), strategy in STRATEGIES
-                table.append({
-                    "data set": name, "model": model, "accuracy %": percent([record["accuracy"] for record in own]),
-                    "macro F1 %": percent([record["macro_f1"] for record in own]),
-                    "minus none": difference(records, model, plain, dataset=name) if learned else None,
-                    "minus per-dataset": difference(records, model, strategy, dataset=name) if learned else None,
-                    "original %": claim.get(name, {}).get(model), "parameters": own[0].get("parameters"),
-                    "seconds": round(float(np.mean([record["seconds"] for record in own])), 1)})
-        table += [{"data set": name, "model": f"{model} (not run)"} for model in not_run]
-    return table
-
-
-def with_labels(data, share, seed):
-    """`data` with `share` of the labels of its training and validation part, of each class alike and at least one."""
-    parts = dict(data.parts)
-    for part in ("train", "validation"):
-        some = data.parts[part]
-        parts[part] = np.sort(some[split_at_random(data.labels[some], share, seed, at_least=1)[1]])
-    return dataclasses.replace(data, parts=parts)
-
-
-def introduce(model, data, sources):
-    """Give a shared model a new data set; its head begins as the mean of the sources' heads for the same classes.
-
-    Returns whether there were such: only then the model can be asked before it saw a label.
-    """
-    model.add_dataset(card(data))
-    head, heads = model.heads[head_key(data.name)], [model.heads[head_key(one.name)] for one in sources]
-    alike = [other for one, other in zip(sources, heads) if (one.classes, other.kind) == (data.classes, head.kind)]
-    if alike:
-        for parameter, *others in zip(head.parameters(), *(other.parameters() for other in alike)):
-            parameter.data = torch.stack([other.data for other in others]).mean(0)
-    return bool(alike)
-
-
-def transfer(args, datasets, strategies, run_dir):
-    """A shared model, trained on the other data sets or not at all, on a new one at LABEL_SHARES of its labels.
-
-    Each seed draws its labels. With few labels both are trained for a quarter of the steps. At 0 % there is a
-    pretrained figure only, and only where the other data sets have the same classes.
-    """
+def plot_benchmark(records, datasets, path):
+    """Accuracy of every model: for each data set where there are few, otherwise on average."""
+    records = pd.DataFrame(records)
+    records = records[records["model"] != "majority class"]
     names = [data.name for data in datasets]
-    goal = names[-1] if args.transfer == "last" else args.transfer
-    if goal not in names or len(names) < 2:
-        raise UserError(f"--transfer {goal}: must be one of at least two data sets: {', '.join(names)}")
-    data, sources = datasets[names.index(goal)], [other for other in datasets if other.name != goal]
-    records = []
-    for seed in range(args.seed, args.seed + args.runs):
-        limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES[1:]}
-        records += [record | {"share": share, "seed": seed} for share, some in limited.items()
-                    for record in baseline_records(some) if record["model"] in ("gradient boosting", "hydra")]
-        for strategy in strategies:
-            base = new_model(args, sources, strategy, True, seed, seq_len=data.seq_len)
-            fit(base, sources, args, run_dir / f"models/sources-{strategy}-{seed}.pt")
-            model = copy.deepcopy(base)
-            if introduce(model, data, sources):
-                records.append(evaluate(model, data, model=f"{strategy}, pretrained", share=0.0, seed=seed))
-            for share, some in limited.items():
-                budget = argparse.Namespace(**vars(args) | {"steps": args.steps if share == 1 else -(-args.steps // 4)})
-                for start in ("pretrained", "from scratch"):
-                    model = new_model(args, [data], strategy, True, seed)
-                    if start == "pretrained":
-                        model = copy.deepcopy(base)
-                        introduce(model, data, sources)
-                    path = run_dir / f"models/{data.name}-{strategy}-{start.replace(' ', '-')}-{share:g}-{seed}.pt"
-                    history = fit(model, [some], budget, path)
-                    records.append(evaluate(model, data, history, model=f"{strategy}, {start}", share=share, seed=seed))
-            note(f"transfer to {data.name}, {strategy}, seed {seed}: done")
-    pairs = [(f"{one}, pretrained", f"{one}, from scratch") for one in strategies]
-    pairs += [(f"{one}, {start}", f"none, {start}") for start in ("pretrained", "from scratch")
-              for one in strategies if one != "none" and "none" in strategies]
-    differences = [{"model": one, "minus": other} | {f"{share:.0%}": difference(records, one, other, share=share)
-                                                     for share in LABEL_SHARES} for one, other in pairs]
-    plot_shares(records, "Shared model on a new data set", "share of its labels", "dataset", run_dir / "transfer.png")
-    return {"to": goal, "records": records, "tables": {"accuracy": share_table(records, "model"),
-                                                       "differences": differences},
-            "note": f"Test accuracy [%] on {goal} by the share of its labels; differences in points, paired by seed."}
-
-
-def nan_robustness(args, datasets, strategies, run_dir):
-    """The model with four ways to fill, on test windows with more and more values missing.
-
-    Strategies are those of --strategies, without it `none`. All are trained alike, with up to half of the values left
-    out at random, in blocks and as whole columns in turn.
-    """
-    records, strategies = [], [name for name in strategies if name in (args.strategies or ["none"])]
-    for data in datasets:
-        for seed in range(args.seed, args.seed + args.runs):
-            for strategy, (fill, name) in itertools.product(strategies, FILLS.items()):
-                model = new_model(args, [data], strategy, False, seed, fill)
-                fit(model, [data], args, run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt", drop=True)
-                for missing in MISSING:
-                    for share in MISSING_SHARES:
-                        torch.manual_seed(seed)  # the same values are missing for every model
-                        corrupt = partial(drop_values, share=share, missing=missing) if share else None
-                        records.append(evaluate(model, data, (), corrupt, model=f"{strategy}, {name}", share=share,
-                                                seed=seed, missing=missing))
-            note(f"missing values, {data.name}, seed {seed}: done")
-        own = [record for record in records if record["dataset"] == data.name]
-        plot_shares(own, f"{data.name}: test accuracy with missing values", "values left out", "missing",
-                    run_dir / f"nan_robustness_{data.name}.png")
-    return {"records": records, "tables": {"accuracy": share_table(records, "dataset", "missing", "model")},
-            "note": "Test accuracy [%] by the share of values left out, in addition to those that the data "
-            "lack (5 % of the embedded ones)."}
-
-
-def column_similarity(args, datasets, strategies, run_dir):
-    """Cosine similarity of column names by the frozen encoder, or of those in --checkpoint by its own embeddings."""
-    tables = {}
-    if args.checkpoint:
-        embedder = restore_model(args)[0].embedder
-        if embedder is None:
-            raise UserError(f"{args.checkpoint}: strategy none has no column embeddings")
-        names = list(embedder.rows)
-    else:
-        names = list(dict.fromkeys([*PROBES, *(name for data in datasets for name in data.columns)]))
-        for tokenization in ("raw", "words"):
-            embedder = FrozenBERTColumnEmbedder(**bert_options(args) | {"tokenization": tokenization})
-            temp, temperature, price = F.normalize(embedder.embed(PROBES), dim=1)
-            row = {"read as": tokenization, "temp, temperature": f"{temp @ temperature:.3f}",
-                   "temp, price": f"{temp @ price:.3f}"}
-            tables.setdefault("is temp nearer to temperature than to price?", []).append(row)
-        embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-    unit = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
-    similarity, nearest = unit @ unit.T, []
-    with open(run_dir / "column_similarity.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["", *names], *([name, *row] for name, row in zip(names, similarity.round(4)))])
-    plot_columns(names, similarity, unit, run_dir / "columns.png")
-    for i, name in enumerate(names):
-        order = [j for j in np.argsort(-similarity[i]) if j != i][:3]
-        near = {f"nearest {k}": f"{names[j]} ({similarity[i, j]:.2f})" for k, j in enumerate(order, start=1)}
-        nearest.append({"column": name, "read as": name_to_words(name)} | near)
-    return {"tables": {"nearest names": nearest} | tables, "note": "By cosine similarity of the embeddings."}
-
-
-def restore_model(args):
-    """(model, cards of its data sets) of --checkpoint."""
-    state = load_checkpoint(args.checkpoint)
-    with reading(args.checkpoint):
-        if state is None or not state["finished"]:
-            raise UserError(f"{args.checkpoint}: no finished model; take one of a run's models/, or --resume the run")
-        model = MultiDatasetPatchDuET(**state["settings"])
-        for one in state["cards"].values():
-            model.add_dataset(one)
-        if missing := model.load_state_dict(state["model"], strict=False).missing_keys:  # other heads may be there
-            raise ValueError(f"no {missing[0]}")
-    return model, list(model.cards.values())
-
-
-def match_columns(wanted, found):
-    """{wanted name: found name or None}: the same name, else one of the same words; none is taken twice."""
-    free = {name_to_words(name): name for name in reversed(found) if name not in wanted}
-    return {name: name if name in found else free.pop(name_to_words(name), None) for name in wanted}
-
-
-def read_for_prediction(path, cards):
-    """(Dataset of all windows of a CSV or .ts file, {column: what tells its windows apart}, names of missing columns).
-
-    It is read as the one of `cards` that shares most columns with it, by name, else by name_to_words().
-    """
-    if path.suffix in SERIES_FILES:
-        cases, _ = read_ts(path, labelled=False)
-        columns, dates = {f"dim_{i}": i for i in range(len(cases[0]))}, None
-    else:
-        columns, _, dates = read_csv(path)
-    matches = [match_columns(one["columns"], columns) for one in cards]
-    number = max(range(len(cards)), key=lambda i: np.mean([match is not None for match in matches[i].values()]))
-    match, one = matches[number], cards[number]
-    missing, seq_len = [name for name in match if match[name] is None], one["seq_len"]
-    if len(missing) == len(match):
-        raise UserError(f"{path}: none of the columns {', '.join(match)}, only {', '.join(columns)}")
-    if missing:
-        note(f"{path}: no column {', '.join(missing)}: treated as missing values")
-    if path.suffix in SERIES_FILES:
-        series, starts = stack_cases(cases, seq_len), seq_len * np.arange(len(cases))
-        about = {"case": np.arange(1, len(cases) + 1)}
-        if max(len(values) for case in cases for values in case) > seq_len:
-            note(f"{path}: some series are longer than {seq_len} steps, only the last {seq_len} are read")
-    else:
-        series = np.stack(list(columns.values()), axis=1)
-        last = np.arange(min(seq_len, len(series)) - 1, len(series))  # a short file is one window
-        series = np.pad(series, ((max(0, seq_len - len(series)), 0), (0, 0)), constant_values=np.nan)
-        starts = np.arange(len(last))
-        about = {"last row": last + 2} | ({"date": [dates[row] for row in last]} if dates else {})  # 1 is the header
-    places = {name: i for i, name in enumerate(columns)}
-    absent = np.full(len(series), np.nan)
-    series = np.stack([absent if name is None else series[:, places[name]] for name in match.values()], axis=1)
-    series = np.where(np.isfinite(series), series, np.nan)  # as in training
-    series = ((series - one["mean"]) / one["std"]).astype(np.float32)
-    parts = {"all": np.arange(len(starts))}
-    return Dataset(one["name"], list(match), series, starts, None, one["classes"], parts, seq_len), about, missing
-
-
-def predict_file(args, datasets, strategies, run_dir):
-    """Classes and probabilities of every window of --predict, written to predictions.csv."""
-    model, cards = restore_model(args)
-    data, about, missing = read_for_prediction(Path(args.predict), cards)
-    probabilities = torch.from_numpy(predict(model.to(args.torch_device), data, "all")).softmax(1).numpy()
-    answer = np.array(data.classes)[probabilities.argmax(1)]
-    table = about | {"class": answer} | {f"p({name})": p for name, p in zip(data.classes, probabilities.T.round(4))}
-    with open(run_dir / "predictions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([list(table), *zip(*table.values())])
-    counts = [{"class": name, "windows": int((answer == name).sum())} for name in data.classes]
-    return {"dataset": data.name, "windows": len(answer), "missing": missing, "tables": {"classes": counts},
-            "note": f"{args.predict}, read as {data.name}; each window is in predictions.csv."}
-
-
-# --- Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def plot_benchmark(records, chance, run_dir):
-    """Accuracy of every model, by data set where there are few, else on average; `chance` {data set: share}."""
-    datasets, models = distinct(records, "dataset"), distinct(records, "model")
-    models = [name for name in models if name != "majority class"]
-    if len(datasets) <= 6:
-        title = "Test accuracy, with 95 % interval over several runs"
-        fig, (axis,) = new_figure(title, size=(11, 2 + 1.4 * len(datasets)))
-        values, ends = {}, {}
-        for model in models:
-            found = [mean_and_interval(values_of(records, "accuracy", dataset=data, model=model) or [np.nan])
-                     for data in datasets]
-            values[model], ends[model] = (100 * np.array(column, float) for column in zip(*found))
-        plot_dots(axis, datasets, values, errors=ends)
-        for row, name in enumerate(datasets):
-            label = "chance" if row == 0 else None
-            axis.plot(2 * [100 * chance[name]], [row - 0.4, row + 0.4], "--", color="0.4", label=label)
-        axis.set(xlabel="accuracy [%]", xlim=(0, 101))
-        legend_below(axis, 5)
-    else:
+    chance = [100 / len(data.classes) for data in datasets]
+    if len(names) > 6:
         fig, (axis,) = new_figure("Test accuracy", size=(11, 5))
-        means = {model: 100 * np.mean(values_of(records, "accuracy", model=model)) for model in models}
-        plot_ranking(axis, means, "{:.1f}")
-        axis.axvline(100 * np.mean(list(chance.values())), linestyle="--", color="0.4")
-        axis.set(xlabel=f"accuracy [%], mean over {len(datasets)} data sets; dashed: chance", xlim=(0, 105))
-    save_figure(fig, run_dir / "benchmark.png")
+        means = 100 * records.groupby("model", sort=False)["accuracy"].mean()
+        plot_ranking(axis, means.to_dict(), "{:.1f}")
+        axis.axvline(np.mean(chance), linestyle="--", color="0.4")
+        axis.set(xlabel=f"accuracy [%], mean over {len(names)} data sets; dashed: chance",
+                 xlim=(0, 105))
+        return save_figure(fig, path)
+    fig, (axis,) = new_figure("Test accuracy, with the 95 % interval where there are several runs",
+                              size=(11, 2 + 1.4 * len(names)))
+    runs = dict(list(records.groupby(["dataset", "model"])["accuracy"]))
+    means, errors = {}, {}
+    for model in records["model"].unique():
+        intervals = [mean_and_interval(runs.get((name, model), [np.nan])) for name in names]
+        means[model], errors[model] = 100 * np.array(intervals, float).T
+    plot_dots(axis, names, means, errors=errors)
+    for row, value in enumerate(chance):
+        label = None if row else "chance"
+        axis.plot([value, value], [row - 0.4, row + 0.4], "--", color="0.4", label=label)
+    axis.set(xlabel="accuracy [%]", xlim=(0, 101))
+    legend_below(axis, 5)
+    return save_figure(fig, path)
 
 
-def plot_shares(records, title, xlabel, key, path):
-    """Accuracy over `share`, a line for each model, a panel for each value of `key`."""
-    panels = distinct(records, key)
+def plot_shares(records, title, xlabel, panel, classes, path):
+    """Accuracy over the column `share` of the records, a line for each model and a panel for each
+    value of the column `panel`; chance is one of `classes`."""
+    records = pd.DataFrame(records)
+    panels = records[panel].unique()
     fig, axes = new_figure(title, 1, len(panels), (5 * len(panels) + 3, 4.5))
-    for axis, panel in zip(axes, panels):
-        own = [record for record in records if record.get(key) == panel]
-        shares = sorted(distinct(own, "share"))
-        for i, model in enumerate(distinct(own, "model")):
-            runs = {share: values_of(own, "accuracy", model=model, share=share) for share in shares}
-            at = [100 * share for share in shares if runs[share]]
-            plot_curve(axis, at, 100 * np.array(list(filter(None, runs.values()))).T, model, i, MARKERS[i % 7])
+    for axis, name in zip(axes, panels):
+        shown = records[records[panel] == name]
+        for i, model in enumerate(shown["model"].unique()):
+            runs = 100 * shown[shown["model"] == model].pivot_table("accuracy", "seed", "share")
+            plot_curve(axis, 100 * runs.columns, runs.to_numpy(), model, i, MARKERS[i % 7])
+        axis.axhline(100 / len(classes), linestyle="--", color="0.4", label="chance")
+        shares = sorted(shown["share"].unique())
         if shares[-1] == 1:  # 0, 5, 10 and 100 %
             axis.set_xscale("symlog", linthresh=10)
         axis.set_xticks([100 * share for share in shares], [f"{share:.0%}" for share in shares])
         low, high = axis.get_ylim()  # an interval may reach beyond what an accuracy can be
-        axis.set(title=panel, xlabel=xlabel, ylabel="test accuracy [%]", ylim=(max(low, 0), min(high, 101)))
+        axis.set(title=name, xlabel=xlabel, ylabel="test accuracy [%]",
+                 ylim=(max(low, 0), min(high, 101)))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     save_figure(fig, path)
 
 
-def plot_columns(names, similarity, unit, path):
-    """Heatmap of the similarities and a map of the names by their first two principal components, numbered alike."""
+# --- The experiment -----------------------------------------------------------------------------
+
+
+def make_model(args, datasets, strategy, shared, seed, fill="both", seq_len=0):
+    """An untrained model for the data sets, and for windows up to seq_len, on the device."""
+    seed_everything(seed)
+    seq_len = max(seq_len, *(data.seq_len for data in datasets))
+    options = bert_options(args) if strategy == "frozen_bert" else {}
+    model = MultiDatasetPatchDuET(len(datasets[0].columns), seq_len, strategy, shared, args.head,
+                                  fill, args.dropout, **options)
+    for data in datasets:
+        model.add_dataset(data.metadata())
+    return model.to(args.device)
+
+
+def bert_options(args):
+    """The arguments that FrozenBERTColumnEmbedder needs."""
+    return {"bert_model": args.bert_model, "tokenization": args.tokenization,
+            "cache_dir": str(Path(args.data_dir) / "column_embeddings"), "offline": args.quick}
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def evaluate(model, data, name, history=(), corrupt=None, **columns):
+    """The record of a trained model on the test part of a data set."""
+    predicted = predict(model, data, "test", corrupt).argmax(1)
+    seconds = sum(entry["seconds"] for entry in history)
+    return make_record(data, name, predicted, seconds=seconds, parameters=count_parameters(model),
+                       **columns)
+
+
+def train_convolutions(args, data, members, seed, run_dir):
+    """Records of the mean of several ConvNets, and of that mean together with Hydra.
+
+    They train on training and validation windows, for twice the steps, and choose nothing.
+    """
+    whole = with_validation(data)
+    conv_args = argparse.Namespace(**vars(args) | {
+        "batch_size": min(args.batch_size, 32), "steps": 2 * args.steps})
+    logits, seconds, parameters = [], 0.0, 0
+    for member in range(members):
+        member_seed = seed + 1000 * member
+        seed_everything(member_seed)
+        model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
+        model.add_dataset(data.metadata())
+        file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
+        history = fit(model, [whole], conv_args, member_seed, file, keep="last")
+        seconds += sum(entry["seconds"] for entry in history)
+        parameters += count_parameters(model)
+        logits.append(predict(model, data, "test"))
+    conv = torch.from_numpy(np.stack(logits)).softmax(-1).mean(0).numpy()
+    start_time = time.perf_counter()
+    hydra = HydraClassifier().fit(whole).probabilities(data, "test")
+    hydra_seconds = time.perf_counter() - start_time
+    columns = {"seed": seed, "parameters": parameters}
+    return [make_record(data, "conv", conv.argmax(1), seconds=seconds, **columns),
+            make_record(data, "conv + hydra", (conv + hydra).argmax(1),
+                        seconds=seconds + hydra_seconds, **columns)]
+
+
+def train_strategies(args, datasets, strategies, seed, run_dir):
+    """Records of a model for each data set and strategy, and of the shared models."""
+    groups = []  # (name, data sets, shared)
+    if args.shared != "only":
+        groups += [(data.name, [data], False) for data in datasets]
+    if args.shared:
+        groups.append(("shared", datasets, True))
+    records = []
+    for (name, group, shared), strategy in itertools.product(groups, strategies):
+        model = make_model(args, group, strategy, shared, seed)
+        history = fit(model, group, args, seed, run_dir / f"models/{name}-{strategy}-{seed}.pt")
+        label = f"shared, {strategy}" if shared else strategy
+        tested = [evaluate(model, data, label, history, seed=seed) for data in group]
+        mean = np.mean([record["accuracy"] for record in tested])
+        log(f"{name}, {strategy}, seed {seed}: test accuracy {mean:.2%}")
+        records += tested
+    return records
+
+
+def benchmark(args, datasets, strategies, run_dir):
+    """Baselines, convolutions where --conv-members asks for them, and every strategy."""
+    records = []
+    for data in progress(datasets, "baselines"):
+        records += baseline_records(data, args.seed)
+    for seed in range(args.seed, args.seed + args.runs):
+        for data in datasets:
+            members = args.conv_members
+            if members is None:
+                members = 3 if data.info.get("archive") else 0
+            if members:
+                records += train_convolutions(args, data, members, seed, run_dir)
+        records += train_strategies(args, datasets, strategies, seed, run_dir)
+    plot_benchmark(records, datasets, run_dir / "benchmark.png")
+    table = benchmark_table(records, original_figures(args, datasets))
+    text = (f"{answer(table)}\n\nSeconds are those of one training, for a shared model on all data "
+            "sets. The original's figures are single runs, scored on the test part at the last or "
+            "best epoch.")
+    return {"records": records, "tables": {"accuracy": table}, "note": text}
+
+
+def original_figures(args, datasets):
+    """The part of ORIGINAL_TABLE that was made with the data sets of this run."""
+    if args.head != "mean" or args.data or args.protocol == "holdout":
+        return {}
+    names = {"etth1"} if args.protocol is None else {*EMBEDDED, "etth1"}
+    if args.protocol == "original" and {data.name for data in datasets} == names:
+        names = {*names, "mean of all"}
+    return {name: figures for name, figures in ORIGINAL_TABLE.items() if name in names}
+
+
+def answer(table):
+    """The verdict on names and the best models, over all data sets where there are several."""
+    rows = {row["model"]: row for row in table if row["data set"] == table[-1]["data set"]}
+    ours = [model for model in rows if model.removeprefix("shared, ") in STRATEGIES]
+
+    def name_best(models):
+        best = max(models, key=lambda model: float(rows[model]["accuracy %"].split()[0]))
+        return f"{best} ({rows[best]['accuracy %']} %)"
+
+    gains = [f"{model} {rows[model]['minus none']}" for model in ours if rows[model]["minus none"]]
+    text = f"{table[-1]['data set']}: the best strategy is {name_best(ours)}, the best other model "
+    text += name_best(set(rows) - set(ours)) + "."
+    return text + (f" Points above none: {', '.join(gains)}." if gains else "")
+
+
+def with_labels(data, share, seed):
+    """The data set with a share of its training and validation labels, at least one a class."""
+    splits = dict(data.splits)
+    for split in ("train", "val"):
+        windows = splits[split]
+        _, chosen = split_at_random(data.labels[windows], share, seed, at_least=1)
+        splits[split] = np.sort(windows[chosen])
+    return replace(data, splits=splits)
+
+
+def add_new_dataset(model, data, sources):
+    """A copy of a shared model with a new data set, whose head begins as the mean of the heads of
+    the sources with the same classes; and whether there are such sources, without which the model
+    can do nothing before it has seen labels."""
+    model = copy.deepcopy(model)
+    model.add_dataset(data.metadata())
+    head = model.head(data.name)
+    alike = [model.head(source.name) for source in sources if source.classes == data.classes]
+    alike = [other for other in alike if other.kind == head.kind]
+    for parameters in zip(head.parameters(), *(other.parameters() for other in alike)):
+        if alike:
+            parameters[0].data = torch.stack([other.data for other in parameters[1:]]).mean(0)
+    return model, bool(alike)
+
+
+def transfer(args, datasets, strategies, run_dir):
+    """A shared model on a new data set at LABEL_SHARES of its labels: pretrained on the other data
+    sets, or from scratch. With few labels both train for a quarter of the steps, at least 40."""
+    by_name = {data.name: data for data in datasets}
+    name = datasets[-1].name if args.transfer == "last" else args.transfer
+    if name not in by_name or len(datasets) < 2:
+        raise UserError(f"--transfer {name}: name one of at least two data sets: "
+                        f"{', '.join(by_name)}")
+    data = by_name.pop(name)
+    sources = list(by_name.values())
+    steps = min(args.steps, max(40, args.steps // 4))
+    few_steps = argparse.Namespace(**vars(args) | {"steps": steps})
+    records = []
+    for seed in range(args.seed, args.seed + args.runs):
+        limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES[1:]}
+        for share, part in limited.items():
+            records += [record | {"share": share} for record in baseline_records(part, seed)
+                        if record["model"] in ("gradient boosting", "hydra")]
+        for strategy in strategies:
+            base = make_model(args, sources, strategy, True, seed, seq_len=data.seq_len)
+            fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
+            model, can_predict = add_new_dataset(base, data, sources)
+            if can_predict:
+                label = f"{strategy}, pretrained"
+                records.append(evaluate(model, data, label, share=0.0, seed=seed))
+            for share, start in itertools.product(limited, ("pretrained", "scratch")):
+                model = make_model(args, [data], strategy, True, seed)
+                if start == "pretrained":
+                    model, _ = add_new_dataset(base, data, sources)
+                budget = args if share == 1 else few_steps
+                file = run_dir / f"models/{name}-{strategy}-{start}-{share:g}-{seed}.pt"
+                history = fit(model, [limited[share]], budget, seed, file)
+                records.append(evaluate(model, data, f"{strategy}, {start}", history, share=share,
+                                        seed=seed))
+            log(f"transfer to {name}, {strategy}, seed {seed}: done")
+    plot_shares(records, "Shared model on a new data set", "share of its labels", "dataset",
+                data.classes, run_dir / "transfer.png")
+    tables = {"accuracy": share_table(records, ["model"]),
+              "differences": transfer_differences(records, strategies)}
+    return {"to": name, "records": records, "tables": tables, "note": f"Test accuracy [%] on "
+            f"{name} by the share of its labels; differences in points, paired by seed."}
+
+
+def transfer_differences(records, strategies):
+    """Rows {column: value}: pretrained minus scratch, and each strategy minus none."""
+    pairs = [(f"{strategy}, pretrained", f"{strategy}, scratch") for strategy in strategies]
+    if "none" in strategies:
+        pairs += [(f"{strategy}, {start}", f"none, {start}") for start in ("pretrained", "scratch")
+                  for strategy in strategies if strategy != "none"]
+    rows = [{"model": model, "minus": other} for model, other in pairs]
+    for share, group in pd.DataFrame(records).groupby("share"):
+        accuracies = group.pivot_table("accuracy", "seed", "model")
+        for row in rows:
+            row[f"{share:.0%}"] = difference(accuracies, row["model"], row["minus"])
+    return rows
+
+
+def find_strategies(args, datasets):
+    """The strategies to run; frozen_bert is left out with a note if its encoder cannot be had."""
+    strategies = list(dict.fromkeys(args.strategies or STRATEGIES))
+    if args.nan_robustness and not args.quick:
+        strategies = args.strategies or ["none"]
+    if "frozen_bert" in strategies:
+        try:
+            embedder = FrozenBERTColumnEmbedder(**bert_options(args))
+            embedder.add([name for data in datasets for name in data.columns])
+        except UserError as error:
+            if strategies == ["frozen_bert"]:
+                raise
+            strategies.remove("frozen_bert")
+            note(f"frozen_bert is not run: {error}")
+    return strategies
+
+
+def note_memory(datasets, args):
+    """A note before a training that needs gigabytes."""
+    longest = max(data.seq_len for data in datasets)
+    patches = num_patches(longest)
+    floats = patches * (2 * 8 * patches + 4 * 2048 + 1000)  # 8 heads, 2048 hidden units
+    gigabytes = args.batch_size * floats * 2 * 4 / 1e9  # 2 layers, 4 bytes
+    if gigabytes > 4:
+        note(f"windows of {longest:,} steps need about {gigabytes:.0f} GB in training; a lower "
+             "--batch-size needs less")
+
+
+def run_experiment(args):
+    """Load the data sets, run the experiments that the arguments name, and write the results."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # more hardly help, and crawl when busy
+    datasets = load_datasets(args)
+    note_memory(datasets, args)
+    strategies = find_strategies(args, datasets)
+    experiments = [name for name in ("nan_robustness", "transfer") if getattr(args, name)]
+    if args.quick and len(datasets) < 2:
+        experiments.remove("transfer")  # there is nothing to transfer from
+    if args.quick or not experiments:
+        experiments.append("benchmark")
+    run_dir = next_run_dir(args)
+    (run_dir / "models").mkdir(exist_ok=True)
+    results = {"data": {data.name: data.info for data in datasets}, "seconds": {}}
+    for name in experiments:
+        start_time = time.perf_counter()
+        results[name] = EXPERIMENTS[name](args, datasets, strategies, run_dir)
+        results["seconds"][name] = time.perf_counter() - start_time
+    return write_results(results, summarize(results, experiments, args), args, run_dir)
+
+
+def summarize(results, experiments, args):
+    """The data sets, tables and notes of a run as Markdown."""
+    parts = []
+    for name, info in results["data"].items():
+        columns = ", ".join(f"{column} ({words})" for column, words in info["columns"].items())
+        source = info["source"] + (f", protocol {info['protocol']}" if "protocol" in info else "")
+        parts.append(f"{name}: {source}, {info['rows']:,} rows, {columns}")
+    for experiment in experiments:
+        for name, rows in results[experiment]["tables"].items():
+            table = pd.DataFrame(rows, dtype=object).dropna(axis=1, how="all")
+            title = f"## {experiment.replace('_', ' ')}: {name}"
+            parts.append(f"{title}\n\n{markdown_table(table)}")
+        parts.append(results[experiment]["note"])
+    if args.runs > 1:
+        parts.append("±: 95 % interval of the mean over the seeds (Student's t), which vary the "
+                     "initial weights, the order of batches and, in a transfer, the choice of "
+                     "labels, but not the test part. *: the interval of a difference excludes 0 "
+                     "(paired t-test, not corrected for the number of comparisons).")
+    return "\n\n".join(parts) + "\n"
+
+
+def run(args):
+    """Do what the arguments ask for."""
+    if args.prewarm or args.cache_stats:
+        return manage_cache(args)
+    if args.predict:
+        return predict_file(args)
+    if args.columns:
+        return compare_columns(args)
+    return run_experiment(args)
+
+
+# --- Extra: missing values ----------------------------------------------------------------------
+
+
+def nan_robustness(args, datasets, strategies, run_dir):
+    """Models with four ways to fill, on test windows with more and more values missing.
+
+    All train alike, with up to half of the values left out at random, in blocks and as whole
+    columns in turn.
+    """
+    if not args.strategies:
+        strategies = ["none"]
+    records = []
+    for data in datasets:
+        for seed in range(args.seed, args.seed + args.runs):
+            for strategy, (fill, fill_name) in itertools.product(strategies, FILLS.items()):
+                model = make_model(args, [data], strategy, False, seed, fill)
+                file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
+                fit(model, [data], args, seed, file, drop=True)
+                label = f"{strategy}, {fill_name}"
+                for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
+                    torch.manual_seed(seed)  # the same values are missing for every model
+                    corrupt = functools.partial(drop_values, share=share, missing=missing)
+                    records.append(evaluate(model, data, label, corrupt=corrupt, share=share,
+                                            seed=seed, missing=missing))
+            log(f"missing values, {data.name}, seed {seed}: done")
+        shown = [record for record in records if record["dataset"] == data.name]
+        plot_shares(shown, f"{data.name}: test accuracy with missing values", "values left out",
+                    "missing", data.classes, run_dir / f"nan_robustness_{data.name}.png")
+    tables = {"accuracy": share_table(records, ["dataset", "missing", "model"])}
+    return {"records": records, "tables": tables, "note": "Test accuracy [%] by the share of "
+            "values left out, beyond those that the data lack (5 % of the embedded ones)."}
+
+
+EXPERIMENTS = {"benchmark": benchmark, "transfer": transfer, "nan_robustness": nan_robustness}
+
+
+# --- Extra: classify the windows of a file ------------------------------------------------------
+
+
+def restore_model(path, device):
+    """The trained model in a checkpoint; its `datasets` has the metadata of its data sets."""
+    checkpoint = load_checkpoint(path, path)
+    classes = {"MultiDatasetPatchDuET": MultiDatasetPatchDuET, "ConvNet": ConvNet}
+    try:
+        model = classes[checkpoint["class"]](**checkpoint["settings"])
+        for metadata in checkpoint["datasets"].values():
+            model.add_dataset(metadata)
+        model.load_state_dict(checkpoint["best"]["model"])
+    except (LookupError, TypeError, RuntimeError):
+        raise UserError(f"{path}: not a finished model of {EXPERIMENT}.py; name a file in models/ "
+                        "of a finished run") from None
+    return model.to(device)
+
+
+def match_columns(wanted, found):
+    """{wanted name: found name or None}: the same name, or one of the same words, each once."""
+    free = {name_to_words(name): name for name in reversed(list(found)) if name not in wanted}
+    return {name: name if name in found else free.pop(name_to_words(name), None)
+            for name in wanted}
+
+
+def read_windows(path, datasets):
+    """(windows of a CSV or archive file as a Dataset, a DataFrame that identifies them, names of
+    missing columns).
+
+    The file is read as the one of `datasets` (metadata) of which it has most columns.
+    """
+    dates = None
+    if path.suffix in ARCHIVE_SUFFIXES:
+        cases, _ = read_archive_file(path, labelled=False)
+        found = [f"dim_{i}" for i in range(len(cases[0]))]
+    else:
+        numbers, dates = read_csv(path)
+        found = list(numbers)
+    matches = [match_columns(one["columns"], found) for one in datasets]
+    shares = [np.mean([name is not None for name in match.values()]) for match in matches]
+    match, metadata = matches[np.argmax(shares)], datasets[np.argmax(shares)]
+    missing = [name for name, found_name in match.items() if found_name is None]
+    if len(missing) == len(match):
+        raise UserError(f"{path}: none of the columns {', '.join(match)}, only {', '.join(found)}")
+    if missing:
+        note(f"{path}: no column {', '.join(missing)}; their values count as missing")
+    seq_len = metadata["seq_len"]
+    if path.suffix in ARCHIVE_SUFFIXES:
+        if max(len(values) for case in cases for values in case) > seq_len:
+            note(f"{path}: only the last {seq_len} steps of longer series are read")
+        numbers = pd.DataFrame(stack_cases(cases, seq_len), columns=found)
+        starts = seq_len * np.arange(len(cases))
+        about = pd.DataFrame({"case": np.arange(1, len(cases) + 1)})
+    else:
+        last_rows = np.arange(min(seq_len, len(numbers)) - 1, len(numbers))
+        about = pd.DataFrame({"last row": last_rows + 2})  # row 1 is the header
+        if dates:
+            about["date"] = [dates[row] for row in last_rows]
+        padding = max(0, seq_len - len(numbers))  # a short file is one window
+        numbers = numbers.reindex(range(-padding, len(numbers)))
+        starts = np.arange(len(last_rows))
+    columns = [numbers[name] if name else pd.Series(np.nan, numbers.index)
+               for name in match.values()]
+    series = np.stack(columns, axis=1)
+    series = np.where(np.isfinite(series), series, np.nan)  # as in training
+    series = ((series - metadata["mean"]) / metadata["std"]).astype(np.float32)
+    data = Dataset(metadata["name"], list(match), series, starts, None, metadata["classes"],
+                   {"all": np.arange(len(starts))}, seq_len)
+    return data, about, missing
+
+
+def predict_file(args):
+    """Write the class and the probabilities of every window of --predict to predictions.csv."""
+    model = restore_model(args.checkpoint, args.device)
+    path = Path(args.predict)
+    data, table, missing = read_windows(path, list(model.datasets.values()))
+    run_dir = next_run_dir(args)
+    probabilities = torch.from_numpy(predict(model, data, "all")).softmax(1).numpy()
+    table["class"] = np.array(data.classes)[probabilities.argmax(1)]
+    for name, column in zip(data.classes, probabilities.T):
+        table[f"p({name})"] = column.round(4)
+    table.to_csv(run_dir / "predictions.csv", index=False)
+    counts = table["class"].value_counts().reindex(data.classes, fill_value=0)
+    rows = [{"class": name, "windows": int(count)} for name, count in counts.items()]
+    summary = (f"{markdown_table(rows)}\n\n{path}, read as {data.name}; each window is in "
+               "predictions.csv.\n")
+    results = {"dataset": data.name, "windows": len(table), "missing": missing, "classes": rows}
+    return write_results(results, summary, args, run_dir)
+
+
+# --- Extra: which column names are near each other ----------------------------------------------
+
+
+def compare_columns(args):
+    """Cosine similarity of column names by the frozen encoder or the embeddings of --checkpoint."""
+    tables = {}
+    if args.checkpoint:
+        embedder = getattr(restore_model(args.checkpoint, "cpu"), "embedder", None)
+        if embedder is None:
+            raise UserError(f"{args.checkpoint}: a model without column embeddings")
+        names = list(embedder.rows)
+    else:
+        columns = [name for data in load_datasets(args) for name in data.columns]
+        names = list(dict.fromkeys([*PROBES, *columns]))
+        tables["is temp nearer to temperature than to price?"] = compare_probes(args)
+        embedder = FrozenBERTColumnEmbedder(**bert_options(args))
+    vectors = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
+    similarity = pd.DataFrame(vectors @ vectors.T, index=names, columns=names)
+    run_dir = next_run_dir(args)
+    similarity.round(4).to_csv(run_dir / "column_similarity.csv")
+    plot_columns(similarity, vectors, run_dir / "columns.png")
+    nearest = []
+    for name, row in similarity.items():
+        best = row.drop(name).nlargest(3)
+        nearest.append({"column": name, "read as": name_to_words(name)} | {
+            f"nearest {i}": f"{other} ({value:.2f})"
+            for i, (other, value) in enumerate(best.items(), start=1)})
+    tables["nearest names"] = nearest
+    parts = [f"## {title}\n\n{markdown_table(rows)}" for title, rows in tables.items()]
+    summary = "\n\n".join([*parts, "Cosine similarity of the embeddings.\n"])
+    return write_results({"tables": tables}, summary, args, run_dir)
+
+
+def compare_probes(args):
+    """The original's question, for both ways to read a name."""
+    rows = []
+    for tokenization in ("raw", "words"):
+        options = bert_options(args) | {"tokenization": tokenization}
+        embedder = FrozenBERTColumnEmbedder(**options)
+        temp, temperature, price = F.normalize(embedder.embed(PROBES), dim=1)
+        rows.append({"read as": tokenization, "temp, temperature": f"{temp @ temperature:.3f}",
+                     "temp, price": f"{temp @ price:.3f}"})
+    return rows
+
+
+def plot_columns(similarity, vectors, path):
+    """Heatmap of the similarities beside the names' first two principal components."""
+    names = list(similarity)
     fig, axes = new_figure("Column names by their embedding", 1, 2, (15, 7))
-    image = axes[0].imshow(similarity, cmap="Greys", vmin=min(0, similarity.min()), vmax=1, aspect="auto")
+    low = min(0, similarity.to_numpy().min())
+    image = axes[0].imshow(similarity, cmap="Greys", vmin=low, vmax=1, aspect="auto")
     fig.colorbar(image, ax=axes[0], label="cosine similarity", shrink=0.8)
     if len(names) <= 45:
-        axes[0].set_yticks(range(len(names)), [f"{name}  {i}" for i, name in enumerate(names, start=1)], fontsize=8)
+        labels = [f"{name}  {i}" for i, name in enumerate(names, start=1)]
+        axes[0].set_yticks(range(len(names)), labels, fontsize=8)
         axes[0].set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=6)
     axes[0].grid(visible=False)
-    u, s, _ = np.linalg.svd(unit - unit.mean(0), full_matrices=False)
-    points, places = u[:, :2] * s[:2], []
-    label_size = np.ptp(points, axis=0) * (0.06, 0.03)
+    u, s, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
+    points = u[:, :2] * s[:2]
     axes[1].scatter(*points.T, s=12)
-    for i, at in enumerate(points, start=1):  # names that lie together have one label
-        near = [numbers for place, numbers in places if (np.abs(at - place) < label_size).all()]
+    label_size = np.ptp(points, axis=0) * (0.06, 0.03)
+    places = []  # [point, numbers]: names that lie together share a label
+    for number, point in enumerate(points, start=1):
+        near = [place for place in places if (np.abs(point - place[0]) < label_size).all()]
         if near:
-            near[0].append(str(i))
+            near[0][1] += f", {number}"
         else:
-            places.append((at, [str(i)]))
-    for at, numbers in places:
-        axes[1].annotate(", ".join(numbers), at, xytext=(3, 3), textcoords="offset points", fontsize=8)
+            places.append([point, str(number)])
+    for point, numbers in places:
+        axes[1].annotate(numbers, point, (3, 3), textcoords="offset points", fontsize=8)
     first, second = 100 * s[:2] ** 2 / (s**2).sum()
-    axes[1].set(title="principal components, numbered as on the left", xlabel=f"first ({first:.0f} % of the variance)",
+    axes[1].set(title="principal components, numbered as on the left",
+                xlabel=f"first ({first:.0f} % of the variance)",
                 ylabel=f"second ({second:.0f} % of the variance)")
     save_figure(fig, path)
 
 
-# --- Results ----------------------------------------------------------------------------------------------------------
-
-
-def summary(results):
-    """The tables of a finished run as Markdown; empty columns are left out, a value that is None is a dash."""
-    args = results["arguments"]
-    seeds = f"seed {args['seed']}" + (f" to {args['seed'] + args['runs'] - 1}" if args["runs"] > 1 else "")
-    parts = [f"# duet.py, head {args['head']}, {seeds}"]
-    for name, data in results["data"].items():
-        left_out = "; ".join(f"{column!r} left out, {why}" for column, why in data["left_out"].items())
-        columns = ", ".join(f"{column} ({words})" for column, words in data["columns"].items())
-        source = data["source"] + (f", protocol {data['protocol']}" if "protocol" in data else "")
-        parts.append(f"{name}: {source}, {data['rows']:,} rows, {columns}" + (f"; {left_out}" * bool(left_out)))
-    parts += [f"**{name} was not run:** {why}" for name, why in results["not_run"].items()]
-    for experiment in EXPERIMENTS:
-        for name, rows in results.get(experiment, {}).get("tables", {}).items():
-            columns = [column for column in rows[0] if any(row.get(column) is not None for row in rows)]
-            lines = [columns, ["---"] * len(columns)]
-            for row in rows:
-                cells = [row.get(column) for column in columns]
-                lines.append(["–" if cell is None else str(cell) for cell in cells])
-            table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-            parts.append(f"## {experiment.replace('_', ' ')}: {name}\n\n{table}")
-        parts += [results[experiment]["note"]] if experiment in results else []
-    return "\n\n".join([*parts, INTERVAL * (args["runs"] > 1)]) + "\n"
-
-
-def write_results(results, path):
-    """Write plain JSON; returns the results as they are read back."""
-    text = json.dumps(results, indent=1, allow_nan=False, default=lambda value: value.tolist())
-    with whole_file(path) as file:
-        file.write(text.encode())
-    return json.loads(text)
-
-
-def new_run(output_dir):
-    """Make and return the next free folder run-001, run-002, … of this experiment."""
-    parent = Path(output_dir) / "duet"
-    while True:
-        taken = [int(run.name[4:]) for run in parent.glob("run-*") if run.name[4:].isdigit()]
-        run_dir = parent / f"run-{max(taken, default=0) + 1:03d}"
-        with contextlib.suppress(FileExistsError):  # another process may have been quicker
-            run_dir.mkdir(parents=True)
-            return run_dir
-
-
-def find_run(args):
-    """(folder, arguments) of the unfinished run that --resume names, or of the newest one that did not fail."""
-    parent = Path(args.output_dir) / "duet"
-    newest_first = sorted(parent.glob("run-*"), key=lambda run: (len(run.name), run.name), reverse=True)
-    newest = args.resume == "newest"
-    for run_dir in newest_first if newest else [Path(args.resume) if os.sep in args.resume else parent / args.resume]:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # not a run's file
-            results = json.loads((run_dir / "results.json").read_text())
-            mine = results["experiment"] == "duet" and results["arguments"].keys() == vars(args).keys()
-            if mine and not results["finished"] and not (newest and "failed" in results):
-                return run_dir, results["arguments"]
-    name = "" if newest else f" {args.resume!r}"
-    raise UserError(f"{parent} has no unfinished run{name} of this duet.py; start one without --resume")
-
-
-def describe_run(args):
-    """What results.json holds from the beginning: arguments, versions, git commit."""
-    folder = Path(globals().get("__file__", "duet.py")).resolve().parent
-    commit, packages = None, ("torch", "numpy", "scikit-learn")
-    with contextlib.suppress(OSError):  # no git on this machine
-        git = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    return {"experiment": "duet", "finished": False, "arguments": dict(vars(args)), "seed": args.seed,
-            "git_commit": commit,
-            "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}}
-
-
-# --- Command line -----------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
-
-
-def between(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` from `low` to `high`."""
-
-    def number(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
-
-
-def parse_args(argv):
-    parser = Parser("duet.py", description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="every experiment in a minute, no network, on the original's synthetic "
-        "data, which a few steps are enough for")
-    add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help=f"{', '.join(EMBEDDED)} (embedded), "
-        "etth1 (downloaded); default: all three, etth1 if it can be had")
-    add("--data", nargs="+", metavar="PATH", help="your own .csv files, in order of time, .ts files or folders of .ts")
-    add("--target", metavar="COLUMN", help="of the .csv files: the classes are quantiles of its next value")
-    add("--num-classes", type=between(int, 2, 100), default=3, metavar="N", help="quantile classes of --target")
-    add("--synthetic-schemas", type=between(int, 0, 999), default=0, metavar="N", help="tables of 3-12 columns")
-    add("--windows", type=between(int, 60), default=2000, metavar="N", help="of each embedded data set, 96 steps each")
-    add("--protocol", choices=["original", "holdout"], help="original: class limits are quantiles of the whole series, "
-        "embedded data are the original's synthetic ones, 5 %% of ETTh1 are left out; holdout: limits are quantiles "
-        "of the rows before the test part, with a gap (default: for etth1 the original's limits, for --data holdout)")
-    add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="for the columns' names: "
-        f"{', '.join(STRATEGIES)}; default: all, with --nan-robustness none")
-    add("--shared", action="store_true", help="also one shared model for all data sets, with each strategy")
-    add("--transfer", nargs="?", const="last", metavar="NAME", help="instead: pretrain on the other data sets, then "
-        "learn NAME (without it the last one) with 0, 5, 10 and 100 %% of its labels")
-    add("--nan-robustness", action="store_true", help="instead: accuracy with 0 to 50 %% of the values missing")
-    add("--columns", action="store_true", help="instead: which names are near, by the encoder or --checkpoint")
-    add("--predict", metavar="FILE", help="instead: classes and probabilities of the windows of FILE, by --checkpoint")
-    add("--checkpoint", metavar="FILE", help="a finished model, of a run's folder models/")
-    add("--bert-model", default="bert-base-uncased", metavar="NAME", help="encoder: a Hugging Face name, or a folder")
-    add("--tokenization", choices=["words", "raw"], default="words", help="indoor_temp as indoor temperature, or as is")
-    add("--prewarm", metavar="FILE", help="instead: put the column names in FILE, one a line, into the cache")
-    add("--cache-stats", action="store_true", help="instead: how many embeddings of --bert-model are cached")
-    add("--head", choices=["mean", "last", "ordinal"], default="mean", help="mean of all patches, as in the original, "
-        "the last patch, or a forecast of --target cut by the class limits")
-    add("--members", type=between(int, 0), metavar="N", help="models with convolutions, averaged, alone and with Hydra "
-        "(default: 3 for files of the UEA and UCR archives, else none)")
-    add("--dropout", type=between(float, 0, 0.99), default=0.1, metavar="P", help="in the encoder")
-    add("--steps", type=between(int, 1), default=600, metavar="N", help="of training for each data set")
-    add("--evaluations", type=between(int, 1), default=6, metavar="N", help="on validation; the best weights are kept")
-    add("--batch-size", type=between(int, 1), default=128, metavar="N", help="windows in a batch")
-    add("--learning-rate", type=between(float, 0), default=1e-3, metavar="RATE", help="after warm-up, before decay")
-    add("--data-dir", default="data", metavar="FOLDER", help="downloads, and the cache FOLDER/column_embeddings")
-    add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/duet/run-001, run-002, …")
-    add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with the newest unfinished run or this one")
-    add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of models and training")
-    add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds in a row: mean ± 95 %% interval")
-    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
-    if "--quick" in argv:
-        parser.set_defaults(windows=300, steps=40, batch_size=32, evaluations=2, shared=True, transfer="last",
-                            nan_robustness=True, protocol="original")
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if "" in (value if isinstance(value, list) else [value]):  # an empty path would be this folder
-            raise UserError(f"--{name.replace('_', '-')} is an empty text")
-    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.resume and changed - {"resume", "output_dir", "device"}:
-        raise UserError("--resume goes with --output-dir and --device only; a run keeps its own arguments")
-    if args.predict and not args.checkpoint:
-        raise UserError("--predict needs --checkpoint, a finished model of a run's folder models/")
-    if args.checkpoint and (not (args.predict or args.columns) or args.quick or args.transfer or args.nan_robustness):
-        raise UserError("--checkpoint goes with --predict or --columns, and with no other experiment")
-    return args
+# --- Extra: the cache of name embeddings --------------------------------------------------------
 
 
 def manage_cache(args):
-    """--prewarm and --cache-stats: fill the cache, and return what it holds."""
-    names = Path(args.prewarm).read_text(encoding="utf-8", errors="replace").split("\n") if args.prewarm else []
-    try:
-        embedder = FrozenBERTColumnEmbedder(**bert_options(args) | {"offline": args.prewarm is None})
-        embedder.lookup([name.strip() for name in names if name.strip()])
+    """Cache the names in --prewarm; returns and prints what the cache holds."""
+    if args.prewarm:
+        lines = Path(args.prewarm).read_text(encoding="utf-8").splitlines()
+        embedder = FrozenBERTColumnEmbedder(**bert_options(args))
+        embedder.add([line.strip() for line in lines if line.strip()])
         stats = embedder.get_cache_stats()
-    except EncoderMissing:
-        if args.prewarm:
-            raise
-        stats = {"cached_embeddings": 0, "cache_size_mb": 0.0, "bert_model": args.bert_model, "bert_dim": None}
+    else:
+        try:
+            options = bert_options(args) | {"offline": True}
+            stats = FrozenBERTColumnEmbedder(**options).get_cache_stats()
+        except UserError:  # neither a cache nor an encoder
+            stats = {"cached_embeddings": 0, "cache_size_mb": 0.0, "bert_model": args.bert_model,
+                     "bert_dim": None}
     print(json.dumps(stats, indent=1))
     return stats
 
 
-EXPERIMENTS = {"predict": predict_file, "columns": column_similarity, "nan_robustness": nan_robustness,
-               "transfer": transfer, "benchmark": benchmark}
+# --- Plumbing: nothing below is about the experiment --------------------------------------------
+
+NOTES = []
 
 
-def run_experiments(args, run_dir):
-    """The benchmark, or the experiments that the arguments name, written to `run_dir`; returns the results."""
-    began = time.perf_counter()
-    (run_dir / "models").mkdir(exist_ok=True)
+class UserError(Exception):
+    """A problem that the user can solve: main() makes it one line on stderr and exit code 2."""
+
+
+def log(text):
+    """Print a line on stderr; under torchrun in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)
+
+
+def note(text):
+    """Log a line and record it in the results, for whoever reads them."""
+    if text not in NOTES:
+        NOTES.append(text)
+        log(text)
+
+
+def progress(iterable, description, total=None):
+    """A progress bar on a terminal and in a notebook, and nothing elsewhere."""
+    hidden = not (sys.stderr.isatty() or in_notebook())
+    return tqdm(iterable, description, total, leave=False, disable=hidden)
+
+
+def memory_mib(field="VmRSS"):
+    """Resident memory of this process [MiB], its peak with the field VmHWM; NaN except on Linux."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) / 1024
+    return float("nan")
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A temporary path to write to, renamed to `path` at the end: a file is whole or absent."""
+    part = Path(f"{path}.{os.getpid()}.part")  # two processes may go on with the same run
     try:
-        device = detect_device(args.device)
-    except argparse.ArgumentTypeError as problem:
-        raise UserError(f"--device: {problem}") from None
-    todo = [name for name in EXPERIMENTS if getattr(args, name, False)]
-    if args.quick or not todo:
-        todo.append("benchmark")
-    datasets = [] if args.checkpoint else load_datasets(args)
-    if datasets:
-        note_memory(datasets, args)
-    if args.quick and len(datasets) < 2:  # nothing to transfer from
-        todo.remove("transfer")
-    strategies = args.strategies or (["none"] if todo == ["nan_robustness"] else STRATEGIES)
-    strategies, not_run = list(dict.fromkeys(strategies)), {}
-    if "frozen_bert" in strategies and {"nan_robustness", "transfer", "benchmark"} & set(todo):
-        try:
-            names = [name for data in datasets for name in data.columns]
-            FrozenBERTColumnEmbedder(**bert_options(args)).lookup(names)
-            todo += ["columns"] * (args.quick and not args.columns)
-        except EncoderMissing as problem:
-            if strategies == ["frozen_bert"]:
-                raise
-            strategies.remove("frozen_bert")
-            not_run["frozen_bert"] = str(problem)
-            note(f"warning: frozen_bert is not run: {problem}")
-    results = describe_run(args) | {"data": {data.name: data.info for data in datasets}, "not_run": not_run}
-    seconds = {"data": time.perf_counter() - began}
-    settings = argparse.Namespace(**vars(args), torch_device=device)
-    for name in todo:
-        began = time.perf_counter()
-        results[name] = EXPERIMENTS[name](settings, datasets, strategies, run_dir)
-        seconds[name] = time.perf_counter() - began
-    unit = 2 ** (20 if sys.platform == "darwin" else 10)
-    peak = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    results |= {"finished": True, "device": str(device), "peak_memory_mib": peak, "seconds": seconds}
-    (run_dir / "summary.md").write_text(summary(results))
-    return write_results(results, run_dir / "results.json")
+        yield part
+        part.replace(path)
+    except RuntimeError as error:  # torch.save raises this on a full disk
+        raise UserError(f"{path} cannot be written; is the disk full? ({error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def load_checkpoint(file, name):
+    """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception:  # torch.load raises errors of many types for a damaged file
+        raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py") from None
+
+
+def plain_arguments(args):
+    """{name: value} of the arguments, all of which JSON can hold."""
+    return vars(args) | {"device": str(args.device)}
+
+
+def changed_arguments(args):
+    """{flag: value} of the arguments that differ from their defaults."""
+    defaults = plain_arguments(parse_args([]))
+    return {f"--{name.replace('_', '-')}": value for name, value in plain_arguments(args).items()
+            if value is not None and value != defaults[name]}
+
+
+def free_run_dir(parent):
+    """The path run-001 in the folder `parent`, with the next free number."""
+    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
+    return parent / f"run-{max(numbers, default=0) + 1:03d}"
+
+
+def next_run_dir(args):
+    """The folder of this run: that of --resume, or else a new one with arguments.json."""
+    if args.resume:
+        return Path(args.resume)
+    run_dir = free_run_dir(Path(args.output_dir, EXPERIMENT))
+    run_dir.mkdir(parents=True)
+    with atomic_write(run_dir / "arguments.json") as path:
+        path.write_text(to_json(plain_arguments(args)))
+    return run_dir
+
+
+def resume_arguments(args):
+    """The arguments of the unfinished run in --resume, a folder, or of the newest one."""
+    files = [Path(args.resume, "arguments.json")]
+    if args.resume == "newest":
+        files = sorted(Path(args.output_dir, EXPERIMENT).glob("run-*/arguments.json"))
+    unfinished = [file for file in files
+                  if file.exists() and not file.with_name("results.json").exists()]
+    if not unfinished:
+        raise UserError(f"--resume {args.resume}: no unfinished run; see --output-dir")
+    free = {"--resume", "--output-dir", "--data-dir", "--device", "--jobs", "--backend"}
+    changed = set(changed_arguments(args))
+    if changed - free:
+        raise UserError("--resume keeps a run's arguments; leave out "
+                        f"{', '.join(sorted(changed - free))}")
+    arguments = vars(parse_args([])) | json.loads(unfinished[-1].read_text())
+    arguments |= {name: value for name, value in vars(args).items()
+                  if f"--{name.replace('_', '-')}" in changed | {"--device"}}
+    return argparse.Namespace(**arguments | {"resume": str(unfinished[-1].parent)})
+
+
+def describe_run(args):
+    """What made the results: arguments, script, versions, device and peak memory."""
+    script = Path(globals().get("__file__", "pasted into a notebook")).resolve()
+    digest = hashlib.sha256(script.read_bytes()).hexdigest() if script.exists() else None
+    commit = None
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40",
+                   "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets",
+                "perforatedai")
+    versions = {name: getattr(sys.modules[name], "__version__", None)
+                for name in packages if name in sys.modules}
+    device = args.device
+    return {
+        "experiment": EXPERIMENT,
+        "arguments": plain_arguments(args),
+        "changed_arguments": changed_arguments(args),
+        "script_sha256": digest,
+        "git_commit": commit,
+        "git_clean": commit and not commit.endswith("-dirty"),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_memory_mib": memory_mib("VmHWM"),
+        "notes": list(NOTES),
+    }
+
+
+def to_json(value):
+    """JSON with arrays as lists, and null for NaN."""
+    text = json.dumps(value, default=lambda array: array.tolist())
+    return json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=1)
+
+
+def write_results(results, summary, args, run_dir):
+    """Write and print summary.md, then write results.json, with which a run is finished; returns
+    the results as they are read back."""
+    results = describe_run(args) | results
+    title = f"# {EXPERIMENT}.py"
+    for flag, value in results["changed_arguments"].items():
+        values = value if isinstance(value, list) else [value]
+        title += " ".join(["", flag, *(str(item) for item in values if item is not True)])
+    text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
+    (run_dir / "summary.md").write_text(text, encoding="utf-8")
+    with atomic_write(run_dir / "results.json") as path:
+        path.write_text(to_json(results))
+    if in_notebook():
+        from IPython.display import Markdown, display
+
+        display(Markdown(text))
+    else:
+        print(text)
+    print(f"Everything is in {run_dir}")
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def markdown_table(rows):
+    """Rows [{column: value}] as a Markdown table; a value that is missing is a dash."""
+    table = pd.DataFrame(rows, dtype=object).fillna("–").astype(str)
+    lines = [table.columns, ["---"] * table.shape[1], *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv=None):
-    """Run the experiment with `argv` as on a command line (default: this process's, in a notebook none).
+    """Run the script with the arguments `argv`: those of the command line, or none in a notebook.
 
-    Returns the results dictionary; what a user can put right raises SystemExit(2), Ctrl-C SystemExit(130).
+    Returns the results. A problem that the user can solve is one line and SystemExit(2), an
+    interruption one line and SystemExit(130); in a notebook only the line.
     """
-    run_dir, resumed = None, False
+    if argv is None:
+        argv = [] if in_notebook() else sys.argv[1:]
+    args = parse_args(argv)
+    NOTES.clear()
     try:
-        args = parse_args(([] if in_notebook() else sys.argv[1:]) if argv is None else argv)
-        if args.prewarm or args.cache_stats:
-            return manage_cache(args)
-        resumed = args.resume is not None
-        if resumed:
-            given = {"output_dir": args.output_dir} | ({} if args.device == "auto" else {"device": args.device})
-            run_dir, kept = find_run(args)
-            args = argparse.Namespace(**kept | given)
-        run_dir = run_dir or new_run(args.output_dir)
-        write_results(describe_run(args), run_dir / "results.json")
-        results = run_experiments(args, run_dir)
+        return run(resume_arguments(args) if args.resume else args)
     except KeyboardInterrupt:
-        go_on = f"; to go on: python duet.py --resume {run_dir.name} --output-dir {args.output_dir}" if run_dir else ""
-        note(f"stopped{go_on}")
-        raise SystemExit(130) from None
-    except UserError as problem:
-        error = str(problem)
-        if isinstance(problem, Diverged):
-            write_results(describe_run(args) | {"failed": error}, run_dir / "results.json")
-    except torch.OutOfMemoryError:
-        error = "not enough GPU memory; lower --batch-size, or take --device cpu"
-    except OSError as problem:
-        error = f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)
-    else:
-        print((run_dir / "summary.md").read_text())
-        print(f"Everything is in {run_dir}")
-        return results
-    if run_dir and not resumed and not list(run_dir.rglob("*.pt")):  # leave no empty run behind
-        shutil.rmtree(run_dir)
-    print(f"duet.py: error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+        text = ("interrupted; to go on with a run that had begun: "
+                f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
+        code = 130
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        text = f"error: {' '.join(str(error).split())}"
+        code = 2
+    print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
+    if not in_notebook():
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

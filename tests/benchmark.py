@@ -142,19 +142,19 @@ def fire_predict(rows=1_000_000):
 def duet_training(repeats=5):
     """Windows per second of fit(), and of a bare loop over the same model and ready batches."""
     args = duet.parse_args(["--windows", "12000", "--steps", "60", "--evaluations", "1"])
-    args.torch_device = device = detect_device()
+    device = args.device
     data = duet.embedded_dataset("temperature_sensors", *duet.EMBEDDED["temperature_sensors"], args.windows, 0)
-    data.parts["validation"] = data.parts["validation"][:1]
+    data.splits["val"] = data.splits["val"][:1]
     series, starts, labels = (torch.from_numpy(array).to(device) for array in (data.series, data.starts, data.labels))
-    rows = torch.from_numpy(data.parts["train"]).to(device)[: args.steps * args.batch_size].split(args.batch_size)
+    rows = torch.from_numpy(data.splits["train"]).to(device)[: args.steps * args.batch_size].split(args.batch_size)
     batches = [(duet.gather_windows(series, starts[some], data.seq_len).contiguous(), labels[some]) for some in rows]
-    model = duet.new_model(args, [data], "none", False, 0)
+    model = duet.make_model(args, [data], "none", False, 0)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
     def bare():
         model.train()
         for x, label in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=duet.use_bfloat16(device)):
+            with duet.autocast(device):
                 logits = model(x, data.name)
             loss = nn.functional.cross_entropy(logits.float(), label)
             clipped_step(model, optimizer, loss)
@@ -162,7 +162,7 @@ def duet_training(repeats=5):
 
     def ours():
         with tempfile.TemporaryDirectory() as folder:
-            return duet.fit(model, [data], args, Path(folder) / "model.pt")[0]["train_seconds"]
+            return duet.fit(model, [data], args, 0, Path(folder) / "model.pt")[0]["train_seconds"]
 
     mine, reference = median_pair(ours, bare, repeats)
     report("duet training", "windows/s", args.steps * args.batch_size, mine, "bare loop", reference)
