@@ -1,109 +1,193 @@
-"""Can BERT-Tiny, given dendrites, do the work of a fine-tuned BERT-Base on toxic comments, and what do dendrites add?
+"""Can BERT-Tiny do the work of a fine-tuned BERT-Base on toxic comments, and what do dendrites add?
 
-Method: BERT-Tiny (4,386,178 parameters) is trained with balanced class weights on texts in length buckets, the epoch is
-chosen by PR AUC on the validation part. Every --switch-every epochs perforatedai gives each neuron of the 14 Linear
-layers a dendrite (--max-dendrites times), a second weight vector behind a sigmoid, and trains on. The threshold is
-tuned on the validation part. TF-IDF with logistic regression, the majority class and a really fine-tuned giant stand
-beside it.
+RESULT
 
     python toxicity.py                              # 5,000 + 1,000 + 1,000 texts, with dendrites
-    python toxicity.py --quick                      # with a giant, int8 and ONNX, small, no network: about a minute
-    python toxicity.py --no-dendrites               # the baseline
-    python toxicity.py --compare-dendrites --runs 3 # dendrites, baseline, the same budget, a wider model
-    python toxicity.py --data train.csv --text-column comment_text --label-column toxic --sample-size 0
-    python toxicity.py --evaluate                   # the newest best model again; also with the next four
+    python toxicity.py --quick                      # small, offline, under 90 s
+    python toxicity.py --arm plain                  # without dendrites
+    python toxicity.py --compare-dendrites --runs 5 # all arms with the same budget, paired by seed
+    python toxicity.py --distill tfidf              # learn from TF-IDF; or --distill giant --giant FOLDER
+    python toxicity.py --data train.csv --text-column comment_text --label-column toxic
+    python toxicity.py --evaluate                   # the newest model; likewise the next ones
     python toxicity.py --compare-base --giant FOLDER
-    python toxicity.py --quantize --export-onnx
+    python toxicity.py --quantize                   # or --export-onnx, --export-hf FOLDER
     python toxicity.py --benchmark-only
     python toxicity.py --predict "you are a clown" "that joke killed me"   # or lines on stdin
+    python toxicity.py --resume                     # go on with the newest unfinished run
 
-Written to outputs/toxicity/run-001/ (the next free number): results.json, summary.md, best_model.pt, final_model.pt
-(weights, arguments, tokenizer, dendrites), pictures, and what was asked for: model_int8.pt, model.onnx, giant.pt. With
---runs or --compare-dendrites the models are in seed-42-dendrites/ and so on below it.
+Results are in outputs/toxicity/run-001/, with the next free number: results.json, summary.md,
+best_model.pt, five pictures. Without --data it reads Civil Comments from the Hugging Face hub, or
+synthetic comments where the hub is out of reach; without --model, prajjwal1/bert-tiny from there,
+or else a BERT of the same size with random weights and a vocabulary of the training texts.
 
-Without --data or --dataset it takes civil_comments from the Hugging Face hub, and when that is out of reach embedded,
-synthetic comments. Without --model it takes prajjwal1/bert-tiny from there, and else a BERT of the same size from
-scratch, with a WordPiece vocabulary made of the training texts; a warning says so.
-
-Sources: the seed, "Giant-Killer NLP" (no dendrite was ever added there, and its giant was never fine-tuned). BERT-Tiny:
-Turc et al. 2019. Dendrites: perforatedai, trained by gradient descent. Civil Comments: Borkan et al. 2019.
+Sources: "Giant-Killer NLP", here "the original" (no dendrite was ever added there, and its giant
+was never fine-tuned); Turc et al. 2019 (BERT-Tiny, distillation); Fahlman and Lebiere 1990 (cascade
+correlation); perforatedai (dendrites); Borkan et al. 2019 (Civil Comments).
 """
 
 import argparse
-import builtins
+import codecs
 import contextlib
 import copy
-import importlib.metadata
+import hashlib
+import html
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
-import pdb
-import pickle
-import platform
-import shutil
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
 import urllib.request
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import matplotlib
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import (COLORS, LINES, detect_device, has_bfloat16, in_notebook, mean_and_interval, new_figure,
-                    plot_bars, plot_confusion, plot_curve, plot_ranking, save_figure, seed_everything)
+from common import (COLORS, LINES, detect_device, epoch_axis, has_bfloat16, in_notebook, legend_below,
+                    mean_and_interval, new_figure, plot_confusion, plot_curve, plot_dots,
+                    plot_ranking, save_figure, seed_everything)
 
-try:
-    import resource
-except ImportError:  # Windows: memory is then not reported
-    resource = None
-
+EXPERIMENT = "toxicity"
 CLASSES = ["not toxic", "toxic"]
-PARTS = ["train", "validation", "test"]
+SPLITS = ["train", "validation", "test"]
 DEFAULT_MODEL = "prajjwal1/bert-tiny"
 TINY = {"vocab_size": 30522, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 512}
-BERT_SIZES = (*TINY, "max_position_embeddings", "type_vocab_size", "pad_token_id", "layer_norm_eps", "hidden_act")
-SCRATCH_GIANT = TINY | {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
+SMALL_GIANT = TINY | {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3,
+                      "intermediate_size": 768}
+CONFIG_KEYS = [*TINY, "max_position_embeddings", "type_vocab_size", "pad_token_id",
+               "layer_norm_eps", "hidden_act", "hidden_dropout_prob"]
+CLASSIFIER_FIELDS = ["name", "arguments", "threshold", "hashes", "kind", "parameters"]
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-SEED_WEIGHTS = [0.52, 11.01]  # of the seed's class-weighted loss
-SEED_CLAIM = {"model": "the seed, a claim (other data)", "F1": 0.36, "recall": 0.71, "accuracy": 0.785}
-ARMS = ["dendrites", "baseline", "same budget", "wider"]
-RESTARTED = ["same budget", "wider"]  # arms with the epochs and the restarts of "dendrites", but none of them
-RATE_FROM_SCRATCH, DROPOUT_FROM_SCRATCH = 3e-4, 0.3  # chosen by PR AUC on the validation part of the tweets
-LABELS = {"pr_auc": "PR AUC", "roc_auc": "ROC AUC", "f1": "F1"}
+RATE_FROM_SCRATCH = 3e-4  # this and the dropout were chosen by PR AUC on validation texts
+DROPOUT_FROM_SCRATCH = 0.3
+ORIGINAL_ROW = {"model": "the original, a claim (other data)", "F1": 0.36, "recall": 0.71,
+                "accuracy": 0.785}
+METRICS = {"pr_auc": "PR AUC", "f1": "F1", "roc_auc": "ROC AUC"}  # compared between arms
 TIERS = ["allow", "monitor", "review", "remove"]
-INFERENCE_BATCH = 64  # texts
-ONNX = ["onnx", "onnxruntime"]  # packages that only the export needs
+INFERENCE_BATCH = 64
+SWITCHED_OFF = "dendrites switched off"
+CASCADE_START = 0.1  # of a candidate: its output over that of the neuron, in standard deviations
+NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
+MAX_CLASSES = 20  # a column with more label values holds a scale
+MAX_SEEN = 0.01  # share of the texts of --evaluate that may have been in training; they are left out
+TFIDF_TEXTS = 100_000  # the baseline is fitted on so many texts at most
+# The arguments that decide which texts there are; a checkpoint keeps those of its training.
+DATA_ARGUMENTS = ["dataset", "data", "text_column", "label_column", "positive_label",
+                  "label_threshold", "sample_size", "data_dir", "seed"]
 
 
-class UserError(Exception):
-    """Something that the user can put right: main() makes it one line on stderr and exit code 2."""
+def parse_args(argv=None):
+    """The command line as a namespace; an error is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few embedded comments, a short training")
+    add("--dataset", choices=["civil_comments", "embedded"], help="data set; if unset, "
+        "civil_comments, or embedded comments where the hub is out of reach")
+    add("--data", metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet file of your own")
+    add("--text-column", default="text", metavar="NAME", help="column of --data with the texts")
+    add("--label-column", default="toxicity", metavar="NAME", help="column of --data with labels")
+    add("--positive-label", metavar="VALUE", help="label value that means toxic; if unset, labels "
+        "are numbers, and --label-threshold counts")
+    add("--label-threshold", type=float, default=0.5, metavar="T", help="number from which on a "
+        "label means toxic; labels go from 0 to 1, unless it is above 1")
+    add("--sample-size", type=int, default=5000, metavar="N", help="training texts; validation and "
+        "test have a fifth of it each; 0 takes all, split 80/10/10 (civil_comments: as published)")
+    add("--data-dir", default="data", metavar="FOLDER", help="folder of downloads")
+    add("--max-length", type=int, default=128, metavar="N", help="tokens of a text that are read")
+    add("--model", metavar="ID|FOLDER", help="pretrained BERT to train; if unset, prajjwal1/"
+        "bert-tiny, or random weights where the hub is out of reach")
+    add("--from-scratch", action="store_true", help="start from random weights")
+    add("--arm", choices=list(ARMS), default=DEFAULT_ARM, help="what happens to the model every "
+        "--switch-every epochs")
+    add("--no-dendrites", dest="arm", action="store_const", const="plain", default=DEFAULT_ARM,
+        help="the same as --arm plain")
+    add("--epochs", type=int, default=10, metavar="N", help="epochs of training")
+    add("--switch-every", type=int, default=5, metavar="N", help="epochs from one switch to the "
+        "next; the learning rate falls to 0 in between")
+    add("--batch-size", type=int, default=32, metavar="N", help="texts in a batch")
+    add("--learning-rate", type=float, metavar="RATE", help="largest learning rate; if unset, "
+        f"2e-5, or {RATE_FROM_SCRATCH} from scratch")
+    add("--weight-decay", type=float, default=0.01, metavar="RATE", help="weight decay of AdamW")
+    add("--distill", choices=["tfidf", "giant"], help="teacher on whose answers the model is "
+        "trained: TF-IDF, or --giant after its own fine-tuning")
+    add("--giant", metavar="ID|FOLDER|scratch", default="bert-base-uncased", help="large BERT for "
+        "--distill and --compare-base; scratch is a small one with random weights")
+    add("--compare-dendrites", action="store_true", help="train all arms")
+    add("--runs", type=int, default=1, metavar="N", help="number of seeds; reports mean and interval")
+    add("--seed", type=int, default=42, metavar="N", help="random seed of data, split and model")
+    add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
+    add("--output-dir", default="outputs", metavar="FOLDER", help="folder of all results")
+    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
+        "with; without a value, the newest")
+    add("--checkpoint", metavar="FILE", help="best_model.pt for the jobs below; if unset, the newest")
+    add("--format", choices=["table", "json"], default="table", help="format of --predict")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--evaluate", nargs="?", const="newest", metavar="FILE", help="score a checkpoint on its "
+        "own test part, or on all texts of --data")
+    add("--compare-base", action="store_true", help="fine-tune --giant on the same texts and compare")
+    add("--quantize", action="store_true", help="write model_int8.pt and compare it")
+    add("--export-onnx", action="store_true", help="write model.onnx and compare it")
+    add("--export-hf", metavar="FOLDER", help="write the model for transformers")
+    add("--benchmark-only", action="store_true", help="measure speed beside that of BERT-Base")
+    add("--predict", nargs="*", metavar="TEXT", help="score texts, or the lines on stdin; the tier "
+        "is monitor from half the threshold T on, review from T, remove from (1 + T) / 2")
+    if "--quick" in (argv or []):
+        parser.set_defaults(dataset="embedded", from_scratch=True, sample_size=3000, epochs=8,
+                            switch_every=4, giant="scratch")
+    args = parser.parse_args(argv)
+    check_args(args, parser.error)
+    return args
 
 
-def note(text):
-    print(f"toxicity.py: {text}", file=sys.stderr)
+def check_args(args, error):
+    """Call `error` with a message if an argument is out of range or does not fit another."""
+    least = {"seed": 0, "sample_size": 0, "max_length": 4}
+    for name, value in vars(args).items():
+        if type(value) is int and value < least.get(name, 1):
+            error(f"--{name.replace('_', '-')} {value} is too small")
+    if 0 < args.sample_size < 100:
+        error(f"--sample-size {args.sample_size}: at least 100 are needed; 0 takes all texts")
+    if (args.learning_rate or 1) <= 0 or args.weight_decay < 0 or args.seed >= 2**31:
+        error("--learning-rate must be above 0, --weight-decay not below, --seed under 2**31")
+    if not args.label_threshold > 0:
+        error("--label-threshold must be above 0")
+    if args.data and args.dataset:
+        error("--data and --dataset name different texts")
+    if args.model and args.from_scratch:
+        error("--model and --from-scratch exclude each other")
+    if args.text_column == args.label_column:
+        error("--text-column and --label-column are the same")
+    mode = find_mode(args)
+    if args.checkpoint and not mode:
+        error("--checkpoint goes with --evaluate, --predict or another job on a checkpoint")
+    if not mode and ARMS[args.arm] and args.epochs <= args.switch_every:
+        error(f"--epochs {args.epochs} ends before the first switch, --switch-every "
+              f"{args.switch_every}; take more, or --arm plain")
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# --- Data: the embedded generator -------------------------------------------------------------------------------------
+# --- Data: the embedded generator ---------------------------------------------------------------
 
 INSULTS = ["idiot", "moron", "clown", "loser", "fool", "liar", "coward", "imbecile", "parasite", "disgrace"]
 SUBJECTS = ["the new bus lane", "this budget", "the school plan", "your last post", "the referee", "the mayor's speech",
@@ -165,115 +249,166 @@ MISSED, ALARMED = 0.05, 0.003  # annotators miss a toxic comment, or take a harm
 
 
 def generate_comments(count, seed):
-    """(texts, labels [count] bool) of synthetic comments, 6 % toxic; the same word stands in both classes."""
+    """(texts, labels [count] int64) of synthetic comments, 6 % toxic; the same words are in both
+    classes."""
     rng = np.random.default_rng(seed)
     kinds = list(COMMENTS.values())
-    hostile = [text for _, _, templates in kinds[:3] for text in templates]
+    hostile = [template for _, _, templates in kinds[:3] for template in templates]
     chosen = rng.choice(len(kinds), count, p=[share for share, _, _ in kinds])
-    errors, draws = rng.random(count), rng.random((count, 7))
-    texts, labels = [], np.zeros(count, bool)
+    errors = rng.random(count)
+    draws = rng.random((count, 7)).tolist()
 
     def pick(items, draw):
         return items[int(draw * len(items))]
 
-    for row, (kind, draw) in enumerate(zip(chosen, draws.tolist())):
+    texts, labels = [], np.zeros(count, np.int64)
+    for row, (kind, draw) in enumerate(zip(chosen, draws)):
         _, toxic, templates = kinds[kind]
         body = pick(templates, draw[0])
         body = body.replace("{b}", pick(hostile, draw[6])).replace("{p}", pick(PRAISES, draw[6]))
-        text = pick(OPENERS, draw[1]) + body + ("" if body[-1] in "?." else ".") + pick(CLOSERS, draw[2])
-        text = text.format(s=pick(SUBJECTS, draw[3]), i=pick(INSULTS, draw[4]), g=pick(GROUPS, draw[5]))
+        stop = "" if body[-1] in "?." else "."
+        text = pick(OPENERS, draw[1]) + body + stop + pick(CLOSERS, draw[2])
+        text = text.format(s=pick(SUBJECTS, draw[3]), i=pick(INSULTS, draw[4]),
+                           g=pick(GROUPS, draw[5]))
         texts.append(text[0].upper() + text[1:])
         labels[row] = toxic ^ (errors[row] < (MISSED if toxic else ALARMED))
     return texts, labels
 
 
-# --- Data: files, the hub, the split ----------------------------------------------------------------------------------
+# --- Data: files, the hub, splits ---------------------------------------------------------------
 
 
 @dataclass
-class Texts:
-    """All texts and their parts."""
+class Data:
+    """All texts and how they are split."""
 
     texts: list
     labels: np.ndarray  # [texts] int64, 1 is toxic
-    parts: dict  # part: rows of it [n]
-    info: dict  # for results.json: source, name, rows, toxic share of each part, sha256
+    classes: np.ndarray  # [texts] int64, number of the label value
+    splits: dict  # {split: rows [n]}
+    info: dict  # for results.json
 
-    def part(self, name):
-        """(texts, labels [n]) of a part."""
-        return [self.texts[row] for row in self.parts[name]], self.labels[self.parts[name]]
+    def split(self, name):
+        """(texts, labels [n]) of a split."""
+        rows = self.splits[name]
+        return [self.texts[row] for row in rows], self.labels[rows]
+
+
+def clean_text(text):
+    """The text with HTML entities as characters, and without half characters."""
+    return html.unescape(text).encode("utf-8", "replace").decode()
+
+
+def same_text(text):
+    """What texts have in common that count as the same: letter case and spaces do not matter."""
+    return " ".join(text.lower().split())
+
+
+def hash_texts(texts):
+    """Hashes [texts] int64, equal for texts that count as the same."""
+    digests = [hashlib.blake2b(same_text(text).encode(), digest_size=8).digest() for text in texts]
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
+
+
+def read_csv(text, columns):
+    """DataFrame of a CSV text with any usual delimiter; the cells of `columns` stay text. A quote
+    within quotes is doubled, or escaped by a backslash."""
+    header = text.partition("\n")[0]
+    escaped = re.search(r'\\"[^",;\t\r\n]', text)
+    parse = pa.csv.ParseOptions(delimiter=max(",;\t|", key=header.count), newlines_in_values=True,
+                                escape_char="\\" if escaped else False)
+    convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))
+    read = pa.csv.ReadOptions(use_threads=False)  # without threads an error names its row
+    return pa.csv.read_csv(pa.py_buffer(text.encode()), read, parse, convert).to_pandas()
 
 
 def read_table(path, columns):
-    """The `columns` of a CSV, JSON lines or Parquet file as a pyarrow table."""
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.json
-    import pyarrow.parquet
-
-    kind = Path(path).suffix.lower()
+    """DataFrame of a CSV, TSV, JSON, JSON lines or Parquet file, which must have `columns`."""
+    name = str(path).lower().removesuffix(".gz")
     try:
-        if kind == ".parquet":
-            table = pa.parquet.read_table(path)
-        elif kind in (".jsonl", ".json", ".ndjson"):
-            table = pa.json.read_json(path)
-        elif kind == ".csv":
-            parse = pa.csv.ParseOptions(newlines_in_values=True)
-            table = pa.csv.read_csv(path, parse_options=parse)
+        if name.endswith(".parquet"):
+            frame = pd.read_parquet(path)
+        elif name.endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson")):
+            content = pa.input_stream(str(path)).read()  # unpacks .gz
+            wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            text = content.decode("utf-16" if wide else "utf-8-sig")
+            if name.endswith(("csv", "tsv")):
+                frame = read_csv(text, columns)
+            else:
+                lines = not text.lstrip().startswith("[")
+                frame = pd.read_json(io.StringIO(text), lines=lines, dtype=False)
         else:
-            raise UserError(f"{path}: {kind or 'no ending'}; .csv, .jsonl (JSON lines) and .parquet are read")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
-    missing = [column for column in columns if table.column_names.count(column) != 1]
-    if missing:
-        raise UserError(f"{path}: one column {' and one '.join(map(repr, missing))} is needed, there are "
-                        f"{', '.join(table.column_names)}; --text-column and --label-column name them")
-    if any(pa.types.is_binary(table[column].type) for column in columns):  # pyarrow's answer to another encoding
-        raise UserError(f"{path}: {' or '.join(map(repr, columns))} is not UTF-8; save the file in that encoding")
-    if any(pa.types.is_nested(table[column].type) for column in columns):
-        raise UserError(f"{path}: lists or objects in {' or '.join(map(repr, columns))}; plain values are needed")
-    return table
+            raise UserError(f"{path}: .csv, .tsv, .json, .jsonl and .parquet are read, also with "
+                            ".gz at the end")
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}") from None
+    for column in columns:
+        if list(frame).count(column) != 1:
+            raise UserError(f"{path}: one column {column!r} is needed, there are "
+                            f"{', '.join(map(str, frame))}; see --text-column and --label-column")
+    if not len(frame):
+        raise UserError(f"{path}: no rows")
+    return frame
 
 
-def read_labels(path, column, values, args):
-    """Labels [rows] bool of a pyarrow column: equal to --positive-label, or at least --label-threshold."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if values.null_count:
-        row = pc.index(pc.is_null(values), True).as_py()
-        raise UserError(f"{path}: row {row + 1} of the data, column {column!r}: no label")
-    if args.positive_label is not None:
-        texts = values.cast(pa.string())
-        known = pc.unique(texts).to_pylist()
-        if args.positive_label not in known:
-            raise UserError(f"{path}: column {column!r} has no --positive-label {args.positive_label!r}, but "
-                            f"{', '.join(map(repr, known[:10]))}")
-        return pc.equal(texts, args.positive_label).to_numpy()
-    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_boolean(values.type)):
-        raise UserError(f"{path}: column {column!r} is no number, but {values[0].as_py()!r}; --positive-label says "
-                        "which value is toxic")
-    return values.to_numpy() >= args.label_threshold  # in its own precision: a float32 0.7 is at least 0.7
+def refuse_row(bad, column, path, problem):
+    """Raise UserError with the first cell of a column where `bad` [rows] is true."""
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise UserError(f"{path}, row {row + 1} of the data, column {column.name!r}: "
+                        f"{str(column.iloc[row])!r} {problem} ({bad.sum():,} such rows)")
 
 
-def read_file(args):
-    """(texts, labels) of --data."""
-    columns = [args.text_column, args.label_column]
-    table = read_table(args.data, columns)
-    if not table.num_rows:
-        raise UserError(f"{args.data}: no rows")
-    import pyarrow as pa
+def read_labels(column, positive_label, threshold, path):
+    """(labels [rows], classes [rows]) of a column. Toxic is --positive-label, whatever its letter
+    case and the spaces around it, or else a number from --label-threshold on."""
 
-    texts = table[args.text_column].cast(pa.string()).to_pylist()
-    empty = [row for row, text in enumerate(texts, start=1) if not (text or "").strip()]
-    if empty:
-        raise UserError(f"{args.data}: row {empty[0]} of the data, column {args.text_column!r}: empty text "
-                        f"({len(empty)} in all); remove such rows")
-    return texts, read_labels(args.data, args.label_column, table[args.label_column], args)
+    def normalize(values):
+        values = values.astype(str).str.strip().str.lower().str.removesuffix(".0")
+        return values.replace({"true": "1", "false": "0"})
+
+    raw = column.map(str)
+    values = normalize(raw)
+    missing = column.isna() | values.isin(NO_LABEL)
+    counts = raw.value_counts(sort=False)
+    listed = ", ".join(f"{value!r} {count:,}" for value, count in counts[:MAX_CLASSES].items())
+    refuse_row(missing.to_numpy(), column, path, f"is no label; there are {listed}")
+    if positive_label is None:
+        numbers = pd.to_numeric(values, errors="coerce")
+        high = 1 if threshold <= 1 else math.inf
+        refuse_row(~numbers.between(0, high).to_numpy(), column, path, "is no number from 0 to 1; "
+                   "--positive-label names the toxic value, --label-threshold a number above 1 on "
+                   f"a longer scale; there are {listed}")
+        labels = numbers >= threshold
+    else:
+        labels = values == normalize(pd.Series([positive_label]))[0]
+        if not labels.any():
+            raise UserError(f"{path}: column {column.name!r} has no --positive-label "
+                            f"{positive_label!r}, but {listed}")
+    labels = labels.to_numpy(np.int64)
+    if len(counts) > MAX_CLASSES:
+        note(f"labels: {len(counts):,} values, {labels.mean():.1%} of the rows have {threshold:g} or "
+             "more, toxic")
+        return labels, labels
+    toxic = dict(zip(raw, labels))
+    note("labels: " + ", ".join(f"{value!r} is {CLASSES[toxic[value]]} ({count:,})"
+                                for value, count in counts.items()))
+    return labels, pd.factorize(values)[0]
+
+
+def read_texts(path, text_column, label_column, positive_label, threshold):
+    """(texts, labels [rows], classes [rows]) of a file."""
+    frame = read_table(path, [text_column, label_column])
+    column = frame[text_column]
+    texts = [clean_text(str(text)) for text in column.where(column.notna(), "")]
+    blank = np.array([not text.strip() for text in texts])
+    refuse_row(blank, column, path, "is an empty text; remove such rows")
+    return texts, *read_labels(frame[label_column], positive_label, threshold, path)
 
 
 def hub_in_reach():
-    """Whether the Hugging Face hub answers within 3 s; if not, its libraries are told to stay offline."""
+    """Whether the Hugging Face hub answers within 3 s; if not, its libraries are told to stay
+    offline, since each of their attempts takes 25 s."""
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     target = urllib.parse.urlsplit(urllib.request.getproxies().get("https", address))
     try:
@@ -286,612 +421,729 @@ def hub_in_reach():
     return True
 
 
-def read_civil_comments(args):
-    """(texts, labels, {part: rows}) of Civil Comments, whose own parts are kept: the first texts of each, streamed.
-
-    All of them with --sample-size 0. They are kept in --data-dir; a file already there is used as it is.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    texts, labels, parts, seen = [], [], {}, set()
-    for part, size in reversed(list(zip(PARTS, part_sizes(args.sample_size)))):
-        path = Path(args.data_dir) / f"civil_comments-{part}-{size or 'all'}.parquet"
-        if not path.exists():
-            if not hub_in_reach():
-                raise UserError(f"civil_comments: huggingface.co is out of reach and {path} is not there; bring that "
-                                "file (columns text, toxicity), or take --data FILE")
-            import datasets
-
-            try:
-                source = datasets.load_dataset("google/civil_comments", split=part, streaming=bool(size),
-                                               cache_dir=args.data_dir).select_columns(["text", "toxicity"])
-                rows = list(source.take(size)) if size else source.to_list()
-            except Exception as error:  # datasets passes on what its libraries raise, of networks, files and formats
-                raise UserError(f"civil_comments: {first_line(error)}; try again, or take --data") from None
-            with whole_file(path) as file:
-                pa.parquet.write_table(pa.Table.from_pylist(rows), file)
-        table = read_table(path, ["text", "toxicity"])
-        first, own = len(texts), [same_text(text or "") for text in table["text"].to_pylist()]
-        texts += table["text"].to_pylist()
-        labels.append(read_labels(path, "toxicity", table["toxicity"], args))
-        # Without empty texts, and those of a later part: the same text is never on two sides.
-        parts[part] = np.array([row for row, key in enumerate(own, first) if key and key not in seen], np.int64)
-        seen.update(own)
-    return texts, np.concatenate(labels), {part: parts[part] for part in PARTS}
-
-
-def part_sizes(sample_size):
+def split_sizes(sample_size):
     """Texts for training, validation and test; 0 is all."""
     return sample_size, sample_size // 5, sample_size // 5
 
 
-def same_text(text):
-    """What two texts share that count as the same: letter case and white space do not matter."""
-    return " ".join(text.lower().split())
+def fetch_civil_comments(split, size, data_dir):
+    """Path of a Parquet file with the first `size` texts (0: all) of a split of Civil Comments,
+    which are streamed from the hub unless the file is there."""
+    path = Path(data_dir, f"civil_comments-{split}-{size or 'all'}.parquet")
+    if path.exists():
+        return path
+    if not hub_in_reach():
+        raise UserError(f"civil_comments: the Hugging Face hub is out of reach, and {path} (columns "
+                        "text and toxicity) is not there")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset("google/civil_comments", split=split, streaming=bool(size),
+                                     cache_dir=data_dir).select_columns(["text", "toxicity"])
+        frame = pd.DataFrame(list(rows.take(size)) if size else rows.to_list())
+    except Exception as error:  # datasets passes on what its libraries raise
+        raise UserError(f"civil_comments: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part:
+        frame.to_parquet(part)
+    return path
+
+
+def read_civil_comments(args):
+    """(texts, labels, classes, splits) of Civil Comments with its published splits. A text that
+    is in two splits stays in the later one, an empty one in none."""
+    texts, labels, splits, seen = [], [], {}, {""}
+    sizes = dict(zip(SPLITS, split_sizes(args.sample_size)))
+    for split in reversed(SPLITS):
+        path = fetch_civil_comments(split, sizes[split], args.data_dir)
+        frame = read_table(path, ["text", "toxicity"])
+        keys = [same_text(text or "") for text in frame["text"]]
+        splits[split] = np.array([len(texts) + i for i, key in enumerate(keys) if key not in seen])
+        seen.update(keys)
+        texts += [clean_text(text or "") for text in frame["text"]]
+        labels.append(read_labels(frame["toxicity"], None, args.label_threshold, path)[0])
+    labels = np.concatenate(labels)
+    return texts, labels, labels, {split: splits[split] for split in SPLITS}
 
 
 def split_texts(texts, labels, sample_size, seed):
-    """{part: rows} stratified by label, the same text never on two sides.
+    """{split: rows} stratified by label, the same text never on two sides.
 
-    `sample_size` texts, each once, for training and a fifth of it for each other part; 0, or a file too small: all
-    rows, 80, 10 and 10 % of the different texts.
+    With `sample_size`, so many different texts for training and a fifth of it for each other
+    split; if there are not as many, or with 0, all rows, 80/10/10 % of the different texts.
     """
     from sklearn.model_selection import train_test_split
 
-    _, first, group = np.unique([same_text(text) for text in texts], return_index=True, return_inverse=True)
-    sizes = part_sizes(sample_size)
-    sampled = sample_size and sum(sizes) <= len(first)
+    keys = [same_text(text) for text in texts]
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    toxic = np.bincount(group, labels) / np.bincount(group)  # share of each different text
+    both = ((toxic > 0) & (toxic < 1)).sum()
+    if both:
+        note(f"{both:,} of {len(first):,} different texts have both labels")
+    sizes = split_sizes(sample_size)
+    sampled = 0 < sum(sizes) <= len(first)
     if not sampled:
         held_out = len(first) // 10
-        sizes = len(first) - 2 * held_out, held_out, held_out
+        sizes = (len(first) - 2 * held_out, held_out, held_out)
     strata = labels[first]
-    if min(np.bincount(strata, minlength=2)) < 10 or sizes[2] < 2:
-        raise UserError(f"{len(first):,} different texts, {strata.sum()} of them toxic: at least ten of each class are "
-                        "needed; see --label-column, --label-threshold and --positive-label")
-    groups, parts = np.arange(len(first)), {}
-    for part, size in zip(PARTS[::-1], sizes[::-1]):
+    if np.bincount(strata, minlength=2).min() < 10 or sizes[1] < 2:
+        raise UserError(f"{len(first):,} different texts, {strata.sum():,} of them toxic: at least "
+                        "ten of each class are needed; see --label-column and --positive-label")
+    groups, splits = np.arange(len(first)), {}
+    for split, size in zip(reversed(SPLITS), reversed(sizes)):
+        chosen = groups
         if size + 1 < len(groups):
-            groups, chosen = train_test_split(groups, test_size=size, random_state=seed, stratify=strata[groups])
-        else:
-            chosen = groups
-        parts[part] = first[chosen] if sampled else np.flatnonzero(np.isin(group, chosen))
-    return {part: parts[part] for part in PARTS}
+            groups, chosen = train_test_split(groups, test_size=size, random_state=seed,
+                                              stratify=strata[groups])
+        splits[split] = first[chosen] if sampled else np.flatnonzero(np.isin(group, chosen))
+    return {split: splits[split] for split in SPLITS}
+
+
+def read_source(args):
+    """(name of the source, texts, labels, classes, splits or None) that the arguments name."""
+    if args.data:
+        columns = (args.text_column, args.label_column, args.positive_label, args.label_threshold)
+        return Path(args.data).name, *read_texts(args.data, *columns), None
+    if args.dataset != "embedded":
+        try:
+            return "civil_comments", *read_civil_comments(args)
+        except UserError as error:
+            if args.dataset:
+                raise
+            note(f"{error}; embedded comments instead, all figures are about those")
+    count = max(3000, 3 * sum(split_sizes(args.sample_size or 5000)))
+    texts, labels = generate_comments(count, args.seed)
+    return "embedded", texts, labels, labels, None
 
 
 def load_data(args):
-    """Texts of --data, of --dataset, or embedded ones, in their parts."""
-    import hashlib
-
-    source, parts = "real", None
-    if args.data:
-        name = Path(args.data).name
-        try:
-            texts, labels = read_file(args)
-        except UnicodeDecodeError:
-            raise UserError(f"{args.data}: not UTF-8; save the file in that encoding") from None
-    elif args.dataset != "embedded":
-        try:
-            texts, labels, parts = read_civil_comments(args)
-            args.dataset = name = "civil_comments"
-        except UserError as problem:
-            if args.dataset:
-                raise
-            note(f"warning: {problem}; embedded comments instead, all figures are about those")
-            args.dataset = "embedded"
-    if args.dataset == "embedded":
-        source, name = "embedded", "embedded comments"
-        texts, labels = generate_comments(max(3000, 3 * sum(part_sizes(args.sample_size or 5000))), args.seed)
-    labels = labels.astype(np.int64)
-    parts = parts or split_texts(texts, labels, args.sample_size, args.seed)
-    counts = {part: np.bincount(labels[rows], minlength=2).tolist() for part, rows in parts.items()}
-    if not all(all(count) for count in counts.values()):
-        raise UserError(f"{name}: one class only in a part ({counts}); see --label-threshold and --positive-label")
-    digest = hashlib.sha256(json.dumps([[texts[row], int(labels[row])] for rows in parts.values() for row in rows])
-                            .encode()).hexdigest()
-    info = {"source": source, "name": name, "rows": sum(map(len, parts.values())), "sha256": digest,
-            "counts": {part: dict(zip(CLASSES, count)) for part, count in counts.items()}}
-    return Texts(texts, labels, parts, info)
+    """Data of --data, --dataset, or what is in reach."""
+    source, texts, labels, classes, splits = read_source(args)
+    splits = splits or split_texts(texts, labels, args.sample_size, args.seed)
+    counts = {split: np.bincount(labels[rows], minlength=2) for split, rows in splits.items()}
+    if min(count.min() for count in counts.values()) == 0:
+        raise UserError(f"{source}: a split has texts of one class only ({counts}); see "
+                        "--label-threshold and --positive-label")
+    log(f"{source}: " + ", ".join(f"{count.sum():,} texts for {split} ({count[1] / count.sum():.1%} "
+                                  "toxic)" for split, count in counts.items()))
+    rows = np.concatenate(list(splits.values()))
+    content = json.dumps([[texts[row], int(labels[row])] for row in rows])
+    info = {"source": source, "rows": len(rows), "counts": counts,
+            "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    return Data(texts, labels, classes, splits, info)
 
 
-# --- Tokens -----------------------------------------------------------------------------------------------------------
+# --- Tokens -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Tokens:
-    """Token ids of many texts end to end; text i has ids[starts[i] : starts[i + 1]]."""
+    """Token ids of many texts, end to end; text i has ids[starts[i] : starts[i + 1]]."""
 
     ids: torch.Tensor  # [tokens] int32
     starts: torch.Tensor  # [texts + 1] int64
+    truncated: float = 0.0  # share of the texts that were longer
 
     @property
     def lengths(self):
         return self.starts.diff()
 
     def to(self, device):
-        return Tokens(self.ids.to(device), self.starts.to(device))
+        return replace(self, ids=self.ids.to(device), starts=self.starts.to(device))
+
+    def batch(self, rows):
+        """Arguments of a BERT for the texts `rows`, each [batch, longest of these]."""
+        starts = self.starts[rows].unsqueeze(1)
+        lengths = self.lengths[rows].unsqueeze(1)
+        place = torch.arange(int(lengths.max()), device=rows.device)
+        mask = place < lengths
+        ids = torch.where(mask, self.ids[torch.where(mask, starts + place, 0)], 0)  # 0 is [PAD]
+        return {"input_ids": ids.long(), "attention_mask": mask.long()}
 
 
 def train_wordpiece(texts):
-    """A WordPiece tokenizer (lower case, as bert-base-uncased) with a vocabulary of the `texts`."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """A tokenizer like that of bert-base-uncased with a vocabulary of the `texts`."""
+    from tokenizers import BertWordPieceTokenizer
+    from tokenizers.normalizers import BertNormalizer
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # The trainer numbers letters as its threads find them; given in order, the vocabulary is the same in every run.
-    counts = Counter(tokenizer.normalizer.normalize_str("".join(texts)))
+    # The trainer numbers letters as its threads meet them, and the numbers break ties; given in
+    # order as special tokens, they and the vocabulary are the same in every run.
+    counts = Counter(BertNormalizer().normalize_str("".join(texts)))
     letters = sorted(letter for letter, _ in counts.most_common(1000) if not letter.isspace())
     known = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=TINY["vocab_size"], min_frequency=2, special_tokens=known, initial_alphabet=letters,
-        limit_alphabet=len(letters), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    words = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))  # without letters as special tokens
-    words.normalizer, words.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    words.decoder = decoders.WordPiece()
-    words.add_special_tokens(SPECIAL_TOKENS)
-    ends = [(token, words.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends)
-    return words
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(texts, TINY["vocab_size"], limit_alphabet=len(letters),
+                                initial_alphabet=letters, special_tokens=known,
+                                show_progress=False)
+    return BertWordPieceTokenizer(trained.get_vocab())._tokenizer
 
 
 def tokenize(tokenizer, texts, max_length):
     """Tokens of `texts`, each cut to `max_length` with its [CLS] and [SEP]."""
     tokenizer.enable_truncation(max_length)
     tokenizer.no_padding()
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
-    starts = np.cumsum([0, *map(len, encoded)])
-    ids = np.fromiter((token for ids in encoded for token in ids), np.int32, starts[-1])
-    return Tokens(torch.from_numpy(ids), torch.from_numpy(starts))
+    encoded = tokenizer.encode_batch_fast(texts)
+    starts = np.cumsum([0, *(len(encoding.ids) for encoding in encoded)])
+    ids = np.concatenate([np.array(encoding.ids, np.int32) for encoding in encoded])
+    truncated = sum(bool(encoding.overflowing) for encoding in encoded) / len(encoded)
+    return Tokens(torch.from_numpy(ids), torch.from_numpy(starts), truncated)
 
 
 def bucket_batches(lengths, batch_size, shuffle):
-    """Rows of each batch [batch_size or fewer], texts of like `lengths` [texts] together.
-
-    With `shuffle` the texts are shuffled, sorted by length within runs of 50 batches, and the batches shuffled.
-    """
+    """Rows of each batch, texts of like `lengths` [texts] together. With `shuffle`, texts are
+    shuffled, sorted within runs of 50 batches, and the batches shuffled."""
     if not shuffle:
         return lengths.argsort().split(batch_size)
-    runs = torch.randperm(len(lengths), device="cpu").to(lengths.device).split(50 * batch_size)
-    batches = [batch for run in runs for batch in run[lengths[run].argsort(stable=True)].split(batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches)).tolist()]
+    runs = torch.randperm(len(lengths)).to(lengths.device).split(50 * batch_size)
+    batches = [batch for run in runs
+               for batch in run[lengths[run].argsort(stable=True)].split(batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches))]
 
 
-def pad_batch(tokens, rows):
-    """Token ids and attention mask [batch, longest of these] int64 of the texts `rows` [batch]."""
-    starts, lengths = tokens.starts[rows], tokens.starts[rows + 1] - tokens.starts[rows]
-    place = torch.arange(int(lengths.max()), device=rows.device)
-    mask = place < lengths.unsqueeze(1)  # [batch, longest]
-    at = torch.where(mask, starts.unsqueeze(1) + place, 0)
-    return torch.where(mask, tokens.ids[at], 0).long(), mask.long()  # 0 is [PAD]
+# --- Model --------------------------------------------------------------------------------------
 
 
-# --- Model ------------------------------------------------------------------------------------------------------------
-
-
-def build_bert(sizes):
-    """A BertForSequenceClassification with random weights of the given config entries."""
+def build_bert(config):
+    """A BertForSequenceClassification with random weights and the given config entries."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(BertConfig(num_labels=2, **sizes))
+    return BertForSequenceClassification(BertConfig(num_labels=2, **config))
 
 
 def load_pretrained(name):
     """(BertForSequenceClassification, its tokenizer) of a folder or a hub id."""
-    folder = Path(name).is_dir()
-    if not folder and (os.sep in name and name.count("/") != 1):
-        raise UserError(f"{name}: no such folder")
-    offline = folder or not hub_in_reach()
+    offline = Path(name).is_dir() or not hub_in_reach()
     import transformers
     from transformers import BertForSequenceClassification, BertTokenizerFast
 
-    transformers.logging.set_verbosity(50)  # its report of a new classifier head is expected
+    transformers.logging.set_verbosity_error()  # a new classifier is expected
     transformers.logging.disable_progress_bar()
     try:
         model, loading = BertForSequenceClassification.from_pretrained(
-            name, num_labels=2, dtype=torch.float32, local_files_only=offline, output_loading_info=True)
+            name, num_labels=2, dtype=torch.float32, local_files_only=offline,
+            output_loading_info=True)
         tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=offline)
-    except Exception as error:  # transformers passes on what its libraries raise for damaged files
-        why = first_line(error)
-        hint = " (the hub is out of reach; give a folder)" if offline and not folder else ""
-        raise UserError(f"{name}: no BERT to be loaded: {why}{hint}") from None
-    lost = [key for key in loading["missing_keys"] if not key.startswith(("classifier.", "bert.pooler."))]
-    if lost or len(tokenizer) <= len(SPECIAL_TOKENS):
-        raise UserError(f"{name}: not a BERT with its vocabulary (missing: {', '.join(sorted(lost)[:3]) or 'vocab'})")
+    except Exception as error:  # transformers passes on what its libraries raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{name}: no BERT to be loaded, here or from the hub ({reason})") from None
+    heads = ("classifier.", "bert.pooler.")
+    missing = [key for key in loading["missing_keys"] if not key.startswith(heads)]
+    if missing or len(tokenizer) <= len(SPECIAL_TOKENS):
+        raise UserError(f"{name}: no BERT with its vocabulary (missing: {missing[:3] or 'vocab'})")
     return model, tokenizer.backend_tokenizer
 
 
 def make_model(args, texts):
-    """(model, tokenizer, name) to be trained: pretrained, or BERT-Tiny's sizes from scratch with a new vocabulary.
-
-    Where the default model is out of reach, args.from_scratch is set.
-    """
+    """(model, tokenizer, its name, whether from scratch) to be trained: a pretrained one, or one
+    of BERT-Tiny's size with random weights and a vocabulary of the `texts`."""
     if not args.from_scratch:
+        name = args.model or DEFAULT_MODEL
         try:
-            return *load_pretrained(args.model or DEFAULT_MODEL), Path(args.model or DEFAULT_MODEL).name
-        except UserError as problem:
+            return *load_pretrained(name), Path(name).name, False
+        except UserError as error:
             if args.model:
                 raise
-            note(f"warning: {problem}; BERT-Tiny from scratch instead, which has read nothing before")
-            args.from_scratch = True
-    return build_bert(TINY | {"hidden_dropout_prob": DROPOUT_FROM_SCRATCH}), train_wordpiece(texts), "BERT-Tiny"
+            note(f"{error}; random weights instead, which have read nothing before")
+    model = build_bert(TINY | {"hidden_dropout_prob": DROPOUT_FROM_SCRATCH})
+    return model, train_wordpiece(texts), "BERT-Tiny from scratch", True
 
 
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def widen(model, dendrites):
-    """Add as many feed-forward units, in place, as come nearest to the parameters of so many dendrites on each neuron.
-
-    Their incoming weights are random and their outgoing ones zero, so that the model computes what it did before.
-    """
-    more = count_parameters(grow_dendrites(copy.deepcopy(model), dendrites)) - count_parameters(model)
-    units = round(more / (model.config.num_hidden_layers * (2 * model.config.hidden_size + 1)))
-    for layer in model.bert.encoder.layer:
-        up, down = layer.intermediate.dense, layer.output.dense
-        new = torch.randn(units, up.in_features) * model.config.initializer_range
-        up.weight = nn.Parameter(torch.cat([up.weight.data, new]))
-        up.bias = nn.Parameter(torch.cat([up.bias.data, torch.zeros(units)]))
-        down.weight = nn.Parameter(torch.cat([down.weight.data, torch.zeros(down.out_features, units)], dim=1))
-        up.out_features += units
-        down.in_features += units
-    model.config.intermediate_size += units
+def load_giant(args, texts):
+    """(model, tokenizer, its name, whether from scratch) of --giant."""
+    if args.giant == "scratch":
+        return build_bert(SMALL_GIANT), train_wordpiece(texts), "small giant from scratch", True
+    return *load_pretrained(args.giant), f"giant {Path(args.giant).name}", False
 
 
 class DendriticLinear(nn.Module):
     """A Linear layer whose neurons have dendrites, as perforatedai computes it, in plain torch.
 
-    [..., in_features] -> [..., out_features]: W x + b + Σ_k to_neuron_k · a_k with the activations of the dendrites
-    a_k = sigmoid(W_k x + b_k + Σ_{j<k} to_dendrite_kj · a_j). W and all W_k lie in one Linear, for one product.
+    [..., in_features] -> [..., out_features]: W x + b + Σ_k to_neuron_k · a_k with the activations
+    a_k = sigmoid(W_k x + b_k + Σ_{j<k} to_dendrite_kj · a_j). W and all W_k lie in one Linear.
     """
 
     def __init__(self, in_features, out_features, dendrites):
         super().__init__()
         self.linear = nn.Linear(in_features, (1 + dendrites) * out_features)
         self.to_neuron = nn.Parameter(torch.zeros(dendrites, out_features))
-        self.to_dendrite = nn.ParameterList(torch.zeros(k, out_features) for k in range(1, dendrites))
+        self.to_dendrite = nn.ParameterList(
+            torch.zeros(k, out_features) for k in range(1, dendrites))
 
-    def forward(self, x):
+    def parts(self, x):
+        """(what the neurons compute by themselves, what their dendrites add to it)."""
         neuron, *dendrites = self.linear(x).chunk(1 + len(self.to_neuron), dim=-1)
-        activations = []
+        activations, added = [], 0
         for k, dendrite in enumerate(dendrites):
             for j, activation in enumerate(activations):
                 dendrite = dendrite + self.to_dendrite[k - 1][j] * activation
             activations.append(dendrite.sigmoid())
-            neuron = neuron + self.to_neuron[k] * activations[k]
-        return neuron
+            added = added + self.to_neuron[k] * activations[k]
+        return neuron, added
+
+    def forward(self, x):
+        neuron, added = self.parts(x)
+        return neuron + added
 
 
 def grow_dendrites(model, dendrites):
-    """Give each neuron of a plain BERT's Linear layers so many dendrites (0: none), in place; returns the model."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] if dendrites else []
-    for name in names:
+    """Give each neuron of a plain BERT's Linear layers so many dendrites (0: none), in place;
+    returns the model."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in linears if dendrites else []:
         linear = model.get_submodule(name)
-        model.set_submodule(name, DendriticLinear(linear.in_features, linear.out_features, dendrites))
+        layer = DendriticLinear(linear.in_features, linear.out_features, dendrites)
+        model.set_submodule(name, layer)
     return model
 
 
-# --- Dendrites --------------------------------------------------------------------------------------------------------
+def dendritic_layers(model):
+    return [module for module in model.modules() if isinstance(module, DendriticLinear)]
+
+
+def pack_model(model):
+    """What a checkpoint holds of a model, plain or perforatedai's: {"config", "dendrites" on each
+    neuron, "weights"}."""
+    weights = {name: torch.cat([tensor.detach().cpu() for tensor in tensors])
+               for name, tensors in active_parameters(model).items()}
+    dendrites = max((len(tensor) for name, tensor in weights.items() if "to_neuron" in name),
+                    default=0)
+    config = {key: getattr(model.config, key) for key in CONFIG_KEYS}
+    return {"config": config, "dendrites": dendrites, "weights": weights}
+
+
+def unpack_model(packed):
+    """The model, in plain torch, that pack_model packed."""
+    model = grow_dendrites(build_bert(packed["config"]), packed["dendrites"])
+    model.load_state_dict(packed["weights"])
+    return model
+
+
+def switch_off_dendrites(model):
+    """A copy of the model whose dendrites add nothing."""
+    model = copy.deepcopy(model)
+    for layer in dendritic_layers(model):
+        nn.init.zeros_(layer.to_neuron)
+    return model
+
+
+@torch.inference_mode()
+def dendrite_share(model, tokens):
+    """Share [%] of the output of the dendritic layers that the dendrites carry: their standard
+    deviation over texts and tokens over the sum of theirs and the neurons' own, on average."""
+    shares = []
+
+    def measure(layer, inputs, output):
+        neuron, added = layer.parts(*inputs)
+        spread = [part.flatten(0, -2).std(0) for part in (neuron, added)]
+        shares.append((spread[1] / (spread[0] + spread[1])).mean())
+
+    hooks = [layer.register_forward_hook(measure) for layer in dendritic_layers(model)]
+    model.eval()(**tokens.batch(torch.arange(min(500, len(tokens.lengths)), device=model.device)))
+    for hook in hooks:
+        hook.remove()
+    return 100 * torch.stack(shares).mean().item() if shares else None
+
+
+# --- Dendrites: what an arm does at a switch ----------------------------------------------------
+#
+# Every --switch-every epochs training calls the function of its arm with the best model so far, the
+# training texts and the arguments, and goes on with the model that it returns.
 
 
 @contextlib.contextmanager
-def confined_library(folder):
-    """Run perforatedai inside `folder`, where it writes, with its debugger, prompts and exits turned into errors."""
-    said = io.StringIO()
+def sandbox_perforatedai():
+    """Run perforatedai in a temporary folder, where it writes, with its debugger, its prompts and
+    its exits turned into errors."""
+    printed = io.StringIO()
 
-    def last_lines():
-        return " / ".join(said.getvalue().split("\n")[-6:-1]) or "it said nothing"
+    def refuse(*args, **kwargs):
+        raise SystemExit
 
-    def refuse(*_, **__):
-        raise UserError(f"perforatedai stopped to ask: {last_lines()}")
-
-    before, kept, backend = os.getcwd(), (pdb.set_trace, builtins.input), matplotlib.get_backend()
-    pdb.set_trace = builtins.input = refuse
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # numpy's, about the library
+    backend = matplotlib.get_backend()
+    with (tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder),
+          contextlib.redirect_stdout(printed), mock.patch("pdb.set_trace", refuse),
+          mock.patch("builtins.input", refuse), warnings.catch_warnings()):
+        warnings.simplefilter("ignore")  # numpy's and torch's, about the library
+        try:
             yield
-    except SystemExit:
-        raise UserError(f"perforatedai gave up: {last_lines()}") from None
-    except SafetensorError as error:
-        raise UserError(f"{folder}: perforatedai cannot read or write there ({first_line(error)})") from None
-    finally:
-        matplotlib.use(backend)  # importing the library changes it
-        os.chdir(before)
-        pdb.set_trace, builtins.input = kept
+        except SystemExit:
+            lines = " / ".join(printed.getvalue().split("\n")[-6:-1])
+            raise UserError(f"perforatedai stopped: {lines}") from None
+        finally:
+            matplotlib.use(backend)  # importing the library changes it
 
 
-def dendrite_tries(args):
-    """How often --epochs has room to try each set of dendrites."""
-    return (args.epochs // args.switch_every - 1) // args.max_dendrites
-
-
-def perforate(model, args, device):
-    """(wrapped model, tracker): perforatedai set up so that the neuron axis is the last one of every layer.
-
-    A set of dendrites that brings nothing is thrown away and tried again, as often as --epochs has room for.
-    """
+def add_by_library(model, sets, device):
+    """`model`, a BERT without dendrites, as one of perforatedai's, to which the library has added
+    so many sets of dendrites. The neurons are the last axis of every layer's output."""
     from perforatedai import globals_perforatedai as GPA
     from perforatedai import utils_perforatedai as UPA
 
     settings = {
-        "configuration_confirmed": True, "unwrapped_modules_confirmed": True, "weight_decay_accepted": True,
-        "silent": True, "testing_dendrite_capacity": False, "test_saves": False, "device": device,
-        "modules_to_perforate": [nn.Linear], "modules_to_track": [nn.LayerNorm, nn.Embedding],
-        "output_dimensions": [-1, -1, 0],  # [batch, sequence, feature], 0 marks the neurons
-        "switch_mode": GPA.pc.DOING_FIXED_SWITCH, "fixed_switch_num": args.switch_every,
-        "first_fixed_switch_num": args.switch_every, "max_dendrites": args.max_dendrites,
-        "max_dendrite_tries": dendrite_tries(args),
+        "configuration_confirmed": True, "unwrapped_modules_confirmed": True,
+        "weight_decay_accepted": True, "silent": True, "testing_dendrite_capacity": False,
+        "test_saves": False, "device": device, "modules_to_perforate": [nn.Linear],
+        "modules_to_track": [nn.LayerNorm, nn.Embedding], "output_dimensions": [-1, -1, 0],
+        "switch_mode": GPA.pc.DOING_FIXED_SWITCH, "fixed_switch_num": 1,
+        "first_fixed_switch_num": 1, "max_dendrites": sets + 1,
     }
     for name, value in settings.items():
         getattr(GPA.pc, f"set_{name}")(value)
-    model = UPA.perforate_model(model, save_name="perforatedai", making_graphs=False, maximizing_score=True)
+    model = UPA.perforate_model(model, save_name="perforatedai", making_graphs=False,
+                                maximizing_score=True)
     for module in (model.bert.pooler.dense, model.classifier):
         module.set_this_output_dimensions([-1, 0])  # [batch, feature]
-    return model.to(device), GPA.pai_tracker
+    model.to(device)
+    for score in range(1, sets + 1):  # the library adds a set after each score that it is told
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        GPA.pai_tracker.set_optimizer_instance(optimizer)
+        model(input_ids=torch.ones(2, 3, dtype=torch.long, device=device)).logits.sum().backward()
+        model, _, _ = GPA.pai_tracker.add_validation_score(float(score), model)
+    model.zero_grad()
+    return model
 
 
-def live_weights(model):
-    """({name: tensor} of the weights in use, dendrites on each neuron) of a plain or a perforated model.
-
-    The names are those of grow_dendrites(plain model); the library's idle copies are left out.
-    """
-    weights, dendrites = {}, 0
-    for name, parameter in model.named_parameters():
-        if not any(part in name for part in (".dendrite_module.", ".dendrites_to_top", ".candidate")):
-            weights[name.replace("main_module.", "")] = parameter.detach()
+def active_parameters(model):
+    """{name in plain torch: tensors, to be joined} of all weights that take part in a forward pass
+    of a plain model or of perforatedai's, whose idle copies are left out."""
+    idle = (".dendrite_module.", ".dendrites_to_top", ".candidate")
+    active = {name.replace("main_module.", ""): [parameter]
+              for name, parameter in model.named_parameters()
+              if not any(part in name for part in idle)}
     for name, module in model.named_modules():
-        count = getattr(module, "dendrite_modules_added", 0) if hasattr(module, "dendrite_module") else 0
-        if count:
-            dendrites, inner = count, module.dendrite_module
-            for kind in ("weight", "bias"):
-                own = weights.pop(f"{name}.{kind}")
-                weights[f"{name}.linear.{kind}"] = torch.cat([own, *(getattr(d, kind) for d in inner.layers)]).detach()
-            weights[f"{name}.to_neuron"] = module.dendrites_to_top[count - 1].detach()
-            for k in range(1, count):
-                weights[f"{name}.to_dendrite.{k - 1}"] = inner.dendrites_to_dendrites[k].detach()
-    return weights, dendrites
+        sets = getattr(module, "dendrite_modules_added", 0)
+        if not sets or not hasattr(module, "dendrite_module"):
+            continue
+        inner = module.dendrite_module
+        for kind in ("weight", "bias"):
+            neuron = active.pop(f"{name}.{kind}")
+            active[f"{name}.linear.{kind}"] = neuron + [getattr(d, kind) for d in inner.layers]
+        active[f"{name}.to_neuron"] = [module.dendrites_to_top[sets - 1]]
+        for k in range(1, sets):
+            active[f"{name}.to_dendrite.{k - 1}"] = [inner.dendrites_to_dendrites[k]]
+    return active
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def copy_weights(plain, model):
+    """Copy all weights of `plain` to `model`, which may have more sets of dendrites and may be one
+    of perforatedai's."""
+    weights = plain.state_dict()
+    for name, tensors in active_parameters(model).items():
+        known = weights.get(name, weights.get(name.replace("linear.", "")))
+        for tensor in tensors if known is not None else []:
+            rows = min(len(tensor), len(known))  # fewer where a set is new
+            tensor[:rows] = known[:rows]
+            known = known[rows:]
+
+
+def perforate(plain, sets, device):
+    """`plain` as a model of perforatedai with `sets` sets of dendrites. Weights that `plain` has
+    stay, others are the library's."""
+    require("perforatedai")
+    with sandbox_perforatedai():
+        model = add_by_library(build_bert(pack_model(plain)["config"]), sets, device)
+    copy_weights(plain, model)
+    return model
+
+
+def library(model, train, args):
+    """perforatedai adds one dendrite to each neuron, with output weights of 0."""
+    return perforate(model, pack_model(model)["dendrites"] + 1, args.device)
+
+
+def restart(model, train, args):
+    """Nothing but the return to the best weights and to the highest learning rate."""
+    return model
+
+
+def wider(model, train, args):
+    """Add as many feed-forward units as come nearest to the parameters of one dendrite on each
+    neuron. Their outgoing weights are 0, so that the model computes what it did before."""
+    packed = pack_model(model)
+    size, layers = packed["config"]["hidden_size"], packed["config"]["num_hidden_layers"]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    parameters = sum(linear.weight.numel() + 2 * linear.out_features for linear in linears)
+    packed["config"]["intermediate_size"] += round(parameters / (layers * (2 * size + 1)))
+    grown = build_bert(packed["config"])
+    for name, weight in grown.state_dict().items():
+        if name.endswith("output.dense.weight"):
+            weight.zero_()
+        known = packed["weights"][name]
+        weight[tuple(slice(length) for length in known.shape)] = known
+    return grown
+
+
+def cascade(model, train, args):
+    """Cascade correlation (Fahlman and Lebiere 1990): one pass over the training texts trains a
+    candidate for each neuron to covary with the gradient of the loss at that neuron, which is the
+    remaining error. Only then are the candidates connected, against that gradient.
+    """
+    packed = pack_model(model)
+    grown = grow_dendrites(build_bert(packed["config"]), packed["dendrites"] + 1)
+    copy_weights(model, grown)
+    model = model.to(args.device).eval()
+    names = [name for name, module in grown.named_modules() if isinstance(module, DendriticLinear)]
+    candidates, moments = train_candidates(model, names, train)
+    for name, candidate in candidates.items():
+        layer = grown.get_submodule(name)
+        covariance, mean, variance, output_variance = moments[name].cpu()
+        spread = output_variance.sqrt() / variance.sqrt().clamp(min=0.02)
+        neurons = len(candidate.bias)
+        with torch.no_grad():
+            layer.linear.weight[-neurons:] = candidate.weight.cpu()
+            layer.linear.bias[-neurons:] = candidate.bias.cpu()
+            layer.to_neuron[-1] = -covariance.sign() * CASCADE_START * spread
+            layer.linear.bias[:neurons] -= layer.to_neuron[-1] * mean  # the mean output stays
+    return grown
+
+
+def train_candidates(model, names, train):
+    """({layer: nn.Linear}, {layer: moments}) of candidate dendrites, one for each neuron of the
+    layers `names`, trained to covary with the gradient of the loss. Moments [4, neurons] are
+    running means of: covariance, mean and variance of the candidate, variance of the neuron."""
+    recorded, candidates, moments = {}, {}, {}
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(
+            lambda layer, inputs, output, name=name: recorded.update({name: (*inputs, output)}))
+        plain = getattr(layer, "linear", layer)
+        neurons = len(layer.to_neuron[0]) if hasattr(layer, "to_neuron") else plain.out_features
+        candidates[name] = nn.Linear(plain.in_features, neurons, device=model.device)
+        nn.init.normal_(candidates[name].weight, std=0.05)
+        nn.init.zeros_(candidates[name].bias)
+    parameters = [weight for candidate in candidates.values() for weight in candidate.parameters()]
+    batches = bucket_batches(train.tokens.lengths, INFERENCE_BATCH, shuffle=True)
+    optimizer = torch.optim.Adam(parameters, lr=5e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
+    for rows in progress(batches, "candidates"):
+        batch = train.tokens.batch(rows)
+        loss = train.loss(model(**batch).logits, rows)
+        errors = torch.autograd.grad(loss, [output for _, output in recorded.values()])
+        objective = 0
+        for (name, (x, output)), error in zip(recorded.items(), errors):
+            mask = batch["attention_mask"].bool() if x.dim() == 3 else slice(None)
+            x, output, error = x.detach()[mask], output.detach()[mask], error[mask]
+            activation = candidates[name](x).sigmoid()  # [tokens, neurons]
+            centred = (error - error.mean(0)) / (error.std(0) + 1e-12)
+            covariance = (activation * centred).mean(0)
+            now = torch.stack([covariance, activation.mean(0), activation.var(0), output.var(0)])
+            moments.setdefault(name, now.detach()).lerp_(now.detach(), 0.1)
+            objective = objective - (moments[name][0].sign() * covariance).sum()
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        scheduler.step()
+    return candidates, moments
+
+
+# An arm without a function trains on. --compare-dendrites compares the first arm with the others.
+ARMS = {"library": library, "plain": None, "restart": restart, "wider": wider, "cascade": cascade}
+DEFAULT_ARM = "library"
+
+
+def resume_model(packed, arm, device):
+    """The model of a checkpoint in the form in which its arm trains it."""
+    model = unpack_model(packed)
+    if arm == "library" and packed["dendrites"]:
+        model = perforate(model, packed["dendrites"], device)
+    return model.to(device)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Examples:
+    """Tokenized texts and the answers to them."""
+
+    tokens: Tokens
+    labels: np.ndarray  # [texts]
+    targets: torch.Tensor  # labels [texts], or a teacher's probabilities [texts, 2]
+    weights: torch.Tensor | None  # [2] of the classes in the loss
+
+    def loss(self, logits, rows=slice(None)):
+        """Cross-entropy of the logits [batch, 2] of the texts `rows`."""
+        return F.cross_entropy(logits.float(), self.targets[rows], self.weights)
+
+
+def make_examples(tokenizer, data, args, targets=None):
+    """{split: Examples} for training and validation. With a teacher's `targets` the training texts
+    need no class weights, since the teacher has them."""
+    counts = np.bincount(data.split("train")[1])
+    weights = torch.tensor(counts.sum() / (2 * counts), dtype=torch.float32, device=args.device)
+    examples = {}
+    for split in ("train", "validation"):
+        texts, labels = data.split(split)
+        tokens = tokenize(tokenizer, texts, args.max_length)
+        if tokens.truncated:
+            note(f"{tokens.truncated:.1%} of the {split} texts have more than --max-length "
+                 f"{args.max_length} tokens; what follows is not read")
+        examples[split] = Examples(tokens.to(args.device), labels,
+                                   torch.from_numpy(labels).to(args.device), weights)
+    if targets is not None:
+        examples["train"].targets = targets.to(args.device)
+        examples["train"].weights = None
+    return examples
 
 
 @torch.inference_mode()
-def predict_logits(model, tokens, batch_size=INFERENCE_BATCH):
-    """Logits [texts, 2] of a model in evaluation mode, computed in length buckets, in the order of the texts."""
+def predict_logits(model, tokens):
+    """Logits [texts, 2] in the order of the texts, computed in length buckets."""
     logits = torch.empty(len(tokens.lengths), 2, device=tokens.ids.device)
-    for rows in bucket_batches(tokens.lengths, batch_size, shuffle=False):
-        ids, mask = pad_batch(tokens, rows)
-        logits[rows] = model(input_ids=ids, attention_mask=mask).logits.float()
+    for rows in bucket_batches(tokens.lengths, INFERENCE_BATCH, shuffle=False):
+        logits[rows] = model(**tokens.batch(rows)).logits.float()
     return logits
 
 
-def threshold_sweep(labels, scores):
-    """(F1, precision, recall, thresholds), each [thresholds], when a text is called toxic from that score on."""
-    from sklearn.metrics import precision_recall_curve
-
-    precision, recall, thresholds = precision_recall_curve(labels, scores)
-    precision, recall = precision[:-1], recall[:-1]  # sklearn's last point has no threshold
-    return 2 * precision * recall / np.maximum(precision + recall, 1e-12), precision, recall, thresholds
-
-
-def best_threshold(labels, scores):
-    """The score from which on a text is called toxic so that F1 is highest on these [texts]."""
-    f1, _, _, thresholds = threshold_sweep(labels, scores)
-    return float(thresholds[f1.argmax()])
-
-
-def learning_rate_factor(schedule, step, steps, steps_per_epoch):
-    """What multiplies the learning rate at `step` of `steps`: linear warm-up and decay, or the seed's "step"."""
-    if schedule == "step":
-        return 0.1 ** (step // steps_per_epoch)
+def warm_up_then_decay(step, steps):
+    """Share of the largest learning rate: a rise over a tenth of the steps, then a fall to 0."""
     warm_up = max(1, steps // 10)
-    return max(min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up)), 0.0)
+    return max(0, min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up)))
 
 
-def train_classifier(model, tokenizer, data, args, arm, path, from_scratch):
-    """Train with selection by PR AUC on the validation part; goes on from the checkpoint `path` where that exists.
-
-    `arm`: "dendrites" lets perforatedai add them every --switch-every epochs and end the run; those of RESTARTED begin
-    again from the best weights as often; any other trains over --epochs with --patience. Returns {history: a dict for
-    each epoch, switches: likewise, seconds, best and last: {weights, dendrites, epoch, pr_auc, threshold}}.
-    """
-    from sklearn.metrics import average_precision_score, f1_score
-    from sklearn.utils.class_weight import compute_class_weight
-
-    longest = model.config.max_position_embeddings
-    if args.max_length > longest:
-        raise UserError(f"--max-length {args.max_length}: this model reads {longest} tokens")
-    device = choose_device(args.device)
-    (texts, train_labels), (validation_texts, validation_labels) = data.part("train"), data.part("validation")
-    tokens = tokenize(tokenizer, texts, args.max_length).to(device)
-    validation = tokenize(tokenizer, validation_texts, args.max_length).to(device)
-    labels = torch.from_numpy(train_labels).to(device)
-    class_weights = compute_class_weight("balanced", classes=np.array([0, 1]), y=train_labels)
-    weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    steps_per_epoch = math.ceil(len(labels) / args.batch_size)
-    cycle = args.switch_every if arm in ("dendrites", *RESTARTED) else args.epochs
-    rate = args.learning_rate or (RATE_FROM_SCRATCH if from_scratch else 2e-5)
-    # A large model gains from bfloat16 where the hardware has it; for BERT-Tiny the casts cost more than they save.
-    half = has_bfloat16(device) and (device.type == "cuda" or model.config.hidden_size > 256)
-
-    def factor(step):
-        return learning_rate_factor(args.schedule, step, cycle * steps_per_epoch, steps_per_epoch)
-
-    def new_optimizer():
-        used = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(used, rate, weight_decay=args.weight_decay, fused=True)
-        if tracker:
-            tracker.set_optimizer_instance(optimizer)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-    with confined_library(path.parent) if arm == "dendrites" else contextlib.nullcontext():
-        model, tracker = perforate(model, args, device) if arm == "dendrites" else (model.to(device), None)
-        state = load_progress(path, data)
-        if state is None:
-            state = {"history": [], "switches": [], "best": {"pr_auc": -1.0}, "done": False}
-            optimizer, scheduler = new_optimizer()
-        else:
-            if not state["done"]:
-                if tracker:
-                    model = reload_perforated(model, f"epoch-{len(state['history'])}")
-                else:
-                    model.load_state_dict(state["model"])
-                optimizer, scheduler = new_optimizer()
-                optimizer.load_state_dict(state["optimizer"])
-                scheduler.load_state_dict(state["scheduler"])
-            torch.set_rng_state(state["random"])
-        history, best = state["history"], state["best"]
-
-        while not state["done"]:
-            began, losses, epoch = time.perf_counter(), [], len(history) + 1
-            model.train()
-            bar = tqdm(bucket_batches(tokens.lengths, args.batch_size, shuffle=True), f"{arm}, epoch {epoch}",
-                       unit="batch", leave=False)
-            for rows in bar:
-                ids, mask = pad_batch(tokens, rows)  # [batch, longest]
-                with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                    logits = model(input_ids=ids, attention_mask=mask).logits  # [batch, 2]
-                loss = F.cross_entropy(logits.float(), labels[rows], weights)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                scheduler.step()
-                losses.append(loss.detach())
-                if len(losses) % 20 == 1:
-                    bar.set_postfix(loss=f"{loss.item():.3f}")
-            logits = predict_logits(model.eval(), validation)
-            train_loss = torch.stack(losses).mean().item()
-            if not (math.isfinite(train_loss) and logits.isfinite().all()):
-                raise UserError(f"the loss in epoch {epoch} is not finite; lower the --learning-rate")
-
-            scores = logits.softmax(1)[:, 1].cpu().numpy()
-            threshold = best_threshold(validation_labels, scores)
-            pr_auc = float(average_precision_score(validation_labels, scores))
-            live, dendrites = live_weights(model)
-            history.append({
-                "train_loss": train_loss,
-                "validation_loss": F.cross_entropy(logits.cpu(), torch.from_numpy(validation_labels),
-                                                   weights.cpu()).item(),
-                "validation_pr_auc": pr_auc,
-                "validation_f1": float(f1_score(validation_labels, scores >= threshold)),
-                "learning_rate": scheduler.get_last_lr()[0],
-                "live_parameters": sum(tensor.numel() for tensor in live.values()),
-                "seconds": time.perf_counter() - began,
-            })
-            last = {"weights": {name: tensor.cpu().clone() for name, tensor in live.items()}, "dendrites": dendrites,
-                    "epoch": epoch, "pr_auc": pr_auc, "threshold": threshold}
-            if pr_auc > best["pr_auc"]:
-                best = last
-            restarted = False
-            if tracker:
-                model, restarted, done = tracker.add_validation_score(pr_auc, model)
-                state["done"] = bool(done) or epoch == args.epochs
-            elif arm in RESTARTED:
-                restarted = epoch % cycle == 0
-                state["done"] = epoch == args.epochs
-            else:
-                state["done"] = epoch == args.epochs or epoch - best["epoch"] >= args.patience
-            if restarted and not state["done"]:
-                if not tracker:
-                    model.load_state_dict(best["weights"])
-                now = sum(tensor.numel() for tensor in live_weights(model)[0].values())
-                state["switches"].append({"epoch": epoch, "parameters_before": history[-1]["live_parameters"],
-                                          "parameters_after": now})
-                optimizer, scheduler = new_optimizer()
-            state |= {"best": best, "last": last, "optimizer": optimizer.state_dict(), "data": data.info["sha256"],
-                      "scheduler": scheduler.state_dict(), "random": torch.get_rng_state()}
-            if tracker:
-                save_perforated(model, epoch)
-            else:
-                state["model"] = model.state_dict()
-            save_checkpoint(state, path)
-            note(f"{arm}, epoch {epoch}: loss {train_loss:.3f}, validation PR AUC {pr_auc:.3f} (best "
-                 f"{best['pr_auc']:.3f}), {history[-1]['live_parameters']:,} live parameters")
-    for switch, end in zip(state["switches"], [s["epoch"] for s in state["switches"][1:]] + [len(history)]):
-        parts = history[: switch["epoch"]], history[switch["epoch"] : end]
-        for when, epochs in zip(("score_before", "score_after"), parts):
-            switch[when] = max(epoch["validation_pr_auc"] for epoch in epochs)
-    seconds = round(sum(epoch["seconds"] for epoch in history), 1)
-    return state | {"seconds": seconds, "class_weights": class_weights.tolist()}
+def make_optimizer(model, args, rate, steps):
+    """(AdamW, scheduler) for the `steps` steps up to the next switch or the end."""
+    used = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(used, rate, weight_decay=args.weight_decay, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_up_then_decay(step, steps))
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Open `path` to write under another name, and rename at the end: a killed run leaves the older file whole."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.part", "wb") as file:
-            yield file
-        os.replace(f"{path}.part", path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make room, or take another folder") from None
+def new_state(model, source):
+    """What training keeps up to date and a checkpoint holds; the state dictionaries "optimizer"
+    and "scheduler" come with the first epoch."""
+    return {
+        "source": source,  # what the data and the first weights were
+        "model": pack_model(model),  # as it goes on
+        "best": {"pr_auc": -1.0, "epoch": 0, "model": pack_model(model)},
+        "history": [],  # a dictionary of metrics for each epoch
+        "switches": [],  # likewise for each switch
+    }
 
 
-def save_checkpoint(state, path):
-    """torch.save to a whole file; returns its size in MB."""
-    buffer = io.BytesIO()  # writing to the disk itself, torch hides a full one behind a RuntimeError
-    torch.save(state, buffer)
-    with whole_file(path) as file:
-        file.write(buffer.getbuffer())
-    return buffer.tell() / 1e6
-
-
-def read_checkpoint(path):
-    """The dictionary in a checkpoint of this script."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: damaged, or no checkpoint of toxicity.py ({first_line(error)})") from None
-
-
-def load_progress(path, data):
-    """The state of an unfinished training, None where there is none."""
+def load_state(model, source, path):
+    """The state of the checkpoint `path`, if there is one, or a new one."""
     if not path.exists():
-        return None
-    state = read_checkpoint(path)
-    if state["data"] != data.info["sha256"]:
-        raise UserError(f"{path}: the run began with other data; bring them back or start a new run")
+        return new_state(model, source)
+    state = load_checkpoint(path, path)
+    if state["source"] != source:
+        raise UserError(f"{path}: the run began with {state['source']}, here are {source}; bring "
+                        "them back, or start a new run")
     return state
 
 
-def save_perforated(model, epoch):
-    """Have perforatedai keep model and tracker as they are after `epoch`, beside the epoch before."""
-    from perforatedai import utils_perforatedai as UPA
+def train_model(state, examples, args, arm, rate, path):
+    """Train the model of `state`, which is kept up to date, for what remains of --epochs.
 
-    UPA.save_system(model, "perforatedai", f"epoch-{epoch}")
-    for old in Path("perforatedai").glob("epoch-*.pt"):
-        if old.stem not in (f"epoch-{epoch}", f"epoch-{epoch - 1}"):
-            old.unlink()
+    All that is random in an epoch follows from --seed and its number. At a switch the best model
+    so far goes through the function of the arm and begins a new cycle of the learning rate.
+    """
+    train, switch = examples["train"], ARMS[arm]
+    cycle = args.switch_every if switch else args.epochs
+    steps = cycle * math.ceil(len(train.labels) / args.batch_size)
+    model = resume_model(state["model"], arm, args.device)
+    optimizer, scheduler = make_optimizer(model, args, rate, steps)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    # A large model gains from bfloat16; for BERT-Tiny the casts cost more than they save.
+    half = has_bfloat16(args.device) and model.config.hidden_size > 256
+
+    while len(state["history"]) < args.epochs:
+        epoch, start_time = len(state["history"]) + 1, time.perf_counter()
+        torch.manual_seed(1000 * args.seed + epoch)
+        model.train()
+        losses = []
+        batches = bucket_batches(train.tokens.lengths, args.batch_size, shuffle=True)
+        for rows in progress(batches, f"{arm}, epoch {epoch} of {args.epochs}"):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
+                logits = model(**train.tokens.batch(rows)).logits
+            loss = train.loss(logits, rows)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.detach())
+        add_epoch(state, model.eval(), examples["validation"], torch.stack(losses).mean().item())
+        if switch and epoch % cycle == 0 and epoch < args.epochs:
+            model = switch(unpack_model(state["best"]["model"]), train, args).to(args.device)
+            optimizer, scheduler = make_optimizer(model, args, rate, steps)
+            state["model"] = pack_model(model)
+            state["switches"].append({"epoch": epoch, "parameters": count_active(model)})
+        state["optimizer"], state["scheduler"] = optimizer.state_dict(), scheduler.state_dict()
+        state["history"][-1]["learning_rate"] = scheduler.get_last_lr()[0]
+        state["history"][-1]["seconds"] = time.perf_counter() - start_time
+        with atomic_write(path) as part:
+            torch.save(state, part)
 
 
-def reload_perforated(model, name):
-    from perforatedai import utils_perforatedai as UPA
+def add_epoch(state, model, validation, train_loss):
+    """Validate after an epoch; the model with the best PR AUC stays in the state."""
+    from sklearn.metrics import average_precision_score
 
-    return UPA.load_system(model, "perforatedai", name, load_from_restart=True, load_from_manual_save=True)
+    logits = predict_logits(model, validation.tokens)
+    epoch = len(state["history"]) + 1
+    if not (math.isfinite(train_loss) and logits.isfinite().all()):
+        raise UserError(f"the loss in epoch {epoch} is not finite; lower --learning-rate")
+    scores = logits.softmax(1)[:, 1].cpu().numpy()
+    pr_auc = float(average_precision_score(validation.labels, scores))
+    state["model"] = pack_model(model)
+    state["history"].append({
+        "train_loss": train_loss, "validation_loss": validation.loss(logits).item(),
+        "validation_pr_auc": pr_auc, "parameters": count_active(model)})
+    if pr_auc > state["best"]["pr_auc"]:
+        state["best"] = {"pr_auc": pr_auc, "epoch": epoch, "model": state["model"]}
+    log(f"epoch {epoch}: training loss {train_loss:.3f}, validation PR AUC {pr_auc:.3f}, "
+        f"{state['history'][-1]['parameters']:,} parameters")
 
 
-# --- The finished classifier ------------------------------------------------------------------------------------------
+def count_active(model):
+    """Parameters in use, without the idle copies that perforatedai keeps."""
+    return sum(tensor.numel() for tensors in active_parameters(model).values()
+               for tensor in tensors)
+
+
+def fit_classifier(loaded, data, args, arm, path, targets=None):
+    """(Classifier, state): train `loaded`, what make_model or load_giant returned. `path` is the
+    checkpoint of the training."""
+    model, tokenizer, name, from_scratch = loaded
+    if args.max_length > model.config.max_position_embeddings:
+        raise UserError(f"--max-length {args.max_length}: this model reads "
+                        f"{model.config.max_position_embeddings} tokens")
+    examples = make_examples(tokenizer, data, args, targets)
+    state = load_state(model, [data.info["sha256"], name], path)
+    rate = args.learning_rate or (RATE_FROM_SCRATCH if from_scratch else 2e-5)
+    train_model(state, examples, args, arm, rate, path)
+    best = state["best"]["model"]
+    model = unpack_model(best).to(args.device).eval()
+    scores = predict_logits(model, examples["validation"].tokens).softmax(1)[:, 1]
+    threshold = choose_threshold(examples["validation"].labels, scores.cpu().numpy())
+    seen = [text for split in ("train", "validation") for text in data.split(split)[0]]
+    dataset = None if args.data else data.info["source"]
+    arguments = plain_arguments(args) | {"dataset": dataset}
+    if best["dendrites"]:
+        name += " + dendrites"
+    classifier = Classifier(model, tokenizer, name, arguments, threshold, hash_texts(seen),
+                            count_active(model))
+    return classifier, state
+
+
+# --- The finished classifier ----------------------------------------------------------------------
 
 
 @dataclass
 class Classifier:
-    """What a checkpoint holds, ready to score texts."""
+    """What best_model.pt holds, ready to score texts."""
 
     model: nn.Module  # plain torch, in evaluation mode
     tokenizer: object
-    arguments: dict  # of the run that trained it
     name: str
-    dendrites: int  # on each neuron
+    arguments: dict  # of the run that trained it
+    threshold: float  # score from which on a text is called toxic
+    hashes: torch.Tensor  # [texts] int64 of the texts that it was trained and chosen with
     parameters: int
-    threshold: float  # tuned on the validation part
     kind: str = "float32"  # or int8, ONNX
     megabytes: float = math.nan  # of its file
 
@@ -902,63 +1154,57 @@ class Classifier:
         """Probability [texts] that each of the texts is toxic."""
         return predict_logits(self.model, self.tokens(texts)).softmax(1)[:, 1].cpu().numpy()
 
-    def save(self, path):
-        """Write the checkpoint; `megabytes` is then the size of the file."""
-        self.megabytes = save_checkpoint({
-            "format": "toxicity.py 1", "kind": self.kind, "arguments": self.arguments, "name": self.name,
-            "config": {key: self.model.config.to_dict()[key] for key in BERT_SIZES}, "dendrites": self.dendrites,
-            "threshold": self.threshold, "tokenizer": self.tokenizer.to_str(),
-            "model": {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}}, path)
-        return self
-
-    @classmethod
-    def load(cls, path, device):
-        """The classifier in a checkpoint, with dendrites and int8 layers as they were."""
-        from tokenizers import Tokenizer
-
-        state = read_checkpoint(path)
-        try:
-            if state["format"] != "toxicity.py 1":
-                raise KeyError("format")
-            model = grow_dendrites(build_bert(state["config"]), state["dendrites"])
-            parameters = count_parameters(model)
-            if state["kind"] == "int8":
-                model, device = make_int8(model), torch.device("cpu")
-            model.load_state_dict(state["model"])
-            return cls(model.to(device).eval(), Tokenizer.from_str(state["tokenizer"]), state["arguments"],
-                       state["name"], state["dendrites"], parameters, state["threshold"], state["kind"],
-                       Path(path).stat().st_size / 1e6)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: no finished model of toxicity.py ({first_line(error)})") from None
-
     @property
     def label(self):
-        return self.name + " + dendrites" * bool(self.dendrites) + f", {self.kind}" * (self.kind != "float32")
+        """What the model is called in tables."""
+        return self.name if self.kind == "float32" else f"{self.name}, {self.kind}"
+
+    def save(self, path):
+        """Write the checkpoint; returns the classifier with the size of its file."""
+        weights = {name: weight.cpu() for name, weight in self.model.state_dict().items()}
+        state = {name: getattr(self, name) for name in CLASSIFIER_FIELDS}
+        state["tokenizer"] = self.tokenizer.to_str()
+        state["model"] = pack_model(self.model) | {"weights": weights}
+        with atomic_write(path) as part:
+            torch.save(state, part)
+        return replace(self, megabytes=path.stat().st_size / 1e6)
 
 
-# --- int8 and ONNX ----------------------------------------------------------------------------------------------------
+def load_classifier(path, device):
+    """The Classifier in a checkpoint, with dendrites and int8 layers as they were."""
+    from tokenizers import Tokenizer
+
+    state = load_checkpoint(path, path)
+    try:
+        packed = state["model"]
+        if state["kind"] == "int8":
+            device = torch.device("cpu")
+            model = make_int8(grow_dendrites(build_bert(packed["config"]), packed["dendrites"]))
+            model.load_state_dict(packed["weights"])
+        else:
+            model = unpack_model(packed)
+        fields = {name: state[name] for name in CLASSIFIER_FIELDS}
+        return Classifier(model.to(device).eval(), Tokenizer.from_str(state["tokenizer"]), **fields,
+                          megabytes=Path(path).stat().st_size / 1e6)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise UserError(f"{path}: no best_model.pt of this version of the script") from None
 
 
 class Int8Linear(nn.Module):
-    """A Linear layer with int8 weights, a scale for each output, and inputs made int8 by the range of each batch."""
+    """A Linear layer in int8: a scale for each output, and for each row of the input, so that the
+    answer to a text does not depend on the other texts of its batch."""
 
     def __init__(self, linear):
         super().__init__()
         weight, scale = round_to_int8(linear.weight)
         self.register_buffer("weight", weight)  # [out, in] int8
-        self.register_buffer("scale", scale)  # [out]
+        self.register_buffer("scale", scale)  # [out, 1]
         self.register_buffer("bias", linear.bias.detach().clone())
-        self.packed = None
 
     def forward(self, x):
-        if self.packed is None:
-            zeros = torch.zeros(len(self.scale), dtype=torch.long)
-            weight = self.weight * self.scale.unsqueeze(1)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch says that this will move to another package one day
-                weight = torch.quantize_per_channel(weight, self.scale.double(), zeros, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
-        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+        rows, scale = round_to_int8(x.flatten(0, -2))
+        product = torch._int_mm(rows, self.weight.T).float() * self.scale.T
+        return torch.addcmul(self.bias, product, scale).view(*x.shape[:-1], -1)
 
 
 class Int8Embedding(nn.Module):
@@ -968,24 +1214,613 @@ class Int8Embedding(nn.Module):
         super().__init__()
         weight, scale = round_to_int8(embedding.weight)
         self.register_buffer("weight", weight)  # [rows, width] int8
-        self.register_buffer("scale", scale)  # [rows]
+        self.register_buffer("scale", scale)  # [rows, 1]
 
     def forward(self, ids):
-        return self.weight[ids] * self.scale[ids].unsqueeze(-1)
+        return self.weight[ids] * self.scale[ids]
 
 
-def round_to_int8(weight):
-    """(int8 [rows, columns], scale [rows]) with weight ≈ int8 · scale; the largest weight of a row is ±127."""
-    scale = (weight.detach().abs().amax(1) / 127).clamp(min=1e-12)
-    return (weight.detach() / scale.unsqueeze(1)).round().to(torch.int8), scale
+def round_to_int8(x):
+    """(int8 [rows, columns], scale [rows, 1]) with x ≈ int8 * scale; the largest of a row is ±127."""
+    scale = (x.detach().abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+    return (x.detach() / scale).round().to(torch.int8), scale
 
 
 def make_int8(model):
-    """Replace all Linear and Embedding layers of a plain model, in place, by int8 ones."""
+    """Replace all Linear and Embedding layers of a model, in place, by int8 ones; returns it."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            model.set_submodule(name, (Int8Linear if isinstance(module, nn.Linear) else Int8Embedding)(module))
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, Int8Linear(module))
+        elif isinstance(module, nn.Embedding):
+            model.set_submodule(name, Int8Embedding(module))
     return model
+
+
+def to_int8(classifier, path):
+    """The classifier in int8, saved as `path`."""
+    model = make_int8(copy.deepcopy(classifier.model).cpu())
+    return replace(classifier, model=model, kind="int8").save(path)
+
+
+# --- Evaluation and baselines -------------------------------------------------------------------
+
+
+def choose_threshold(labels, scores):
+    """Score from which on a text is called toxic: the one with the highest expected F1 under a
+    smooth calibration curve (beta calibration, Kull et al. 2017), since the one with the highest F1
+    on these texts would fit their noise."""
+    from sklearn.linear_model import LogisticRegression
+
+    clipped = scores.clip(1e-6, 1 - 1e-6)
+    features = np.stack([np.log(clipped), -np.log1p(-clipped)], axis=1)
+    calibrated = LogisticRegression(C=1000).fit(features, labels).predict_proba(features)[:, 1]
+    order = np.argsort(-scores)
+    called = np.arange(1, len(scores) + 1)
+    expected_f1 = 2 * calibrated[order].cumsum() / (called + calibrated.sum())
+    return float(scores[order][expected_f1.argmax()])
+
+
+def calibration_error(labels, scores, bins=10):
+    """Expected calibration error: the gap between score and share of toxic texts, by bins of the
+    score, weighed by their texts."""
+    places = (scores * bins).astype(int).clip(max=bins - 1)
+    return np.abs(np.bincount(places, scores - labels)).sum() / len(labels)
+
+
+def bootstrap_f1(labels, called, samples=1000):
+    """(low, high): 95 % percentile interval of F1 over resampled texts. F1 needs only how many true
+    positives and how many errors a sample has, which are multinomial."""
+    cells = np.array([(labels & called).mean(), (labels ^ called).mean()])
+    rng = np.random.default_rng(0)
+    found, wrong, _ = rng.multinomial(len(labels), [*cells, 1 - cells.sum()], samples).T
+    return np.percentile(2 * found / np.maximum(2 * found + wrong, 1), (2.5, 97.5)).tolist()
+
+
+def classification_metrics(labels, scores, threshold):
+    """Metrics of `scores` [texts] in 0 to 1 against `labels` [texts]."""
+    from sklearn import metrics
+
+    called = scores >= threshold
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        labels, called, average="binary", zero_division=0)
+    return {
+        "threshold": threshold, "f1": f1, "precision": precision, "recall": recall,
+        "f1_interval": bootstrap_f1(labels == 1, called),
+        "f1_at_half": metrics.f1_score(labels, scores >= 0.5, zero_division=0),
+        "accuracy": (called == labels).mean(),
+        "roc_auc": metrics.roc_auc_score(labels, scores),
+        "pr_auc": metrics.average_precision_score(labels, scores),
+        "calibration_error": calibration_error(labels, scores),
+        "confusion_matrix": metrics.confusion_matrix(labels, called),
+    }
+
+
+def score_splits(scorer, data):
+    """{split: scores} of a function texts -> scores [texts] on validation and test texts."""
+    return {split: scorer(data.split(split)[0]) for split in SPLITS[1:] if split in data.splits}
+
+
+def evaluate(scores, data, threshold=None):
+    """{name: metrics} on the test part of `scores` {name: {split: scores}}. Each threshold is
+    chosen on the validation part, if there is one."""
+    metrics = {}
+    for name, by_split in scores.items():
+        chosen = threshold
+        if "validation" in by_split:
+            chosen = choose_threshold(data.split("validation")[1], by_split["validation"])
+        metrics[name] = classification_metrics(data.split("test")[1], by_split["test"], chosen)
+    return metrics
+
+
+def make_tfidf():
+    """Logistic regression on TF-IDF of words, word pairs and 2 to 5 letters within words."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
+
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=200_000)
+    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, sublinear_tf=True,
+                              max_features=300_000)
+    return make_pipeline(make_union(words, letters),
+                         LogisticRegression(class_weight="balanced", max_iter=300))
+
+
+def toxic_columns(data):
+    """Whether each class, in the order of their numbers, means toxic."""
+    return np.array([data.labels[data.classes == c].any() for c in np.unique(data.classes)])
+
+
+def fit_tfidf(data, args):
+    """Scores of TF-IDF on all classes there are; the sum of those that mean toxic."""
+    rows = data.splits["train"][:TFIDF_TEXTS]
+    model = make_tfidf().fit([data.texts[row] for row in rows], data.classes[rows])
+    toxic = toxic_columns(data)[model.classes_]
+    return lambda texts: model.predict_proba(texts)[:, toxic].sum(axis=1)
+
+
+def fit_frozen_encoder(data, args):
+    """Scores of logistic regression on the mean hidden state of --giant, which is not trained."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer
+
+    encoder, tokenizer, _, _ = load_giant(args, data.split("train")[0])
+    encoder = encoder.bert.to(args.device).eval()
+
+    @torch.inference_mode()
+    def features(texts):
+        tokens = tokenize(tokenizer, texts, args.max_length).to(args.device)
+        hidden = torch.empty(len(texts), encoder.config.hidden_size)
+        for rows in bucket_batches(tokens.lengths, INFERENCE_BATCH, shuffle=False):
+            batch = tokens.batch(rows)
+            mask = batch["attention_mask"].unsqueeze(2)
+            states = encoder(**batch).last_hidden_state
+            hidden[rows.cpu()] = ((states * mask).sum(1) / mask.sum(1)).cpu()
+        return hidden.numpy()
+
+    model = make_pipeline(Normalizer(), LogisticRegression(C=10, class_weight="balanced",
+                                                           max_iter=300))
+    model.fit(features(data.split("train")[0]), data.classes[data.splits["train"]])
+    toxic = toxic_columns(data)[model.classes_]
+    return lambda texts: model.predict_proba(features(texts))[:, toxic].sum(axis=1)
+
+
+def fit_majority(data, args):
+    """The share of toxic texts as everyone's score."""
+    share = data.labels.mean()
+    return lambda texts: np.full(len(texts), share)
+
+
+BASELINES = {"TF-IDF": fit_tfidf, "frozen encoder": fit_frozen_encoder,
+             "majority class": fit_majority}
+
+
+def baseline_scores(data, args, names=("TF-IDF", "majority class")):
+    """{name: {split: scores}} of the baselines; one that fails is noted and left out."""
+    scores = {}
+    for name in names:
+        try:
+            scores[name] = score_splits(BASELINES[name](data, args), data)
+        except Exception as error:  # whatever it is, the model is trained and must be saved
+            note(f"baseline {name} left out: {error}")
+    return scores
+
+
+def benchmark(classifier, texts):
+    """Latency of one text [ms] and throughput [texts/s] on the CPU, from text to score."""
+    if classifier.kind != "ONNX":
+        classifier = replace(classifier, model=copy.deepcopy(classifier.model).cpu())
+    repeats = 1 if classifier.megabytes > 100 else 3
+
+    def measure(texts):
+        start_time = time.perf_counter()
+        classifier.scores(texts)
+        return time.perf_counter() - start_time
+
+    measure(texts[:INFERENCE_BATCH])  # warm-up
+    seconds = min(measure(texts) for _ in range(repeats))
+    latency = [1000 * measure([text]) for text in texts[: 60 * repeats]]
+    return {"latency ms": np.median(latency), "p99 ms": np.percentile(latency, 99),
+            "texts/s": len(texts) / seconds}
+
+
+def deployment_rows(classifiers, data, metrics):
+    """Rows [{column: value}] with size, F1 and speed of each classifier on up to 1,000 texts."""
+    texts = data.split("test")[0][:1000]
+    return [{"model": classifier.label, "parameters": classifier.parameters,
+             "MB": classifier.megabytes, "F1": metrics.get(classifier.label, {}).get("f1")}
+            | benchmark(classifier, texts) for classifier in classifiers]
+
+
+# --- Pictures -----------------------------------------------------------------------------------
+
+
+def plot_learning(state, name, path):
+    """Loss and PR AUC over the epochs; dotted lines are switches."""
+    history = pd.DataFrame(state["history"])
+    fig, axes = new_figure(f"Training of {name}", 1, 2, (11, 4.2))
+    ends = np.arange(1, len(history) + 1)
+    plot_curve(axes[0], ends - 0.5, history["train_loss"], "training", 0, "o")
+    plot_curve(axes[0], ends, history["validation_loss"], "validation", 1, "s")
+    plot_curve(axes[1], ends, history["validation_pr_auc"], "validation", 1, "s")
+    axes[0].set_ylabel("cross-entropy")
+    axes[1].set_ylabel("PR AUC of the toxic class")
+    for ax in axes:
+        for switch in state["switches"]:
+            ax.axvline(switch["epoch"], linestyle=":", color="0.3")
+        epoch_axis(ax, "epoch (dotted: a switch, after which the learning rate starts again)")
+        ax.legend()
+    save_figure(fig, path)
+
+
+def plot_curves(scores, metrics, labels, path):
+    """Precision over recall, and ROC, of all rows of the table that rank texts."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    fig, axes = new_figure("Toxic texts of the test part", 1, 2, (11, 5.2))
+    for i, (name, by_split) in enumerate(scores.items()):
+        if np.ptp(by_split["test"]) == 0:
+            continue  # one score for all texts
+        precision, recall, _ = precision_recall_curve(labels, by_split["test"])
+        false_alarms, found, _ = roc_curve(labels, by_split["test"])
+        label = "{}: {:.3f}, {:.3f}".format(name, metrics[name]["pr_auc"], metrics[name]["roc_auc"])
+        style = {"linestyle": LINES[i % 4], "color": COLORS[i % 8], "label": label}
+        axes[0].plot(recall, precision, **style)
+        axes[1].plot(false_alarms, found, **style)
+    axes[0].axhline(labels.mean(), linestyle=":", color="0.5")
+    axes[1].plot([0, 1], [0, 1], ":", color="0.5", label="chance (areas: left, right)")
+    axes[0].set(title="precision and recall", xlabel="recall", ylabel="precision")
+    axes[1].set(title="ROC", xlabel="share of harmless texts called toxic", ylabel="recall")
+    legend_below(axes[1], 2)
+    save_figure(fig, path)
+
+
+def plot_matrices(metrics, path):
+    """Confusion matrices of the model and of TF-IDF."""
+    shown = [name for i, name in enumerate(metrics) if i == 0 or name == "TF-IDF"]
+    fig, axes = new_figure("Test texts by true and predicted class", 1, len(shown),
+                           (1 + 4 * len(shown), 4.4))
+    for ax, name in zip(axes, shown):
+        title = f"{name}\nthreshold {metrics[name]['threshold']:.3f}"
+        plot_confusion(ax, metrics[name]["confusion_matrix"], CLASSES, title)
+    save_figure(fig, path)
+
+
+def plot_deployments(rows, path):
+    """Size, speed and F1 of the models in `rows` of the table."""
+    fig, axes = new_figure("Size and speed on the CPU, tokenization included", 1, 3, (14, 4))
+    columns = {"MB": "size on disk [MB]", "latency ms": "median latency of one text [ms]",
+               "texts/s": "throughput [texts/s]"}
+    for ax, (column, label) in zip(axes, columns.items()):
+        plot_ranking(ax, {row["model"]: row[column] for row in rows}, "{:,.3g}")
+        ax.set_xlabel(label)
+    save_figure(fig, path)
+
+
+# --- The experiment -----------------------------------------------------------------------------
+
+
+def quality_table(metrics):
+    """Rows [{column: value}] with the figures of each model on the test part."""
+    columns = {"pr_auc": "PR AUC", "f1": "F1", "f1_interval": "95 % interval",
+               "threshold": "threshold", "f1_at_half": "F1 at 0.5", "precision": "precision",
+               "recall": "recall", "accuracy": "accuracy", "roc_auc": "ROC AUC",
+               "calibration_error": "calibration error"}
+    table = pd.DataFrame(metrics).T.rename_axis("model").reset_index()
+    table["f1_interval"] = ["{:.3f} to {:.3f}".format(*pair) for pair in table["f1_interval"]]
+    return table[["model", *columns]].rename(columns=columns).to_dict("records")
+
+
+def rounded(rows):
+    """The rows of a table with three digits behind the point, or none in large numbers."""
+
+    def show(value):
+        if not isinstance(value, float) or math.isnan(value):
+            return f"{value:,}" if type(value) is int else value
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+    return [{column: show(value) for column, value in row.items()} for row in rows]
+
+
+def format_summary(results):
+    """The tables of a run as Markdown, the answer last."""
+    data = results["data"]
+    text = [f"Test part of {data['rows']:,} texts ({data['source']}), seed {results['seed']}:",
+            markdown_table(rounded([*results["table"], ORIGINAL_ROW])),
+            "PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on "
+            "validation texts; intervals are of 1,000 bootstrap samples of the test texts."]
+    if "deployments" in results:
+        text += [f"Size and speed on the CPU, {torch.get_num_threads()} threads:",
+                 markdown_table(rounded(results["deployments"]))]
+    if "giant_killer" in results:
+        text += ["A giant-killer?", markdown_table(results["giant_killer"])]
+    return "\n\n".join([*text, results["answer"], ""])
+
+
+def format_answer(metrics, share):
+    """The sentence at the end of a run."""
+    (name, model), *others = metrics.items()
+    baselines = {name: row for name, row in others if name in BASELINES}
+    text = f"{name}: PR AUC {model['pr_auc']:.3f} and F1 {model['f1']:.3f} on the test part"
+    if baselines:
+        best = max(baselines, key=lambda name: baselines[name]["pr_auc"])
+        text += (f"; the best baseline, {best}: {baselines[best]['pr_auc']:.3f} and "
+                 f"{baselines[best]['f1']:.3f}")
+    if share is not None:
+        text += (f". Its dendrites carry {share:.1f} % of the output; with them switched off its PR "
+                 f"AUC is {metrics[SWITCHED_OFF]['pr_auc']:.3f}")
+    return text + "."
+
+
+def report(classifiers, scores, data, args, run_dir, giant=None, **results):
+    """Score the classifiers and the giant, if any, put them beside `scores` {name: {split: scores}}
+    of other models, draw and write everything; returns the results. The first classifier is what
+    the run is about."""
+    classifier = classifiers[0]
+    classifiers = [*classifiers, giant] if giant else classifiers
+    scores = {model.label: score_splits(model.scores, data) for model in classifiers} | scores
+    metrics = evaluate(scores, data, classifier.threshold)
+    rows = deployment_rows(classifiers, data, metrics)
+    share = None
+    if SWITCHED_OFF in scores:
+        share = dendrite_share(classifier.model, classifier.tokens(data.split("test")[0][:500]))
+    results |= {"seed": args.seed, "data": data.info, "parameters": classifier.parameters,
+                "models": metrics, "table": quality_table(metrics), "deployments": rows,
+                "dendrite_share": share, "answer": format_answer(metrics, share)}
+    if giant:
+        results["giant_killer"] = giant_killer(rows[0], rows[-1])
+    plot_curves(scores, metrics, data.split("test")[1], run_dir / "pr_roc.png")
+    plot_matrices(metrics, run_dir / "confusion_matrices.png")
+    plot_deployments(rows, run_dir / "deployments.png")
+    return write_results(results, format_summary(results), args, run_dir)
+
+
+def switched_off_scores(classifier, data):
+    """{name: {split: scores}} of the classifier without its dendrites; empty if it has none."""
+    if not dendritic_layers(classifier.model):
+        return {}
+    plain = replace(classifier, model=switch_off_dendrites(classifier.model))
+    return {SWITCHED_OFF: score_splits(plain.scores, data)}
+
+
+def run_experiment(args, run_dir=None):
+    """Train one arm with one seed, evaluate it beside the baselines and draw everything, in
+    `run_dir` or a new folder; returns the results."""
+    seed_everything(args.seed)
+    data = load_data(args)
+    texts, _ = data.split("train")
+    loaded = make_model(args, texts)
+    giant = load_giant(args, texts) if args.distill == "giant" else None
+    if args.arm == "library":
+        require("perforatedai")
+    run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
+    targets, giant = teach(giant, data, args, run_dir)
+    checkpoint = run_dir / "checkpoint.pt"
+    classifier, state = fit_classifier(loaded, data, args, args.arm, checkpoint, targets)
+    classifier = classifier.save(run_dir / "best_model.pt")
+    int8 = to_int8(classifier, run_dir / "model_int8.pt")
+    scores = switched_off_scores(classifier, data)
+    scores |= baseline_scores(data, args, BASELINES if giant else ["TF-IDF", "majority class"])
+    plot_learning(state, classifier.label, run_dir / "learning_curves.png")
+    seconds = sum(epoch["seconds"] for epoch in state["history"])
+    results = report(
+        [classifier, int8], scores, data, args, run_dir, giant, arm=args.arm,
+        history=state["history"], switches=state["switches"], best_epoch=state["best"]["epoch"],
+        dendrites=state["best"]["model"]["dendrites"], training_seconds=round(seconds, 1))
+    checkpoint.unlink()  # only an unfinished run needs it
+    return results
+
+
+def find_mode(args):
+    """The job among MODES that the arguments name, or None for training."""
+    return next((mode for mode in MODES if getattr(args, mode) not in (None, False)), None)
+
+
+def run(args):
+    """What the arguments ask for; returns the results."""
+    mode = find_mode(args)
+    if mode:
+        return MODES[mode](args)
+    if args.compare_dendrites or args.runs > 1:
+        return run_arms(args)
+    return run_experiment(args)
+
+
+def require(*packages):
+    """Raise UserError where a package is missing that only some jobs need."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: pip install {' '.join(missing)}")
+
+
+# --- Extras: learning from a teacher (--distill) --------------------------------------------------
+
+
+def teach(giant, data, args, run_dir):
+    """(probabilities [texts, 2] of the teacher for the training texts, the fine-tuned giant), or
+    None. TF-IDF answers to texts that it was not fitted on."""
+    if args.distill == "tfidf":
+        from sklearn.model_selection import cross_val_predict
+
+        rows = data.splits["train"]
+        answers = cross_val_predict(make_tfidf(), [data.texts[row] for row in rows],
+                                    data.classes[rows], method="predict_proba")
+        toxic = answers[:, toxic_columns(data)].sum(axis=1)
+        return torch.tensor(np.stack([1 - toxic, toxic], axis=1), dtype=torch.float32), None
+    if args.distill == "giant":
+        teacher, _ = fit_classifier(giant, data, args, "plain", run_dir / "giant_checkpoint.pt")
+        tokens = teacher.tokens(data.split("train")[0])
+        answers = predict_logits(teacher.model, tokens).softmax(1)
+        return answers.cpu(), teacher.save(run_dir / "giant.pt")
+    return None, None
+
+
+# --- Extras: arms and seeds (--compare-dendrites, --runs) -----------------------------------------
+
+
+def run_arms(args):
+    """Run every arm with every seed in a folder of its own, unless it is finished; returns what
+    they have in common."""
+    arms = list(ARMS) if args.compare_dendrites else [args.arm]
+    load_data(args)  # an error in the data comes before there is a folder
+    if "library" in arms:
+        require("perforatedai")
+    run_dir = next_run_dir(args)
+    runs = []
+    for seed in range(args.seed, args.seed + args.runs):
+        for arm in arms:
+            folder = run_dir / f"seed-{seed}-{arm}"
+            finished = folder / "results.json"
+            if not finished.exists():
+                folder.mkdir(exist_ok=True)
+                run_experiment(argparse.Namespace(**vars(args) | {"seed": seed, "arm": arm}), folder)
+            runs.append(json.loads(finished.read_text()))
+    return write_results(*combine_runs(runs, run_dir), args, run_dir)
+
+
+def format_mean(values):
+    """Mean ± half width of the 95 % interval (Student's t)."""
+    mean, width = mean_and_interval(values)
+    return f"{mean:.3f}" + (f" ± {width:.3f}" if len(values) > 1 else "")
+
+
+def collect_rows(runs):
+    """DataFrame with a row for each seed of each arm, of each arm with its dendrites switched off,
+    and of each baseline."""
+    records = []
+    for run in runs:
+        arm = run["arm"]
+        names = {next(iter(run["models"])): arm, SWITCHED_OFF: f"{arm}, {SWITCHED_OFF}"}
+        names |= {name: name for name in BASELINES}
+        for name, metrics in run["models"].items():
+            if name in names:  # and not int8
+                scores = {label: metrics[key] for key, label in METRICS.items()}
+                records.append({"arm": names[name], "seed": run["seed"], **scores})
+    return pd.DataFrame(records).drop_duplicates(["arm", "seed"])
+
+
+def combine_runs(runs, run_dir):
+    """(results, summary): arms and baselines over the seeds, and the PR AUC of the first arm minus
+    that of each other row, paired by seed."""
+    from scipy.stats import ttest_rel
+
+    records = collect_rows(runs)
+    groups = dict(list(records.groupby("arm", sort=False)))
+    first = runs[0]["arm"]
+    by_seed = records.pivot(index="seed", columns="arm", values="PR AUC")
+    fig, axes = new_figure("Test part, mean and 95 % interval over the seeds", 1, 2, (11, 4.5))
+    for ax, metric in zip(axes, ["PR AUC", "F1"]):
+        means, widths = zip(*(mean_and_interval(group[metric]) for group in groups.values()))
+        plot_dots(ax, list(groups), {metric: means}, "{:.3f}", {metric: widths}, first)
+        ax.set_xlabel(f"{metric} of the toxic class")
+    save_figure(fig, run_dir / "dendrites.png")
+    table, sentences = [], []
+    for name, group in groups.items():
+        row = {"arm": name} | {label: format_mean(group[label]) for label in METRICS.values()}
+        same = [run for run in runs if run["arm"] == name]
+        if name != first and len(by_seed) > 1:
+            difference = format_mean(by_seed[first] - by_seed[name])
+            row["difference"] = difference
+            row["p"] = f"{ttest_rel(by_seed[first], by_seed[name]).pvalue:.2g}"
+            sentences.append(f"{first} minus {name} {difference}")
+        row["parameters"] = max((run["parameters"] for run in same), default=None)
+        row["dendrites carry %"] = np.mean([run["dendrite_share"] or 0 for run in same] or [np.nan])
+        table.append(row)
+    summary = f"""Test part of {runs[0]["data"]["source"]}, mean ± 95 % interval over {len(by_seed)} seeds:
+
+{markdown_table(rounded(table))}
+
+All arms have the same epochs. Difference: PR AUC of {first} minus this, paired by seed, with p of a
+paired t-test.
+
+PR AUC: {"; ".join(sentences) or format_mean(by_seed[first])}.
+"""
+    return {"data": runs[0]["data"], "seeds": by_seed.index.tolist(), "table": table,
+            "pr_auc": by_seed.to_dict("list")}, summary
+
+
+# --- Extras: what works on a checkpoint -----------------------------------------------------------
+
+
+def find_checkpoint(args):
+    """The path of --checkpoint or --evaluate, or of the newest best_model.pt."""
+    path = args.checkpoint or args.evaluate
+    if path and path != "newest":
+        return Path(path)
+    paths = Path(args.output_dir, EXPERIMENT).glob("run-*/**/best_model.pt")
+    newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError(f"no best_model.pt in {args.output_dir}; train first: python toxicity.py")
+    log(f"the model is {newest}")
+    return newest
+
+
+def open_checkpoint(args):
+    """(Classifier, Data, the arguments with those of the data): the texts of the run that trained
+    it, or all of --data or --dataset as a test part."""
+    classifier = load_classifier(find_checkpoint(args), args.device)
+    foreign = args.data or args.dataset
+    if not foreign:
+        kept = {name: classifier.arguments[name] for name in DATA_ARGUMENTS}
+        args = argparse.Namespace(**vars(args) | kept)
+    data = load_data(args)
+    if foreign:
+        data.splits = {"test": np.concatenate(list(data.splits.values()))}
+    rows = data.splits["test"]
+    seen = torch.isin(hash_texts([data.texts[row] for row in rows]), classifier.hashes).numpy()
+    if seen.mean() > MAX_SEEN:
+        raise UserError(f"{data.info['source']}: {seen.sum():,} of these {len(rows):,} texts were used "
+                        "to train the model; take others, or the files as they were then")
+    if seen.any():
+        note(f"{seen.sum():,} texts were used to train the model and are left out")
+        data.splits["test"] = rows[~seen]
+    return classifier, data, args
+
+
+def evaluate_checkpoint(args):
+    """A checkpoint on its own test part, beside the baselines, or on all texts of --data."""
+    classifier, data, args = open_checkpoint(args)
+    run_dir = next_run_dir(args)
+    scores = switched_off_scores(classifier, data)
+    names = ["TF-IDF", "majority class"] if "train" in data.splits else ["majority class"]
+    scores |= baseline_scores(data, args, names)
+    return report([classifier], scores, data, args, run_dir)
+
+
+def giant_killer(tiny, giant):
+    """Rows [{column: value}]: what the original asks of a giant-killer, and what was measured."""
+    ratio = 100 * tiny["F1"] / max(giant["F1"], 1e-12)
+    speed = tiny["texts/s"] / giant["texts/s"]
+    rows = [("F1 against the giant's", "at least 98 %", f"{ratio:.1f} %", ratio >= 98),
+            ("speed against the giant's", "at least 15 times", f"{speed:.1f} times", speed >= 15),
+            ("size on disk", "under 25 MB", f"{tiny['MB']:.1f} MB", tiny["MB"] < 25),
+            ("99 % of the texts on a CPU", "under 100 ms", f"{tiny['p99 ms']:.2f} ms",
+             tiny["p99 ms"] < 100)]
+    return [{"criterion": criterion, "asked": asked, "measured": measured,
+             "met": "yes" if met else "no"} for criterion, asked, measured, met in rows]
+
+
+def compare_base(args):
+    """Fine-tune --giant on the texts that a checkpoint was trained with, and compare."""
+    if args.data or args.dataset:
+        raise UserError("--compare-base takes the texts of the checkpoint, not --data or --dataset")
+    classifier, data, args = open_checkpoint(args)
+    giant = load_giant(args, data.split("train")[0])
+    run_dir = next_run_dir(args)
+    checkpoint = run_dir / "giant_checkpoint.pt"
+    giant, _ = fit_classifier(giant, data, args, "plain", checkpoint)
+    giant = giant.save(run_dir / "giant.pt")
+    scores = baseline_scores(data, args, BASELINES)
+    results = report([classifier], scores, data, args, run_dir, giant)
+    checkpoint.unlink()
+    return results
+
+
+def compare_versions(classifier, version, data, args, run_dir):
+    """Write tables of a classifier and another version of it; returns the results."""
+    texts = data.split("test")[0]
+    logits = [predict_logits(model.model, model.tokens(texts)).cpu()
+              for model in (classifier, version)]
+    difference = (logits[0] - logits[1]).abs().max().item()
+    note(f"{version.label}: the largest difference of a logit is {difference:.2g}")
+    return report([classifier, version], {}, data, args, run_dir,
+                  largest_logit_difference=difference)
+
+
+def open_float(args):
+    """What open_checkpoint returns, for a checkpoint that is not int8."""
+    classifier, data, args = open_checkpoint(args)
+    if classifier.kind != "float32":
+        raise UserError(f"{find_checkpoint(args)} is {classifier.kind}; take its best_model.pt")
+    return classifier, data, args
+
+
+def quantize(args):
+    """Write model_int8.pt and compare it."""
+    classifier, data, args = open_float(args)
+    run_dir = next_run_dir(args)
+    version = to_int8(classifier, run_dir / "model_int8.pt")
+    return compare_versions(classifier, version, data, args, run_dir)
 
 
 class OnnxModel:
@@ -996,807 +1831,340 @@ class OnnxModel:
     def __init__(self, path):
         import onnxruntime
 
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def __call__(self, input_ids, attention_mask):
-        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+    def __call__(self, **batch):
+        inputs = {name: tensor.numpy() for name, tensor in batch.items()}
         return SimpleNamespace(logits=torch.from_numpy(self.session.run(None, inputs)[0]))
 
 
-def require_onnx():
-    missing = [name for name in ONNX if not importlib.util.find_spec(name)]
-    if missing:
-        raise UserError(f"--export-onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def export_onnx(classifier, path):
-    """Write the model as ONNX with free batch size and length, and tokenizer.json beside it: the Classifier of both."""
-    model, example, buffer = copy.deepcopy(classifier.model).cpu(), torch.ones(2, 8, dtype=torch.long), io.BytesIO()
+def export_onnx(args):
+    """Write model.onnx, with free batch size and length, and tokenizer.json; compare."""
+    require("onnx", "onnxruntime")
+    classifier, data, args = open_float(args)
+    run_dir = next_run_dir(args)
+    path = run_dir / "model.onnx"
+    model = copy.deepcopy(classifier.model).cpu()
     model.config.return_dict = False
-    axes, names = {0: "batch", 1: "length"}, ["input_ids", "attention_mask"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the older exporter is on its way out; the newer one fails on dendrites
-        torch.onnx.export(model, (example, example), buffer, dynamo=False, input_names=names, output_names=["logits"],
-                          dynamic_axes=dict.fromkeys(names, axes) | {"logits": {0: "batch"}})
-    with whole_file(path) as file:
-        file.write(buffer.getbuffer())
-    classifier.tokenizer.save(str(path.with_name("tokenizer.json")))
-    return replace(classifier, kind="ONNX", megabytes=buffer.tell() / 1e6, model=OnnxModel(path))
-
-
-# --- Evaluation -------------------------------------------------------------------------------------------------------
-
-
-def classification_metrics(labels, scores, threshold):
-    """Metrics of `scores` [texts] in 0 … 1 against `labels` [texts], called toxic from `threshold` on."""
-    from sklearn import metrics
-
-    called = scores >= threshold
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-        labels, called, average="binary", zero_division=0)
-    weighted = metrics.precision_recall_fscore_support(labels, called, average="weighted", zero_division=0)
-    return {
-        "threshold": threshold, "accuracy": float((called == labels).mean()), "precision": precision, "recall": recall,
-        "f1": f1, "weighted_precision": weighted[0], "weighted_recall": weighted[1], "weighted_f1": weighted[2],
-        "roc_auc": metrics.roc_auc_score(labels, scores), "pr_auc": metrics.average_precision_score(labels, scores),
-        "confusion_matrix": metrics.confusion_matrix(labels, called, labels=[0, 1]).tolist(),
-    }
-
-
-def bootstrap_f1(labels, called, seed, samples=1000):
-    """(low, high): 95 % percentile interval of F1 over resampled texts, of bool [texts] `labels` and `called`."""
-    cells = np.array([(labels & called).sum(), (labels ^ called).sum(), (~labels & ~called).sum()])
-    # F1 needs only how many true positives and how many errors a sample has, which are multinomial.
-    found, wrong, _ = np.random.default_rng(seed).multinomial(len(labels), cells / len(labels), samples).T
-    return np.percentile(2 * found / np.maximum(2 * found + wrong, 1), (2.5, 97.5)).tolist()
-
-
-LEET = str.maketrans({"a": "4", "e": "3", "i": "1", "o": "0", "s": "5"})
-
-
-def disguise(texts, seed):
-    """The texts with each word of four letters or more, at 30 %, in leetspeak or with two inner letters swapped."""
-    rng, changed = np.random.default_rng(seed), []
-    for text in texts:
-        words = text.split(" ")
-        for i, (draw, place) in enumerate(rng.random((len(words), 2))):
-            if len(words[i]) < 4 or draw > 0.3:
-                continue
-            at = 1 + int(place * (len(words[i]) - 3))
-            swapped = words[i][:at] + words[i][at + 1] + words[i][at] + words[i][at + 2 :]
-            words[i] = words[i].translate(LEET) if draw < 0.15 else swapped
-        changed.append(" ".join(words))
-    return changed
-
-
-def fit_tfidf(texts, labels):
-    """Score function texts -> [texts] of TF-IDF of words and word pairs with balanced logistic regression."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
-                             LogisticRegression(class_weight="balanced", max_iter=1000))
-    try:
-        pipeline.fit(texts, labels)
-    except ValueError as error:  # for instance no word stands in two texts
-        raise UserError(f"TF-IDF: {first_line(error)}") from None
-    return lambda texts: pipeline.predict_proba(texts)[:, 1]
-
-
-def evaluate(scorers, data, seed):
-    """{name: metrics} on the test part, where scorers is {name: (texts -> scores [texts], threshold or None)}.
-
-    Without a threshold it is the F1-optimal one of the validation part. Each metrics has those at 0.5, at the threshold
-    ("tuned") with the bootstrap interval of F1, and at the threshold on disguised texts.
-    """
-    (validation_texts, validation_labels), (texts, labels) = data.part("validation"), data.part("test")
-    disguised, results = disguise(texts, seed), {}
-    for name, (scorer, threshold) in scorers.items():
-        validation_scores, scores = scorer(validation_texts), scorer(texts)
-        threshold = best_threshold(validation_labels, validation_scores) if threshold is None else threshold
-        results[name] = {
-            "at_half": classification_metrics(labels, scores, 0.5),
-            "tuned": classification_metrics(labels, scores, threshold),
-            "disguised": classification_metrics(labels, scorer(disguised), threshold),
-            "f1_interval": bootstrap_f1(labels == 1, scores >= threshold, seed),
-            "validation_scores": validation_scores, "test_scores": scores,
-        }
-    return results
-
-
-def benchmark(classifier, texts):
-    """Latency of one text [ms] and throughput [texts/s] over real text lengths on the CPU, both from text to score.
-
-    "model alone" is without tokenization, "memory MiB" what the weights take.
-    """
-    own = classifier if classifier.kind == "ONNX" else replace(classifier, model=copy.deepcopy(classifier.model).cpu())
-    large, times = own.parameters > 2e7, []
-    own.scores(texts[:INFERENCE_BATCH])
-    for _ in range(1 if large else 3):
-        began = time.perf_counter()
-        tokens = own.tokens(texts)
-        between = time.perf_counter()
-        predict_logits(own.model, tokens).softmax(1)
-        times.append((time.perf_counter() - began, time.perf_counter() - between))
-    single = []
-    for i in range(50 if large else 200):
-        began = time.perf_counter()
-        own.scores([texts[i % len(texts)]])
-        single.append(time.perf_counter() - began)
-    (whole, alone), (median, p95, p99) = np.min(times, axis=0), 1000 * np.percentile(single, (50, 95, 99))
-    weights = None if own.kind == "ONNX" else sum(tensor.nbytes for tensor in own.model.state_dict().values())
-    return {"memory MiB": weights and weights / 2**20, "latency ms": median, "p95 ms": p95, "p99 ms": p99,
-            "texts/s": len(texts) / whole, "texts/s, model alone": len(texts) / alone}
-
-
-# --- Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def plot_learning(training, path):
-    """Loss, PR AUC and F1 over the epochs, with the switches of the dendrites as vertical lines."""
-    history, switches = training["history"], training["switches"]
-    fig, axes = new_figure("Training of BERT-Tiny", 1, 2, (11, 4.2))
-    epochs = np.arange(1, len(history) + 1)
-    for ax, kinds, label in zip(axes, (("train_loss", "validation_loss"), ("validation_pr_auc", "validation_f1")),
-                                ("class-weighted cross-entropy", "score on the validation part")):
-        for i, kind in enumerate(kinds):
-            plot_curve(ax, epochs, [epoch[kind] for epoch in history],
-                       kind.replace("_", " ").replace("pr auc", "PR AUC").replace("f1", "F1"), i, "os"[i])
-        for i, switch in enumerate(switches):
-            ax.axvline(switch["epoch"] + 0.5, linestyle=":", color="0.3", label=None if i else "switch")
-        ax.set(xlabel="epoch", ylabel=label)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9)
-    save_figure(fig, path)
-
-
-def plot_evaluation(results, data, run_dir):
-    """PR and ROC curves, threshold sweep, confusion matrices."""
-    from sklearn.metrics import precision_recall_curve, roc_curve
-
-    labels, validation_labels = data.part("test")[1], data.part("validation")[1]
-    scored = {name: one for name, one in results["models"].items() if name != "majority class"}
-    fig, axes = new_figure("Toxic texts of the test part", 1, 2, (11, 4.6))
-    for i, (name, one) in enumerate(scored.items()):
-        precision, recall, _ = precision_recall_curve(labels, one["test_scores"])
-        false, true, _ = roc_curve(labels, one["test_scores"])
-        for ax, x, y, area in ((axes[0], recall, precision, "pr_auc"), (axes[1], false, true, "roc_auc")):
-            ax.plot(x, y, LINES[i % 4], color=COLORS[i % 8], label=f"{name}: {one['tuned'][area]:.3f}")
-    axes[0].axhline(labels.mean(), linestyle=":", color="0.5", label=f"chance: {labels.mean():.3f}")
-    axes[1].plot([0, 1], [0, 1], ":", color="0.5", label="chance: 0.500")
-    axes[0].set(title="precision and recall (area)", xlabel="recall", ylabel="precision")
-    axes[1].set(title="ROC (area)", xlabel="share of harmless texts called toxic", ylabel="recall")
-    for ax in axes:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
-    save_figure(fig, run_dir / "pr_roc.png")
-
-    name, one = next(iter(scored.items()))
-    fig, axes = new_figure(f"Threshold sweep, {name}", size=(9, 4.6))
-    for i, (part, true, scores) in enumerate((("validation", validation_labels, one["validation_scores"]),
-                                              ("test", labels, one["test_scores"]))):
-        f1, precision, recall, thresholds = threshold_sweep(true, scores)
-        curves = {"F1": f1} if i else {"F1": f1, "precision": precision, "recall": recall}
-        for j, (key, values) in enumerate(curves.items()):
-            axes[0].plot(thresholds, values, LINES[j], color=COLORS[3 * i + j], linewidth=1.5 + 1.5 * i,
-                         label=f"{key}, {part}")
-    axes[0].axvline(one["tuned"]["threshold"], linestyle=":", color="0.3", label="the model's")
-    axes[0].set(xlabel="threshold on the score", ylabel="of the toxic class")
-    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=5, fontsize=9)
-    save_figure(fig, run_dir / "threshold_sweep.png")
-
-    fig, axes = new_figure("Test texts by true and predicted class", 1, 3, (13, 4.4))
-    shown = [(name, one, "at_half"), (name, one, "tuned"), ("TF-IDF", results["models"]["TF-IDF"], "tuned")]
-    for ax, (title, one, when) in zip(axes, shown):
-        threshold = one[when]["threshold"]
-        plot_confusion(ax, one[when]["confusion_matrix"], CLASSES, f"{title}\nthreshold {threshold:.3f}")
-    save_figure(fig, run_dir / "confusion_matrices.png")
-
-
-def plot_deployments(rows, run_dir):
-    """Size against F1, and latency and throughput bars, of the deployable models."""
-    if rows[0]["F1"] is not None:
-        fig, axes = new_figure("Size on disk and quality", size=(8, 5))
-        for i, row in enumerate(rows):
-            axes[0].plot(row["MB"], row["F1"], "osD^vPX*"[i % 8], color=COLORS[i % 8], markersize=9, alpha=0.8,
-                         label=row["model"])
-        axes[0].axvline(25, linestyle=":", color="0.3", label="the seed's limit, 25 MB")
-        axes[0].set(xlabel="size on disk [MB]", ylabel="F1 of the toxic class (tuned, test part)", xscale="log",
-                    xlim=(1, 1000), ylim=(0, 1))
-        axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=9)
-        save_figure(fig, run_dir / "size_f1.png")
-
-    fig, axes = new_figure("Speed on the CPU, tokenization included", 1, 2, (13, 0.5 * len(rows) + 2))
-    for ax, column, label, number in ((axes[0], "latency ms", "median latency of one text [ms]", "{:,.2f}"),
-                                      (axes[1], "texts/s", "throughput over real lengths [texts/s]", "{:,.0f}")):
-        values = {row["model"]: row[column] for row in rows}
-        plot_ranking(ax, values, number)
-        ax.set(xlabel=label, xscale="log", xlim=(min(values.values()) / 3, 3 * max(values.values())))
-        ax.xaxis.set_minor_formatter("")  # its labels would overlap
-    save_figure(fig, run_dir / "speed.png")
-
-
-def plot_arms(scores, run_dir):
-    """Test PR AUC and F1 of each arm of --compare-dendrites with its 95 % interval."""
-    fig, axes = new_figure("Test part: mean and 95 % interval over seeds", size=(9, 4.8))
-    series, errors = {}, {}
-    for key, label in LABELS.items():
-        both = [mean_and_interval(values[key]) for values in scores.values()]
-        series[label], errors[label] = ([float(pair[i]) for pair in both] for i in (0, 1))
-    plot_bars(axes[0], list(scores), series, "{:.3f}", errors)
-    axes[0].set_ylabel("score on the test part")
-    save_figure(fig, run_dir / "dendrites.png")
-
-
-# --- Results ----------------------------------------------------------------------------------------------------------
-
-
-def memory_mib():
-    """Peak resident memory of this process in MiB, None where it cannot be had."""
-    if resource is None:
-        return None
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024), 1)
-
-
-def write_results(results, path):
-    """Write the dictionary as JSON without NaN (null instead), and return it as it then reads."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {str(key): plain(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(inner) for inner in value]
-        if isinstance(value, (np.ndarray, np.generic)):
-            return plain(value.tolist())
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    text = json.dumps(plain(results), indent=1)
-    with whole_file(path) as file:
-        file.write(text.encode())
-    return json.loads(text)
-
-
-def markdown_table(rows):
-    """[{column: value}] as a Markdown table; a value that is missing or None is a dash."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-
-    def cell(value):
-        if isinstance(value, float):
-            return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-        return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(column)) for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def describe_run(args):
-    """What results.json holds from the beginning: arguments, versions, git commit."""
-    folder = Path(globals().get("__file__", "toxicity.py")).resolve().parent
-    commit, versions = None, {"python": platform.python_version()}
-    with contextlib.suppress(OSError):  # no git on this machine
-        git = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    for package in ("torch", "transformers", "tokenizers", "perforatedai", "scikit-learn", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {"experiment": "toxicity", "finished": False, "arguments": vars(args), "seed": args.seed,
-            "git_commit": commit, "versions": versions}
-
-
-def new_run(output_dir):
-    """Make and return the next free folder run-001, run-002, … of this experiment."""
-    parent = Path(output_dir).absolute() / "toxicity"
-    parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        taken = [int(run.name[4:]) for run in parent.glob("run-*") if run.name[4:].isdigit()]
-        run_dir = parent / f"run-{max(taken, default=0) + 1:03d}"
-        with contextlib.suppress(FileExistsError):  # another process may have been quicker
-            run_dir.mkdir()
-            return run_dir
-
-
-def newest_first(output_dir):
-    runs = (Path(output_dir).absolute() / "toxicity").glob("run-*")
-    return sorted(runs, key=lambda run: (len(run.name), run.name), reverse=True)
-
-
-def find_run(output_dir, name, known):
-    """(folder, arguments) of the unfinished run called `name`, or of the newest one, with all `known` arguments."""
-    named = [Path(name).absolute() if os.sep in name else Path(output_dir).absolute() / "toxicity" / name]
-    for run_dir in newest_first(output_dir) if name == "newest" else named:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not a run's file
-            results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-            arguments = results["arguments"]
-            mine = results["experiment"] == "toxicity" and known.keys() <= arguments.keys()
-            part = "arm" in results and (arguments["compare_dendrites"] or arguments["runs"] > 1)  # of a larger run
-            if mine and not part and not results["finished"]:
-                return run_dir, argparse.Namespace(**arguments)
-    which = "" if name == "newest" else f" {name!r}"
-    raise UserError(f"{Path(output_dir) / 'toxicity'} has no unfinished run{which}; start one without --resume")
-
-
-def find_checkpoint(args):
-    """The path of --evaluate or --checkpoint, or of the newest best model."""
-    path = args.checkpoint or (args.evaluate if args.evaluate != "newest" else None)
-    if path:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; best_model.pt of a run is needed")
-        return Path(path)
-    for run_dir in newest_first(args.output_dir):
-        arms = sorted(run_dir.glob("seed-*/best_model.pt"), key=lambda path: "dendrites" not in path.parent.name)
-        for path in (run_dir / "best_model.pt", *arms):
-            if path.exists():
-                note(f"the model is {path}")
-                return path
-    raise UserError(f"{Path(args.output_dir) / 'toxicity'} has no best_model.pt yet; train first: python toxicity.py")
-
-
-# --- Command line -----------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
-
-
-def between(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` from `low` to `high`."""
-
-    def number(text):
-        value = kind(text)
-        if not (low <= value <= high and value < math.inf):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
-
-
-DATA_ARGUMENTS = ("dataset", "data", "text_column", "label_column", "positive_label", "label_threshold", "sample_size",
-                  "data_dir", "max_length", "seed")
-MODES = ("predict", "export_hf", "evaluate", "compare_base", "benchmark_only", "quantize", "export_onnx")
-
-
-def parse_args(argv):
-    parser = Parser("toxicity.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=HelpFormatter)
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=["civil_comments", "embedded"], help="(default: civil_comments, embedded synthetic "
-        "comments when the hub is out of reach)")
-    add("--data", metavar="FILE", help="your own CSV, JSON lines or Parquet file instead")
-    add("--text-column", default="text", metavar="NAME", help="of --data")
-    add("--label-column", default="toxicity", metavar="NAME", help="of --data")
-    add("--positive-label", metavar="VALUE", help="the toxic label (default: numbers from --label-threshold on)")
-    add("--label-threshold", type=between(float, 0, 1), default=0.5, metavar="P", help="toxic from this label on")
-    add("--sample-size", type=between(int, 0), default=5000, metavar="N", help="training texts; validation and test "
-        "get a fifth of it each; 0, or more than there are: all, in 80, 10 and 10 %% (civil_comments: its own parts)")
-    add("--data-dir", default="data", metavar="FOLDER", help="downloads and caches")
-    add("--max-length", type=between(int, 4, 512), default=128, metavar="N", help="tokens of a text that are read")
-
-    add = parser.add_argument_group("model and training").add_argument
-    add("--quick", action="store_true", help="train with dendrites, then a small giant from scratch, int8 and ONNX "
-        "(where installed), on few embedded comments without a network: under 90 s")
-    add("--model", metavar="ID|FOLDER", help=f"a pretrained BERT (default: {DEFAULT_MODEL}, from scratch when that is "
-        "out of reach)")
-    add("--from-scratch", action="store_true", help="BERT-Tiny's sizes, random weights, a vocabulary of the "
-        "training texts")
-    add("--epochs", type=between(int, 1), default=10, metavar="N", help="at most")
-    add("--patience", type=between(int, 1), default=3, metavar="N", help="epochs without a better PR AUC on the "
-        "validation part; with dendrites perforatedai ends the run instead")
-    add("--batch-size", type=between(int, 1), default=32, metavar="N", help="texts in a batch")
-    add("--learning-rate", type=between(float, 1e-9), metavar="RATE", help="highest, of AdamW (default: 2e-5, from "
-        f"scratch {RATE_FROM_SCRATCH})")
-    add("--weight-decay", type=between(float, 0), default=0.01, metavar="RATE", help="of AdamW")
-    add("--schedule", choices=["linear", "step"], default="linear", help="of the learning rate: linear to zero "
-        "after a warm-up, or the seed's, a tenth each epoch")
-    add("--no-dendrites", action="store_true", help="the baseline: plain training, with --patience")
-    add("--switch-every", type=between(int, 2), default=4, metavar="N", help="epochs from one set of dendrites to the "
-        "next, or to the end")
-    add("--max-dendrites", type=between(int, 1), default=1, metavar="N", help="on each neuron")
-    add("--compare-dendrites", action="store_true", help="train dendrites, baseline, the same budget without "
-        "dendrites, and a wider model of the same size")
-
-    add = parser.add_argument_group("a trained model").add_argument
-    add("--evaluate", nargs="?", const="newest", metavar="CKPT", help="a best_model.pt (default: the newest one) on "
-        "its own test part, or on that of --data")
-    add("--checkpoint", metavar="CKPT", help="the model for the next ones (default: the newest best_model.pt)")
-    add("--compare-base", action="store_true", help="fine-tune --giant on the same data and compare")
-    add("--giant", default="bert-base-uncased", metavar="ID|FOLDER|scratch", help="for --compare-base; scratch is a "
-        "small one from random weights, to try the comparison")
-    add("--benchmark-only", action="store_true", help="latency, throughput, size and memory, also of a BERT-Base with "
-        "random weights")
-    add("--quantize", action="store_true", help="write model_int8.pt and compare it")
-    add("--export-onnx", action="store_true", help="write model.onnx with tokenizer.json and compare it")
-    add("--export-hf", metavar="FOLDER", help="write a model without dendrites for transformers")
-    add("--predict", nargs="*", metavar="TEXT", help="score texts, or the lines on stdin; tier by the tuned "
-        "threshold T: monitor from T/2, review from T, remove from (1 + T)/2 on")
-    add("--format", choices=["table", "json"], default="table", help="of --predict; json is one object a line")
-
-    add = parser.add_argument_group("runs").add_argument
-    add("--output-dir", default="outputs", metavar="FOLDER", help="results go to FOLDER/toxicity/run-001, run-002, …")
-    add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with an unfinished run, the newest or the "
-        "one named, with its own arguments")
-    add("--seed", type=between(int, 0, 2**31), default=42, metavar="N", help="of data, split and model")
-    add("--runs", type=between(int, 1, 999), default=1, metavar="N", help="seeds in a row: mean ± 95 %% CI")
-    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or one of them")
-    if "--quick" in argv:
-        parser.set_defaults(sample_size=1200, epochs=6, switch_every=3, dataset="embedded", from_scratch=True,
-                            giant="scratch")
-    defaults = vars(parser.parse_args([]))
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    given = {name: value for name, value in given.items() if value is not None}
-    args = argparse.Namespace(**defaults | given)
-    for name in ("data", "data_dir", "model", "giant", "checkpoint"):  # a run may be resumed from another folder
-        path = getattr(args, name)
-        if path and path != "scratch" and Path(path).exists():
-            setattr(args, name, str(Path(path).resolve()))
-    if args.resume is not None:
-        other = given.keys() - {"resume", "output_dir", "device"}
-        if other:
-            raise UserError(f"--{sorted(other)[0].replace('_', '-')} cannot be given with --resume, which keeps the "
-                            "run's own arguments")
-        return args
-    args.mode = next((mode for mode in MODES if mode in given), None)
-    check_args(args, given.keys())
-    return args
-
-
-def check_args(args, given):
-    """Raise UserError where arguments contradict each other."""
-    def refuse(*pairs):
-        for one, other in pairs:
-            if one in given and other in given:
-                names = (name.replace("_", "-") for name in (one, other))
-                raise UserError("--{} and --{} cannot be given together".format(*names))
-
-    refuse(("data", "dataset"), ("model", "from_scratch"), ("no_dendrites", "compare_dendrites"), ("quick", "data"),
-           ("quick", "model"), ("predict", "export_hf"), ("benchmark_only", "compare_base"),
-           ("benchmark_only", "evaluate"), *product(("predict", "export_hf"), (*MODES[3:], *DATA_ARGUMENTS)))
-    if args.evaluate not in (None, "newest"):
-        refuse(("checkpoint", "evaluate"))
-    if args.mode:
-        refuse(*product(("model", "from_scratch", "no_dendrites", "compare_dendrites", "switch_every", "max_dendrites",
-                         "runs", "quick"), MODES))
-        other = sorted(given & {*DATA_ARGUMENTS} - {"data", "dataset", "data_dir"})
-        if other and not given & {"data", "dataset"}:
-            raise UserError(f"--{other[0].replace('_', '-')}: the texts and parts are those that the model was trained "
-                            "with; other texts come with --data or --dataset")
-        refuse(("data", "compare_base"), ("dataset", "compare_base"))
-    elif "checkpoint" in given:
-        raise UserError("--checkpoint goes with --predict, --quantize, --export-onnx, --export-hf, --compare-base or "
-                        "--benchmark-only")
-    for name in ("text_column", "label_column", "positive_label"):
-        if name in given and "data" not in given:
-            raise UserError(f"--{name.replace('_', '-')} goes with --data")
-    if args.text_column == args.label_column:
-        raise UserError("--text-column and --label-column are the same")
-    if 0 < args.sample_size < 100:
-        raise UserError(f"--sample-size {args.sample_size}: at least 100, or 0 for everything")
-    if not args.no_dendrites and not args.mode and dendrite_tries(args) < 1:
-        raise UserError(f"--epochs {args.epochs} has no room for --max-dendrites {args.max_dendrites} with "
-                        f"--switch-every {args.switch_every}: {(args.max_dendrites + 1) * args.switch_every} are "
-                        "needed; or take --no-dendrites")
-
-
-def choose_device(name):
-    try:
-        return detect_device(name)
-    except argparse.ArgumentTypeError as problem:
-        raise UserError(f"--device: {problem}") from None
-
-
-# --- The experiment ---------------------------------------------------------------------------------------------------
-
-
-def make_classifier(base, kept, args, data, tokenizer, name):
-    """The Classifier of `kept`, one of the best and last weights that train_classifier returns; `base` is its BERT."""
-    model = grow_dendrites(build_bert({key: base.config.to_dict()[key] for key in BERT_SIZES}), kept["dendrites"])
-    model.load_state_dict(kept["weights"])
-    device, parameters = choose_device(args.device), count_parameters(model)
-    arguments = vars(args) | {"data_sha256": data.info["sha256"]}
-    return Classifier(model.to(device).eval(), tokenizer, arguments, name, kept["dendrites"], parameters,
-                      kept["threshold"])
-
-
-def train_tiny(args, data, arm, run_dir):
-    """Train BERT-Tiny: (best Classifier, training); best_model.pt and final_model.pt are written to `run_dir`."""
-    texts, _ = data.part("train")
-    model, tokenizer, name = make_model(args, texts)
-    if arm == "wider":
-        widen(model, args.max_dendrites)
-        name = f"{name}, wider"
-    write_results(describe_run(args) | {"arm": arm}, run_dir / "results.json")  # with what it falls back to
-    plain = copy.deepcopy(model)
-    training = train_classifier(model, tokenizer, data, args, arm, run_dir / "checkpoint.pt", args.from_scratch)
-    best, last = (make_classifier(plain, training[which], args, data, tokenizer, name) for which in ("best", "last"))
-    last.save(run_dir / "final_model.pt")
-    return best.save(run_dir / "best_model.pt"), training
-
-
-def train_giant(args, data, run_dir):
-    """Fine-tune --giant on the same data with the same selection: (Classifier, training); writes giant.pt."""
-    scratch = args.giant == "scratch"
-    if scratch:
-        model, tokenizer = build_bert(SCRATCH_GIANT), train_wordpiece(data.part("train")[0])
-    else:
-        model, tokenizer = load_pretrained(args.giant)
-    training = train_classifier(model, tokenizer, data, args, "giant", run_dir / "giant_checkpoint.pt", scratch)
-    name = "a small giant from scratch" if scratch else f"giant {Path(args.giant).name}"
-    giant = make_classifier(model, training["best"], args, data, tokenizer, name)
-    return giant.save(run_dir / "giant.pt"), training
-
-
-def giant_killer(tiny, giant):
-    """The seed's list for a giant-killer, as measured: [{criterion, asked, measured, met}]."""
-    ratio, speed = 100 * tiny["F1"] / max(giant["F1"], 1e-12), tiny["texts/s"] / giant["texts/s"]
-    rows = [("F1 against the giant's", "at least 98 %", f"{ratio:.1f} %", ratio >= 98),
-            ("speed against the giant's", "15 to 40 times", f"{speed:.1f} times", speed >= 15),
-            ("size on disk", "under 25 MB", f"{tiny['MB']:.1f} MB", tiny["MB"] < 25),
-            ("real time on a CPU, p99 of one text", "under 100 ms", f"{tiny['p99 ms']:.2f} ms", tiny["p99 ms"] < 100)]
-    return [dict(zip(("criterion", "asked", "measured", "met"), row)) for row in rows]
-
-
-def run_experiment(args, run_dir, arm="dendrites"):
-    """Train, or take a trained model, then evaluate, compress and compare as asked; returns the results dictionary."""
-    device, began, seconds = choose_device(args.device), time.perf_counter(), {}
-    if args.mode:
-        tiny, training = Classifier.load(args.checkpoint, device), None
-        if tiny.kind != "float32" and (args.quantize or args.export_onnx):
-            raise UserError(f"{args.checkpoint}: int8 already; take the best_model.pt that it was made of")
-        own_texts = not (args.data or args.dataset)
-        if own_texts:
-            args = argparse.Namespace(**vars(args) | {name: tiny.arguments[name] for name in DATA_ARGUMENTS})
-        elif args.data and args.data == tiny.arguments["data"]:
-            raise UserError(f"--data {args.data}: the model was trained with it; without --data its test part is taken")
-    if args.export_onnx:
-        require_onnx()
-    seed_everything(args.seed)
-    results, data = describe_run(args) | ({} if args.mode else {"arm": arm}), load_data(args)
-    if args.mode and own_texts and data.info["sha256"] != tiny.arguments.get("data_sha256"):
-        raise UserError(f"{data.info['name']}: not the texts that the model was trained with, so that it may have seen "
-                        "some of the test part; bring them back, or give other texts with --data")
-    note(f"{data.info['name']}: " + ", ".join(
-        f"{sum(counts.values()):,} {part} ({counts['toxic'] / sum(counts.values()):.1%} toxic)"
-        for part, counts in data.info["counts"].items()))
-    seconds["data"] = time.perf_counter() - began
-    if not args.mode:
-        tiny, training = train_tiny(args, data, arm, run_dir)
-        seconds["training"] = training["seconds"]
-        results["training"] = {key: training[key] for key in ("history", "switches", "class_weights", "seconds")}
-        results["best_epoch"], results["dendrites"] = training["best"]["epoch"], tiny.dendrites
-    models, giant = [tiny], None
-    if args.quantize or args.quick:
-        small = replace(tiny, model=make_int8(copy.deepcopy(tiny.model).cpu()), kind="int8")
-        models.append(small.save(run_dir / "model_int8.pt"))
-    if args.export_onnx or (args.quick and all(map(importlib.util.find_spec, ONNX))):
-        models.append(export_onnx(tiny, run_dir / "model.onnx"))
-    if args.compare_base or args.quick:
-        giant, giant_training = train_giant(args, data, run_dir)
-        models.append(giant)
-        seconds["giant training"] = giant_training["seconds"]
-        results["giant_training"] = giant_training["history"]
-    if args.benchmark_only:
-        base = build_bert({"vocab_size": TINY["vocab_size"]}).to(device).eval()
-        parameters = count_parameters(base)
-        models.append(Classifier(base, tiny.tokenizer, tiny.arguments, "BERT-Base, random weights", 0, parameters, 0.5,
-                                 megabytes=4e-6 * parameters))
-
-    test_texts = data.part("test")[0]
-    if not args.benchmark_only:
-        began = time.perf_counter()
-        scorers = {own.label: (own.scores, own.threshold) for own in models}
-        scorers |= {"TF-IDF": (fit_tfidf(*data.part("train")), None),
-                    "majority class": (lambda texts: np.zeros(len(texts)), 0.5)}
-        results["models"] = evaluate(scorers, data, args.seed)
-        seconds["evaluation"] = time.perf_counter() - began
-    began, rows = time.perf_counter(), []
-    some = (test_texts + data.part("validation")[0])[:1000]
-    for own in models:
-        f1 = results["models"][own.label]["tuned"]["f1"] if "models" in results else None
-        rows.append({"model": own.label, "parameters": own.parameters, "MB": own.megabytes, "F1": f1}
-                    | benchmark(own, some))
-        if own.kind != "float32" and own is not tiny:
-            logits = [predict_logits(one.model, one.tokens(test_texts)).cpu() for one in (tiny, own)]
-            rows[-1]["largest logit difference"] = (logits[0] - logits[1]).abs().max().item()
-    seconds["benchmark"] = time.perf_counter() - began
-    results["deployments"] = rows
-    if giant:
-        results["giant_killer"] = giant_killer(rows[0], next(row for row in rows if row["model"] == giant.label))
-    if training:
-        plot_learning(training, run_dir / "learning_curves.png")
-    if "models" in results:
-        plot_evaluation(results, data, run_dir)
-        for one in results["models"].values():
-            del one["validation_scores"], one["test_scores"]
-    plot_deployments(rows, run_dir)
-    results |= {
-        "finished": True, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(), "data": data.info, "parameters": tiny.parameters,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()}, "peak_memory_mib": memory_mib()}
-    (run_dir / "summary.md").write_text(summary(results), encoding="utf-8")
-    results = write_results(results, run_dir / "results.json")
-    for name in ("checkpoint.pt", "giant_checkpoint.pt"):  # only an unfinished run needs them
-        (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "perforatedai", ignore_errors=True)
-    return results
-
-
-def summary(results):
-    """The tables of a finished run as Markdown."""
-    data, text = results["data"], []
-    training = results.get("training")
-    text.append(f"# toxicity.py, {data['name']} ({data['source']}), {data['rows']:,} texts, seed {results['seed']}")
-    if training:
-        weights = ", ".join(f"{weight:.2f}" for weight in training["class_weights"])
-        text.append(f"Class weights {weights} (the seed: {SEED_WEIGHTS[0]}, {SEED_WEIGHTS[1]}); "
-                    f"{len(training['history'])} epochs in {training['seconds']} s, best: epoch "
-                    f"{results['best_epoch']}, dendrites on each neuron then: {results['dendrites']}.")
-        if training["switches"]:
-            text.append("## Switches (best validation PR AUC before and after)")
-            text.append(markdown_table(training["switches"]))
-    if "models" in results:
-        table = []
-        for name, one in results["models"].items():
-            half, tuned, interval = one["at_half"], one["tuned"], one["f1_interval"]
-            table.append({
-                "model": name, "F1 at 0.5": half["f1"], "threshold": tuned["threshold"], "F1": tuned["f1"],
-                "95 % interval": f"{interval[0]:.3f} to {interval[1]:.3f}",
-                "precision": tuned["precision"], "recall": tuned["recall"], "accuracy": tuned["accuracy"],
-                "weighted F1": tuned["weighted_f1"], "ROC AUC": tuned["roc_auc"], "PR AUC": tuned["pr_auc"],
-                "F1 disguised": one["disguised"]["f1"]})
-        text.append("## Quality on the test part, toxic class")
-        text.append(markdown_table([*table, SEED_CLAIM]))
-        text.append("A model's threshold is the F1-optimal one of the validation part of its training, TF-IDF's that "
-                    "of this one; intervals are of 1,000 bootstrap samples of the test texts. Disguised: "
-                    "leetspeak and swapped letters in 30 % of the longer words.")
-    text.append(f"## Size and speed on the CPU, {results['threads']} threads, tokenization included")
-    text.append(markdown_table(results["deployments"]))
-    if "giant_killer" in results:
-        text.append("## A giant-killer?")
-        text.append(markdown_table([row | {"met": "yes" if row["met"] else "no"} for row in results["giant_killer"]]))
-    return "\n\n".join(text) + "\n"
-
-
-def run_seeds(args, run_dir):
-    """The experiment once, or for each seed and, with --compare-dendrites, each arm; returns the results dictionary."""
-    arms = ARMS if args.compare_dendrites else ["baseline" if args.no_dendrites else "dendrites"]
-    if args.mode or (args.runs == 1 and len(arms) == 1):
-        return run_experiment(args, run_dir, arms[0])
-    finished = {arm: [] for arm in arms}
-    for seed, arm in product(range(args.seed, args.seed + args.runs), arms):
-        own_dir = run_dir / f"seed-{seed}-{arm.replace(' ', '-')}"
-        own_dir.mkdir(exist_ok=True)
-        done = own_dir / "results.json"
-        kept = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {"finished": False, "arguments": {}}
-        one = argparse.Namespace(**vars(args) | kept["arguments"] | {"seed": seed, "device": args.device})
-        if arm in RESTARTED:
-            one.epochs = len(finished["dendrites"][-1]["training"]["history"])
-        finished[arm].append(kept if kept["finished"] else run_experiment(one, own_dir, arm))
-        used = finished[arm][-1]["arguments"]  # all runs on what the first one found in reach
-        args.dataset, args.from_scratch = used["dataset"], used["from_scratch"]
-    return combine_runs(args, finished, run_dir)
-
-
-def combine_runs(args, finished, run_dir):
-    """Mean ± 95 % interval over the seeds of each arm, and paired differences, written to `run_dir`."""
-    runs, scores, table = next(iter(finished.values())), {}, []
-    for arm, own in (finished | {"TF-IDF": runs}).items():
-        tuned = [run["models"]["TF-IDF"] if arm == "TF-IDF" else next(iter(run["models"].values())) for run in own]
-        scores[arm] = {key: [one["tuned"][key] for one in tuned] for key in LABELS}
-
-    def interval(values, marked=False):
-        mean, width = mean_and_interval(values)
-        text = f"{mean:.3f}" + (f" ± {width:.3f}" if math.isfinite(width) else "")
-        return text + "*" * bool(marked and abs(mean) > width)
-
-    first = next(iter(finished))
-    for arm, own in scores.items():
-        row = {"arm": arm} | {label: interval(own[key]) for key, label in LABELS.items()}
-        if arm != first:
-            row |= {f"{first} minus this, {label}": interval(np.subtract(scores[first][key], own[key]), True)
-                    for key, label in LABELS.items()}
-        if arm in finished:
-            row |= {name: ", ".join(map(str, (run[key] for run in finished[arm])))
-                    for name, key in (("best epochs", "best_epoch"), ("dendrites kept", "dendrites"))}
-            row["parameters"] = max(run["parameters"] for run in finished[arm])
-        table.append(row)
-    if len(runs) > 1:
-        plot_arms(scores, run_dir)
-    seeds = [run["seed"] for run in runs]
-    text = (f"# toxicity.py, {runs[0]['data']['name']}, seeds {seeds[0]} to {seeds[-1]}: mean ± 95 % interval "
-            f"(Student's t), test part\n\n{markdown_table(table)}\n\nDifferences are paired by seed; * marks an "
-            "interval without 0." + " \"same budget\" and \"wider\" have the epochs and the restarts of \"dendrites\"."
-            * args.compare_dendrites + "\n")
-    (run_dir / "summary.md").write_text(text, encoding="utf-8")
-    return write_results(describe_run(args) | {
-        "finished": True, "data": runs[0]["data"], "seeds": seeds, "scores": scores, "table": table,
-        "seconds": {arm: [run["training"]["seconds"] for run in own] for arm, own in finished.items()},
-        "peak_memory_mib": memory_mib()}, run_dir / "results.json")
-
-
-def export_for_transformers(args):
-    """Write a model without dendrites as a folder that transformers' from_pretrained reads."""
+    names = ["input_ids", "attention_mask"]
+    axes = {name: {0: "batch", 1: "length"} for name in names} | {"logits": {0: "batch"}}
+    example = torch.ones(2, 8, dtype=torch.long)
+    with atomic_write(path) as part, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the older exporter will go; the newer fails on dendrites
+        torch.onnx.export(model, (example, example), part, dynamo=False, input_names=names,
+                          output_names=["logits"], dynamic_axes=axes)
+    classifier.tokenizer.save(str(run_dir / "tokenizer.json"))
+    version = replace(classifier, model=OnnxModel(path), kind="ONNX",
+                      megabytes=path.stat().st_size / 1e6)
+    return compare_versions(classifier, version, data, args, run_dir)
+
+
+@torch.no_grad()
+def fold_dendrites(model, tokens):
+    """The model as a plain BERT: the mean output of a dendrite becomes part of its neuron's bias,
+    which is exact only where that output hardly varies."""
+    model, means = copy.deepcopy(model), {}
+
+    def record(layer, inputs, output):
+        means[layer] = layer.parts(*inputs)[1].flatten(0, -2).mean(0)
+
+    for layer in dendritic_layers(model):
+        layer.register_forward_hook(record)
+    model(**tokens.batch(torch.arange(len(tokens.lengths))))
+    for name, layer in list(model.named_modules()):
+        if layer in means:
+            neurons = len(means[layer])
+            plain = nn.Linear(layer.linear.in_features, neurons)
+            plain.weight.copy_(layer.linear.weight[:neurons])
+            plain.bias.copy_(layer.linear.bias[:neurons] + means[layer])
+            model.set_submodule(name, plain)
+    return model
+
+
+def export_hf(args):
+    """Write a folder that transformers loads; returns what was done."""
     from transformers import BertTokenizerFast
 
-    classifier, folder = Classifier.load(find_checkpoint(args), torch.device("cpu")), args.export_hf
-    if classifier.dendrites or classifier.kind != "float32":
-        raise UserError(f"--export-hf: {classifier.label} is no plain BERT, which is all that transformers can load; "
-                        "train with --no-dendrites")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    classifier.model.save_pretrained(folder)
-    BertTokenizerFast(tokenizer_object=classifier.tokenizer).save_pretrained(folder)
-    print(f"{classifier.label} for transformers is in {folder}")
+    path = find_checkpoint(args)
+    classifier = load_classifier(path, torch.device("cpu"))
+    if classifier.kind != "float32":
+        raise UserError(f"{path} is {classifier.kind}; take its best_model.pt")
+    model, change = classifier.model, 0.0
+    if dendritic_layers(model):
+        texts, _ = generate_comments(300, seed=0)
+        model = fold_dendrites(model, classifier.tokens(texts))
+        folded = replace(classifier, model=model)
+        change = float(np.abs(folded.scores(texts) - classifier.scores(texts)).max())
+        if change > 0.01:
+            raise UserError(f"--export-hf: no BERT of transformers has dendrites, and without these "
+                            f"a score changes by {change:.3f}; take --export-onnx, or train with "
+                            "--arm plain")
+        note(f"dendrites folded into the biases, which changes a score by at most {change:.1g}")
+    model.config.id2label = dict(enumerate(CLASSES))
+    model.config.label2id = {name: i for i, name in enumerate(CLASSES)}
+    Path(args.export_hf).mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(args.export_hf)
+    BertTokenizerFast(tokenizer_object=classifier.tokenizer,
+                      model_max_length=classifier.arguments["max_length"]
+                      ).save_pretrained(args.export_hf)
+    print(f"{classifier.label} for transformers is in {args.export_hf}")
+    return {"folder": args.export_hf, "largest_change": change}
+
+
+def benchmark_models(args):
+    """Speed and size of a checkpoint beside those of a BERT-Base with random weights."""
+    classifier, data, args = open_checkpoint(args)
+    base = build_bert({}).to(args.device).eval()
+    parameters = count_active(base)
+    base = replace(classifier, model=base, name="BERT-Base, random weights", kind="float32",
+                   parameters=parameters, megabytes=4e-6 * parameters)
+    run_dir = next_run_dir(args)
+    rows = deployment_rows([classifier, base], data, {})
+    plot_deployments(rows, run_dir / "deployments.png")
+    ratio = rows[0]["texts/s"] / rows[1]["texts/s"]
+    summary = (f"{markdown_table(rounded(rows))}\n\n{classifier.label} reads "
+               f"{rows[0]['texts/s']:,.0f} texts/s on {torch.get_num_threads()} threads of the CPU, "
+               f"{ratio:.0f} times as many as BERT-Base.\n")
+    return write_results({"deployments": rows, "times_base": ratio}, summary, args, run_dir)
+
+
+def printable(text):
+    """The text in one line, with control characters escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def predict(args):
-    """Print score, decision and tier of each text of --predict, or of each line on stdin; returns them as a list."""
-    classifier = Classifier.load(find_checkpoint(args), choose_device(args.device))
-    try:
-        texts = args.predict or [line.rstrip("\n") for line in sys.stdin]
-        "".join(texts).encode()
-    except UnicodeError:
-        raise UserError("--predict: a text is not UTF-8") from None
-    if not texts:
-        raise UserError("--predict: no text given, and none on stdin")
-    threshold = classifier.threshold
+    """Print score, decision and tier of each text of --predict or, as they come, of the lines on
+    stdin; empty ones are skipped. Returns the rows."""
+    classifier = load_classifier(find_checkpoint(args), args.device)
+    threshold, rows = classifier.threshold, []
     cuts = [threshold / 2, threshold, (1 + threshold) / 2]
-    rows = [{"text": text, "score": round(float(score), 4), "toxic": bool(score >= threshold),
-             "tier": TIERS[int(np.searchsorted(cuts, score, side="right"))]}
-            for text, score in zip(texts, classifier.scores(texts))]
-    if args.format == "json":
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
-    else:
+    lines = (line.rstrip("\r\n") for line in args.predict or sys.stdin)
+    texts = (text for text in lines if text.strip())
+    size = 1 if sys.stdin.isatty() else INFERENCE_BATCH
+    if args.format == "table":
         print("score   decision   tier      text")
-        for row in rows:
-            print(f"{row['score']:.3f}   {'toxic' if row['toxic'] else 'not toxic':9}  {row['tier']:8}  {row['text']}")
-    return rows
+    try:
+        while batch := list(itertools.islice(texts, size)):
+            scores = classifier.scores([clean_text(text) for text in batch])
+            for text, score in zip(batch, scores.tolist()):
+                row = {"text": text, "score": round(score, 4), "toxic": score >= threshold,
+                       "tier": TIERS[int(np.searchsorted(cuts, score, side="right"))]}
+                rows.append(row)
+                if args.format == "json":
+                    print(json.dumps(row, ensure_ascii=False))
+                else:
+                    print(f"{score:.3f}   {CLASSES[row['toxic']]:9}  {row['tier']:8}  "
+                          f"{printable(text)}")
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeDecodeError as error:
+        raise UserError(f"--predict: stdin is not UTF-8: {error}") from None
+    if not rows:
+        raise UserError("--predict: no text given, and none on stdin")
+    return {"rows": rows}
+
+
+MODES = {"evaluate": evaluate_checkpoint, "compare_base": compare_base, "quantize": quantize,
+         "export_onnx": export_onnx, "export_hf": export_hf, "benchmark_only": benchmark_models,
+         "predict": predict}
+
+
+# --- Plumbing: nothing below is about the experiment --------------------------------------------
+
+NOTES = []
+
+
+class UserError(Exception):
+    """A problem that the user can solve: main() makes it one line on stderr and exit code 2."""
+
+
+def log(text):
+    """Print a line on stderr; under torchrun in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)
+
+
+def note(text):
+    """Log a line and record it in the results, for whoever reads them."""
+    if text not in NOTES:
+        NOTES.append(text)
+        log(text)
+
+
+def progress(iterable, description, total=None):
+    """A progress bar on a terminal and in a notebook, and nothing elsewhere."""
+    hidden = not (sys.stderr.isatty() or in_notebook())
+    return tqdm(iterable, description, total, leave=False, disable=hidden)
+
+
+def memory_mib(field="VmRSS"):
+    """Resident memory of this process [MiB], its peak with the field VmHWM; NaN except on Linux."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) / 1024
+    return float("nan")
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A temporary path to write to, renamed to `path` at the end: a file is whole or absent."""
+    part = Path(f"{path}.{os.getpid()}.part")  # two processes may go on with the same run
+    try:
+        yield part
+        part.replace(path)
+    except RuntimeError as error:  # torch.save raises this on a full disk
+        raise UserError(f"{path} cannot be written; is the disk full? ({error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def load_checkpoint(file, name):
+    """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception:  # torch.load raises errors of many types for a damaged file
+        raise UserError(f"{name}: damaged, or not a checkpoint of {EXPERIMENT}.py") from None
+
+
+def plain_arguments(args):
+    """{name: value} of the arguments, all of which JSON can hold."""
+    return vars(args) | {"device": str(args.device)}
+
+
+def changed_arguments(args):
+    """{flag: value} of the arguments that differ from their defaults."""
+    defaults = plain_arguments(parse_args([]))
+    return {f"--{name.replace('_', '-')}": value for name, value in plain_arguments(args).items()
+            if value is not None and value != defaults[name]}
+
+
+def free_run_dir(parent):
+    """The path run-001 in the folder `parent`, with the next free number."""
+    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
+    return parent / f"run-{max(numbers, default=0) + 1:03d}"
+
+
+def next_run_dir(args):
+    """The folder of this run: that of --resume, or else a new one with arguments.json."""
+    if args.resume:
+        return Path(args.resume)
+    run_dir = free_run_dir(Path(args.output_dir, EXPERIMENT))
+    run_dir.mkdir(parents=True)
+    with atomic_write(run_dir / "arguments.json") as path:
+        path.write_text(to_json(plain_arguments(args)))
+    return run_dir
+
+
+def resume_arguments(args):
+    """The arguments of the unfinished run in --resume, a folder, or of the newest one."""
+    files = [Path(args.resume, "arguments.json")]
+    if args.resume == "newest":
+        files = sorted(Path(args.output_dir, EXPERIMENT).glob("run-*/arguments.json"))
+    unfinished = [file for file in files
+                  if file.exists() and not file.with_name("results.json").exists()]
+    if not unfinished:
+        raise UserError(f"--resume {args.resume}: no unfinished run; see --output-dir")
+    free = {"--resume", "--output-dir", "--data-dir", "--device", "--jobs", "--backend"}
+    changed = set(changed_arguments(args))
+    if changed - free:
+        raise UserError("--resume keeps a run's arguments; leave out "
+                        f"{', '.join(sorted(changed - free))}")
+    arguments = vars(parse_args([])) | json.loads(unfinished[-1].read_text())
+    arguments |= {name: value for name, value in vars(args).items()
+                  if f"--{name.replace('_', '-')}" in changed | {"--device"}}
+    return argparse.Namespace(**arguments | {"resume": str(unfinished[-1].parent)})
+
+
+def describe_run(args):
+    """What made the results: arguments, script, versions, device and peak memory."""
+    script = Path(globals().get("__file__", "pasted into a notebook")).resolve()
+    digest = hashlib.sha256(script.read_bytes()).hexdigest() if script.exists() else None
+    commit = None
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40",
+                   "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets",
+                "perforatedai")
+    versions = {name: getattr(sys.modules[name], "__version__", None)
+                for name in packages if name in sys.modules}
+    device = args.device
+    return {
+        "experiment": EXPERIMENT,
+        "arguments": plain_arguments(args),
+        "changed_arguments": changed_arguments(args),
+        "script_sha256": digest,
+        "git_commit": commit,
+        "git_clean": commit and not commit.endswith("-dirty"),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "peak_memory_mib": memory_mib("VmHWM"),
+        "notes": list(NOTES),
+    }
+
+
+def to_json(value):
+    """JSON with arrays as lists, and null for NaN."""
+    text = json.dumps(value, default=lambda array: array.tolist())
+    return json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=1)
+
+
+def write_results(results, summary, args, run_dir):
+    """Write and print summary.md, then write results.json, with which a run is finished; returns
+    the results as they are read back."""
+    results = describe_run(args) | results
+    title = f"# {EXPERIMENT}.py"
+    for flag, value in results["changed_arguments"].items():
+        values = value if isinstance(value, list) else [value]
+        title += " ".join(["", flag, *(str(item) for item in values if item is not True)])
+    text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
+    (run_dir / "summary.md").write_text(text, encoding="utf-8")
+    with atomic_write(run_dir / "results.json") as path:
+        path.write_text(to_json(results))
+    if in_notebook():
+        from IPython.display import Markdown, display
+
+        display(Markdown(text))
+    else:
+        print(text)
+    print(f"Everything is in {run_dir}")
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def markdown_table(rows):
+    """Rows [{column: value}] as a Markdown table; a value that is missing is a dash."""
+    table = pd.DataFrame(rows, dtype=object).fillna("–").astype(str)
+    lines = [table.columns, ["---"] * table.shape[1], *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv=None):
-    """Run the experiment with `argv` as on a command line (default: this process's, in a notebook none).
+    """Run the script with the arguments `argv`: those of the command line, or none in a notebook.
 
-    Returns the results dictionary, with --predict a list; what a user can put right raises SystemExit(2), Ctrl-C
-    SystemExit(130).
+    Returns the results. A problem that the user can solve is one line and SystemExit(2), an
+    interruption one line and SystemExit(130); in a notebook only the line.
     """
-    run_dir, resumed = None, False
+    if argv is None:
+        argv = [] if in_notebook() else sys.argv[1:]
+    args = parse_args(argv)
+    NOTES.clear()
     try:
-        args = parse_args(([] if in_notebook() else sys.argv[1:]) if argv is None else argv)
-        if args.resume is not None:
-            given, resumed = {"device": args.device} if args.device != "auto" else {}, True
-            run_dir, kept = find_run(args.output_dir, args.resume, vars(args))
-            args = argparse.Namespace(**vars(kept) | given | {"output_dir": args.output_dir})
-        if args.mode in ("predict", "export_hf"):
-            return predict(args) if args.mode == "predict" else export_for_transformers(args)
-        if args.mode:
-            args.checkpoint = str(find_checkpoint(args).absolute())
-        run_dir = run_dir or new_run(args.output_dir)
-        if not resumed:
-            write_results(describe_run(args), run_dir / "results.json")
-        results = run_seeds(args, run_dir)
+        return run(resume_arguments(args) if args.resume else args)
     except KeyboardInterrupt:
-        where = run_dir and f"; to go on: python toxicity.py --resume {run_dir}"
-        note(f"stopped{where or ''}")
-        raise SystemExit(130) from None
-    except UserError as problem:
-        error = str(problem)
-    except torch.OutOfMemoryError:
-        error = "not enough GPU memory; lower --batch-size or take --device cpu"
-    except OSError as problem:
-        error = f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)
-    else:
-        print((run_dir / "summary.md").read_text(encoding="utf-8"))
-        print(f"Everything is in {run_dir}")
-        return results
-    if run_dir and not resumed and not [*run_dir.rglob("*.pt"), *run_dir.rglob("*.onnx")]:  # leave no empty run behind
-        shutil.rmtree(run_dir, ignore_errors=True)
-    print(f"toxicity.py: error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+        text = ("interrupted; to go on with a run that had begun: "
+                f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
+        code = 130
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        text = f"error: {' '.join(str(error).split())}"
+        code = 2
+    print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
+    if not in_notebook():
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

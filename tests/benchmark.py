@@ -268,47 +268,46 @@ def forecast_training(repeats=3, epochs=10):
 
 def toxicity_data(count=2000):
     """Embedded comments, a BERT-Tiny with random weights, and the WordPiece tokenizer of their vocabulary."""
-    args = toxicity.parse_args(["--dataset", "embedded", "--from-scratch", "--no-dendrites", "--epochs", "1",
+    args = toxicity.parse_args(["--dataset", "embedded", "--from-scratch", "--arm", "plain", "--epochs", "1",
                                 "--sample-size", str(count)])
-    data = toxicity.load_data(args)
-    data.parts["validation"] = data.parts["validation"][:50]
-    return args, data, toxicity.build_bert(toxicity.TINY), toxicity.train_wordpiece(data.part("train")[0])
+    with contextlib.redirect_stderr(io.StringIO()):
+        data = toxicity.load_data(args)
+    data.splits["validation"] = data.splits["validation"][:50]
+    return args, data, toxicity.build_bert(toxicity.TINY), toxicity.train_wordpiece(data.split("train")[0])
 
 
 def toxicity_training(repeats=5):
-    """Texts per second of an epoch of train_classifier, and of a bare loop over the same model and ready batches."""
+    """Texts per second of an epoch of train_model, and of a bare loop over the same model and ready batches."""
     args, data, model, tokenizer = toxicity_data()
-    device, (texts, labels) = detect_device(), data.part("train")
-    tokens = toxicity.tokenize(tokenizer, texts, args.max_length).to(device)
-    labels, weights = torch.from_numpy(labels).to(device), torch.ones(2, device=device)
-    batches = [(*toxicity.pad_batch(tokens, rows), labels[rows])
-               for rows in toxicity.bucket_batches(tokens.lengths, args.batch_size, shuffle=True)]
+    examples = toxicity.make_examples(tokenizer, data, args)
+    train, device = examples["train"], args.device
     model = model.to(device)
+    batches = [(rows, train.tokens.batch(rows))
+               for rows in toxicity.bucket_batches(train.tokens.lengths, args.batch_size, shuffle=True)]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
     def bare():
         model.train()
-        for ids, mask, label in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and has_bfloat16(device)):
-                logits = model(input_ids=ids, attention_mask=mask).logits
-            loss = F.cross_entropy(logits.float(), label, weights)
+        for rows, batch in batches:
+            loss = train.loss(model(**batch).logits, rows)
             clipped_step(model, optimizer, loss)
         loss.item()
 
     def ours():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "checkpoint.pt"
-            return toxicity.train_classifier(model, tokenizer, data, args, "baseline", path, True)["seconds"]
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            state = toxicity.new_state(model, [])
+            toxicity.train_model(state, examples, args, "plain", 1e-4, Path(folder) / "checkpoint.pt")
+            return state["history"][0]["seconds"]
 
     mine, reference = median_pair(ours, bare, repeats)
-    report("toxicity training", "texts/s", len(texts), mine, "bare loop", reference)
+    report("toxicity training", "texts/s", len(train.labels), mine, "bare loop", reference)
 
 
 def toxicity_scoring():
     """Texts per second from text to score in length buckets, and with every text padded to --max-length."""
     args, data, model, tokenizer = toxicity_data()
-    texts, _ = data.part("train")
-    classifier = toxicity.Classifier(model.eval(), tokenizer, vars(args), "", 0, 0, 0.5)
+    texts, _ = data.split("train")
+    classifier = toxicity.Classifier(model.eval(), tokenizer, "", vars(args), 0.5, torch.zeros(0), 0)
 
     @torch.inference_mode()
     def padded():

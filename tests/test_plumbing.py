@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import plumbing
 
-SCRIPTS = ["fire.py", "forecast.py", "batch_selection.py", "duet.py"]  # each script joins when it gets its new shape
+SCRIPTS = ["fire.py", "forecast.py", "batch_selection.py", "duet.py", "toxicity.py"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,5 +1,7 @@
 """What users of toxicity.py rely on: offline, on the CPU, with real dendrites. Real tweets where ../shared/data is."""
 
+import contextlib
+import gzip
 import io
 import json
 import os
@@ -12,22 +14,26 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
+import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, SHARED, kill_when, run_notebook
 from torch import nn
 
 import toxicity
 
-ROOT = Path(toxicity.__file__).resolve().parent
-TWEETS = ROOT.parent / "shared/data/hate_speech/labeled_data.csv"
+TWEETS = SHARED / "hate_speech/labeled_data.csv"
+CPU = torch.device("cpu")
 SMALL = ["--dataset", "embedded", "--from-scratch", "--sample-size", "400", "--max-length", "24", "--device", "cpu"]
 DENDRITES = [*SMALL, "--epochs", "4", "--switch-every", "2"]
-PICTURES = {"learning_curves.png", "pr_roc.png", "threshold_sweep.png", "confusion_matrices.png", "size_f1.png",
-            "speed.png"}
+FILES = {"arguments.json", "results.json", "summary.md", "best_model.pt", "model_int8.pt", "learning_curves.png",
+         "pr_roc.png", "confusion_matrices.png", "deployments.png"}
+
+
+@pytest.fixture(autouse=True)
+def no_left_over_notes(monkeypatch):
+    """Notes of one test are not those of the next."""
+    monkeypatch.setattr(toxicity, "NOTES", [])
 
 
 @pytest.fixture(scope="session")
@@ -39,22 +45,24 @@ def dendritic(tmp_path_factory):
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as here, for the same last bits
     process = subprocess.Popen(command, cwd=folder, env=threads, stdin=child, stdout=child, stderr=child)
     os.close(child)
-    said = []
+    chunks = []
 
     def read():
         try:
             while chunk := os.read(parent, 65536):
-                said.append(chunk)
+                chunks.append(chunk)
         except OSError:  # the other end was closed
             pass
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert process.wait(timeout=240) == 0, b"".join(said).decode()
+    code = process.wait(timeout=240)
     reader.join()
     os.close(parent)
-    said = b"".join(said).decode()
-    assert "(Pdb)" not in said and "Press Enter" not in said
+    printed = b"".join(chunks).decode()
+    assert code == 0, printed
+    assert "(Pdb)" not in printed
+    assert "Press Enter" not in printed
     assert [path.name for path in folder.iterdir()] == ["outputs"]  # nothing outside the run's folder
     return folder / "outputs", json.loads((folder / "outputs/toxicity/run-001/results.json").read_text())
 
@@ -63,17 +71,25 @@ def dendritic(tmp_path_factory):
 def plain(tmp_path_factory):
     """(output folder, results) of a run without dendrites, in this process."""
     output = tmp_path_factory.mktemp("plain")
-    results = toxicity.main([*SMALL, "--no-dendrites", "--epochs", "3", "--output-dir", str(output)])
+    results = toxicity.main([*SMALL, "--arm", "plain", "--epochs", "3", "--output-dir", str(output)])
     return output, results
 
 
-def error_of(argv, capsys):
-    """The one line on stderr of a run that ends with exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        toxicity.main([str(argument) for argument in argv])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("toxicity.py: error: "), lines
-    return lines[0]
+def model_of(run, name="best_model.pt"):
+    return run[0] / "toxicity/run-001" / name
+
+
+def load_model(run, name="best_model.pt"):
+    return toxicity.load_classifier(model_of(run, name), CPU)
+
+
+def write_csv(path, texts, labels):
+    pd.DataFrame({"text": texts, "toxicity": labels}).to_csv(path, index=False)
+    return path
+
+
+def load(*argv):
+    return toxicity.load_data(toxicity.parse_args([str(word) for word in argv]))
 
 
 def random_tokens(count=37, seed=0):
@@ -89,44 +105,142 @@ def random_tokens(count=37, seed=0):
 
 def test_embedded_comments_cannot_be_told_by_single_words():
     texts, labels = toxicity.generate_comments(20_000, seed=3)
-    assert (texts, labels.tolist()) == (lambda again: (again[0], again[1].tolist()))(
-        toxicity.generate_comments(20_000, seed=3))
+    again, _ = toxicity.generate_comments(20_000, seed=3)
+    assert texts == again
     assert 0.05 < labels.mean() < 0.07
     for word in ("clown", "idiot", "bat", "congratulations", "blood"):
         with_word = labels[[word in text.lower() for text in texts]]
-        assert len(with_word) > 20 and 0.02 < with_word.mean() < 0.8, word
+        assert len(with_word) > 20, word
+        assert 0.02 < with_word.mean() < 0.8, word
 
 
-def test_no_text_is_on_two_sides_and_the_parts_are_stratified():
+def test_no_text_is_on_two_sides_and_the_splits_are_stratified():
     texts = [f"Text {i // 3}" if i % 3 else f"text  {i // 3} " for i in range(3000)]  # each stands there three times
     labels = np.repeat(np.arange(1000) % 10 == 0, 3).astype(np.int64)
     for size in (0, 400, 5000):
-        parts = toxicity.split_texts(texts, labels, size, seed=1)
-        keys = [{toxicity.same_text(texts[row]) for row in parts[part]} for part in toxicity.PARTS]
-        assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
-        assert all(abs(labels[rows].mean() - 0.1) < 0.01 for rows in parts.values())
+        splits = toxicity.split_texts(texts, labels, size, seed=1)
+        keys = [{toxicity.same_text(texts[row]) for row in splits[split]} for split in toxicity.SPLITS]
+        assert not keys[0] & keys[1]
+        assert not (keys[0] | keys[1]) & keys[2]
+        assert all(abs(labels[rows].mean() - 0.1) < 0.01 for rows in splits.values())
         assert len(keys[0]) == (400 if size == 400 else 800)
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_files_of_each_kind_and_label_give_the_same_data(kind, tmp_path):
+KINDS = ["csv", "csv.gz", "tsv", "semicolon.csv", "escaped.csv", "utf16.csv", "jsonl", "json", "parquet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_each_kind_give_the_same_data(kind, tmp_path):
     texts, labels = toxicity.generate_comments(300, seed=5)
+    texts = [f'{text}\n"quoted", so; and\tso' for text in texts]
+    frame = pd.DataFrame({"comment": texts, "toxic": labels})
     path = tmp_path / f"comments.{kind}"
-    columns = {"comment_text": [text + '\n"quoted", so' for text in texts], "toxic": labels.astype(int),
-               "class": np.where(labels, 0, 2), "score": np.where(labels, 0.7, 0.2)}
-    if kind == "csv":
-        pa.csv.write_csv(pa.table(columns), path)
-    elif kind == "parquet":
-        pa.parquet.write_table(pa.table(columns), path)
+    if kind == "parquet":
+        frame.to_parquet(path)
+    elif kind.startswith("json"):
+        frame.to_json(path, orient="records", lines=kind == "jsonl")
+    elif kind == "escaped.csv":
+        rows = [text.replace('"', '\\"') for text in texts]
+        path.write_text("comment,toxic\n" + "".join(f'"{row}",{label}\n' for row, label in zip(rows, labels)))
     else:
-        path.write_text("\n".join(json.dumps(row) for row in pa.table(columns).to_pylist()))
-    hashes = set()
-    for more in (["toxic"], ["class", "--positive-label", "0"], ["score", "--label-threshold", "0.6"]):
-        argv = ["--data", str(path), "--text-column", "comment_text", "--sample-size", "0", "--label-column", *more]
-        data = toxicity.load_data(toxicity.parse_args(argv))
-        hashes.add(data.info["sha256"])
-        assert data.info["rows"] == 300 and data.texts[0].endswith('\n"quoted", so')
-    assert len(hashes) == 1
+        separator = {"tsv": "\t", "semicolon.csv": ";"}.get(kind, ",")
+        frame.to_csv(path, sep=separator, index=False, encoding="utf-16" if kind == "utf16.csv" else "utf-8")
+    data = load("--data", path, "--text-column", "comment", "--label-column", "toxic", "--sample-size", "0")
+    assert data.texts == texts
+    assert data.labels.tolist() == labels.tolist()
+
+
+def test_html_entities_are_characters(tmp_path):
+    texts, labels = toxicity.generate_comments(300, seed=5)
+    path = write_csv(tmp_path / "a.csv", [f"{text} &amp; &#39;so&#39;" for text in texts], labels)
+    assert load("--data", path).texts[7] == f"{texts[7]} & 'so'"
+
+
+LABELS = [  # labels of a file that begins with them, further flags, what the labels then are
+    (["0.6", "0.4"], [], [1, 0]),
+    (["true", "False"], [], [1, 0]),
+    ([1.0, 0.0], ["--positive-label", "1"], [1, 0]),
+    (["Toxic", "toxic ", "ok", "OK"], ["--positive-label", "toxic"], [1, 1, 0, 0]),
+    (["none", "hate"], ["--positive-label", "hate"], [0, 1]),
+    (["55", "3"], ["--label-threshold", "40"], [1, 0]),
+    ([0, 2, 1], ["--positive-label", "0"], [1, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("values", "flags", "expected"), LABELS)
+def test_label_values_are_placed(values, flags, expected, tmp_path):
+    texts = [f"text number {i}" for i in range(40 * len(values))]
+    path = write_csv(tmp_path / "a.csv", texts, values * 40)
+    assert load("--data", path, *flags).labels[: len(values)].tolist() == expected
+
+
+REFUSED = [  # labels that cannot be placed, further flags, what the error names
+    (["toxic", "NaN", "ok"], ["--positive-label", "toxic"], "row 2"),
+    (["toxic", "", "ok"], ["--positive-label", "toxic"], "row 2"),
+    (["1", "0", "-1"], [], "row 3"),
+    (["1", "0", "-1"], ["--positive-label", "1"], "row 3"),
+    (["0", "80", "3"], [], "'80' is no number from 0 to 1"),
+    (["0", "1", "nan"], [], "row 3"),
+    (["good", "bad", "good"], [], "'good' 80"),
+    (["good", "bad", "good"], ["--positive-label", "worse"], "'bad' 40"),
+]
+
+
+@pytest.mark.parametrize(("values", "flags", "expected"), REFUSED)
+def test_labels_that_cannot_be_placed_are_refused(values, flags, expected, tmp_path, error_line):
+    path = write_csv(tmp_path / "a.csv", [f"text number {i}" for i in range(120)], values * 40)
+    assert expected in error_line(toxicity, ["--data", path, *flags, "--output-dir", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_labels_of_parquet_are_refused(tmp_path, error_line):
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(60)], "toxicity": [1.0, 0.0, None] * 20})
+    frame.to_parquet(tmp_path / "a.parquet")
+    assert "row 3" in error_line(toxicity, ["--data", tmp_path / "a.parquet"])
+
+
+def test_each_label_value_is_named_with_its_count(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], ["Toxic", "toxic ", "ok"] * 40)
+    load("--data", path, "--positive-label", "toxic")
+    line = "labels: 'Toxic' is toxic (40), 'toxic ' is toxic (40), 'ok' is not toxic (40)"
+    assert line in capsys.readouterr().err
+
+
+def test_texts_with_both_labels_are_noted(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", [f"text {i % 80}" for i in range(120)], [0, 1] * 40 + [1, 0] * 20)
+    load("--data", path)
+    assert "40 of 80 different texts have both labels" in capsys.readouterr().err
+
+
+def test_a_baseline_reads_all_classes_there_are(tmp_path):
+    texts, labels = toxicity.generate_comments(300, seed=5)
+    path = write_csv(tmp_path / "a.csv", texts, np.where(labels, 0, 1 + np.arange(300) % 2))
+    args = toxicity.parse_args(["--data", str(path), "--positive-label", "0"])
+    data = toxicity.load_data(args)
+    assert sorted(set(data.classes)) == [0, 1, 2]
+    scores = toxicity.fit_tfidf(data, args)(texts)
+    assert scores[labels == 1].mean() > 2 * scores[labels == 0].mean()
+
+
+def test_texts_without_spaces_have_a_baseline_too(tmp_path):
+    rng = np.random.default_rng(0)
+    letters = np.array(list("你我他她们是的了在有人不这个上来到说白痴"))
+    labels = np.arange(400) % 4 == 0
+    texts = ["".join(rng.choice(letters[:-2], 9)) + ("白痴" if label else "") for label in labels]
+    path = write_csv(tmp_path / "a.csv", texts, labels.astype(int))
+    args = toxicity.parse_args(["--data", str(path)])
+    scores = toxicity.baseline_scores(toxicity.load_data(args), args)
+    assert set(scores) == {"TF-IDF", "majority class"}
+
+
+def test_a_baseline_that_fails_is_noted(monkeypatch, capsys):
+    def fail(data, args):
+        raise ZeroDivisionError("no luck")
+
+    monkeypatch.setitem(toxicity.BASELINES, "TF-IDF", fail)
+    args = toxicity.parse_args(SMALL)
+    assert list(toxicity.baseline_scores(toxicity.load_data(args), args)) == ["majority class"]
+    assert "TF-IDF left out: no luck" in capsys.readouterr().err
 
 
 def test_civil_comments_are_streamed_once_and_kept(tmp_path, monkeypatch):
@@ -142,29 +256,31 @@ def test_civil_comments_are_streamed_once_and_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(toxicity, "hub_in_reach", lambda: True)
-    args = toxicity.parse_args(["--sample-size", "500", "--data-dir", str(tmp_path)])
-    data = toxicity.load_data(args)
-    assert sorted(asked) == sorted(("google/civil_comments", part, True) for part in toxicity.PARTS)
-    assert {part: len(rows) for part, rows in data.parts.items()} == {"train": 499, "validation": 99, "test": 100}
-    assert data.info["counts"]["test"] == {"not toxic": 90, "toxic": 10} and args.dataset == "civil_comments"
-    again = toxicity.load_data(toxicity.parse_args(["--sample-size", "500", "--data-dir", str(tmp_path)]))
-    assert len(asked) == 3 and again.info["sha256"] == data.info["sha256"]
+    data = load("--sample-size", "500", "--data-dir", tmp_path)
+    assert sorted(asked) == sorted(("google/civil_comments", split, True) for split in toxicity.SPLITS)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 499, "validation": 99, "test": 100}
+    assert data.info["counts"]["test"].tolist() == [90, 10]
+    assert data.info["source"] == "civil_comments"
+    again = load("--sample-size", "500", "--data-dir", tmp_path)
+    assert len(asked) == 3
+    assert again.info["sha256"] == data.info["sha256"]
 
 
-def test_without_a_hub_embedded_comments_are_used_and_never_for_a_named_dataset(tmp_path, monkeypatch, capsys):
+def test_without_a_hub_embedded_comments_are_used_and_never_for_a_named_dataset(tmp_path, monkeypatch, capsys,
+                                                                               error_line):
     def refuse(*_, **__):
         raise OSError("no network here")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
-    data = toxicity.load_data(toxicity.parse_args(["--sample-size", "200"]))
-    assert data.info["source"] == "embedded" and "warning" in capsys.readouterr().err
-    assert os.environ.pop("HF_HUB_OFFLINE") == "1" and os.environ.pop("HF_DATASETS_OFFLINE") == "1"
-    argv = ["--dataset", "civil_comments", "--data-dir", tmp_path / "d", "--output-dir", tmp_path]
-    assert "out of reach" in error_of(argv, capsys)
-    assert "out of reach" in error_of([*SMALL[:2], "--model", "some/bert", "--output-dir", tmp_path], capsys)
-    os.environ.pop("HF_HUB_OFFLINE", None)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "")  # restored after the test
+    data = load("--sample-size", "200", "--data-dir", tmp_path)
+    assert data.info["source"] == "embedded"
+    assert "out of reach" in capsys.readouterr().err
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
+    argv = ["--dataset", "civil_comments", "--data-dir", tmp_path, "--output-dir", tmp_path]
+    assert "out of reach" in error_line(toxicity, argv)
+    assert "some/bert" in error_line(toxicity, [*SMALL[:2], "--model", "some/bert", "--output-dir", tmp_path])
 
 
 # --- Tokens and batches -----------------------------------------------------------------------------------------------
@@ -172,7 +288,7 @@ def test_without_a_hub_embedded_comments_are_used_and_never_for_a_named_dataset(
 
 def test_buckets_give_the_logits_of_plain_padding():
     tokens, model = random_tokens(), toxicity.build_bert(toxicity.TINY).eval()
-    bucketed = toxicity.predict_logits(model, tokens, batch_size=5)
+    bucketed = toxicity.predict_logits(model, tokens)
     ids = torch.zeros(37, 128, dtype=torch.long)
     for i, (start, stop) in enumerate(zip(tokens.starts, tokens.starts[1:])):
         ids[i, : stop - start] = tokens.ids[start:stop]
@@ -191,201 +307,302 @@ def test_the_vocabulary_is_the_same_in_every_run():
     assert first.encode("You are a clown").tokens == ["[CLS]", "you", "are", "a", "clown", "[SEP]"]
     tokens = toxicity.tokenize(first, ["you are a clown " * 10, "you"], 8)
     assert tokens.lengths.tolist() == [8, 3]
+    assert tokens.truncated == 0.5
 
 
-# --- Dendrites --------------------------------------------------------------------------------------------------------
+def test_the_share_of_texts_that_are_cut_is_noted(plain):
+    notes = [note for note in plain[1]["notes"] if "--max-length 24" in note]
+    assert len(notes) == 2
+    assert notes[0] in model_of(plain, "summary.md").read_text()
 
 
-def test_class_weights_parameters_and_switches_are_reported(dendritic):
+# --- Dendrites and other arms -----------------------------------------------------------------------------------------
+
+
+def test_a_run_reports_parameters_and_switches(dendritic):
     output, results = dendritic
-    training = results["training"]
-    counts = results["data"]["counts"]["train"].values()
-    np.testing.assert_allclose(training["class_weights"], [sum(counts) / (2 * count) for count in counts])
-    assert [epoch["live_parameters"] for epoch in training["history"]] == [4_386_178] * 2 + [4_800_902] * 2
-    (switch,) = training["switches"]
-    assert (switch["epoch"], switch["parameters_before"], switch["parameters_after"]) == (2, 4_386_178, 4_800_902)
-    scores = [epoch["validation_pr_auc"] for epoch in training["history"]]
-    assert (switch["score_before"], switch["score_after"]) == (max(scores[:2]), max(scores[2:]))
+    assert [epoch["parameters"] for epoch in results["history"]] == [4_386_178] * 2 + [4_800_902] * 2
+    assert results["switches"] == [{"epoch": 2, "parameters": 4_800_902}]
     run = output / "toxicity/run-001"
-    assert {path.name for path in run.iterdir()} == PICTURES | {"results.json", "summary.md", "best_model.pt",
-                                                                "final_model.pt"}
-    assert (run / "final_model.pt").stat().st_size < 20e6
+    assert {path.name for path in run.iterdir()} == FILES
+    assert (run / "best_model.pt").stat().st_size < 20e6
 
 
-def perforated_model(dendrites, idle_layer=False):
-    """(a perforated BERT with so many sets of random dendrites, a batch): made by the library itself."""
-    args = toxicity.parse_args(["--epochs", "8", "--switch-every", "2", "--max-dendrites", "3"])
+@pytest.fixture(scope="module")
+def perforated():
+    """(a model of perforatedai with two sets of random dendrites, the same in plain torch, a batch)."""
     torch.manual_seed(0)
-    model = toxicity.build_bert(toxicity.TINY | {"vocab_size": 200})
-    if idle_layer:
-        model.idle = nn.Linear(4, 4)
-    model, tracker = toxicity.perforate(model, args, torch.device("cpu"))
-    batch = {"input_ids": torch.randint(5, 200, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
-    tracker.set_optimizer_instance(torch.optim.SGD(model.parameters(), 0.1))
-    for score in np.linspace(0.1, 0.9, 2 * dendrites):
-        model(**batch).logits.square().sum().backward()
-        model, _, _ = tracker.add_validation_score(float(score), model)
-        tracker.set_optimizer_instance(torch.optim.SGD(model.parameters(), 0.1))
+    plain = toxicity.build_bert(toxicity.TINY | {"vocab_size": 200, "hidden_dropout_prob": 0.0})
+    model = toxicity.perforate(plain, 2, CPU)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval(), batch
+    batch = {"input_ids": torch.randint(5, 200, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+    return model.eval(), toxicity.unpack_model(toxicity.pack_model(model)).eval(), batch
 
 
-def test_the_plain_layers_compute_what_the_library_does(tmp_path):
-    with toxicity.confined_library(tmp_path):
-        model, batch = perforated_model(dendrites=2)
-        wrapped = [m for m in model.modules() if hasattr(m, "dendrite_modules_added")]
-        with torch.no_grad():
-            expected = model(**batch).logits
-    assert len(wrapped) == 14 and {m.dendrite_modules_added for m in wrapped} == {2}
+def test_the_library_adds_dendrites_to_every_neuron(perforated):
+    wrapped = [module for module in perforated[0].modules() if hasattr(module, "dendrite_modules_added")]
+    assert [module.dendrite_modules_added for module in wrapped] == [2] * 14
     for module in wrapped:  # the neuron axis is the last one: the library saw 128, 512 or 2 neurons, not 9 tokens
         assert module.out_channels == module.main_module.out_features
         axes = [-1, 0] if module.name.endswith((".pooler.dense", ".classifier")) else [-1, -1, 0]
         assert module.this_output_dimensions.tolist() == axes
-    weights, dendrites = toxicity.live_weights(model)
-    plain = toxicity.grow_dendrites(toxicity.build_bert(toxicity.TINY | {"vocab_size": 200}), dendrites).eval()
-    plain.load_state_dict(weights)
-    with torch.no_grad():
-        torch.testing.assert_close(plain(**batch).logits, expected, atol=1e-5, rtol=1e-5)
-    assert toxicity.count_parameters(plain) == sum(tensor.numel() for tensor in weights.values())
 
 
-def test_the_debugger_prompts_and_exits_of_the_library_become_errors(tmp_path):
+def test_plain_layers_compute_and_learn_what_the_library_does(perforated):
+    model, plain, batch = perforated
+    gradients = []
+    for network in (model, plain):
+        network.zero_grad()
+        logits = network(**batch).logits
+        logits.square().sum().backward()
+        gradients.append((logits, {name: torch.cat([tensor.grad for tensor in tensors])
+                                   for name, tensors in toxicity.active_parameters(network).items()}))
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    assert toxicity.count_active(model) == sum(weight.numel() for weight in plain.parameters())
+
+
+def test_a_new_set_of_the_library_keeps_the_older_weights(perforated):
+    _, plain, batch = perforated
+    more = toxicity.perforate(plain, 3, CPU).eval()
+    torch.testing.assert_close(more(**batch).logits, plain(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_debugger_prompts_and_exits_of_the_library_become_errors():
     before = Path.cwd(), pdb.set_trace
     for stop in (lambda: pdb.set_trace(), lambda: input(), lambda: sys.exit(0)):
-        with pytest.raises(toxicity.UserError, match="the reason"), toxicity.confined_library(tmp_path):
+        with pytest.raises(toxicity.UserError, match="the reason"), toxicity.sandbox_perforatedai():
             print("the reason")
             stop()
-    with pytest.raises(toxicity.UserError, match="stopped to ask"), toxicity.confined_library(tmp_path):
-        perforated_model(dendrites=1, idle_layer=True)  # a layer that forward leaves out: the library opens pdb
+    model = toxicity.build_bert(toxicity.TINY | {"vocab_size": 200})
+    model.idle = nn.Linear(4, 4)  # a layer that forward leaves out: the library opens pdb
+    with pytest.raises(toxicity.UserError, match="stopped"), toxicity.sandbox_perforatedai():
+        toxicity.add_by_library(model, 1, CPU)
     assert (Path.cwd(), pdb.set_trace) == before
+
+
+def test_without_perforatedai_one_line_says_what_to_install(tmp_path, monkeypatch, error_line):
+    find_spec = toxicity.importlib.util.find_spec
+    monkeypatch.setattr(toxicity.importlib.util, "find_spec",
+                        lambda name: None if name == "perforatedai" else find_spec(name))
+    line = error_line(toxicity, [*DENDRITES, "--output-dir", tmp_path / "out"])
+    assert "pip install perforatedai" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wider_model_computes_the_same_and_has_the_size_of_the_dendrites():
     model = toxicity.build_bert(toxicity.TINY).eval()
     batch = {"input_ids": torch.randint(5, 999, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
-    before = model(**batch).logits
-    toxicity.widen(model, 1)
-    torch.testing.assert_close(model(**batch).logits, before)
-    assert toxicity.count_parameters(model) == 4_386_178 + 807 * 514
-    assert abs(toxicity.count_parameters(model) - 4_800_902) < 100
+    wide = toxicity.wider(model, None, None).eval()
+    torch.testing.assert_close(wide(**batch).logits, model(**batch).logits)
+    assert abs(toxicity.count_active(wide) - 4_800_902) < 100
+
+
+@pytest.fixture(scope="module")
+def cascaded():
+    """(a BERT-Tiny, its training examples, what cascade makes of it)."""
+    args = toxicity.parse_args([*SMALL, "--sample-size", "2000"])
+    data = toxicity.load_data(args)
+    torch.manual_seed(0)
+    model = toxicity.build_bert(toxicity.TINY | {"vocab_size": 3000}).eval()
+    examples = toxicity.make_examples(toxicity.train_wordpiece(data.texts), data, args)["train"]
+    return model, examples, toxicity.cascade(model, examples, args).eval()
+
+
+def test_candidates_covary_with_the_error_before_they_are_connected(cascaded):
+    model, examples, grown = cascaded
+    batch = examples.tokens.batch(torch.arange(2000))
+    inputs, outputs = [], []
+    with (model.classifier.register_forward_pre_hook(lambda layer, x: inputs.append(*x)),
+          model.classifier.register_forward_hook(lambda layer, x, z: outputs.append(z))):
+        loss = examples.loss(model(**batch).logits)
+    error = torch.autograd.grad(loss, outputs[0])[0]
+    layer = grown.classifier
+    untrained = toxicity.DendriticLinear(128, 2, 1)
+
+    def correlation(layer):
+        activation = layer.linear(inputs[0])[:, 2:].sigmoid().detach()
+        return torch.tensor([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(activation.T, error.T)])
+
+    assert correlation(layer).abs().mean() > 1.5 * correlation(untrained).abs().mean()
+    assert (correlation(layer) * layer.to_neuron[0] < 0).all()  # connected against the gradient
+
+
+def test_dendrites_of_the_cascade_carry_a_share_of_the_output(cascaded):
+    _, examples, grown = cascaded
+    assert 3 < toxicity.dendrite_share(grown, examples.tokens) < 15
+    assert toxicity.dendrite_share(toxicity.switch_off_dendrites(grown), examples.tokens) == 0
+
+
+def test_switched_off_dendrites_leave_the_neurons(perforated):
+    _, plain, batch = perforated
+    neurons = toxicity.build_bert(toxicity.pack_model(plain)["config"]).eval()
+    known = plain.state_dict()
+    for name, weight in neurons.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        weight.copy_(known.get(name, known.get(f"{layer}.linear.{kind}"))[: len(weight)])
+    off = toxicity.switch_off_dendrites(plain)
+    torch.testing.assert_close(off(**batch).logits, neurons(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_an_arm_is_one_entry(tmp_path, monkeypatch):
+    def halve(model, train, args):
+        with torch.no_grad():
+            model.classifier.weight.mul_(0.5)
+        return model
+
+    monkeypatch.setattr(toxicity, "ARMS", {"halve": halve, "plain": None})
+    monkeypatch.setattr(toxicity, "DEFAULT_ARM", "plain")
+    argv = [*DENDRITES, "--sample-size", "200", "--compare-dendrites", "--runs", "2", "--output-dir", str(tmp_path)]
+    results = toxicity.main(argv)
+    assert [row["arm"] for row in results["table"]] == ["halve", "TF-IDF", "majority class", "plain"]
+    assert results["seeds"] == [42, 43]
+    assert {"difference", "p"} <= set(results["table"][-1])
+    run = json.loads((tmp_path / "toxicity/run-001/seed-43-halve/results.json").read_text())
+    assert run["switches"] == [{"epoch": 2, "parameters": 4_386_178}]
+
+
+def test_a_comparison_that_stops_keeps_what_is_done(tmp_path, monkeypatch, error_line):
+    def fail(model, train, args):
+        raise toxicity.UserError("out of luck")
+
+    monkeypatch.setattr(toxicity, "ARMS", {"plain": None, "restart": fail})
+    monkeypatch.setattr(toxicity, "DEFAULT_ARM", "plain")
+    argv = [*DENDRITES, "--sample-size", "200", "--compare-dendrites", "--output-dir", str(tmp_path)]
+    assert "out of luck" in error_line(toxicity, argv)
+    first = (tmp_path / "toxicity/run-001/seed-42-plain/results.json").stat().st_mtime_ns
+    monkeypatch.setitem(toxicity.ARMS, "restart", toxicity.restart)
+    results = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
+    assert (tmp_path / "toxicity/run-001/seed-42-plain/results.json").stat().st_mtime_ns == first
+    assert [row["arm"] for row in results["table"]] == ["plain", "TF-IDF", "majority class", "restart"]
+
+
+def test_a_student_learns_from_tfidf(tmp_path):
+    argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--distill", "tfidf", "--output-dir", str(tmp_path)]
+    results = toxicity.main(argv)
+    args = toxicity.parse_args(argv)
+    data = toxicity.load_data(args)
+    targets, giant = toxicity.teach(None, data, args, tmp_path)
+    assert giant is None
+    torch.testing.assert_close(targets.sum(1), torch.ones(400))
+    scores = targets[:, 1].numpy()
+    labels = data.split("train")[1]
+    assert scores[labels == 1].mean() > scores[labels == 0].mean()
+    assert results["arguments"]["distill"] == "tfidf"
+
+
+def test_a_student_learns_from_a_giant_that_was_trained(tmp_path):
+    argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--distill", "giant", "--giant", "scratch",
+            "--output-dir", str(tmp_path)]
+    results = toxicity.main(argv)
+    giant = load_model((tmp_path, None), "giant.pt").model
+    norms = [weight for name, weight in giant.named_parameters() if name.endswith("LayerNorm.weight")]
+    assert all((weight != 1).any() for weight in norms)  # 1 at first
+    assert [row["criterion"].split()[0] for row in results["giant_killer"]] == ["F1", "speed", "size", "99"]
+    assert "frozen encoder" in results["models"]
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def test_a_dendritic_checkpoint_comes_back_whole(dendritic, tmp_path):
-    path = dendritic[0] / "toxicity/run-001/final_model.pt"
-    first = toxicity.Classifier.load(path, torch.device("cpu"))
-    assert first.dendrites == 1 and first.parameters == 4_800_902 and "dendrites" in first.label
-    assert any(p.abs().max() > 0 for name, p in first.model.named_parameters() if name.endswith("to_neuron"))
-    second = toxicity.Classifier.load(first.save(tmp_path / "again.pt") and tmp_path / "again.pt", torch.device("cpu"))
-    texts = ["you are a clown", "this joke killed me"]
-    np.testing.assert_array_equal(first.scores(texts), second.scores(texts))
+def same_weights(first, second):
+    """Whether the models of two runs are the same, bit for bit."""
+    first, second = (torch.load(model_of((folder, None)), weights_only=True)["model"]["weights"]
+                     for folder in (first, second))
+    return all(torch.equal(first[name], second[name]) for name in first | second)
 
 
-@pytest.mark.parametrize("arm", ["--no-dendrites", "--max-dendrites=1"])
-def test_a_killed_run_goes_on_from_where_it_was(arm, dendritic, tmp_path, monkeypatch, capsys):
-    argv, whole = [*DENDRITES, arm], dendritic
-    if arm == "--no-dendrites":
-        whole = tmp_path / "whole", toxicity.main([*argv, "--output-dir", str(tmp_path / "whole")])
-    saved, calls = toxicity.save_checkpoint, []
+@pytest.mark.parametrize("arm", ["library", "cascade"])
+def test_an_interrupted_run_goes_on_after_its_switch(arm, tmp_path, monkeypatch, capsys):
+    argv = [*DENDRITES, "--sample-size", "200", "--arm", arm, "--output-dir"]
+    whole = toxicity.main([*argv, str(tmp_path / "whole")])
+    add_epoch = toxicity.add_epoch
 
-    def kill_after_the_third(state, path):
-        size = saved(state, path)
-        calls.append(path.name)
-        if calls.count("checkpoint.pt") == 3:
+    def interrupt(state, *more):
+        if len(state["history"]) == 3:
             raise KeyboardInterrupt
-        return size
+        add_epoch(state, *more)
 
-    def kill(*_):
-        raise KeyboardInterrupt
-
-    again = ["--resume", "--output-dir", str(tmp_path / "killed")]
-    for command, name, function in (([*argv, *again[1:]], "save_checkpoint", kill_after_the_third),
-                                    (again, "evaluate", kill)):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(toxicity, name, function)
-            toxicity.main(command)
-        assert stopped.value.code == 130 and f"--resume {tmp_path}/killed/tox" in capsys.readouterr().err
-    resumed = toxicity.main(again)  # in the third epoch, then after the training
-    assert len(resumed["training"]["history"]) == len(whole[1]["training"]["history"]) >= 4
-    assert resumed["training"]["switches"] == whole[1]["training"]["switches"]
-    one, other = (torch.load(folder / "toxicity/run-001/final_model.pt", weights_only=True)["model"]
-                  for folder in (whole[0], tmp_path / "killed"))
-    assert all(torch.equal(one[name], other[name]) for name in one)  # bit for bit
-    assert "no unfinished run" in error_of(again, capsys)
-    results = tmp_path / "killed/toxicity/run-001/results.json"
-    results.write_text(json.dumps(resumed | {"experiment": "fire", "finished": False}))
-    assert "no unfinished run" in error_of(["--resume", str(results.parent)], capsys)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(toxicity, "add_epoch", interrupt)
+        toxicity.main([*argv, str(tmp_path / "cut")])
+    assert stopped.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+    resumed = toxicity.main(["--resume", "--output-dir", str(tmp_path / "cut")])
+    assert resumed["history"][-1]["train_loss"] == whole["history"][-1]["train_loss"]
+    assert resumed["switches"] == whole["switches"]
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_comparison_that_fails_keeps_what_is_done_and_goes_on(tmp_path, monkeypatch, capsys):
-    argv = [*DENDRITES, "--sample-size", "200", "--compare-dendrites", "--output-dir", str(tmp_path)]
-    train = toxicity.train_classifier
-
-    def fail_in_the_second_arm(model, tokenizer, data, args, arm, path, from_scratch):
-        if arm == "baseline":
-            raise toxicity.UserError("out of luck")
-        return train(model, tokenizer, data, args, arm, path, from_scratch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(toxicity, "train_classifier", fail_in_the_second_arm)
-        assert "out of luck" in error_of(argv, capsys)
-    run = tmp_path / "toxicity/run-001"
-    first = (run / "seed-42-dendrites/best_model.pt").stat().st_mtime_ns
-    results = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
-    assert (run / "seed-42-dendrites/best_model.pt").stat().st_mtime_ns == first
-    assert [row["arm"] for row in results["table"]] == [*toxicity.ARMS, "TF-IDF"]
-    epochs = {arm: json.loads((run / f"seed-42-{arm.replace(' ', '-')}/results.json").read_text())["training"]
-              for arm in toxicity.ARMS}
-    assert {len(epochs[arm]["history"]) for arm in ("dendrites", "same budget", "wider")} == {4}
-    assert [switch["epoch"] for switch in epochs["same budget"]["switches"]] == [2]
-    wider = results["table"][3]["parameters"]
-    assert abs(wider - 4_800_902) < 100 and "dendrites minus this, F1" in results["table"][1]
+def test_a_killed_run_goes_on_from_its_last_epoch(plain, tmp_path):
+    argv = [*SMALL, "--arm", "plain", "--epochs", "3", "--output-dir", tmp_path]
+    checkpoint = tmp_path / "toxicity/run-001/checkpoint.pt"
+    kill_when("toxicity.py", argv, checkpoint, tmp_path)
+    resumed = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
+    assert len(resumed["history"]) == 3
+    assert same_weights(plain[0], tmp_path)
+    assert not checkpoint.exists()
 
 
-def test_the_texts_of_a_trained_model_stay_its_own(tmp_path, capsys):
-    texts, labels = toxicity.generate_comments(300, seed=1)
-    path, out = write_csv(tmp_path / "comments.csv", texts, labels.astype(int)), ["--output-dir", tmp_path / "out"]
-    argv = ["--data", path, "--from-scratch", "--no-dendrites", "--epochs", "1", "--max-length", "16", *out]
-    toxicity.main(list(map(str, argv)))
-    for more in (["--seed", "42"], ["--sample-size", "100"], ["--label-threshold", "0.4"]):
-        assert "the model was trained with" in error_of(["--evaluate", *more, *out], capsys)
-    assert "the model was trained with it" in error_of(["--evaluate", "--data", path, *out], capsys)
-    assert toxicity.main(["--evaluate", *map(str, out)])["data"]["rows"] == 300  # all rows: those of the run
-    write_csv(path, texts[::-1], labels.astype(int)[::-1])
-    assert "may have seen" in error_of(["--quantize", *out], capsys)
-    other = write_csv(tmp_path / "other.csv", *(own[:250] for own in (texts, labels.astype(int))))
-    assert toxicity.main(list(map(str, ["--evaluate", "--data", other, *out])))["data"]["rows"] == 250
+def test_a_finished_run_is_not_resumed(plain, error_line):
+    assert "no unfinished run" in error_line(toxicity, ["--resume", "--output-dir", plain[0]])
 
 
-def test_foreign_and_truncated_files_are_refused(dendritic, tmp_path, capsys):
-    path = dendritic[0] / "toxicity/run-001/best_model.pt"
-    whole = path.read_bytes()
+def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch, error_line):
+    path = write_csv(tmp_path / "a.csv", *toxicity.generate_comments(300, seed=1))
+    argv = ["--data", path, "--from-scratch", "--arm", "plain", "--epochs", "2", "--output-dir", tmp_path]
+    checkpoint = tmp_path / "toxicity/run-001/checkpoint.pt"
+    kill_when("toxicity.py", argv, checkpoint, tmp_path)
+    write_csv(path, *toxicity.generate_comments(300, seed=2))
+    assert "the run began with" in error_line(toxicity, ["--resume", "--output-dir", tmp_path])
+
+
+def test_training_texts_are_known_by_their_hashes(tmp_path, error_line):
+    texts, labels = toxicity.generate_comments(600, seed=1)
+    path, out = write_csv(tmp_path / "a.csv", texts[:300], labels[:300]), ["--output-dir", tmp_path / "out"]
+    flags = ["--from-scratch", "--arm", "plain", "--epochs", "1", "--max-length", "16"]
+    toxicity.main([str(word) for word in ["--data", path, *flags, *out]])
+    copy = write_csv(tmp_path / "copy.csv", [f" {text.upper()}" for text in texts[300:] + texts[:300]],
+                     np.roll(labels, 300))
+    assert "were used to train" in error_line(toxicity, ["--evaluate", "--data", copy, *out])
+    results = toxicity.main(["--evaluate", "--output-dir", str(tmp_path / "out")])
+    assert results["data"]["rows"] == 300  # its own test part
+    new = sorted(set(texts[300:]) - set(texts[:300]))
+    other = write_csv(tmp_path / "other.csv", new, [labels[texts.index(text)] for text in new])
+    results = toxicity.main([str(word) for word in ["--evaluate", "--data", other, *out]])
+    assert np.sum(results["models"]["BERT-Tiny from scratch"]["confusion_matrix"]) == len(new)
+    write_csv(path, texts[:300][::-1], labels[:300][::-1])
+    toxicity.main(["--quantize", *map(str, out)])  # the split does not depend on the order of rows
+    write_csv(path, texts[:250], labels[:250])  # but on which there are
+    assert "were used to train" in error_line(toxicity, ["--quantize", *out])
+
+
+def test_foreign_and_truncated_files_are_refused(dendritic, tmp_path, error_line):
+    whole = model_of(dendritic).read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"model": {}}, tmp_path / "other.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pt")  # a pickled class is not loaded
-    state = torch.load(path, weights_only=True)
-    torch.save(state | {"dendrites": 1 - state["dendrites"]}, tmp_path / "layout.pt")
-    for name in ("half", "text", "other", "pickle", "layout"):
-        for mode in ("--evaluate", "--checkpoint"):
-            more = ["--predict", "hello"] if mode == "--checkpoint" else []
-            line = error_of([mode, tmp_path / f"{name}.pt", *more, "--output-dir", tmp_path], capsys)
+    state = torch.load(model_of(dendritic), weights_only=True)
+    state["model"]["dendrites"] = 1 - state["model"]["dendrites"]
+    torch.save(state, tmp_path / "layout.pt")
+    for name in ("half", "text", "other", "pickle", "layout", "absent"):
+        for mode in (["--evaluate", tmp_path / f"{name}.pt"],
+                     ["--predict", "hello", "--checkpoint", tmp_path / f"{name}.pt"]):
+            line = error_line(toxicity, [*mode, "--output-dir", tmp_path])
             assert f"{name}.pt" in line
-    assert "no such file" in error_of(["--evaluate", tmp_path / "absent.pt", "--output-dir", tmp_path], capsys)
+            assert "weights_only" not in line
 
 
 def test_the_best_epoch_is_kept_and_its_loss_is_weighted_by_class(plain):
-    output, results = plain
-    classifier = toxicity.Classifier.load(output / "toxicity/run-001/best_model.pt", torch.device("cpu"))
-    data = toxicity.load_data(toxicity.parse_args(SMALL))
-    (_, train_labels), (texts, labels) = data.part("train"), data.part("validation")
+    classifier, results = load_model(plain), plain[1]
+    data = load(*SMALL)
+    texts, labels = data.split("validation")
+    _, train_labels = data.split("train")
     logits = toxicity.predict_logits(classifier.model, classifier.tokens(texts))
     weights = torch.tensor([len(train_labels) / (2 * (train_labels == label).sum()) for label in (0, 1)]).float()
-    history = results["training"]["history"]
+    history = results["history"]
     best = max(history, key=lambda epoch: epoch["validation_pr_auc"])
     assert history.index(best) == results["best_epoch"] - 1
     loss = nn.functional.cross_entropy(logits, torch.from_numpy(labels), weights).item()
@@ -396,55 +613,93 @@ def test_the_best_epoch_is_kept_and_its_loss_is_weighted_by_class(plain):
 
 
 def test_the_threshold_is_chosen_on_validation_alone():
-    labels = np.array([0, 0, 0, 1, 1, 0])
-    assert toxicity.best_threshold(labels, np.array([0.1, 0.2, 0.5, 0.4, 0.9, 0.3])) == 0.4
     rng = np.random.default_rng(0)
-    labels, texts = (rng.random(600) < 0.3).astype(np.int64), [str(i) for i in range(600)]
+    labels = (rng.random(600) < 0.3).astype(np.int64)
     scores = np.clip(labels * 0.3 + rng.random(600) * 0.7, 0, 1)
-    parts = {part: np.arange(200 * i, 200 * i + 200) for i, part in enumerate(toxicity.PARTS)}
+    splits = {split: np.arange(200 * i, 200 * i + 200) for i, split in enumerate(toxicity.SPLITS)}
+    data = toxicity.Data([""] * 600, labels, labels, splits, {})
     thresholds = []
     for shift in (0.0, 0.25):  # other scores on the test part must not move the threshold
-        moved = np.where(np.arange(600) >= 400, np.clip(scores - shift, 0, 1), scores)
-        data = toxicity.Texts(texts, labels, parts, {})
-        # Disguised texts are still the numbers: words below four letters stay as they are.
-        scorer = (lambda own, m=moved: m[[int(text) for text in own]], None)
-        results = toxicity.evaluate({"model": scorer}, data, seed=0)
-        thresholds.append(results["model"]["tuned"]["threshold"])
-        low, high = results["model"]["f1_interval"]
-        assert low < results["model"]["tuned"]["f1"] < high
-    assert thresholds[0] == thresholds[1] == toxicity.best_threshold(labels[200:400], scores[200:400])
+        rows = {"validation": scores[200:400], "test": (scores[400:] - shift).clip(0)}
+        metrics = toxicity.evaluate({"model": rows}, data)["model"]
+        low, high = metrics["f1_interval"]
+        assert low < metrics["f1"] < high
+        thresholds.append(metrics["threshold"])
+    assert thresholds[0] == thresholds[1]
 
 
-def test_int8_and_onnx_agree_with_the_float_model(dendritic, tmp_path):
-    checkpoint = dendritic[0] / "toxicity/run-001/final_model.pt"
-    argv = ["--quantize", "--export-onnx", "--checkpoint", str(checkpoint), "--output-dir", str(tmp_path)]
-    results = toxicity.main(argv)
-    full, int8, onnx = results["deployments"]
-    assert int8["MB"] < 6 and int8["largest logit difference"] < 0.05
-    assert onnx["largest logit difference"] < 1e-4 and onnx["F1"] == full["F1"]
-    run = tmp_path / "toxicity/run-001"
-    texts = toxicity.generate_comments(50, seed=9)[0]
-    scores = [toxicity.Classifier.load(path, torch.device("cpu")).scores(texts)
-              for path in (checkpoint, run / "model_int8.pt")]
-    np.testing.assert_allclose(*scores, atol=0.005)
-    assert (run / "tokenizer.json").exists()
+def test_the_threshold_is_better_elsewhere_than_one_half_and_than_the_best_f1_of_the_sample():
+    from sklearn.metrics import f1_score, precision_recall_curve
+
+    rng = np.random.default_rng(0)
+
+    def sample(count):
+        labels = (rng.random(count) < 0.1).astype(np.int64)
+        return labels, 1 / (1 + np.exp(-rng.normal(3 * labels - 2, 1.5)))
+
+    true, scores = sample(20_000)
+    f1 = []
+    for _ in range(30):
+        labels, few = sample(240)
+        precision, recall, thresholds = precision_recall_curve(labels, few)
+        best = thresholds[(precision * recall / (precision + recall + 1e-9))[:-1].argmax()]
+        f1.append([f1_score(true, scores >= t) for t in (toxicity.choose_threshold(labels, few), best, 0.5)])
+    assert np.argmax(np.mean(f1, axis=0)) == 0
 
 
-def test_speed_is_measured_beside_a_bert_base(plain, tmp_path, monkeypatch, capsys):
-    argv = ["--checkpoint", str(plain[0] / "toxicity/run-001/best_model.pt"), "--output-dir", str(tmp_path)]
-    tiny, base = toxicity.main(["--benchmark-only", *argv])["deployments"]
+def test_the_calibration_error_of_its_definition():
+    labels, scores = np.array([0, 1, 1, 1]), np.array([0.15, 0.12, 0.95, 1.0])
+    expected = (2 * abs(0.135 - 0.5) + 2 * abs(0.975 - 1)) / 4
+    assert toxicity.calibration_error(labels, scores) == pytest.approx(expected)
+
+
+def test_int8_is_small_and_agrees_with_the_float_model(dendritic, tmp_path):
+    results = toxicity.main(["--quantize", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
+    full, int8 = results["deployments"]
+    assert int8["MB"] < 6
+    assert int8["F1"] == pytest.approx(full["F1"], abs=0.005)
+    assert results["largest_logit_difference"] < 0.05
+
+
+def test_a_score_in_int8_does_not_depend_on_the_neighbours(dendritic):
+    classifier = load_model(dendritic, "model_int8.pt")
+    texts = [*toxicity.generate_comments(200, seed=9)[0], "ZZZZ " * 20]
+    alone = np.concatenate([classifier.scores([text]) for text in texts])
+    np.testing.assert_allclose(classifier.scores(texts), alone, atol=2e-4)
+    np.testing.assert_allclose(classifier.scores(texts[::-1])[::-1], alone, atol=2e-4)
+
+
+def test_onnx_agrees_with_the_float_model(dendritic, tmp_path):
+    pytest.importorskip("onnxruntime")
+    results = toxicity.main(["--export-onnx", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
+    full, onnx = results["deployments"]
+    assert results["largest_logit_difference"] < 1e-4
+    assert onnx["F1"] == full["F1"]
+    assert (tmp_path / "toxicity/run-001/tokenizer.json").exists()
+
+
+def test_int8_is_not_made_of_int8(dendritic, error_line):
+    path = model_of(dendritic, "model_int8.pt")
+    for flags in (["--quantize"], ["--export-hf", "x"]):
+        assert "int8" in error_line(toxicity, [*flags, "--checkpoint", path])
+
+
+def test_speed_is_measured_beside_a_bert_base(plain, tmp_path, monkeypatch, error_line):
+    argv = ["--checkpoint", str(model_of(plain)), "--output-dir", str(tmp_path)]
+    results = toxicity.main(["--benchmark-only", *argv])
+    tiny, base = results["deployments"]
     assert (tiny["parameters"], base["parameters"]) == (4_386_178, 109_483_778)
-    assert tiny["latency ms"] < tiny["p95 ms"] <= tiny["p99 ms"] and tiny["texts/s"] < tiny["texts/s, model alone"]
-    assert tiny["texts/s"] > 5 * base["texts/s"] and tiny["memory MiB"] == pytest.approx(4 * 4_386_178 / 2**20, 0.01)
+    assert tiny["latency ms"] <= tiny["p99 ms"]
+    assert results["times_base"] > 5
     monkeypatch.setattr(toxicity.importlib.util, "find_spec", lambda name: None)
-    assert "pip install onnx onnxruntime" in error_of(["--export-onnx", *argv], capsys)
+    assert "pip install onnx onnxruntime" in error_line(toxicity, ["--export-onnx", *argv])
 
 
 def test_int8_layers_against_their_definition():
     torch.manual_seed(0)
     linear, embedding, x = nn.Linear(64, 32), nn.Embedding(50, 16), torch.randn(10, 64)
     small = toxicity.Int8Linear(linear)
-    rebuilt = small.weight * small.scale.unsqueeze(1)
+    rebuilt = small.weight * small.scale
     assert (rebuilt - linear.weight).abs().max() <= small.scale.max() / 2 + 1e-7
     assert small.weight.abs().amax(1).eq(127).all()  # the whole range of int8 is used
     torch.testing.assert_close(small(x), x @ rebuilt.T + linear.bias, atol=0.05, rtol=0)
@@ -452,130 +707,173 @@ def test_int8_layers_against_their_definition():
     torch.testing.assert_close(toxicity.Int8Embedding(embedding)(ids), embedding(ids), atol=0.02, rtol=0)
 
 
-def test_a_plain_model_is_exported_for_transformers_and_trained_on(plain, tmp_path, capsys):
-    from transformers import BertForSequenceClassification, BertTokenizerFast
+def test_a_plain_model_is_exported_for_transformers_and_trained_on(plain, tmp_path, error_line):
+    from transformers import pipeline
 
     folder = tmp_path / "hf"
     toxicity.main(["--export-hf", str(folder), "--output-dir", str(plain[0])])
-    model, tokenizer = (kind.from_pretrained(folder) for kind in (BertForSequenceClassification, BertTokenizerFast))
-    own = toxicity.Classifier.load(plain[0] / "toxicity/run-001/best_model.pt", torch.device("cpu"))
-    text = "You are a complete clown"
-    with torch.no_grad():
-        score = model.eval()(**tokenizer(text, return_tensors="pt")).logits.softmax(1)[0, 1].item()
-    assert score == pytest.approx(own.scores([text])[0], abs=1e-5)
-    argv = [*SMALL, "--no-dendrites", "--epochs", "1", "--model", str(folder), "--output-dir", str(tmp_path)]
+    classify = pipeline("text-classification", str(folder), device="cpu")
+    score = load_model(plain).scores(["You are a complete clown"])[0]
+    answer = classify("You are a complete clown")[0]
+    assert answer["label"] == toxicity.CLASSES[int(score >= 0.5)]
+    assert answer["score"] == pytest.approx(max(score, 1 - score), abs=1e-5)
+    assert classify("clown " * 800, truncation=True)[0]["score"] > 0.3  # longer than the model can read
+    argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--model", str(folder), "--output-dir", str(tmp_path)]
     argv.remove("--from-scratch")
     results = toxicity.main(argv)
-    assert results["parameters"] == 4_386_178 and "hf" in results["models"]
+    assert results["parameters"] == 4_386_178
+    assert "hf" in results["models"]
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    assert "no BERT" in error_of(argv, capsys)
+    assert "no BERT" in error_line(toxicity, argv)
     os.remove(folder / "model.safetensors")
-    assert "no BERT" in error_of(argv, capsys)
+    assert "no BERT" in error_line(toxicity, argv)
+
+
+def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matter(dendritic, cascaded, tmp_path,
+                                                                                  error_line):
+    classifier = toxicity.replace(load_model(dendritic), model=toxicity.perforate(load_model(dendritic).model, 1, CPU))
+    packed = toxicity.pack_model(classifier.model)
+    idle = toxicity.replace(classifier, model=toxicity.unpack_model(packed).eval()).save(tmp_path / "idle.pt")
+    toxicity.main(["--export-hf", str(tmp_path / "hf"), "--checkpoint", str(tmp_path / "idle.pt")])
+    from transformers import BertForSequenceClassification
+
+    plain = BertForSequenceClassification.from_pretrained(tmp_path / "hf").eval()
+    tokens = idle.tokens(["you are a clown"])
+    torch.testing.assert_close(toxicity.predict_logits(plain, tokens), toxicity.predict_logits(idle.model, tokens),
+                               atol=0.02, rtol=0)
+    for layer in toxicity.dendritic_layers(idle.model):
+        nn.init.normal_(layer.to_neuron)
+        nn.init.normal_(layer.linear.weight, std=0.5)
+    idle.save(tmp_path / "busy.pt")
+    line = error_line(toxicity, ["--export-hf", tmp_path / "hf2", "--checkpoint", tmp_path / "busy.pt"])
+    assert "a score changes by" in line
 
 
 def test_a_giant_is_really_trained_before_it_is_compared(plain, tmp_path):
-    results = toxicity.main(["--compare-base", "--giant", "scratch", "--epochs", "2", "--checkpoint",
-                             str(plain[0] / "toxicity/run-001/best_model.pt"), "--output-dir", str(tmp_path)])
-    assert len(results["giant_training"]) == 2
-    giant = torch.load(tmp_path / "toxicity/run-001/giant.pt", weights_only=True)["model"]
-    assert all((weight != 1).any() for name, weight in giant.items() if name.endswith("LayerNorm.weight"))  # 1 at first
-    assert [row["criterion"].split()[0] for row in results["giant_killer"]] == ["F1", "speed", "size", "real"]
+    results = toxicity.main(["--compare-base", "--giant", "scratch", "--epochs", "1", "--arm", "plain", "--checkpoint",
+                             str(model_of(plain)), "--output-dir", str(tmp_path)])
+    assert list(results["models"])[1] == "small giant from scratch"
+    assert "frozen encoder" in results["models"]
+    assert results["giant_killer"][0]["asked"] == "at least 98 %"
 
 
-def test_texts_and_stdin_are_scored(dendritic, monkeypatch, capsys):
+# --- Predictions ------------------------------------------------------------------------------------------------------
+
+
+def test_texts_and_lines_are_scored(dendritic, monkeypatch, capsys):
     argv = ["--predict", "--format", "json", "--output-dir", str(dendritic[0])]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("you are a clown\n\nthis joke killed me\n"))
-    rows = toxicity.main(argv)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("you are a clown\n\n  \nthis joke killed me\n"))
+    rows = toxicity.main(argv)["rows"]
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed == rows and [row["text"] for row in rows] == ["you are a clown", "", "this joke killed me"]
-    threshold = toxicity.Classifier.load(toxicity.find_checkpoint(toxicity.parse_args(argv)), "cpu").threshold
+    assert printed == rows
+    assert [row["text"] for row in rows] == ["you are a clown", "this joke killed me"]  # no empty line
+    threshold = load_model(dendritic).threshold
     for row in rows:
         assert row["toxic"] == (row["tier"] in ("review", "remove")) == (row["score"] >= round(threshold, 4))
-    assert toxicity.main([*argv[:1], "you are a clown", *argv[3:]])[0] == rows[0]
-    assert "score   decision" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert "no text" in error_of(argv, capsys)
+    assert toxicity.main(["--predict", "you are a clown", *argv[1:]])["rows"] == rows[:1]
+    assert toxicity.main(["--predict", "you are &#97; clown", *argv[1:]])["rows"][0]["score"] == rows[0]["score"]
+
+
+def test_control_characters_are_escaped_in_the_table(dendritic, capsys):
+    toxicity.main(["--predict", "red \x1b[31m\nnew line", "--output-dir", str(dendritic[0])])
+    assert r"red \x1b[31m\nnew line" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_predictions_need_texts_in_utf_8(dendritic, monkeypatch, error_line):
+    argv = ["--predict", "--output-dir", dendritic[0]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert "no text" in error_line(toxicity, argv)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("schön".encode("latin-1")), encoding="utf-8"))
-    assert "not UTF-8" in error_of(argv, capsys)
-    assert "perforatedai" not in subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "toxicity.py"), *argv[:1], "hello", *argv[3:]],
-        capture_output=True, text=True, check=True).stderr
+    assert "not UTF-8" in error_line(toxicity, argv)
+
+
+def test_lines_stream_and_a_reader_may_leave(dendritic, tmp_path):
+    command = [sys.executable, str(ROOT / "toxicity.py"), "--predict", "--checkpoint", str(model_of(dendritic))]
+    with open(tmp_path / "stderr", "w") as stderr:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
+    lines = b"you are a clown\n" * toxicity.INFERENCE_BATCH
+    process.stdin.write(lines)
+    process.stdin.flush()
+    process.stdout.readline()
+    assert process.stdout.readline().endswith(b"you are a clown\n")  # an answer before the input ends
+    process.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(100 * lines)
+        process.stdin.close()
+    assert process.wait(timeout=60) == 0
+    assert "rror" not in (tmp_path / "stderr").read_text()
+
+
+def test_the_script_runs_when_pasted_into_a_notebook(tmp_path):
+    (tmp_path / "common.py").write_text((ROOT / "common.py").read_text())
+    flags = [*SMALL, "--sample-size", "200", "--arm", "plain", "--epochs", "1", "--output-dir", "out"]
+    source = (ROOT / "toxicity.py").read_text().replace('if __name__ == "__main__":\n    main()', "")
+    outputs = run_notebook([source, f"results = main({flags})\nprint(sorted(results['models']))"], tmp_path)
+    assert "TF-IDF" in str(outputs)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
-def write_csv(path, texts, labels):
-    pa.csv.write_csv(pa.table({"text": texts, "toxicity": labels}), path)
-    return path
-
-
-def test_bad_files_end_in_one_line(tmp_path, capsys):
-    out = ["--output-dir", tmp_path / "out"]
+def test_bad_files_end_in_one_line(tmp_path, error_line):
     texts, labels = toxicity.generate_comments(300, seed=1)
-    good = write_csv(tmp_path / "good.csv", texts, labels.astype(int))
-    latin = tmp_path / "latin.csv"
-    latin.write_bytes("text,toxicity\nschön,1\n".encode("latin-1"))
-    head = tmp_path / "latin_head.csv"
-    head.write_bytes("text,größe,toxicity\na,b,1\n".encode("latin-1"))
-    lines = tmp_path / "latin.jsonl"
-    lines.write_bytes('{"text": "schön", "toxicity": 1}\n'.encode("latin-1"))
-    (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "head.csv").write_text("text,toxicity\n")
-    (tmp_path / "comments.xlsx").write_text("x")
-    words = write_csv(tmp_path / "words.csv", texts, ["bad" if label else "good" for label in labels])
-    blank = write_csv(tmp_path / "blank.csv", [*texts[:4], "  ", *texts[5:]], labels.astype(int))
+    good = write_csv(tmp_path / "good.csv", texts, labels)
+    blank = write_csv(tmp_path / "blank.csv", [*texts[:4], "  ", *texts[5:]], labels)
     one = write_csv(tmp_path / "one.csv", texts, np.zeros(300, int))
-    gap = write_csv(tmp_path / "gap.csv", texts, [None, *labels[1:].astype(int).tolist()])
+    contents = {
+        "latin.csv": "text,toxicity\nschön,1\n".encode("latin-1"),
+        "latin.jsonl": '{"text": "schön", "toxicity": 1}\n'.encode("latin-1"),
+        "empty.csv": b"", "head.csv": b"text,toxicity\n", "comments.xlsx": b"x",
+        "comma.csv": b"text,toxicity\ngood,0\nwell, well,1\n", "broken.json": b'[{"text": "a"',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    with gzip.open(tmp_path / "cut.csv.gz", "wb") as file:
+        file.write(good.read_bytes())
+    (tmp_path / "cut.csv.gz").write_bytes((tmp_path / "cut.csv.gz").read_bytes()[:500])
     cases = [
-        (["--data", good, "--text-column", "comment"], "one column 'comment' is needed, there are text, toxicity"),
-        (["--data", blank], "row 5 of the data, column 'text': empty text"),
-        (["--data", one], "0 of them toxic"),
-        (["--data", latin], "UTF-8"), (["--data", head], "UTF-8"), (["--data", lines], "UTF-8"),
-        (["--data", good, "--text-column", "toxicity"], "are the same"),
-        (["--data", words], "--positive-label"),
-        (["--data", words, "--positive-label", "worse"], "'bad'"),
-        (["--data", gap], "no label"),
-        (["--data", tmp_path / "empty.csv"], "empty.csv"),
-        (["--data", tmp_path / "head.csv"], "no rows"),
-        (["--data", tmp_path / "comments.xlsx"], ".csv, .jsonl"),
-        (["--data", tmp_path / "absent.csv"], "absent.csv"),
-        (["--data", tmp_path], "are read"),
+        ([good, "--text-column", "comment"], "one column 'comment' is needed, there are text, toxicity"),
+        ([blank], "row 5 of the data, column 'text': ' ' is an empty text"),
+        ([one], "0 of them toxic"),
+        ([tmp_path / "latin.csv"], "utf-8"), ([tmp_path / "latin.jsonl"], "utf-8"),
+        ([good, "--text-column", "toxicity"], "are the same"),
+        ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "no rows"),
+        ([tmp_path / "comments.xlsx"], ".csv, .tsv"), ([tmp_path / "absent.csv"], "absent.csv"),
+        ([tmp_path], ".csv, .tsv"), ([tmp_path / "comma.csv"], "Row #3: Expected 2 columns, got 3"),
+        ([tmp_path / "broken.json"], "broken.json"), ([tmp_path / "cut.csv.gz"], "cut.csv.gz"),
     ]
     for argv, expected in cases:
-        assert expected in error_of([*argv, *out], capsys)
+        assert expected in error_line(toxicity, ["--data", *argv, "--output-dir", tmp_path / "out"])
     assert not list((tmp_path / "out").rglob("run-*"))  # no empty run is left behind
 
 
-def test_bad_arguments_end_in_one_line(dendritic, tmp_path, capsys):
-    out = ["--output-dir", tmp_path / "out"]
-    cases = [
-        (["--epochs", "0"], "--epochs"), (["--nonsense"], "--nonsense"), (["--device", "tpu"], "--device"),
-        (["--epochs", "4"], "8 are needed"), (["--data", "x.csv", "--dataset", "embedded"], "together"),
-        (["--evaluate", "--no-dendrites"], "together"), (["--checkpoint", "x.pt"], "goes with"),
-        (["--model", "x", "--from-scratch"], "together"), (["--resume", "--seed", "1"], "--resume"),
-        (["--evaluate", "--predict", "hello"], "train first"), (["--quantize", "--predict", "hello"], "together"),
-        (["--predict", "hello", "--data", "x.csv"], "together"), (["--benchmark-only", "--compare-base"], "together"),
-        (["--positive-label", "0"], "goes with --data"),
-        (["--sample-size", "7"], "at least 100"), (["--max-length", "600"], "--max-length"),
-        (["--evaluate"], "train first"), (["--predict", "hello"], "train first"),
-        ([*SMALL[:2], "--no-dendrites", "--model", tmp_path], "no BERT"),
-        ([*DENDRITES, "--learning-rate", "1e9"], "not finite"),
-        (["--compare-base", "--giant", tmp_path / "absent", "--checkpoint",
-          dendritic[0] / "toxicity/run-001/best_model.pt"], "no such folder"),
-        (["--export-hf", tmp_path / "hf", "--checkpoint", dendritic[0] / "toxicity/run-001/final_model.pt"],
-         "--no-dendrites"),
-    ]
-    for argv, expected in cases:
-        assert expected in error_of([*argv, *out], capsys), argv
-    file = tmp_path / "file"
-    file.write_text("")
-    assert str(file) in error_of([*SMALL, "--output-dir", file], capsys)
+ARGUMENTS = [
+    (["--epochs", "0"], "--epochs"), (["--nonsense"], "--nonsense"), (["--device", "tpu"], "--device"),
+    (["--epochs", "4"], "before the first switch"), (["--data", "x.csv", "--dataset", "embedded"], "different texts"),
+    (["--checkpoint", "x.pt"], "goes with"), (["--model", "x", "--from-scratch"], "exclude"),
+    (["--resume", "--seed", "1"], "--resume"), (["--quantize", "--predict", "hello"], "not allowed with"),
+    (["--sample-size", "7"], "at least 100"), (["--max-length", "600", *SMALL[:5]], "--max-length"),
+    (["--evaluate"], "train first"), (["--predict", "hello"], "train first"),
+    ([*DENDRITES, "--learning-rate", "1e9"], "not finite"), ([*SMALL[:2], "--model", "/tmp"], "no BERT"),
+]
+
+
+@pytest.mark.parametrize(("argv", "expected"), ARGUMENTS)
+def test_bad_arguments_end_in_one_line(argv, expected, tmp_path, error_line):
+    assert expected in error_line(toxicity, [*argv, "--output-dir", tmp_path / "out"])
+
+
+def test_a_giant_that_is_not_there_is_an_error_before_training(plain, tmp_path, error_line):
+    argv = ["--compare-base", "--giant", tmp_path / "absent", "--checkpoint", model_of(plain), "--output-dir", tmp_path]
+    assert "absent" in error_line(toxicity, argv)
+    assert not (tmp_path / "toxicity").exists()
 
 
 @pytest.mark.skipif(not TWEETS.exists(), reason="the real tweets are not beside this checkout")
-def test_real_tweets_are_read(tmp_path):
-    argv = ["--data", str(TWEETS), "--text-column", "tweet", "--label-column", "class", "--positive-label", "0"]
-    data = toxicity.load_data(toxicity.parse_args([*argv, "--sample-size", "0"]))
-    assert data.info["rows"] == 24_783 and sum(data.labels) == 1_430
-    assert {part: len(rows) for part, rows in data.parts.items()}["test"] == pytest.approx(2_478, abs=3)
+def test_real_tweets_are_read():
+    data = load("--data", TWEETS, "--text-column", "tweet", "--label-column", "class", "--positive-label", "0",
+                "--sample-size", "0")
+    assert data.info["rows"] == 24_783
+    assert data.labels.sum() == 1_430
+    assert len(data.splits["test"]) == pytest.approx(2_478, abs=3)
+    assert not any("&amp;" in text for text in data.texts)
