@@ -1,17 +1,19 @@
 """Do column names help a time-series transformer, and can one model serve many tables?
 
 Windows of 96 steps are classified by a transformer over patches of 16 steps, which reads each
-column's values, the last one where one is missing, and a mask of what is present. A strategy adds
-the columns' names: none, a learned vocabulary that grows (auto_expanding), a frozen BERT that is
-read once and cached (frozen_bert), or, as a control, a fixed random vector (random_names). With
---shared, one model serves all data sets: it treats each column alone, with its name's embedding.
+column's values, with a missing one replaced by the value before it, and a mask of what is present.
+A strategy adds the columns' names: none, a learned vocabulary that grows (auto_expanding), a frozen
+BERT (frozen_bert), or, as a control, a fixed random vector for each name (random_names).
 
-ANSWER
+Measured on three data sets, 5 seeds: 95.8 % without names, 96.1 to 96.5 % with any of them, random
+ones included. One shared model for all three: 97.1 to 97.4 % with names, 62.8 % without. A name's
+meaning counts on a new table only: before it has seen one label, a pretrained model is right in
+100 % with BERT's vectors, 56 % with learned and 35 % with random ones (--transfer, 3 seeds).
 
     python duet.py                                        # three data sets: 5 minutes
     python duet.py --quick                                # every experiment, small, no network
     python duet.py --shared --runs 5                      # one model for all, with an interval
-    python duet.py --dataset etth1 --head ordinal         # what it takes to beat persistence
+    python duet.py --dataset etth1 --head ordinal         # what it takes to match persistence
     python duet.py --data sales.csv --target price --num-classes 4
     python duet.py --data BasicMotions/                   # a folder of UEA or UCR files
     python duet.py --transfer --synthetic-schemas 8       # a new data set, few of its labels
@@ -19,13 +21,13 @@ ANSWER
     python duet.py --columns --bert-model FOLDER          # which names are near each other
     python duet.py --predict new.csv --checkpoint outputs/duet/run-001/models/etth1-none-42.pt
 
-A strategy is a ColumnEmbedder in STRATEGIES. Inside one data set a name's embedding does not
-change over time, so it is only a bias: there, the strategies are the same class of functions. In
-the shared model it tells the columns apart.
+A strategy is a subclass of ColumnEmbedder and an entry in STRATEGIES, from a notebook, too. Within
+one data set, a name adds a constant that the patch layer's bias already has; in the shared model
+it tells the columns apart.
 
 Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (ordinal head), Wang
 et al. 2017 (convolutions), Dempster et al. 2023 (Hydra), Zhou et al. 2021 (ETTh1), Bagnall et al.
-2018 (the archive's files); the original is github.com/kailukowiak/TREA-C.
+2018 (the archive's files). The original is github.com/kailukowiak/TREA-C ("DuET").
 """
 
 import argparse
@@ -73,6 +75,7 @@ ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol orig
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
 FILLS = {"both": "forward fill and mask", "mask": "value and mask", "zero": "zero fill",
          "forward": "forward fill"}
+HEADS = ["mean", "last", "ordinal"]
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
@@ -133,11 +136,12 @@ def parse_args(argv=None):
     add("--num-classes", type=int, default=3, help="number of quantile classes of --target")
     add("--synthetic-schemas", type=int, default=0, metavar="N", help="number of synthetic data "
         "sets with 3 to 12 columns each")
-    add("--windows", type=int, default=2000, help="windows of each embedded data set")
-    add("--protocol", choices=["original", "holdout"], help="original: the original's synthetic "
-        "data, 5 %% of ETTh1 missing, class limits from the whole series; holdout: limits from "
-        "the rows before the test part; if unset, etth1 has the original's limits and --data "
-        "those of holdout")
+    add("--windows", type=int, default=2000, help="windows of each embedded data set; the "
+        "original's have 1,000")
+    add("--protocol", choices=["original", "holdout"], help="class limits of series from all rows "
+        "(original) or from those before the test part (holdout); if unset, original for etth1 "
+        "and holdout for --data; original also takes the original's synthetic data in place of "
+        "the embedded ones, and removes 5 %% of ETTh1")
     add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="strategies for column "
         f"names: {', '.join(STRATEGIES)}; if unset, all, with --nan-robustness none")
     add("--shared", nargs="?", const="also", choices=["also", "only"], help="train one model for "
@@ -146,7 +150,7 @@ def parse_args(argv=None):
         "other data sets, then learn NAME, or the last one, from 0, 5, 10 and 100 %% of its labels")
     add("--nan-robustness", action="store_true", help="experiment: accuracy with 0 to 50 %% of the "
         "values missing")
-    add("--head", choices=["mean", "last", "ordinal"], default="mean", help="classify the mean of "
+    add("--head", choices=HEADS, default="mean", help="classify the mean of "
         "the patches, as the original does, or the last patch, or forecast --target and let the "
         "class limits cut the forecast")
     add("--conv-members", type=int, metavar="N", help="convolutional networks to average, alone "
@@ -176,7 +180,7 @@ def parse_args(argv=None):
         "line, and exit")
     add("--cache-stats", action="store_true", help="show what is cached of --bert-model and exit")
     if "--quick" in (argv or []):
-        parser.set_defaults(windows=300, steps=40, batch_size=32, evaluations=2, shared="also",
+        parser.set_defaults(steps=40, batch_size=32, evaluations=2, shared="also",
                             transfer="last", nan_robustness=True, protocol="original")
     args = parser.parse_args(argv)
     check_args(args, parser.error)
@@ -194,6 +198,8 @@ def check_args(args, error):
         value, high = getattr(args, name), most.get(name, math.inf)
         if value is not None and not low <= value <= high:
             error(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
+    if args.target and not args.data:
+        error("--target is for the CSV files of --data")
     if args.predict and not args.checkpoint:
         error("--predict needs --checkpoint, a file in models/ of a finished run")
     if args.checkpoint and not (args.predict or args.columns):
@@ -298,13 +304,13 @@ def describe_dataset(data):
     return data
 
 
-def split_blocks(windows, gap, blocks=25):
+def split_blocks(windows, gap, most_blocks=25):
     """(train, val) numbers of windows that begin at consecutive rows.
 
     Every fifth block is for validation; the `gap` windows beside it, which share rows with it, are
     left out.
     """
-    blocks = int(np.clip(windows // (4 * gap), 5, blocks))
+    blocks = int(np.clip(windows // (4 * gap), 5, most_blocks))
     in_val = np.arange(windows) * blocks // windows % 5 == 2
     near = in_val.copy()
     for edge in np.flatnonzero(np.diff(in_val)):  # the last window before a change
@@ -438,7 +444,7 @@ def read_csv(path):
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             frame = pd.read_csv(io.StringIO(text), sep=separator, index_col=False,
-                                skipinitialspace=True)
+                                skipinitialspace=True, decimal="," if separator == ";" else ".")
     except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
     if frame.empty:
@@ -476,7 +482,7 @@ def parse_numbers(column):
         return column
     text = column.astype(str).str.strip()
     present = text[column.notna()]
-    thousands = present.str.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all()
+    thousands = present.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all()
     if thousands and present.str.contains(",").any():
         text = text.str.replace(",", "")
     elif present.str.fullmatch(r"-?\d+,?\d*").all():
@@ -496,8 +502,17 @@ def is_date(name, column):
 
 
 def parse_dates(text):
-    """Texts as times, NaT where one is not a date."""
-    return pd.to_datetime(text, errors="coerce", format="mixed", utc=True).dt.tz_localize(None)
+    """Texts as times, NaT where one is not a date.
+
+    All are read in one format: day or month first, whichever reads more of them, or leaves them in
+    order of time; if neither does, each by itself.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no format could be inferred
+        options = [{"dayfirst": False}, {"dayfirst": True}, {"format": "mixed"}]
+        readings = [pd.to_datetime(text, errors="coerce", utc=True, **option) for option in options]
+    times = max(readings, key=lambda times: (times.notna().sum(), times.is_monotonic_increasing))
+    return times.dt.tz_localize(None)
 
 
 def sort_dates(path, dates):
@@ -572,10 +587,10 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
 
 
 def read_archive_file(path, labelled=True):
-    """(cases, labels) of a .ts file: cases [[float64 [length] of each dimension]] with NaN for `?`.
+    """(cases, labels) of an archive file: cases [[float64 [length] of each dimension]].
 
-    A .tsv or .txt file has one case a line, the class first. With labelled=False, as for
-    --predict, a file or a case without class is read, too.
+    A .ts file has a header, and `?` for a missing value; a .tsv or .txt file has one case a line,
+    the class first. With labelled=False, as for --predict, cases need no class.
     """
     lines = [line.strip() for line in read_text(path).splitlines()]
     header, first = {"@classlabel": "true"}, 0
@@ -651,20 +666,23 @@ def archive_dataset(name, files):
 
 
 def fetch_etth1(data_dir):
-    """Path of ETTh1.csv in data_dir/ett, downloaded and checked if it is absent."""
+    """Path of ETTh1.csv in data_dir/ett, downloaded if it is absent. Raises UserError."""
     path = Path(data_dir) / "ett/ETTh1.csv"
-    if path.exists():
-        return path
+    source = path if path.exists() else ETTH1_URL
     try:
-        with urllib.request.urlopen(ETTH1_URL, timeout=3) as response:
-            content = response.read()
+        if path.exists():
+            content = path.read_bytes()
+        else:
+            with urllib.request.urlopen(ETTH1_URL, timeout=3) as response:
+                content = response.read()
     except (OSError, ValueError) as error:
-        raise UserError(f"{ETTH1_URL}: {error}; put the file at {path}") from None
+        raise UserError(f"{source}: {error}; put the file at {path}") from None
     if hashlib.sha256(content).hexdigest() != ETTH1_SHA256:
-        raise UserError(f"{ETTH1_URL}: its checksum is wrong; try again or put the file at {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        part.write_bytes(content)
+        raise UserError(f"{source}: its checksum is wrong; put the right file at {path}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            part.write_bytes(content)
     return path
 
 
@@ -677,7 +695,8 @@ def group_files(paths):
             found = [sorted(path.glob(f"*{suffix}")) for suffix in ARCHIVE_SUFFIXES]
             files = next(filter(None, found), [])
         if not files:
-            raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder")
+            raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder; CSV files must be "
+                            "named one by one")
         for file in files:
             name = re.sub(r"_(train|test)(\.\w+)$", r"\2", str(file), flags=re.I)
             groups.setdefault(Path(name), []).append(file)
@@ -727,11 +746,11 @@ def load_datasets(args):
 class ColumnEmbedder(nn.Module):
     """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
-    A subclass computes the vectors [names, dim] of new names in compute(names); here they are not
-    trained, only the Linear is.
+    A strategy is a subclass, made with target_dim alone, that computes the vectors [names, dim] of
+    new names in compute(names). They are not trained, only the Linear is.
     """
 
-    def __init__(self, dim, target_dim=1):
+    def __init__(self, target_dim=1, dim=16):
         super().__init__()
         self.rows = {}  # name: row of the table
         self.register_buffer("table", torch.zeros(0, dim), persistent=False)
@@ -761,9 +780,8 @@ class AutoExpandingEmbedder(ColumnEmbedder):
     """
 
     def __init__(self, target_dim=1, dim=16, initial_size=1000):
-        super().__init__(dim, target_dim)
-        del self.table
-        self.embedding = nn.Embedding(initial_size, dim)
+        super().__init__(target_dim, dim)
+        self.embedding = nn.Embedding(initial_size, dim)  # in place of the table
 
     def add(self, names):
         for name in names:
@@ -788,9 +806,6 @@ class AutoExpandingEmbedder(ColumnEmbedder):
 class RandomNameEmbedder(ColumnEmbedder):
     """A fixed random vector for each name: identity without meaning, as a control."""
 
-    def __init__(self, target_dim=1, dim=16):
-        super().__init__(dim, target_dim)
-
     def compute(self, names):
         vectors = []
         for name in names:
@@ -813,10 +828,7 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
 
     def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings",
                  target_dim=1, tokenization="words", known=None, offline=False):
-        folder = Path(bert_model).expanduser()
-        bert_model = str(folder.resolve()) if folder.is_dir() else bert_model
-        digest = hashlib.sha256(bert_model.encode()).hexdigest()[:8]
-        cache_path = Path(cache_dir) / f"{Path(bert_model).name}-{digest}.safetensors"
+        cache_path = find_cache(bert_model, cache_dir)
         cache = read_cache(cache_path)
         for name, vector in (known or {}).items():
             cache[f"{tokenization}/{name}"] = vector
@@ -824,7 +836,7 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
             dim = load_encoder(bert_model, offline)[1].config.hidden_size
         for vector in cache.values():
             dim = len(vector)
-        super().__init__(dim, target_dim)
+        super().__init__(target_dim, dim)
         self.bert_model, self.tokenization, self.offline = bert_model, tokenization, offline
         self.cache_path, self.cache = cache_path, cache
 
@@ -843,22 +855,35 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
         return torch.stack([self.cache[f"{self.tokenization}/{name}"] for name in names])
 
     def save_cache(self):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         self.cache_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.cache_path) as path:
-            save_file(self.cache, path)
+            path.write_bytes(save(self.cache))
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
-        size = self.cache_path.stat().st_size if self.cache_path.exists() else 0
-        return {"cached_embeddings": len(read_cache(self.cache_path)),
-                "cache_size_mb": round(size / 1e6, 3), "bert_model": self.bert_model,
-                "bert_dim": self.table.shape[1]}
+        return cache_stats(self.bert_model, self.cache_path)
 
 
 STRATEGIES = {"none": None, "auto_expanding": AutoExpandingEmbedder,
               "frozen_bert": FrozenBERTColumnEmbedder, "random_names": RandomNameEmbedder}
+
+
+def find_cache(bert_model, cache_dir):
+    """Path of the cache file of an encoder, a name on the hub or a folder."""
+    folder = Path(bert_model).expanduser()
+    name = str(folder.resolve()) if folder.is_dir() else bert_model
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return Path(cache_dir) / f"{Path(name).name}-{digest}.safetensors"
+
+
+def cache_stats(bert_model, path):
+    cache = read_cache(path)
+    size = path.stat().st_size if path.exists() else 0
+    dim = max(map(len, cache.values()), default=None)
+    return {"cached_embeddings": len(cache), "cache_size_mb": round(size / 1e6, 3),
+            "bert_model": bert_model, "bert_dim": dim}
 
 
 def read_cache(path):
@@ -983,6 +1008,9 @@ class MultiDatasetPatchDuET(nn.Module):
         super().__init__()
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+        if fill not in FILLS or head not in HEADS:
+            raise ValueError(f"fill {fill!r} must be one of {', '.join(FILLS)}, and head {head!r} "
+                             f"one of {', '.join(HEADS)}")
         self.settings = {"c_in": c_in, "seq_len": seq_len, "strategy": strategy, "shared": shared,
                          "head": head, "fill": fill, "dropout": dropout, "d_model": d_model,
                          "queries": queries} | bert
@@ -1132,7 +1160,8 @@ def drop_values(x, share, missing="at random"):
         return x.masked_fill(torch.rand_like(x) < share, math.nan)
     if missing == "whole columns":
         rank = torch.rand(*x.shape[:2], 1, device=x.device).argsort(1).argsort(1)
-        count = (share * x.shape[1]).round().clamp(max=x.shape[1] - 1)
+        chance = torch.rand(len(x), 1, 1, device=x.device)  # rounds up or down, right on average
+        count = (share * x.shape[1] + chance).floor().clamp(max=x.shape[1] - 1)
         return x.masked_fill(rank < count, math.nan)
     length = share * x.shape[-1]
     first = (torch.rand(*x.shape[:2], 1, device=x.device) * (x.shape[-1] - length)).round()
@@ -1168,13 +1197,13 @@ def draw_batches(datasets, steps, batch_size, device):
 
 
 def fit(model, datasets, args, seed, file, keep="best", drop=False):
-    """Train a model with args.steps steps on each data set; returns the history, a list with a
-    dictionary for each evaluation.
+    """Train a model with args.steps steps on each data set, or go on with the checkpoint in `file`,
+    or load it if it is finished; returns the history, a list with a dictionary for each evaluation.
 
     The model ends with the weights of the best mean validation accuracy over the data sets, or,
     with keep="last", with its last weights. With `drop`, up to half of the values are left out in
-    training. All that is random follows from the seed and the number of the evaluation, so that
-    training goes on from an unfinished checkpoint in `file` bit for bit; a finished one is loaded.
+    training. All that is random follows from the seed and the number of the evaluation, so that a
+    resumed training ends with the same weights bit for bit.
     """
     device = next(model.parameters()).device
     tensors = [[torch.from_numpy(array).to(device)
@@ -1233,8 +1262,12 @@ def load_state(file, modules, datasets):
     state = load_checkpoint(file, file)
     if state["data_sha256"] != data_sha256:
         raise UserError(f"{file}: trained on other data; restore the files or start a new run")
-    for name in modules.keys() & state.keys():
-        modules[name].load_state_dict(state[name])
+    try:
+        modules["model"].load_state_dict(state.get("model") or state["best"]["model"])
+        for name in state.keys() & {"optimizer", "scheduler"}:
+            modules[name].load_state_dict(state[name])
+    except RuntimeError:
+        raise UserError(f"{file}: from another version of {EXPERIMENT}.py") from None
     return state
 
 
@@ -1349,7 +1382,7 @@ class Hydra:
             output = F.conv1d(mixed, weights, dilation=dilation, groups=len(chosen))
             output = output.unflatten(1, (len(chosen), self.kernels))
             largest, winner = output.max(2)  # [batch, groups, time]
-            loser = output.argmin(2)
+            loser = output.min(2).indices
             empty = torch.zeros(output.shape[:3])
             features.append(empty.scatter_add(2, winner, largest).flatten(1))
             features.append(empty.scatter_add(2, loser, torch.ones_like(largest)).flatten(1))
@@ -1481,7 +1514,7 @@ def benchmark_table(records, original):
         for model, runs in of_dataset.groupby("model", sort=False):
             plain, strategy = model, model.removeprefix("shared, ")
             if strategy in STRATEGIES:
-                plain = model.replace(strategy, "none")
+                plain = model.removesuffix(strategy) + "none"
             rows.append({
                 "data set": name, "model": model, "accuracy %": percent(runs["accuracy"]),
                 "macro F1 %": percent(runs["macro_f1"]),
@@ -1542,13 +1575,16 @@ def plot_shares(records, title, xlabel, panel, classes, path):
     fig, axes = new_figure(title, 1, len(panels), (5 * len(panels) + 3, 4.5))
     for axis, name in zip(axes, panels):
         shown = records[records[panel] == name]
-        for i, model in enumerate(shown["model"].unique()):
+        models = shown["model"].unique()
+        for i, model in enumerate(models):  # the bands of many models would hide each other
             runs = 100 * shown[shown["model"] == model].pivot_table("accuracy", "seed", "share")
-            plot_curve(axis, 100 * runs.columns, runs.to_numpy(), model, i, MARKERS[i % 7])
+            values = runs.to_numpy() if len(models) < 6 else runs.mean().to_numpy()
+            plot_curve(axis, 100 * runs.columns, values, model, i, MARKERS[i % 7])
         axis.axhline(100 / len(classes), linestyle="--", color="0.4", label="chance")
         shares = sorted(shown["share"].unique())
         if shares[-1] == 1:  # 0, 5, 10 and 100 %
             axis.set_xscale("symlog", linthresh=10)
+            axis.set_xlim(-1, 110)
         axis.set_xticks([100 * share for share in shares], [f"{share:.0%}" for share in shares])
         low, high = axis.get_ylim()  # an interval may reach beyond what an accuracy can be
         axis.set(title=name, xlabel=xlabel, ylabel="test accuracy [%]",
@@ -1560,10 +1596,10 @@ def plot_shares(records, title, xlabel, panel, classes, path):
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def make_model(args, datasets, strategy, shared, seed, fill="both", seq_len=0):
-    """An untrained model for the data sets, and for windows up to seq_len, on the device."""
+def make_model(args, datasets, strategy, shared, seed, fill="both", min_seq_len=0):
+    """An untrained model for the data sets, and for windows of min_seq_len, on the device."""
     seed_everything(seed)
-    seq_len = max(seq_len, *(data.seq_len for data in datasets))
+    seq_len = max(min_seq_len, *(data.seq_len for data in datasets))
     options = bert_options(args) if strategy == "frozen_bert" else {}
     model = MultiDatasetPatchDuET(len(datasets[0].columns), seq_len, strategy, shared, args.head,
                                   fill, args.dropout, **options)
@@ -1653,6 +1689,8 @@ def benchmark(args, datasets, strategies, run_dir):
         records += train_strategies(args, datasets, strategies, seed, run_dir)
     plot_benchmark(records, datasets, run_dir / "benchmark.png")
     table = benchmark_table(records, original_figures(args, datasets))
+    if len(datasets) > 6:  # the records have every data set
+        table = [row for row in table if row["data set"] == "mean of all"]
     text = (f"{answer(table)}\n\nSeconds are those of one training, for a shared model on all data "
             "sets. The original's figures are single runs, scored on the test part at the last or "
             "best epoch.")
@@ -1678,10 +1716,13 @@ def answer(table):
         best = max(models, key=lambda model: float(rows[model]["accuracy %"].split()[0]))
         return f"{best} ({rows[best]['accuracy %']} %)"
 
-    gains = [f"{model} {rows[model]['minus none']}" for model in ours if rows[model]["minus none"]]
+    differences = [f"{model} {rows[model]['minus none']}" for model in ours
+                   if rows[model]["minus none"]]
     text = f"{table[-1]['data set']}: the best strategy is {name_best(ours)}, the best other model "
     text += name_best(set(rows) - set(ours)) + "."
-    return text + (f" Points above none: {', '.join(gains)}." if gains else "")
+    if differences:
+        text += f" Difference to none in points: {'; '.join(differences)}."
+    return text
 
 
 def with_labels(data, share, seed):
@@ -1695,30 +1736,38 @@ def with_labels(data, share, seed):
 
 
 def add_new_dataset(model, data, sources):
-    """A copy of a shared model with a new data set, whose head begins as the mean of the heads of
-    the sources with the same classes; and whether there are such sources, without which the model
-    can do nothing before it has seen labels."""
+    """(copy of a shared model with a new data set, whether it can already classify it).
+
+    It can if there are sources with the same classes: its head begins as the mean of theirs.
+    """
     model = copy.deepcopy(model)
     model.add_dataset(data.metadata())
     head = model.head(data.name)
-    alike = [model.head(source.name) for source in sources if source.classes == data.classes]
-    alike = [other for other in alike if other.kind == head.kind]
-    for parameters in zip(head.parameters(), *(other.parameters() for other in alike)):
-        if alike:
-            parameters[0].data = torch.stack([other.data for other in parameters[1:]]).mean(0)
-    return model, bool(alike)
+    others = [model.head(source.name) for source in sources if source.classes == data.classes]
+    others = [other for other in others if other.kind == head.kind]
+    if not others:
+        return model, False
+    mean = {name: torch.stack([other.state_dict()[name] for other in others]).mean(0)
+            for name, _ in head.named_parameters()}
+    head.load_state_dict(head.state_dict() | mean)
+    return model, True
 
 
-def transfer(args, datasets, strategies, run_dir):
-    """A shared model on a new data set at LABEL_SHARES of its labels: pretrained on the other data
-    sets, or from scratch. With few labels both train for a quarter of the steps, at least 40."""
+def split_sources(args, datasets):
+    """(new data set, the others) of --transfer."""
     by_name = {data.name: data for data in datasets}
     name = datasets[-1].name if args.transfer == "last" else args.transfer
     if name not in by_name or len(datasets) < 2:
         raise UserError(f"--transfer {name}: name one of at least two data sets: "
                         f"{', '.join(by_name)}")
-    data = by_name.pop(name)
-    sources = list(by_name.values())
+    return by_name.pop(name), list(by_name.values())
+
+
+def transfer(args, datasets, strategies, run_dir):
+    """A shared model on a new data set at LABEL_SHARES of its labels: pretrained on the other data
+    sets, or from scratch. With few labels both train for a quarter of the steps, at least 40."""
+    data, sources = split_sources(args, datasets)
+    name = data.name
     steps = min(args.steps, max(40, args.steps // 4))
     few_steps = argparse.Namespace(**vars(args) | {"steps": steps})
     records = []
@@ -1728,7 +1777,7 @@ def transfer(args, datasets, strategies, run_dir):
             records += [record | {"share": share} for record in baseline_records(part, seed)
                         if record["model"] in ("gradient boosting", "hydra")]
         for strategy in strategies:
-            base = make_model(args, sources, strategy, True, seed, seq_len=data.seq_len)
+            base = make_model(args, sources, strategy, True, seed, min_seq_len=data.seq_len)
             fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
             model, can_predict = add_new_dataset(base, data, sources)
             if can_predict:
@@ -1769,8 +1818,6 @@ def transfer_differences(records, strategies):
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out with a note if its encoder cannot be had."""
     strategies = list(dict.fromkeys(args.strategies or STRATEGIES))
-    if args.nan_robustness and not args.quick:
-        strategies = args.strategies or ["none"]
     if "frozen_bert" in strategies:
         try:
             embedder = FrozenBERTColumnEmbedder(**bert_options(args))
@@ -1803,6 +1850,8 @@ def run_experiment(args):
     experiments = [name for name in ("nan_robustness", "transfer") if getattr(args, name)]
     if args.quick and len(datasets) < 2:
         experiments.remove("transfer")  # there is nothing to transfer from
+    if "transfer" in experiments:
+        split_sources(args, datasets)  # an error is told before anything is trained
     if args.quick or not experiments:
         experiments.append("benchmark")
     run_dir = next_run_dir(args)
@@ -1895,9 +1944,9 @@ def restore_model(path, device):
         for metadata in checkpoint["datasets"].values():
             model.add_dataset(metadata)
         model.load_state_dict(checkpoint["best"]["model"])
-    except (LookupError, TypeError, RuntimeError):
-        raise UserError(f"{path}: not a finished model of {EXPERIMENT}.py; name a file in models/ "
-                        "of a finished run") from None
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a finished model of this {EXPERIMENT}.py ({error}); name a "
+                        "file in models/ of a finished run") from None
     return model.to(device)
 
 
@@ -2055,18 +2104,12 @@ def plot_columns(similarity, vectors, path):
 
 def manage_cache(args):
     """Cache the names in --prewarm; returns and prints what the cache holds."""
+    options = bert_options(args)
     if args.prewarm:
-        lines = Path(args.prewarm).read_text(encoding="utf-8").splitlines()
-        embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-        embedder.add([line.strip() for line in lines if line.strip()])
-        stats = embedder.get_cache_stats()
-    else:
-        try:
-            options = bert_options(args) | {"offline": True}
-            stats = FrozenBERTColumnEmbedder(**options).get_cache_stats()
-        except UserError:  # neither a cache nor an encoder
-            stats = {"cached_embeddings": 0, "cache_size_mb": 0.0, "bert_model": args.bert_model,
-                     "bert_dim": None}
+        names = [line.strip() for line in read_text(args.prewarm).splitlines()]
+        FrozenBERTColumnEmbedder(**options).add(filter(None, names))
+    path = find_cache(args.bert_model, options["cache_dir"])
+    stats = cache_stats(args.bert_model, path)
     print(json.dumps(stats, indent=1))
     return stats
 

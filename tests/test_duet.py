@@ -195,7 +195,7 @@ def test_a_table_that_grows_after_the_optimizer_was_made_is_an_error():
 def test_a_strategy_is_one_entry(tmp_path, monkeypatch):
     class LengthEmbedder(duet.ColumnEmbedder):
         def __init__(self, target_dim=1):
-            super().__init__(1, target_dim)
+            super().__init__(target_dim, 1)
 
         def compute(self, names):
             return torch.tensor([[float(len(name))] for name in names])
@@ -423,6 +423,15 @@ def test_numbers_as_people_write_them_are_read(text, values, tmp_path):
     numbers, _ = duet.read_csv(tmp_path / "a.csv")
     assert numbers["a"].tolist() == values
     assert list(numbers) == ["a", "b"]
+
+
+@pytest.mark.parametrize("pattern", ["%d/%m/%Y", "%d.%m.%Y", "%m/%d/%Y", "%Y-%m-%d", "%d-%m-%Y %H:%M"])
+def test_dates_of_one_file_are_read_in_one_order(pattern, tmp_path, capsys):
+    days = duet.pd.date_range("2024-01-01", periods=300).strftime(pattern)
+    (tmp_path / "a.csv").write_text("date,a\n" + "\n".join(f"{day},{i}" for i, day in enumerate(days)))
+    numbers, _ = duet.read_csv(tmp_path / "a.csv")
+    assert numbers["a"].tolist() == list(range(300))
+    assert capsys.readouterr().err == ""
 
 
 def test_dates_that_fall_or_repeat_or_have_gaps_are_noted_and_sorted(tmp_path, capsys):
@@ -740,6 +749,9 @@ def test_strategies_with_one_seed_begin_alike(encoder, tmp_path):
 
 
 def test_whole_columns_are_missing_and_one_stays():
+    for share in (0.1, 0.3, 0.5):
+        missing = duet.drop_values(torch.zeros(4000, 5, 96), share, "whole columns").isnan()
+        assert missing.float().mean().item() == pytest.approx(share, abs=0.02)
     missing = duet.drop_values(torch.zeros(200, 4, 96), 0.5, "whole columns").isnan()
     assert (missing.all(-1) == missing.any(-1)).all()
     assert (missing.all(-1).sum(1) == 2).all()
@@ -825,12 +837,14 @@ def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tm
     (["--data", "SEMICOLON", "--target", "a"], "1 rows, at least 1296 are needed"),
     (["--data", "HUGE", "--target", "a"], "the values of 'b' are too large"),
     (["--data", "CSV", "CSV", "--target", "load"], "two data sets have the same name"),
+    (["--target", "load"], "--target is for the CSV files of --data"),
+    (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
     (["--predict", "CSV", "--checkpoint", "no.pt"], "no.pt"),
     (["--predict", "CSV", "--checkpoint", "CSV"], "damaged, or not a checkpoint of duet.py"),
-    (["--predict", "CSV", "--checkpoint", "TENSOR"], "not a finished model of duet.py"),
-    (["--predict", "CSV", "--checkpoint", "FOREIGN"], "not a finished model of duet.py"),
-    (["--predict", "CSV", "--checkpoint", "CARDLESS"], "not a finished model of duet.py"),
+    (["--predict", "CSV", "--checkpoint", "TENSOR"], "not a finished model of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "FOREIGN"], "not a finished model of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "CARDLESS"], "not a finished model of this duet.py"),
     (["--predict", "SHORT", "--checkpoint", "MODEL"], "none of the columns tempC, load, noise, only a"),
     (["--predict", "no.csv", "--checkpoint", "MODEL"], "no.csv"),
     (["--columns", "--checkpoint", "MODEL"], "a model without column embeddings"),
@@ -853,13 +867,15 @@ def test_errors_are_one_line(arguments, message, finished, small_csv, tmp_path, 
         torch.save(state, tmp_path / f"{name}.csv")
         files[name] = ""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "other/ett").mkdir(parents=True)
+    (tmp_path / "other/ett/ETTh1.csv").write_text("OT\n1\n")
     places = {name: tmp_path / f"{name}.csv" for name in files}
-    places |= {"CSV": small_csv, "EMPTY": tmp_path / "empty", "MODEL": finished[0] / "models/plant-none-42.pt"}
+    places |= {"CSV": small_csv, "EMPTY": tmp_path / "empty", "OTHER": tmp_path / "other",
+               "MODEL": finished[0] / "models/plant-none-42.pt"}
     line = error_line(duet, [*(places.get(word, word) for word in arguments), "--output-dir", tmp_path / "out"])
     assert line.startswith("duet.py: error: ")
     assert message in line
-    if "nothing" not in arguments:
-        assert not (tmp_path / "out").exists()  # no empty run is left behind
+    assert not (tmp_path / "out").exists()  # no empty run is left behind
 
 
 def test_a_loss_that_is_not_finite_is_one_line(tmp_path, error_line):
