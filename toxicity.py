@@ -2,23 +2,23 @@
 
 RESULT
 
-    python toxicity.py                              # 5,000 + 1,000 + 1,000 texts, with dendrites
-    python toxicity.py --quick                      # small, offline, under 90 s
-    python toxicity.py --arm plain                  # without dendrites
-    python toxicity.py --compare-dendrites --runs 5 # all arms with the same budget, paired by seed
-    python toxicity.py --distill tfidf              # learn from TF-IDF; or --distill giant --giant FOLDER
+    python toxicity.py                               # 5,000 + 1,000 + 1,000 texts: 2 minutes
+    python toxicity.py --quick                       # everything, small and offline: 1 minute
     python toxicity.py --data train.csv --text-column comment_text --label-column toxic
-    python toxicity.py --evaluate                   # the newest model; likewise the next ones
+    python toxicity.py --compare-dendrites --runs 5  # all arms, paired by seed
+    python toxicity.py --distill giant --giant FOLDER --arm plain --epochs 15  # learn from a giant
+    python toxicity.py --resume                      # go on with the newest unfinished run
+    python toxicity.py --evaluate                    # the newest model; likewise the next ones
     python toxicity.py --compare-base --giant FOLDER
-    python toxicity.py --quantize                   # or --export-onnx, --export-hf FOLDER
+    python toxicity.py --quantize                    # or --export-onnx, --export-hf FOLDER
     python toxicity.py --benchmark-only
-    python toxicity.py --predict "you are a clown" "that joke killed me"   # or lines on stdin
-    python toxicity.py --resume                     # go on with the newest unfinished run
+    python toxicity.py --predict "you are a clown" "that joke killed me"  # or lines on stdin
 
 Results are in outputs/toxicity/run-001/, with the next free number: results.json, summary.md,
-best_model.pt, five pictures. Without --data it reads Civil Comments from the Hugging Face hub, or
-synthetic comments where the hub is out of reach; without --model, prajjwal1/bert-tiny from there,
-or else a BERT of the same size with random weights and a vocabulary of the training texts.
+best_model.pt, model_int8.pt and four pictures. Without --data it reads Civil Comments from the
+Hugging Face hub, or synthetic comments where the hub is out of reach; without --model,
+prajjwal1/bert-tiny from there, or else a BERT of the same size with random weights and a vocabulary
+of the training texts.
 
 Sources: "Giant-Killer NLP", here "the original" (no dendrite was ever added there, and its giant
 was never fine-tuned); Turc et al. 2019 (BERT-Tiny, distillation); Fahlman and Lebiere 1990 (cascade
@@ -62,9 +62,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import (COLORS, LINES, detect_device, epoch_axis, has_bfloat16, in_notebook, legend_below,
-                    mean_and_interval, new_figure, plot_confusion, plot_curve, plot_dots,
-                    plot_ranking, save_figure, seed_everything)
+from common import (COLORS, LINES, detect_device, epoch_axis, has_bfloat16, in_notebook,
+                    legend_below, mean_and_interval, new_figure, plot_confusion, plot_curve,
+                    plot_dots, plot_ranking, save_figure, seed_everything)
 
 EXPERIMENT = "toxicity"
 CLASSES = ["not toxic", "toxic"]
@@ -78,6 +78,7 @@ CONFIG_KEYS = [*TINY, "max_position_embeddings", "type_vocab_size", "pad_token_i
                "layer_norm_eps", "hidden_act", "hidden_dropout_prob"]
 CLASSIFIER_FIELDS = ["name", "arguments", "threshold", "hashes", "kind", "parameters"]
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+RATE_PRETRAINED = 5e-5
 RATE_FROM_SCRATCH = 3e-4  # this and the dropout were chosen by PR AUC on validation texts
 DROPOUT_FROM_SCRATCH = 0.3
 ORIGINAL_ROW = {"model": "the original, a claim (other data)", "F1": 0.36, "recall": 0.71,
@@ -89,7 +90,8 @@ SWITCHED_OFF = "dendrites switched off"
 CASCADE_START = 0.1  # of a candidate: its output over that of the neuron, in standard deviations
 NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
 MAX_CLASSES = 20  # a column with more label values holds a scale
-MAX_SEEN = 0.01  # share of the texts of --evaluate that may have been in training; they are left out
+FOLDS = 3  # of the training texts for --distill
+MAX_SEEN = 0.01  # share of new texts that may have been in training; they are left out
 TFIDF_TEXTS = 100_000  # the baseline is fitted on so many texts at most
 # The arguments that decide which texts there are; a checkpoint keeps those of its training.
 DATA_ARGUMENTS = ["dataset", "data", "text_column", "label_column", "positive_label",
@@ -123,30 +125,34 @@ def parse_args(argv=None):
         "--switch-every epochs")
     add("--no-dendrites", dest="arm", action="store_const", const="plain", default=DEFAULT_ARM,
         help="the same as --arm plain")
-    add("--epochs", type=int, default=10, metavar="N", help="epochs of training")
-    add("--switch-every", type=int, default=5, metavar="N", help="epochs from one switch to the "
+    add("--epochs", type=int, default=20, metavar="N", help="epochs of training")
+    add("--switch-every", type=int, default=10, metavar="N", help="epochs from one switch to the "
         "next; the learning rate falls to 0 in between")
     add("--batch-size", type=int, default=32, metavar="N", help="texts in a batch")
     add("--learning-rate", type=float, metavar="RATE", help="largest learning rate; if unset, "
-        f"2e-5, or {RATE_FROM_SCRATCH} from scratch")
+        f"{RATE_PRETRAINED}, or {RATE_FROM_SCRATCH} from scratch")
     add("--weight-decay", type=float, default=0.01, metavar="RATE", help="weight decay of AdamW")
     add("--distill", choices=["tfidf", "giant"], help="teacher on whose answers the model is "
-        "trained: TF-IDF, or --giant after its own fine-tuning")
+        "trained: TF-IDF, or the mean of it and of the fine-tuned --giant")
+    add("--augment", type=int, default=4, metavar="N", help="altered copies of each training text "
+        "on which --distill asks the teacher, too")
     add("--giant", metavar="ID|FOLDER|scratch", default="bert-base-uncased", help="large BERT for "
         "--distill and --compare-base; scratch is a small one with random weights")
+    add("--giant-epochs", type=int, default=3, metavar="N", help="epochs of its fine-tuning")
     add("--compare-dendrites", action="store_true", help="train all arms")
-    add("--runs", type=int, default=1, metavar="N", help="number of seeds; reports mean and interval")
+    add("--runs", type=int, default=1, metavar="N", help="number of seeds to repeat with")
     add("--seed", type=int, default=42, metavar="N", help="random seed of data, split and model")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--output-dir", default="outputs", metavar="FOLDER", help="folder of all results")
     add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
         "with; without a value, the newest")
-    add("--checkpoint", metavar="FILE", help="best_model.pt for the jobs below; if unset, the newest")
+    add("--checkpoint", metavar="FILE", help="model for the jobs below; if unset, the newest "
+        "best_model.pt")
     add("--format", choices=["table", "json"], default="table", help="format of --predict")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--evaluate", nargs="?", const="newest", metavar="FILE", help="score a checkpoint on its "
         "own test part, or on all texts of --data")
-    add("--compare-base", action="store_true", help="fine-tune --giant on the same texts and compare")
+    add("--compare-base", action="store_true", help="fine-tune --giant on the same texts, compare")
     add("--quantize", action="store_true", help="write model_int8.pt and compare it")
     add("--export-onnx", action="store_true", help="write model.onnx and compare it")
     add("--export-hf", metavar="FOLDER", help="write the model for transformers")
@@ -163,7 +169,7 @@ def parse_args(argv=None):
 
 def check_args(args, error):
     """Call `error` with a message if an argument is out of range or does not fit another."""
-    least = {"seed": 0, "sample_size": 0, "max_length": 4}
+    least = {"seed": 0, "sample_size": 0, "augment": 0, "max_length": 4}
     for name, value in vars(args).items():
         if type(value) is int and value < least.get(name, 1):
             error(f"--{name.replace('_', '-')} {value} is too small")
@@ -189,61 +195,76 @@ def check_args(args, error):
 
 # --- Data: the embedded generator ---------------------------------------------------------------
 
-INSULTS = ["idiot", "moron", "clown", "loser", "fool", "liar", "coward", "imbecile", "parasite", "disgrace"]
-SUBJECTS = ["the new bus lane", "this budget", "the school plan", "your last post", "the referee", "the mayor's speech",
-            "that recipe", "the tax reform", "the concert", "this article", "the housing vote", "the weather report",
-            "the software update", "our team", "the museum", "the hospital merger", "the bike path", "this movie"]
-GROUPS = ["voters", "drivers", "neighbours", "tourists", "reporters", "teachers", "fans", "readers", "students"]
-OPENERS = ["", "", "", "Honestly, ", "Well, ", "Look, ", "As for {s}: ", "About {s}, ", "I read the piece twice. ",
-           "Sorry, but ", "After ten years here, ", "OK. "]
-CLOSERS = ["", "", "", " Just my view.", " That is all.", " Think about it.", " And {s} changes nothing.", " Again.",
-           " Thanks for the article.", " We talked about {s} before.", " Good night.", " Ask the {g}."]
+INSULTS = ["idiot", "moron", "clown", "loser", "fool", "liar", "coward", "imbecile", "parasite",
+           "disgrace"]
+SUBJECTS = ["the new bus lane", "this budget", "the school plan", "your last post", "the referee",
+            "the mayor's speech", "that recipe", "the tax reform", "the concert", "this article",
+            "the housing vote", "the weather report", "the software update", "our team",
+            "the museum", "the hospital merger", "the bike path", "this movie"]
+GROUPS = ["voters", "drivers", "neighbours", "tourists", "reporters", "teachers", "fans", "readers",
+          "students"]
+OPENERS = ["", "", "", "Honestly, ", "Well, ", "Look, ", "As for {s}: ", "About {s}, ",
+           "I read the piece twice. ", "Sorry, but ", "After ten years here, ", "OK. "]
+CLOSERS = ["", "", "", " Just my view.", " That is all.", " Think about it.",
+           " And {s} changes nothing.", " Again.", " Thanks for the article.",
+           " We talked about {s} before.", " Good night.", " Ask the {g}."]
 PRAISES = ["you are the best of the {g}", "you explain {s} well", "your idea about {s} is clever",
-           "nobody knows {s} as well as you", "you have a sharp mind", "people like you are needed here"]
-RIGHT = ['they wrote "{q}", and they are right', 'he said "{q}", and I can only repeat it', '"{q}", as we all know',
-         'the {g} told you "{q}", which is true', 'somebody wrote "{q}", and I agree']
-WRONG = ['they wrote "{q}", and they are wrong', 'he said "{q}", and I can only deny it', '"{q}", as nobody believes',
-         'the {g} told you "{q}", which is false', 'somebody wrote "{q}", and I disagree']
-# Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject, {g} group, {p} praise, {b} a
-# text of one of the first three kinds. Praise that is denied is toxic, an insult that is denied is not, so that neither
-# the quoted words nor those around them decide.
+           "nobody knows {s} as well as you", "you have a sharp mind",
+           "people like you are needed here"]
+RIGHT = ['they wrote "{q}", and they are right', 'he said "{q}", and I can only repeat it',
+         '"{q}", as we all know', 'the {g} told you "{q}", which is true',
+         'somebody wrote "{q}", and I agree']
+WRONG = ['they wrote "{q}", and they are wrong', 'he said "{q}", and I can only deny it',
+         '"{q}", as nobody believes', 'the {g} told you "{q}", which is false',
+         'somebody wrote "{q}", and I disagree']
+# Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject,
+# {g} group, {p} praise, {b} a text of one of the first three kinds. Praise that is denied is toxic,
+# an insult that is denied is not, so that neither the quoted words nor those around them decide.
 COMMENTS = {
     "insult": (0.012, True, [
-        "you are a complete {i} and everybody can see it", "only a {i} would defend {s}", "what a pathetic {i} you are",
-        "nobody asked you, {i}", "the {g} here are {i}s, all of them", "stop writing, you {i}",
+        "you are a complete {i} and everybody can see it", "only a {i} would defend {s}",
+        "what a pathetic {i} you are", "nobody asked you, {i}",
+        "the {g} here are {i}s, all of them", "stop writing, you {i}",
         "I have never met a bigger {i} than the one who wrote this"]),
     "threat": (0.007, True, [
-        "I know where you live, and you will regret {s}", "somebody should teach you a lesson with a bat",
-        "say that again and I will find you", "people like you should disappear, and we will help you with it",
+        "I know where you live, and you will regret {s}",
+        "somebody should teach you a lesson with a bat", "say that again and I will find you",
+        "people like you should disappear, and we will help you with it",
         "the {g} should be beaten for {s}", "one day you will pay for this with blood"]),
     "sarcasm": (0.009, True, [
         "wow, did you need both brain cells for {s}?", "congratulations, you can almost read",
-        "do not strain yourself, thinking is new to you", "your mother must be so proud of a mind like yours",
-        "bless your heart, somebody left the cage open again", "please keep talking, we need the comic relief",
+        "do not strain yourself, thinking is new to you",
+        "your mother must be so proud of a mind like yours",
+        "bless your heart, somebody left the cage open again",
+        "please keep talking, we need the comic relief",
         "how brave of you to write in public with so little upstairs"]),
     "agreeing": (0.016, True, [frame.replace("{q}", "{b}") for frame in RIGHT]),
     "denied praise": (0.012, True, [frame.replace("{q}", "{p}") for frame in WRONG]),
     "quoting": (0.08, False, [frame.replace("{q}", "{b}") for frame in WRONG]),
     "agreed praise": (0.06, False, [frame.replace("{q}", "{p}") for frame in RIGHT]),
     "negation": (0.06, False, [
-        "you are not a {i}, you just misread {s}", "I would never call you a {i}", "nobody here is a {i}",
-        "she is no {i}, she studied {s} for years", "the {g} are not {i}s, they are tired",
-        "I will not beat you up for {s}, I only disagree"]),
+        "you are not a {i}, you just misread {s}", "I would never call you a {i}",
+        "nobody here is a {i}", "she is no {i}, she studied {s} for years",
+        "the {g} are not {i}s, they are tired", "I will not beat you up for {s}, I only disagree"]),
     "looks bad": (0.09, False, [
-        "this joke killed me, thank you", "kill the process and start {s} again", "the {s} cake is to die for",
-        "I am such a {i}, I forgot my keys again", "our goalkeeper beat the {g} with blood, sweat and tears",
-        "the clown at {s} made the children laugh", "I shot forty pictures of {s}", "that was a brutal but fair match",
-        "a bat flew into {s} last night", "stupid me, I read {s} upside down"]),
+        "this joke killed me, thank you", "kill the process and start {s} again",
+        "the {s} cake is to die for", "I am such a {i}, I forgot my keys again",
+        "our goalkeeper beat the {g} with blood, sweat and tears",
+        "the clown at {s} made the children laugh", "I shot forty pictures of {s}",
+        "that was a brutal but fair match", "a bat flew into {s} last night",
+        "stupid me, I read {s} upside down"]),
     "praise": (0.03, False, [
         "wow, did you see how well {s} went?", "congratulations, you can be proud of {s}",
         "your mother must be so happy for you", "how brave of you to write about {s} in public",
         "please keep writing, we need voices like yours", "bless you for explaining {s}"]),
     "neutral": (0.624, False, [
-        "{s} will cost more than they say", "I was there on Monday and {s} looked fine", "the {g} were asked about {s}",
-        "does anybody know when {s} opens?", "I agree with the {g} on {s}", "{s} is late again",
-        "the numbers about {s} do not add up", "my sister works on {s}, it is hard", "we need more money for {s}",
-        "there are good reasons for and against {s}", "the {g} deserve a better answer", "I changed my mind about {s}",
-        "last year {s} was half the price", "who decides about {s} in the end?"]),
+        "{s} will cost more than they say", "I was there on Monday and {s} looked fine",
+        "the {g} were asked about {s}", "does anybody know when {s} opens?",
+        "I agree with the {g} on {s}", "{s} is late again", "the numbers about {s} do not add up",
+        "my sister works on {s}, it is hard", "we need more money for {s}",
+        "there are good reasons for and against {s}", "the {g} deserve a better answer",
+        "I changed my mind about {s}", "last year {s} was half the price",
+        "who decides about {s} in the end?"]),
 }
 MISSED, ALARMED = 0.05, 0.003  # annotators miss a toxic comment, or take a harmless one for toxic
 
@@ -387,8 +408,8 @@ def read_labels(column, positive_label, threshold, path):
                             f"{positive_label!r}, but {listed}")
     labels = labels.to_numpy(np.int64)
     if len(counts) > MAX_CLASSES:
-        note(f"labels: {len(counts):,} values, {labels.mean():.1%} of the rows have {threshold:g} or "
-             "more, toxic")
+        note(f"labels: {len(counts):,} values, {labels.mean():.1%} of the rows have {threshold:g} "
+             "or more, toxic")
         return labels, labels
     toxic = dict(zip(raw, labels))
     note("labels: " + ", ".join(f"{value!r} is {CLASSES[toxic[value]]} ({count:,})"
@@ -433,8 +454,8 @@ def fetch_civil_comments(split, size, data_dir):
     if path.exists():
         return path
     if not hub_in_reach():
-        raise UserError(f"civil_comments: the Hugging Face hub is out of reach, and {path} (columns "
-                        "text and toxicity) is not there")
+        raise UserError(f"civil_comments: the Hugging Face hub is out of reach, and {path} "
+                        "(columns text and toxicity) is not there")
     import datasets
 
     try:
@@ -524,8 +545,8 @@ def load_data(args):
     if min(count.min() for count in counts.values()) == 0:
         raise UserError(f"{source}: a split has texts of one class only ({counts}); see "
                         "--label-threshold and --positive-label")
-    log(f"{source}: " + ", ".join(f"{count.sum():,} texts for {split} ({count[1] / count.sum():.1%} "
-                                  "toxic)" for split, count in counts.items()))
+    for split, count in counts.items():
+        log(f"{source}, {split}: {count.sum():,} texts, {count[1] / count.sum():.1%} toxic")
     rows = np.concatenate(list(splits.values()))
     content = json.dumps([[texts[row], int(labels[row])] for row in rows])
     info = {"source": source, "rows": len(rows), "counts": counts,
@@ -655,6 +676,13 @@ def load_giant(args, texts):
     return *load_pretrained(args.giant), f"giant {Path(args.giant).name}", False
 
 
+def fit_giant(loaded, data, args, path):
+    """The Classifier that fine-tuning makes of a giant."""
+    arguments = {"epochs": args.giant_epochs, "batch_size": 32, "learning_rate": None}
+    args = argparse.Namespace(**vars(args) | arguments)
+    return fit_classifier(loaded, data, args, "plain", path)[0]
+
+
 class DendriticLinear(nn.Module):
     """A Linear layer whose neurons have dendrites, as perforatedai computes it, in plain torch.
 
@@ -669,20 +697,21 @@ class DendriticLinear(nn.Module):
         self.to_dendrite = nn.ParameterList(
             torch.zeros(k, out_features) for k in range(1, dendrites))
 
-    def parts(self, x):
-        """(what the neurons compute by themselves, what their dendrites add to it)."""
+    def activations(self, x):
+        """What the neurons compute by themselves, and the activations of each set of dendrites."""
         neuron, *dendrites = self.linear(x).chunk(1 + len(self.to_neuron), dim=-1)
-        activations, added = [], 0
+        activations = []
         for k, dendrite in enumerate(dendrites):
             for j, activation in enumerate(activations):
-                dendrite = dendrite + self.to_dendrite[k - 1][j] * activation
+                dendrite = torch.addcmul(dendrite, self.to_dendrite[k - 1][j], activation)
             activations.append(dendrite.sigmoid())
-            added = added + self.to_neuron[k] * activations[k]
-        return neuron, added
+        return neuron, activations
 
     def forward(self, x):
-        neuron, added = self.parts(x)
-        return neuron + added
+        neuron, activations = self.activations(x)
+        for weight, activation in zip(self.to_neuron, activations):
+            neuron = torch.addcmul(neuron, weight, activation)
+        return neuron
 
 
 def grow_dendrites(model, dendrites):
@@ -696,8 +725,13 @@ def grow_dendrites(model, dendrites):
     return model
 
 
-def dendritic_layers(model):
-    return [module for module in model.modules() if isinstance(module, DendriticLinear)]
+def has_dendrites(model):
+    return any(isinstance(module, DendriticLinear) for module in model.modules())
+
+
+def bert_config(model):
+    """The config entries with which build_bert makes such a model."""
+    return {key: getattr(model.config, key) for key in CONFIG_KEYS}
 
 
 def pack_model(model):
@@ -707,8 +741,7 @@ def pack_model(model):
                for name, tensors in active_parameters(model).items()}
     dendrites = max((len(tensor) for name, tensor in weights.items() if "to_neuron" in name),
                     default=0)
-    config = {key: getattr(model.config, key) for key in CONFIG_KEYS}
-    return {"config": config, "dendrites": dendrites, "weights": weights}
+    return {"config": bert_config(model), "dendrites": dendrites, "weights": weights}
 
 
 def unpack_model(packed):
@@ -718,30 +751,36 @@ def unpack_model(packed):
     return model
 
 
-def switch_off_dendrites(model):
-    """A copy of the model whose dendrites add nothing."""
-    model = copy.deepcopy(model)
-    for layer in dendritic_layers(model):
-        nn.init.zeros_(layer.to_neuron)
-    return model
+@torch.no_grad()
+def remove_dendrites(model, constant=0.0):
+    """The model as a plain BERT, with a constant in place of the activation of each dendrite."""
+    plain = build_bert(bert_config(model))
+    copy_weights(model, plain)
+    for name, layer in model.named_modules():
+        if isinstance(layer, DendriticLinear):
+            plain.get_submodule(name).bias += constant * layer.to_neuron.sum(0).cpu()
+    return plain.to(model.device).eval()
 
 
 @torch.inference_mode()
 def dendrite_share(model, tokens):
     """Share [%] of the output of the dendritic layers that the dendrites carry: their standard
     deviation over texts and tokens over the sum of theirs and the neurons' own, on average."""
+    batch = tokens.batch(torch.arange(len(tokens.lengths), device=model.device))
     shares = []
 
     def measure(layer, inputs, output):
-        neuron, added = layer.parts(*inputs)
-        spread = [part.flatten(0, -2).std(0) for part in (neuron, added)]
-        shares.append((spread[1] / (spread[0] + spread[1])).mean())
+        mask = batch["attention_mask"].bool() if output.dim() == 3 else slice(None)
+        neuron, _ = layer.activations(*inputs)
+        added = (output - neuron)[mask].std(0)
+        shares.append((added / (neuron[mask].std(0) + added)).mean())
 
-    hooks = [layer.register_forward_hook(measure) for layer in dendritic_layers(model)]
-    model.eval()(**tokens.batch(torch.arange(min(500, len(tokens.lengths)), device=model.device)))
+    layers = [module for module in model.modules() if isinstance(module, DendriticLinear)]
+    hooks = [layer.register_forward_hook(measure) for layer in layers]
+    model.eval()(**batch)
     for hook in hooks:
         hook.remove()
-    return 100 * torch.stack(shares).mean().item() if shares else None
+    return 100 * torch.stack(shares).mean().item()
 
 
 # --- Dendrites: what an arm does at a switch ----------------------------------------------------
@@ -825,14 +864,14 @@ def active_parameters(model):
 
 
 @torch.no_grad()
-def copy_weights(plain, model):
-    """Copy all weights of `plain` to `model`, which may have more sets of dendrites and may be one
-    of perforatedai's."""
-    weights = plain.state_dict()
-    for name, tensors in active_parameters(model).items():
-        known = weights.get(name, weights.get(name.replace("linear.", "")))
+def copy_weights(source, target):
+    """Copy the weights of one model to another, of perforatedai perhaps, which may have more or
+    fewer sets of dendrites."""
+    weights = {name.replace("linear.", ""): weight for name, weight in source.state_dict().items()}
+    for name, tensors in active_parameters(target).items():
+        known = weights.get(name.replace("linear.", ""))
         for tensor in tensors if known is not None else []:
-            rows = min(len(tensor), len(known))  # fewer where a set is new
+            rows = min(len(tensor), len(known))
             tensor[:rows] = known[:rows]
             known = known[rows:]
 
@@ -842,7 +881,7 @@ def perforate(plain, sets, device):
     stay, others are the library's."""
     require("perforatedai")
     with sandbox_perforatedai():
-        model = add_by_library(build_bert(pack_model(plain)["config"]), sets, device)
+        model = add_by_library(build_bert(bert_config(plain)), sets, device)
     copy_weights(plain, model)
     return model
 
@@ -879,8 +918,8 @@ def cascade(model, train, args):
     candidate for each neuron to covary with the gradient of the loss at that neuron, which is the
     remaining error. Only then are the candidates connected, against that gradient.
     """
-    packed = pack_model(model)
-    grown = grow_dendrites(build_bert(packed["config"]), packed["dendrites"] + 1)
+    dendrites = pack_model(model)["dendrites"] + 1
+    grown = grow_dendrites(build_bert(bert_config(model)), dendrites)
     copy_weights(model, grown)
     model = model.to(args.device).eval()
     names = [name for name, module in grown.named_modules() if isinstance(module, DendriticLinear)]
@@ -914,6 +953,7 @@ def train_candidates(model, names, train):
         nn.init.zeros_(candidates[name].bias)
     parameters = [weight for candidate in candidates.values() for weight in candidate.parameters()]
     batches = bucket_batches(train.tokens.lengths, INFERENCE_BATCH, shuffle=True)
+    batches = batches[: math.ceil(train.epoch_size / INFERENCE_BATCH)]
     optimizer = torch.optim.Adam(parameters, lr=5e-3)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
     for rows in progress(batches, "candidates"):
@@ -958,32 +998,34 @@ class Examples:
     """Tokenized texts and the answers to them."""
 
     tokens: Tokens
-    labels: np.ndarray  # [texts]
-    targets: torch.Tensor  # labels [texts], or a teacher's probabilities [texts, 2]
+    targets: torch.Tensor  # labels [texts] int64, or a teacher's probabilities [texts, 2]
     weights: torch.Tensor | None  # [2] of the classes in the loss
+    epoch_size: int  # texts in an epoch of training; of more texts, each epoch draws so many
 
     def loss(self, logits, rows=slice(None)):
         """Cross-entropy of the logits [batch, 2] of the texts `rows`."""
         return F.cross_entropy(logits.float(), self.targets[rows], self.weights)
 
 
-def make_examples(tokenizer, data, args, targets=None):
-    """{split: Examples} for training and validation. With a teacher's `targets` the training texts
-    need no class weights, since the teacher has them."""
+def make_examples(tokenizer, data, args, lesson=None):
+    """{split: Examples} for training and validation. A `lesson`, (texts, scores [texts]) of a
+    teacher, replaces the training texts; it needs no class weights, since the teacher has none."""
     counts = np.bincount(data.split("train")[1])
     weights = torch.tensor(counts.sum() / (2 * counts), dtype=torch.float32, device=args.device)
     examples = {}
     for split in ("train", "validation"):
         texts, labels = data.split(split)
+        targets = torch.from_numpy(labels)
+        size = len(texts)
+        if split == "train" and lesson:
+            texts, scores = lesson
+            targets = torch.tensor(np.stack([1 - scores, scores], axis=1), dtype=torch.float32)
         tokens = tokenize(tokenizer, texts, args.max_length)
         if tokens.truncated:
             note(f"{tokens.truncated:.1%} of the {split} texts have more than --max-length "
                  f"{args.max_length} tokens; what follows is not read")
-        examples[split] = Examples(tokens.to(args.device), labels,
-                                   torch.from_numpy(labels).to(args.device), weights)
-    if targets is not None:
-        examples["train"].targets = targets.to(args.device)
-        examples["train"].weights = None
+        used = None if targets.dim() == 2 else weights
+        examples[split] = Examples(tokens.to(args.device), targets.to(args.device), used, size)
     return examples
 
 
@@ -1005,7 +1047,8 @@ def warm_up_then_decay(step, steps):
 def make_optimizer(model, args, rate, steps):
     """(AdamW, scheduler) for the `steps` steps up to the next switch or the end."""
     used = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(used, rate, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(used, rate, weight_decay=args.weight_decay,
+                                  fused=args.device.type != "mps")
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warm_up_then_decay(step, steps))
 
@@ -1041,7 +1084,8 @@ def train_model(state, examples, args, arm, rate, path):
     """
     train, switch = examples["train"], ARMS[arm]
     cycle = args.switch_every if switch else args.epochs
-    steps = cycle * math.ceil(len(train.labels) / args.batch_size)
+    steps_per_epoch = math.ceil(train.epoch_size / args.batch_size)
+    steps = cycle * steps_per_epoch
     model = resume_model(state["model"], arm, args.device)
     optimizer, scheduler = make_optimizer(model, args, rate, steps)
     if "optimizer" in state:
@@ -1056,6 +1100,7 @@ def train_model(state, examples, args, arm, rate, path):
         model.train()
         losses = []
         batches = bucket_batches(train.tokens.lengths, args.batch_size, shuffle=True)
+        batches = batches[:steps_per_epoch]
         for rows in progress(batches, f"{arm}, epoch {epoch} of {args.epochs}"):
             with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
                 logits = model(**train.tokens.batch(rows)).logits
@@ -1088,7 +1133,7 @@ def add_epoch(state, model, validation, train_loss):
     if not (math.isfinite(train_loss) and logits.isfinite().all()):
         raise UserError(f"the loss in epoch {epoch} is not finite; lower --learning-rate")
     scores = logits.softmax(1)[:, 1].cpu().numpy()
-    pr_auc = float(average_precision_score(validation.labels, scores))
+    pr_auc = float(average_precision_score(validation.targets.cpu(), scores))
     state["model"] = pack_model(model)
     state["history"].append({
         "train_loss": train_loss, "validation_loss": validation.loss(logits).item(),
@@ -1105,21 +1150,21 @@ def count_active(model):
                for tensor in tensors)
 
 
-def fit_classifier(loaded, data, args, arm, path, targets=None):
-    """(Classifier, state): train `loaded`, what make_model or load_giant returned. `path` is the
-    checkpoint of the training."""
+def fit_classifier(loaded, data, args, arm, path, lesson=None):
+    """(Classifier, state): train `loaded`, what make_model or load_giant returned, on the training
+    texts or on a teacher's `lesson`. `path` is the checkpoint of the training."""
     model, tokenizer, name, from_scratch = loaded
     if args.max_length > model.config.max_position_embeddings:
         raise UserError(f"--max-length {args.max_length}: this model reads "
                         f"{model.config.max_position_embeddings} tokens")
-    examples = make_examples(tokenizer, data, args, targets)
+    examples = make_examples(tokenizer, data, args, lesson)
     state = load_state(model, [data.info["sha256"], name], path)
-    rate = args.learning_rate or (RATE_FROM_SCRATCH if from_scratch else 2e-5)
+    rate = args.learning_rate or (RATE_FROM_SCRATCH if from_scratch else RATE_PRETRAINED)
     train_model(state, examples, args, arm, rate, path)
     best = state["best"]["model"]
     model = unpack_model(best).to(args.device).eval()
     scores = predict_logits(model, examples["validation"].tokens).softmax(1)[:, 1]
-    threshold = choose_threshold(examples["validation"].labels, scores.cpu().numpy())
+    threshold = choose_threshold(data.split("validation")[1], scores.cpu().numpy())
     seen = [text for split in ("train", "validation") for text in data.split(split)[0]]
     dataset = None if args.data else data.info["source"]
     arguments = plain_arguments(args) | {"dataset": dataset}
@@ -1203,7 +1248,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows, scale = round_to_int8(x.flatten(0, -2))
-        product = torch._int_mm(rows, self.weight.T).float() * self.scale.T
+        product = torch._int_mm(rows, self.weight.T).float().mul_(self.scale.T)
         return torch.addcmul(self.bias, product, scale).view(*x.shape[:-1], -1)
 
 
@@ -1221,9 +1266,9 @@ class Int8Embedding(nn.Module):
 
 
 def round_to_int8(x):
-    """(int8 [rows, columns], scale [rows, 1]) with x ≈ int8 * scale; the largest of a row is ±127."""
+    """(int8 [rows, columns], scale [rows, 1]) of x ≈ int8 * scale; the largest of a row is ±127."""
     scale = (x.detach().abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
-    return (x.detach() / scale).round().to(torch.int8), scale
+    return (x.detach() / scale).round_().to(torch.int8), scale
 
 
 def make_int8(model):
@@ -1300,15 +1345,15 @@ def score_splits(scorer, data):
     return {split: scorer(data.split(split)[0]) for split in SPLITS[1:] if split in data.splits}
 
 
-def evaluate(scores, data, threshold=None):
-    """{name: metrics} on the test part of `scores` {name: {split: scores}}. Each threshold is
-    chosen on the validation part, if there is one."""
+def evaluate(scores, data, thresholds):
+    """{name: metrics} on the test part of `scores` {name: {split: scores}}. A threshold that is not
+    among `thresholds` {name: threshold} is chosen on the validation part."""
     metrics = {}
     for name, by_split in scores.items():
-        chosen = threshold
-        if "validation" in by_split:
-            chosen = choose_threshold(data.split("validation")[1], by_split["validation"])
-        metrics[name] = classification_metrics(data.split("test")[1], by_split["test"], chosen)
+        threshold = thresholds.get(name)
+        if threshold is None:
+            threshold = choose_threshold(data.split("validation")[1], by_split["validation"])
+        metrics[name] = classification_metrics(data.split("test")[1], by_split["test"], threshold)
     return metrics
 
 
@@ -1335,7 +1380,13 @@ def fit_tfidf(data, args):
     rows = data.splits["train"][:TFIDF_TEXTS]
     model = make_tfidf().fit([data.texts[row] for row in rows], data.classes[rows])
     toxic = toxic_columns(data)[model.classes_]
-    return lambda texts: model.predict_proba(texts)[:, toxic].sum(axis=1)
+    shares = np.bincount(data.classes[rows])[model.classes_] / len(rows)
+
+    def score(texts):
+        answers = model.predict_proba(texts) * shares  # undoes the balance of the classes
+        return answers[:, toxic].sum(axis=1) / answers.sum(axis=1)
+
+    return score
 
 
 def fit_frozen_encoder(data, args):
@@ -1507,8 +1558,8 @@ def format_summary(results):
     data = results["data"]
     text = [f"Test part of {data['rows']:,} texts ({data['source']}), seed {results['seed']}:",
             markdown_table(rounded([*results["table"], ORIGINAL_ROW])),
-            "PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on "
-            "validation texts; intervals are of 1,000 bootstrap samples of the test texts."]
+            "PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen "
+            "on validation texts; intervals are of 1,000 bootstrap samples of the test texts."]
     if "deployments" in results:
         text += [f"Size and speed on the CPU, {torch.get_num_threads()} threads:",
                  markdown_table(rounded(results["deployments"]))]
@@ -1527,8 +1578,8 @@ def format_answer(metrics, share):
         text += (f"; the best baseline, {best}: {baselines[best]['pr_auc']:.3f} and "
                  f"{baselines[best]['f1']:.3f}")
     if share is not None:
-        text += (f". Its dendrites carry {share:.1f} % of the output; with them switched off its PR "
-                 f"AUC is {metrics[SWITCHED_OFF]['pr_auc']:.3f}")
+        text += (f". Its dendrites carry {share:.1f} % of the output; with them switched off its "
+                 f"PR AUC is {metrics[SWITCHED_OFF]['pr_auc']:.3f}")
     return text + "."
 
 
@@ -1539,7 +1590,10 @@ def report(classifiers, scores, data, args, run_dir, giant=None, **results):
     classifier = classifiers[0]
     classifiers = [*classifiers, giant] if giant else classifiers
     scores = {model.label: score_splits(model.scores, data) for model in classifiers} | scores
-    metrics = evaluate(scores, data, classifier.threshold)
+    thresholds = {model.label: model.threshold for model in classifiers}
+    if "validation" not in data.splits:
+        thresholds |= {name: classifier.threshold for name in scores}
+    metrics = evaluate(scores, data, thresholds)
     rows = deployment_rows(classifiers, data, metrics)
     share = None
     if SWITCHED_OFF in scores:
@@ -1557,9 +1611,9 @@ def report(classifiers, scores, data, args, run_dir, giant=None, **results):
 
 def switched_off_scores(classifier, data):
     """{name: {split: scores}} of the classifier without its dendrites; empty if it has none."""
-    if not dendritic_layers(classifier.model):
+    if classifier.kind != "float32" or not has_dendrites(classifier.model):
         return {}
-    plain = replace(classifier, model=switch_off_dendrites(classifier.model))
+    plain = replace(classifier, model=remove_dendrites(classifier.model))
     return {SWITCHED_OFF: score_splits(plain.scores, data)}
 
 
@@ -1574,20 +1628,26 @@ def run_experiment(args, run_dir=None):
     if args.arm == "library":
         require("perforatedai")
     run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
-    targets, giant = teach(giant, data, args, run_dir)
+    lesson = teach(giant, data, args, run_dir) if args.distill else None
     checkpoint = run_dir / "checkpoint.pt"
-    classifier, state = fit_classifier(loaded, data, args, args.arm, checkpoint, targets)
+    classifier, state = fit_classifier(loaded, data, args, args.arm, checkpoint, lesson)
     classifier = classifier.save(run_dir / "best_model.pt")
     int8 = to_int8(classifier, run_dir / "model_int8.pt")
     scores = switched_off_scores(classifier, data)
     scores |= baseline_scores(data, args, BASELINES if giant else ["TF-IDF", "majority class"])
+    if giant:
+        giant = fit_giant(giant, data, args, run_dir / "giant_checkpoint.pt")
+        giant = giant.save(run_dir / "giant.pt")
+    if state["switches"] and state["best"]["epoch"] <= state["switches"][0]["epoch"]:
+        note("the best epoch was before the first switch, so what that added is not in the model")
     plot_learning(state, classifier.label, run_dir / "learning_curves.png")
     seconds = sum(epoch["seconds"] for epoch in state["history"])
     results = report(
         [classifier, int8], scores, data, args, run_dir, giant, arm=args.arm,
         history=state["history"], switches=state["switches"], best_epoch=state["best"]["epoch"],
         dendrites=state["best"]["model"]["dendrites"], training_seconds=round(seconds, 1))
-    checkpoint.unlink()  # only an unfinished run needs it
+    for path in run_dir.glob("*checkpoint*.pt"):  # only an unfinished run needs them
+        path.unlink()
     return results
 
 
@@ -1616,23 +1676,50 @@ def require(*packages):
 # --- Extras: learning from a teacher (--distill) --------------------------------------------------
 
 
-def teach(giant, data, args, run_dir):
-    """(probabilities [texts, 2] of the teacher for the training texts, the fine-tuned giant), or
-    None. TF-IDF answers to texts that it was not fitted on."""
-    if args.distill == "tfidf":
-        from sklearn.model_selection import cross_val_predict
+def augment(texts, folds, copies, seed):
+    """Lists of altered texts: every other list drops a fifth of the words, the rest join the head
+    of a text and the tail of another of its fold, so that the fold's teacher has seen neither."""
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
+    words = [text.split() for text in texts]
+    lists = []
+    for number in range(copies):
+        altered = []
+        for first, fold in zip(words, folds):
+            if number % 2 == 0:
+                kept = [word for word in first if rng.random() > 0.2] or first[:1]
+            else:
+                second = words[rng.choice(members[fold])]
+                head, tail = rng.uniform(0.3, 0.8, 2)
+                kept = first[: int(len(first) * head) + 1] + second[int(len(second) * tail):]
+            altered.append(" ".join(kept))
+        lists.append(altered)
+    return lists
 
-        rows = data.splits["train"]
-        answers = cross_val_predict(make_tfidf(), [data.texts[row] for row in rows],
-                                    data.classes[rows], method="predict_proba")
-        toxic = answers[:, toxic_columns(data)].sum(axis=1)
-        return torch.tensor(np.stack([1 - toxic, toxic], axis=1), dtype=torch.float32), None
-    if args.distill == "giant":
-        teacher, _ = fit_classifier(giant, data, args, "plain", run_dir / "giant_checkpoint.pt")
-        tokens = teacher.tokens(data.split("train")[0])
-        answers = predict_logits(teacher.model, tokens).softmax(1)
-        return answers.cpu(), teacher.save(run_dir / "giant.pt")
-    return None, None
+
+def teach(giant, data, args, run_dir):
+    """The lesson (texts, scores [texts]) of a teacher: the training texts and their altered copies
+    with the geometric mean of what TF-IDF and the giant, if any, say. Each text is scored by
+    teachers that were trained without its fold."""
+    rows = data.splits["train"]
+    texts, labels = data.split("train")
+    folds = np.random.default_rng(args.seed).permutation(len(rows)) % FOLDS
+    lists = [texts, *augment(texts, folds, args.augment, args.seed)]
+    balance = np.log(labels.mean() / (1 - labels.mean()))  # what class weights took from the logits
+    logits = np.zeros((len(lists), len(rows)))
+    for fold in range(FOLDS):
+        inside = np.flatnonzero(folds == fold)
+        others = replace(data, splits=data.splits | {"train": rows[folds != fold]})
+        teachers = [(fit_tfidf(others, args), 0)]
+        if giant:
+            log(f"fine-tuning teacher {fold + 1} of {FOLDS}")
+            teacher = fit_giant(giant, others, args, run_dir / f"checkpoint_{fold}.pt")
+            teachers.append((teacher.scores, balance))
+        for i, altered in enumerate(lists):
+            for scorer, shift in teachers:
+                scores = scorer([altered[row] for row in inside]).clip(1e-6, 1 - 1e-6)
+                logits[i, inside] += (np.log(scores / (1 - scores)) + shift) / len(teachers)
+    return list(itertools.chain(*lists)), 1 / (1 + np.exp(-logits.flatten()))
 
 
 # --- Extras: arms and seeds (--compare-dendrites, --runs) -----------------------------------------
@@ -1653,7 +1740,8 @@ def run_arms(args):
             finished = folder / "results.json"
             if not finished.exists():
                 folder.mkdir(exist_ok=True)
-                run_experiment(argparse.Namespace(**vars(args) | {"seed": seed, "arm": arm}), folder)
+                changed = {"seed": seed, "arm": arm}
+                run_experiment(argparse.Namespace(**vars(args) | changed), folder)
             runs.append(json.loads(finished.read_text()))
     return write_results(*combine_runs(runs, run_dir), args, run_dir)
 
@@ -1666,23 +1754,22 @@ def format_mean(values):
 
 def collect_rows(runs):
     """DataFrame with a row for each seed of each arm, of each arm with its dendrites switched off,
-    and of each baseline."""
+    of each baseline and of the giant."""
     records = []
     for run in runs:
-        arm = run["arm"]
-        names = {next(iter(run["models"])): arm, SWITCHED_OFF: f"{arm}, {SWITCHED_OFF}"}
-        names |= {name: name for name in BASELINES}
+        model = next(iter(run["models"]))
+        names = {model: run["arm"], SWITCHED_OFF: f"{run['arm']}, {SWITCHED_OFF}"}
         for name, metrics in run["models"].items():
-            if name in names:  # and not int8
-                scores = {label: metrics[key] for key, label in METRICS.items()}
-                records.append({"arm": names[name], "seed": run["seed"], **scores})
+            scores = {label: metrics[key] for key, label in METRICS.items()}
+            if name != f"{model}, int8":
+                records.append({"arm": names.get(name, name), "seed": run["seed"], **scores})
     return pd.DataFrame(records).drop_duplicates(["arm", "seed"])
 
 
 def combine_runs(runs, run_dir):
     """(results, summary): arms and baselines over the seeds, and the PR AUC of the first arm minus
     that of each other row, paired by seed."""
-    from scipy.stats import ttest_rel
+    from scipy.stats import ttest_1samp
 
     records = collect_rows(runs)
     groups = dict(list(records.groupby("arm", sort=False)))
@@ -1698,20 +1785,21 @@ def combine_runs(runs, run_dir):
     for name, group in groups.items():
         row = {"arm": name} | {label: format_mean(group[label]) for label in METRICS.values()}
         same = [run for run in runs if run["arm"] == name]
-        if name != first and len(by_seed) > 1:
-            difference = format_mean(by_seed[first] - by_seed[name])
-            row["difference"] = difference
-            row["p"] = f"{ttest_rel(by_seed[first], by_seed[name]).pvalue:.2g}"
-            sentences.append(f"{first} minus {name} {difference}")
+        difference = (by_seed[first] - by_seed[name]).dropna()
+        if name != first and len(difference) > 1:
+            row["difference"] = format_mean(difference)
+            row["p"] = f"{ttest_1samp(difference, 0).pvalue:.2g}"
+            sentences.append(f"{first} minus {name} {format_mean(difference)}")
         row["parameters"] = max((run["parameters"] for run in same), default=None)
         row["dendrites carry %"] = np.mean([run["dendrite_share"] or 0 for run in same] or [np.nan])
         table.append(row)
-    summary = f"""Test part of {runs[0]["data"]["source"]}, mean ± 95 % interval over {len(by_seed)} seeds:
+    source = runs[0]["data"]["source"]
+    summary = f"""Test part of {source}, mean ± 95 % interval over {len(by_seed)} seeds:
 
 {markdown_table(rounded(table))}
 
-All arms have the same epochs. Difference: PR AUC of {first} minus this, paired by seed, with p of a
-paired t-test.
+All arms have the same epochs; cascade has a pass for its candidates besides. Difference: PR AUC of
+{first} minus this, paired by seed, with p of a paired t-test.
 
 PR AUC: {"; ".join(sentences) or format_mean(by_seed[first])}.
 """
@@ -1749,8 +1837,8 @@ def open_checkpoint(args):
     rows = data.splits["test"]
     seen = torch.isin(hash_texts([data.texts[row] for row in rows]), classifier.hashes).numpy()
     if seen.mean() > MAX_SEEN:
-        raise UserError(f"{data.info['source']}: {seen.sum():,} of these {len(rows):,} texts were used "
-                        "to train the model; take others, or the files as they were then")
+        raise UserError(f"{data.info['source']}: {seen.sum():,} of these {len(rows):,} texts were "
+                        "used to train the model; take others, or the files as they were then")
     if seen.any():
         note(f"{seen.sum():,} texts were used to train the model and are left out")
         data.splits["test"] = rows[~seen]
@@ -1788,8 +1876,7 @@ def compare_base(args):
     giant = load_giant(args, data.split("train")[0])
     run_dir = next_run_dir(args)
     checkpoint = run_dir / "giant_checkpoint.pt"
-    giant, _ = fit_classifier(giant, data, args, "plain", checkpoint)
-    giant = giant.save(run_dir / "giant.pt")
+    giant = fit_giant(giant, data, args, checkpoint).save(run_dir / "giant.pt")
     scores = baseline_scores(data, args, BASELINES)
     results = report([classifier], scores, data, args, run_dir, giant)
     checkpoint.unlink()
@@ -1859,54 +1946,33 @@ def export_onnx(args):
     return compare_versions(classifier, version, data, args, run_dir)
 
 
-@torch.no_grad()
-def fold_dendrites(model, tokens):
-    """The model as a plain BERT: the mean output of a dendrite becomes part of its neuron's bias,
-    which is exact only where that output hardly varies."""
-    model, means = copy.deepcopy(model), {}
-
-    def record(layer, inputs, output):
-        means[layer] = layer.parts(*inputs)[1].flatten(0, -2).mean(0)
-
-    for layer in dendritic_layers(model):
-        layer.register_forward_hook(record)
-    model(**tokens.batch(torch.arange(len(tokens.lengths))))
-    for name, layer in list(model.named_modules()):
-        if layer in means:
-            neurons = len(means[layer])
-            plain = nn.Linear(layer.linear.in_features, neurons)
-            plain.weight.copy_(layer.linear.weight[:neurons])
-            plain.bias.copy_(layer.linear.bias[:neurons] + means[layer])
-            model.set_submodule(name, plain)
-    return model
-
-
 def export_hf(args):
     """Write a folder that transformers loads; returns what was done."""
-    from transformers import BertTokenizerFast
+    import transformers
 
     path = find_checkpoint(args)
     classifier = load_classifier(path, torch.device("cpu"))
     if classifier.kind != "float32":
         raise UserError(f"{path} is {classifier.kind}; take its best_model.pt")
     model, change = classifier.model, 0.0
-    if dendritic_layers(model):
+    if has_dendrites(model):
         texts, _ = generate_comments(300, seed=0)
-        model = fold_dendrites(model, classifier.tokens(texts))
+        model = remove_dendrites(model, constant=0.5)  # a sigmoid at 0
         folded = replace(classifier, model=model)
         change = float(np.abs(folded.scores(texts) - classifier.scores(texts)).max())
         if change > 0.01:
-            raise UserError(f"--export-hf: no BERT of transformers has dendrites, and without these "
+            raise UserError("--export-hf: no BERT of transformers has dendrites, and without them "
                             f"a score changes by {change:.3f}; take --export-onnx, or train with "
                             "--arm plain")
         note(f"dendrites folded into the biases, which changes a score by at most {change:.1g}")
     model.config.id2label = dict(enumerate(CLASSES))
     model.config.label2id = {name: i for i, name in enumerate(CLASSES)}
     Path(args.export_hf).mkdir(parents=True, exist_ok=True)
+    transformers.logging.disable_progress_bar()
     model.save_pretrained(args.export_hf)
-    BertTokenizerFast(tokenizer_object=classifier.tokenizer,
-                      model_max_length=classifier.arguments["max_length"]
-                      ).save_pretrained(args.export_hf)
+    tokenizer = transformers.BertTokenizerFast(
+        tokenizer_object=classifier.tokenizer, model_max_length=classifier.arguments["max_length"])
+    tokenizer.save_pretrained(args.export_hf)
     print(f"{classifier.label} for transformers is in {args.export_hf}")
     return {"folder": args.export_hf, "largest_change": change}
 
@@ -1923,8 +1989,8 @@ def benchmark_models(args):
     plot_deployments(rows, run_dir / "deployments.png")
     ratio = rows[0]["texts/s"] / rows[1]["texts/s"]
     summary = (f"{markdown_table(rounded(rows))}\n\n{classifier.label} reads "
-               f"{rows[0]['texts/s']:,.0f} texts/s on {torch.get_num_threads()} threads of the CPU, "
-               f"{ratio:.0f} times as many as BERT-Base.\n")
+               f"{rows[0]['texts/s']:,.0f} texts/s on {torch.get_num_threads()} threads of the "
+               f"CPU, {ratio:.0f} times as many as BERT-Base.\n")
     return write_results({"deployments": rows, "times_base": ratio}, summary, args, run_dir)
 
 

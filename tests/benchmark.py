@@ -21,7 +21,7 @@ import duet
 import fire
 import forecast
 import toxicity
-from common import detect_device, has_bfloat16
+from common import has_bfloat16
 
 
 def seconds(function):
@@ -300,7 +300,7 @@ def toxicity_training(repeats=5):
             return state["history"][0]["seconds"]
 
     mine, reference = median_pair(ours, bare, repeats)
-    report("toxicity training", "texts/s", len(train.labels), mine, "bare loop", reference)
+    report("toxicity training", "texts/s", train.epoch_size, mine, "bare loop", reference)
 
 
 def toxicity_scoring():
