@@ -30,10 +30,17 @@ et al. 2017 (convolutions), Dempster et al. 2023 (Hydra), Zhou et al. 2021 (ETTh
 2018 (the archive's files). The original is github.com/kailukowiak/TREA-C ("DuET").
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.6", "numpy>=2.0", "pandas>=2.2", "scikit-learn>=1.7", "scipy>=1.14",
+#     "matplotlib>=3.9", "tqdm>=4.66", "transformers>=5.0", "safetensors>=0.4.5",
+# ]
+# ///
+
 import argparse
 import contextlib
 import copy
-import csv
 import functools
 import hashlib
 import io
@@ -129,7 +136,7 @@ def parse_args(argv=None):
     add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help="embedded data "
         f"sets {', '.join(EMBEDDED)}, or etth1, which is downloaded; if unset, all three, or the "
         "embedded ones if etth1 cannot be downloaded")
-    add("--data", nargs="+", metavar="PATH", help="CSV files in order of time, or .ts, .tsv and "
+    add("--data", nargs="+", metavar="PATH", help="CSV files of time series, or .ts, .tsv and "
         ".txt files of the UEA and UCR archives, or folders of those")
     add("--target", metavar="COLUMN", help="column of the CSV files whose next value is "
         "classified: into its quantiles, or, with few distinct values, into these")
@@ -143,9 +150,10 @@ def parse_args(argv=None):
         "and holdout for --data; original also takes the original's synthetic data in place of "
         "the embedded ones, and removes 5 %% of ETTh1")
     add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="strategies for column "
-        f"names: {', '.join(STRATEGIES)}; if unset, all, with --nan-robustness none")
+        f"names: {', '.join(STRATEGIES)}; if unset, all; --nan-robustness then uses none")
     add("--shared", nargs="?", const="also", choices=["also", "only"], help="train one model for "
-        "all data sets with each strategy, also or only")
+        "all data sets, in addition to one for each (also, which is what --shared alone means) or "
+        "alone (only)")
     add("--transfer", nargs="?", const="last", metavar="NAME", help="experiment: pretrain on the "
         "other data sets, then learn NAME, or the last one, from 0, 5, 10 and 100 %% of its labels")
     add("--nan-robustness", action="store_true", help="experiment: accuracy with 0 to 50 %% of the "
@@ -156,10 +164,12 @@ def parse_args(argv=None):
     add("--conv-members", type=int, metavar="N", help="convolutional networks to average, alone "
         "and with Hydra; if unset, 3 for files of the archives, otherwise 0")
     add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
-    add("--steps", type=int, default=600, help="training steps for each data set")
+    add("--steps", type=int, default=600, help="training steps for each data set; "
+        "convolutions take twice as many")
     add("--evaluations", type=int, default=6, help="evaluations on the validation part, of which "
         "the best keeps its weights")
-    add("--batch-size", type=int, default=128, help="windows in a batch")
+    add("--batch-size", type=int, default=128, help="most windows in a batch; small data sets "
+        "have smaller batches")
     add("--learning-rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     add("--bert-model", default="bert-base-uncased", help="frozen encoder of frozen_bert: a name "
         "on the Hugging Face hub, or a folder")
@@ -168,6 +178,8 @@ def parse_args(argv=None):
     add("--runs", type=int, default=1, help="number of seeds")
     add("--seed", type=int, default=42, help="first seed")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
+    add("--threads", type=int, help="threads on a CPU, on which the last digits depend; if unset, "
+        "2, or 1 where a short test shows that the machine is busy")
     add("--data-dir", default="data", help="folder of downloads and of cached name embeddings")
     add("--output-dir", default="outputs", help="folder of all results")
     add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
@@ -190,8 +202,8 @@ def parse_args(argv=None):
 def check_args(args, error):
     """Call `error` with a message if an argument is out of range or does not fit another."""
     least = {"num_classes": 2, "synthetic_schemas": 0, "windows": 60, "conv_members": 0,
-             "dropout": 0, "steps": 1, "evaluations": 1, "batch_size": 1, "learning_rate": 0,
-             "runs": 1, "seed": 0}
+             "dropout": 0, "steps": 1, "evaluations": 1, "batch_size": 1, "learning_rate": 1e-12,
+             "runs": 1, "seed": 0, "threads": 1}
     most = {"num_classes": 100, "synthetic_schemas": 999, "dropout": 0.99, "runs": 999,
             "seed": 2**31}
     for name, low in least.items():
@@ -279,11 +291,18 @@ def normalize_dataset(data):
         note(f"{data.name}: column {name!r} left out, constant or empty in the training part")
     data.columns = list(itertools.compress(data.columns, varies))
     data.mean, data.std = mean[varies], std[varies]
-    data.series = ((series[:, varies] - data.mean) / data.std).astype(np.float32)
+    data.series = standardize(series[:, varies], data.mean, data.std)
     if data.limits is not None:  # rounded like the series, so that a value at a limit stays there
         limits = (data.limits - data.mean[data.target]) / data.std[data.target]
         data.limits = limits.astype(np.float32)
     return describe_dataset(data)
+
+
+def standardize(series, mean, std):
+    """The series in float32, scaled; NaN where a value is not finite or absurd."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = (series - mean) / std
+    return np.where(np.abs(scaled) < 1e6, scaled, np.nan).astype(np.float32)
 
 
 def describe_dataset(data):
@@ -304,13 +323,13 @@ def describe_dataset(data):
     return data
 
 
-def split_blocks(windows, gap, most_blocks=25):
+def split_blocks(windows, gap):
     """(train, val) numbers of windows that begin at consecutive rows.
 
     Every fifth block is for validation; the `gap` windows beside it, which share rows with it, are
     left out.
     """
-    blocks = int(np.clip(windows // (4 * gap), 5, most_blocks))
+    blocks = int(np.clip(windows // (4 * gap), 5, 25))
     in_val = np.arange(windows) * blocks // windows % 5 == 2
     near = in_val.copy()
     for edge in np.flatnonzero(np.diff(in_val)):  # the last window before a change
@@ -386,13 +405,14 @@ def embedded_dataset(name, columns, coupled, windows, seed):
         ["apart", "along", "against"], split_windows(labels), info={"source": "embedded"}))
 
 
-def original_dataset(name, seed, windows=1000):
+def original_dataset(name, seed):
     """The original's synthetic data: each column is noise and a sine with 1, 2 or 3 periods.
 
     The number of periods is the class. 800 windows are for training and validation and 200 for the
     test; 5 % of the values are NaN, 3 % in user_metrics.
     """
     rng = np.random.default_rng(seed)
+    windows = 1000
     columns = list(EMBEDDED[name][0])
     labels = rng.integers(3, size=windows)
     t = np.linspace(0, 1, SEQ_LEN)
@@ -430,49 +450,50 @@ def read_text(path):
 
 
 def read_csv(path):
-    """A CSV file as (numbers, dates): a DataFrame of its numeric columns in order of time, and the
-    texts of its date column, or None.
+    """A CSV file as (numbers, dates): a DataFrame of its numeric columns in order of time, whose
+    index counts the rows of the file, and the texts of its date column, or None.
 
     Separators are commas, semicolons or tabs. Columns of other texts are left out with a note.
     """
     text = read_text(path)
     header = text.split("\n", 1)[0]
     separator = max(",;\t", key=header.count)
-    names = next(csv.reader([header], delimiter=separator), [])
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: two columns have the same name: {', '.join(names)}")
+    options = {"sep": separator, "decimal": "," if separator == ";" else ".", "index_col": False,
+               "skipinitialspace": True}
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(io.StringIO(text), sep=separator, index_col=False,
-                                skipinitialspace=True, decimal="," if separator == ";" else ".")
+            names = pd.read_csv(io.StringIO(header), header=None, dtype=str, **options)
+            frame = pd.read_csv(io.StringIO(text), **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
+    if names.iloc[0].dropna().duplicated().any():
+        raise UserError(f"{path}: two columns have the same name: "
+                        f"{', '.join(names.iloc[0].astype(str))}")
     if frame.empty:
         raise UserError(f"{path}: no rows")
-    numbers, dates = {}, None
-    for name, column in frame.items():
-        if is_date(name, column):
-            dates = column
-        elif column.isna().all() or re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name):
+    date_names, dates, times = find_dates(path, frame)
+    numbers = {}
+    for name, column in frame.drop(columns=date_names).items():
+        if column.isna().all() or re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name):
             note(f"{path}: column {name!r} left out, empty or a row index")
+            continue
+        values = parse_numbers(column)
+        wrong = values.isna() & column.notna()
+        if 0 < wrong.mean() < 0.5:
+            row = wrong.argmax()
+            raise UserError(f"{path}: row {row + 2}, column {name!r}: {column[row]!r}, a number is "
+                            "needed")
+        if wrong.any():
+            note(f"{path}: column {name!r} left out, not numeric")
         else:
-            values = parse_numbers(column)
-            wrong = values.isna() & column.notna()
-            if 0 < wrong.mean() < 0.5:
-                row = wrong.argmax()
-                raise UserError(f"{path}: row {row + 2}, column {name!r}: {column[row]!r}, a "
-                                "number is needed")
-            if wrong.any():
-                note(f"{path}: column {name!r} left out, not numeric")
-            else:
-                numbers[name] = values.astype(float)
+            numbers[name] = values.astype(float)
     if not numbers:
         raise UserError(f"{path}: no numeric column, only {', '.join(frame)}")
     numbers = pd.DataFrame(numbers)
     if dates is None:
         return numbers, None
-    order = sort_dates(path, dates)
-    return numbers.iloc[order].reset_index(drop=True), dates.iloc[order].astype(str).tolist()
+    order = sort_times(path, times, date_names[0])
+    return numbers.iloc[order], dates.iloc[order].tolist()
 
 
 def parse_numbers(column):
@@ -485,60 +506,86 @@ def parse_numbers(column):
     thousands = present.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all()
     if thousands and present.str.contains(",").any():
         text = text.str.replace(",", "")
-    elif present.str.fullmatch(r"-?\d+,?\d*").all():
-        text = text.str.replace(",", ".")
+    elif present.str.fullmatch(r"-?\d+(,\d*)?").all():
+        decimals = present.str.extract(r",(\d*)$")[0].dropna()
+        if not (decimals.str.len() == 3).all():  # 1,504 beside 1200 may mean either
+            text = text.str.replace(",", ".")
     return pd.to_numeric(text, errors="coerce")
 
 
-def is_date(name, column):
-    """Whether a column has dates: by its name, or as texts that can all be read as such."""
-    if name.lower() in ("date", "time", "datetime", "timestamp"):
-        return True
-    text = column.dropna().astype(str)
-    if text.empty or pd.api.types.is_numeric_dtype(column):
-        return False
-    looks_like_date = text.str.contains(r"\d[-/:]\d").all()
-    return looks_like_date and parse_dates(text).notna().all()
+def find_dates(path, frame):
+    """(names, texts, times) of the date columns of a table: by their names, or as texts that can
+    all be read as dates. A date and a time of day are joined; otherwise, the first column counts.
+    """
+    found = {}
+    for name, column in frame.items():
+        is_number = pd.api.types.is_numeric_dtype(column)
+        named = name.lower() in ("date", "time", "datetime", "timestamp")
+        text = column.dropna().astype(str)
+        if is_number and named:
+            found[name] = column
+        elif not is_number and (named or text.str.contains(r"\d[-/:]\d").all()):
+            times = parse_dates(column.astype(str))
+            if named or (len(text) and times[text.index].notna().all()):
+                found[name] = times
+    names = list(found)
+    if not names:
+        return [], None, None
+    texts = frame[names[0]].astype(str)
+    if len(names) > 1:
+        joined = frame[names].astype(str).agg(" ".join, axis=1)
+        times = parse_dates(joined)
+        if times.notna().all():
+            return names, joined, times
+        note(f"{path}: of the date columns {', '.join(names)}, only the first counts")
+    return names, texts, found[names[0]]
 
 
 def parse_dates(text):
     """Texts as times, NaT where one is not a date.
 
-    All are read in one format: day or month first, whichever reads more of them, or leaves them in
-    order of time; if neither does, each by itself.
+    All are read in one format, day or month first: the one that reads more of them, leaves them in
+    order of time, and has fewer different steps. If neither reads all, each is read by itself.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that no format could be inferred
         options = [{"dayfirst": False}, {"dayfirst": True}, {"format": "mixed"}]
         readings = [pd.to_datetime(text, errors="coerce", utc=True, **option) for option in options]
-    times = max(readings, key=lambda times: (times.notna().sum(), times.is_monotonic_increasing))
+
+    def rate(times):
+        return times.notna().sum(), times.is_monotonic_increasing, -times.diff().nunique()
+
+    times = max(readings, key=rate)
     return times.dt.tz_localize(None)
 
 
-def sort_dates(path, dates):
-    """The order of the rows in time; notes tell of unsorted and repeated dates and of gaps."""
-    times = dates if pd.api.types.is_numeric_dtype(dates) else parse_dates(dates)
+def sort_times(path, times, name):
+    """The order of the rows in time; notes tell of unsorted and repeated times and of gaps."""
     if times.isna().any():
         row = times.isna().argmax()
-        note(f"{path}: row {row + 2} of {dates.name!r} is not a date; the rows keep their order")
-        return np.arange(len(dates))
+        note(f"{path}: row {row + 2} of {name!r} is not a date; the rows keep their order")
+        return np.arange(len(times))
+    repeated = int(times.duplicated().sum())
+    if repeated:
+        note(f"{path}: {repeated:,} rows repeat a value of {name!r}; are there several series in "
+             "this file?")
+    if repeated and pd.api.types.is_numeric_dtype(times):
+        return np.arange(len(times))  # it may be an hour of the day
     order = np.argsort(times.to_numpy(), kind="stable")
     if (np.diff(order) < 0).any():
-        note(f"{path}: rows that were not in order of {dates.name!r} have been sorted")
+        note(f"{path}: rows that were not in order of {name!r} have been sorted")
     steps = times.iloc[order].diff()[1:]
-    if (repeated := int((steps == 0 * steps).sum())):
-        note(f"{path}: {repeated:,} rows repeat a value of {dates.name!r}; are there several "
-             "series in this file?")
-    if len(steps) and (gaps := int((steps > 1.5 * steps.median()).sum())):
-        note(f"{path}: {gaps:,} gaps in {dates.name!r}; the rows are taken as equally spaced")
+    gaps = int((steps > 1.5 * steps.median()).sum()) if len(steps) else 0
+    if gaps:
+        note(f"{path}: {gaps:,} gaps in {name!r}; the rows are taken as equally spaced")
     return order
 
 
 def make_classes(path, values, num_classes, rows):
-    """(names, limits) of the classes of a target column: its distinct values, if they are few whole
-    numbers, otherwise the quantiles of its first `rows`."""
+    """(names, limits) of the classes of a target column: its distinct values, if they are few,
+    otherwise the quantiles of its first `rows`."""
     distinct = np.unique(values[np.isfinite(values)])
-    if 2 <= len(distinct) <= max(10, num_classes) and (distinct % 1 == 0).all():
+    if 2 <= len(distinct) <= max(10, num_classes):
         note(f"{path}: the target has only {len(distinct)} distinct values, which are the classes")
         return [f"{value:g}" for value in distinct], (distinct[1:] + distinct[:-1]) / 2
     percentiles = np.round(100 * np.arange(1, num_classes) / num_classes, 2)
@@ -594,14 +641,14 @@ def read_archive_file(path, labelled=True):
     """
     lines = [line.strip() for line in read_text(path).splitlines()]
     header, first = {"@classlabel": "true"}, 0
-    if Path(path).suffix == ".ts":
+    if Path(path).suffix.lower() == ".ts":
         first = next((i + 1 for i, line in enumerate(lines) if line.lower() == "@data"), 0)
         if not first:
             raise UserError(f"{path}: no @data line, so this is not a .ts file")
         words = [line.lower().split() for line in lines[:first] if line.startswith("@")]
         header |= {key: value[0] for key, *value in words if value}
     else:
-        rows = [re.split(r"[\t, ]+", line) for line in lines]
+        rows = [line.split("\t") if "\t" in line else re.split(r"[, ]+", line) for line in lines]
         lines = [f"{','.join(values)}:{label}" if label else "" for label, *values in rows]
     if header.get("@targetlabel") == "true":
         raise UserError(f"{path}: @targetlabel true: a regression file, which has no classes")
@@ -643,13 +690,21 @@ def stack_cases(cases, seq_len):
     return series.reshape(-1, len(cases[0]))
 
 
+def normalize_label(text):
+    """Numbers alike, so that the classes 1 and 1.0 are one."""
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text
+
+
 def archive_dataset(name, files):
     """The data set of one archive file, or of NAME_TRAIN and NAME_TEST together."""
     cases, texts, is_test = [], [], []
     for file in files:
         file_cases, file_labels = read_archive_file(file)
         cases += file_cases
-        texts += file_labels
+        texts += map(normalize_label, file_labels)
         is_test += [file.stem.lower().endswith("_test")] * len(file_cases)
     if len({len(case) for case in cases}) > 1:
         raise UserError(f"{name}: training and test file have different dimensions")
@@ -688,7 +743,7 @@ def fetch_etth1(data_dir):
 
 def group_files(paths):
     """{path without _TRAIN or _TEST: files} of files and folders of archive files."""
-    groups = {}
+    groups, seen = {}, set()
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():  # the archive has the same data in several formats: take one
@@ -698,9 +753,18 @@ def group_files(paths):
             raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder; CSV files must be "
                             "named one by one")
         for file in files:
-            name = re.sub(r"_(train|test)(\.\w+)$", r"\2", str(file), flags=re.I)
+            if file.resolve() in seen:
+                raise UserError(f"{file}: named twice")
+            seen.add(file.resolve())
+            name = str(file)
+            if is_archive_file(file):
+                name = re.sub(r"_(train|test)(\.\w+)$", r"\2", name, flags=re.I)
             groups.setdefault(Path(name), []).append(file)
     return groups
+
+
+def is_archive_file(path):
+    return path.suffix.lower() in ARCHIVE_SUFFIXES
 
 
 def load_datasets(args):
@@ -725,7 +789,7 @@ def load_datasets(args):
         else:
             datasets.append(embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number]))
     for path, files in group_files(args.data or []).items():
-        if path.suffix in ARCHIVE_SUFFIXES:
+        if is_archive_file(path):
             datasets.append(archive_dataset(path.stem, files))
         elif args.target is None:
             raise UserError(f"{path}: a CSV file needs --target, one of the columns "
@@ -746,8 +810,8 @@ def load_datasets(args):
 class ColumnEmbedder(nn.Module):
     """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
-    A strategy is a subclass, made with target_dim alone, that computes the vectors [names, dim] of
-    new names in compute(names). They are not trained, only the Linear is.
+    A strategy is a subclass that computes the vectors [names, dim] of new names in compute(names).
+    Only the Linear is trained.
     """
 
     def __init__(self, target_dim=1, dim=16):
@@ -829,30 +893,38 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
     def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings",
                  target_dim=1, tokenization="words", known=None, offline=False):
         cache_path = find_cache(bert_model, cache_dir)
-        cache = read_cache(cache_path)
-        for name, vector in (known or {}).items():
-            cache[f"{tokenization}/{name}"] = vector
-        if not cache:
+        cache, known = read_cache(cache_path), known or {}
+        dim = max(map(len, [*cache.values(), *known.values()]), default=None)
+        if dim is None:
             dim = load_encoder(bert_model, offline)[1].config.hidden_size
-        for vector in cache.values():
-            dim = len(vector)
         super().__init__(target_dim, dim)
         self.bert_model, self.tokenization, self.offline = bert_model, tokenization, offline
-        self.cache_path, self.cache = cache_path, cache
+        self.cache_path, self.cache, self.known = cache_path, cache, known
+
+    def compute(self, names):
+        vectors = dict(self.known)
+        for name in names:
+            key = f"{self.tokenization}/{name}"
+            if name not in vectors and key in self.cache:
+                vectors[name] = self.cache[key]
+        missing = [name for name in names if name not in vectors]
+        if missing:
+            vectors |= self.read_names(missing)
+            self.cache |= {f"{self.tokenization}/{name}": vectors[name] for name in missing}
+            self.save_cache()
+        return torch.stack([vectors[name] for name in names])
 
     @torch.no_grad()
-    def compute(self, names):
-        missing = [name for name in names if f"{self.tokenization}/{name}" not in self.cache]
-        if missing:
-            tokenizer, encoder = load_encoder(self.bert_model, self.offline)
-            for name in missing:
-                text = name_to_words(name) if self.tokenization == "words" else name
-                tokens = tokenizer(text, return_tensors="pt", truncation=True)
-                vector = encoder(**tokens).last_hidden_state[0].mean(0)
-                vector = vector * len(vector) ** 0.5 / vector.norm()
-                self.cache[f"{self.tokenization}/{name}"] = vector
-            self.save_cache()
-        return torch.stack([self.cache[f"{self.tokenization}/{name}"] for name in names])
+    def read_names(self, names):
+        """{name: vector} from the encoder."""
+        tokenizer, encoder = load_encoder(self.bert_model, self.offline)
+        vectors = {}
+        for name in names:
+            text = name_to_words(name) if self.tokenization == "words" else name
+            tokens = tokenizer(text, return_tensors="pt", truncation=True)
+            vector = encoder(**tokens).last_hidden_state[0].mean(0)
+            vectors[name] = vector * len(vector) ** 0.5 / vector.norm()
+        return vectors
 
     def save_cache(self):
         from safetensors.torch import save
@@ -912,7 +984,7 @@ def load_encoder(name, offline):
             model = transformers.AutoModel.from_pretrained(name, local_files_only=local)
             return tokenizer, model.eval()
         except Exception as problem:  # transformers raises errors of many types here
-            error = str(problem).strip().splitlines()[0]
+            error = (str(problem).strip() or repr(problem)).splitlines()[0]
     raise UserError(f"--bert-model {name} cannot be loaded ({error[:120]}); give a local folder")
 
 
@@ -1111,10 +1183,10 @@ class ConvNet(nn.Module):
     It reads values, mask, and the values normalized within each window.
     """
 
-    def __init__(self, c_in, num_classes, fill="both"):
+    def __init__(self, c_in, num_classes):
         super().__init__()
-        self.settings = {"c_in": c_in, "num_classes": num_classes, "fill": fill}
-        self.fill, self.datasets = fill, {}
+        self.settings = {"c_in": c_in, "num_classes": num_classes}
+        self.datasets = {}
         layers, channels = [], 3 * c_in
         for kernel, outputs in ((9, 128), (5, 128), (3, 64)):
             layers += [nn.Conv1d(channels, outputs, kernel, padding=kernel // 2, bias=False),
@@ -1127,7 +1199,7 @@ class ConvNet(nn.Module):
         self.datasets[metadata["name"]] = metadata
 
     def forward(self, x, dataset="default"):
-        values, mask = values_and_mask(x, self.fill)
+        values, mask = values_and_mask(x, "both")
         channels = torch.cat([values, mask, normalize_windows(values, mask)], dim=1)
         return self.linear(self.layers(channels).mean(-1))
 
@@ -1302,7 +1374,7 @@ def predict(model, data, split, corrupt=None):
     series = torch.from_numpy(data.series).to(device)
     starts = torch.from_numpy(data.starts[data.splits[split]]).to(device)
     outputs = []
-    for batch in starts.split(1024):
+    for batch in starts.split(max(16, 100_000 // data.seq_len)):
         x = gather_windows(series, batch, data.seq_len)
         if corrupt:
             x = corrupt(x)
@@ -1427,15 +1499,22 @@ class HydraClassifier:
         return probabilities
 
 
+def fit_hydra(data):
+    """(Hydra's probabilities [windows, classes] for the test part, seconds)."""
+    start_time = time.perf_counter()
+    probabilities = HydraClassifier().fit(with_validation(data)).probabilities(data, "test")
+    return probabilities, time.perf_counter() - start_time
+
+
 def with_validation(data):
     """The data set with its validation windows in the training part."""
     train = np.sort(np.concatenate([data.splits["train"], data.splits["val"]]))
     return replace(data, splits=data.splits | {"train": train})
 
 
-def baseline_records(data, seed):
-    """Records of the majority class, logistic regression and boosting on window features, Hydra,
-    and, where a column's next value is classified, persistence.
+def baseline_records(data, seed, hydra):
+    """Records of the majority class, logistic regression and boosting on window features, what
+    fit_hydra returned, and, where a column's next value is classified, persistence.
 
     They choose nothing on the validation part, so they are fitted to it as well.
     """
@@ -1464,9 +1543,8 @@ def baseline_records(data, seed):
         predicted = model.fit(x_train, y_train).predict(x_test)
         seconds = time.perf_counter() - start_time
         records.append(make_record(data, name, predicted, seed=seed, seconds=seconds))
-    start_time = time.perf_counter()
-    predicted = HydraClassifier().fit(data).probabilities(data, "test").argmax(1)
-    seconds = time.perf_counter() - start_time
+    probabilities, seconds = hydra
+    predicted = probabilities.argmax(1)
     return [*records, make_record(data, "hydra", predicted, seed=seed, seconds=seconds)]
 
 
@@ -1497,10 +1575,10 @@ def add_means(records):
     """The records with those of a data set "mean of all": of each model and seed that occurs in all
     data sets, where there are several."""
     count = records["dataset"].nunique()
-    groups = records.groupby(["model", "seed"], sort=False)
-    means = groups[["accuracy", "macro_f1", "seconds"]].mean()[groups.size() == count]
     if count == 1:
         return records
+    groups = records.groupby(["model", "seed"], sort=False)
+    means = groups[["accuracy", "macro_f1", "seconds"]].mean()[groups.size() == count]
     return pd.concat([records, means.reset_index().assign(dataset="mean of all")])
 
 
@@ -1626,7 +1704,7 @@ def evaluate(model, data, name, history=(), corrupt=None, **columns):
                        **columns)
 
 
-def train_convolutions(args, data, members, seed, run_dir):
+def train_convolutions(args, data, members, hydra, seed, run_dir):
     """Records of the mean of several ConvNets, and of that mean together with Hydra.
 
     They train on training and validation windows, for twice the steps, and choose nothing.
@@ -1646,12 +1724,10 @@ def train_convolutions(args, data, members, seed, run_dir):
         parameters += count_parameters(model)
         logits.append(predict(model, data, "test"))
     conv = torch.from_numpy(np.stack(logits)).softmax(-1).mean(0).numpy()
-    start_time = time.perf_counter()
-    hydra = HydraClassifier().fit(whole).probabilities(data, "test")
-    hydra_seconds = time.perf_counter() - start_time
+    probabilities, hydra_seconds = hydra
     columns = {"seed": seed, "parameters": parameters}
     return [make_record(data, "conv", conv.argmax(1), seconds=seconds, **columns),
-            make_record(data, "conv + hydra", (conv + hydra).argmax(1),
+            make_record(data, "conv + hydra", (conv + probabilities).argmax(1),
                         seconds=seconds + hydra_seconds, **columns)]
 
 
@@ -1676,24 +1752,26 @@ def train_strategies(args, datasets, strategies, seed, run_dir):
 
 def benchmark(args, datasets, strategies, run_dir):
     """Baselines, convolutions where --conv-members asks for them, and every strategy."""
-    records = []
+    records, hydra = [], {}
     for data in progress(datasets, "baselines"):
-        records += baseline_records(data, args.seed)
+        hydra[data.name] = fit_hydra(data)
+        records += baseline_records(data, args.seed, hydra[data.name])
     for seed in range(args.seed, args.seed + args.runs):
         for data in datasets:
             members = args.conv_members
             if members is None:
                 members = 3 if data.info.get("archive") else 0
             if members:
-                records += train_convolutions(args, data, members, seed, run_dir)
+                records += train_convolutions(args, data, members, hydra[data.name], seed,
+                                              run_dir)
         records += train_strategies(args, datasets, strategies, seed, run_dir)
     plot_benchmark(records, datasets, run_dir / "benchmark.png")
     table = benchmark_table(records, original_figures(args, datasets))
     if len(datasets) > 6:  # the records have every data set
         table = [row for row in table if row["data set"] == "mean of all"]
-    text = (f"{answer(table)}\n\nSeconds are those of one training, for a shared model on all data "
-            "sets. The original's figures are single runs, scored on the test part at the last or "
-            "best epoch.")
+    text = f"{answer(table)}\n\nSeconds are those of one training, of a shared model on all data."
+    if any(row["original %"] for row in table):
+        text += " The original's figures are single runs, scored at their last or best epoch."
     return {"records": records, "tables": {"accuracy": table}, "note": text}
 
 
@@ -1774,7 +1852,8 @@ def transfer(args, datasets, strategies, run_dir):
     for seed in range(args.seed, args.seed + args.runs):
         limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES[1:]}
         for share, part in limited.items():
-            records += [record | {"share": share} for record in baseline_records(part, seed)
+            baselines = baseline_records(part, seed, fit_hydra(part))
+            records += [record | {"share": share} for record in baselines
                         if record["model"] in ("gradient boosting", "hydra")]
         for strategy in strategies:
             base = make_model(args, sources, strategy, True, seed, min_seq_len=data.seq_len)
@@ -1784,9 +1863,11 @@ def transfer(args, datasets, strategies, run_dir):
                 label = f"{strategy}, pretrained"
                 records.append(evaluate(model, data, label, share=0.0, seed=seed))
             for share, start in itertools.product(limited, ("pretrained", "scratch")):
-                model = make_model(args, [data], strategy, True, seed)
+                seed_everything(seed)
                 if start == "pretrained":
                     model, _ = add_new_dataset(base, data, sources)
+                else:
+                    model = make_model(args, [data], strategy, True, seed)
                 budget = args if share == 1 else few_steps
                 file = run_dir / f"models/{name}-{strategy}-{start}-{share:g}-{seed}.pt"
                 history = fit(model, [limited[share]], budget, seed, file)
@@ -1822,7 +1903,7 @@ def find_strategies(args, datasets):
         try:
             embedder = FrozenBERTColumnEmbedder(**bert_options(args))
             embedder.add([name for data in datasets for name in data.columns])
-        except UserError as error:
+        except (UserError, ModuleNotFoundError) as error:
             if strategies == ["frozen_bert"]:
                 raise
             strategies.remove("frozen_bert")
@@ -1830,11 +1911,25 @@ def find_strategies(args, datasets):
     return strategies
 
 
+def choose_threads():
+    """2, or 1 on a busy machine, where two threads wait for each other and can be ten times slower
+    than one; more than 2 hardly help such small models."""
+    x = torch.randn(512, 512)
+    seconds = {}
+    for threads in (2, 2, 1):  # the first time warms up
+        torch.set_num_threads(threads)
+        start_time = time.perf_counter()
+        for _ in range(40):
+            x @ x
+        seconds[threads] = time.perf_counter() - start_time
+    return 2 if seconds[2] < 0.9 * seconds[1] else 1
+
+
 def note_memory(datasets, args):
     """A note before a training that needs gigabytes."""
     longest = max(data.seq_len for data in datasets)
     patches = num_patches(longest)
-    floats = patches * (2 * 8 * patches + 4 * 2048 + 1000)  # 8 heads, 2048 hidden units
+    floats = patches * (2 * 2048 + 600)  # mostly the 2048 hidden units, before and after ReLU
     gigabytes = args.batch_size * floats * 2 * 4 / 1e9  # 2 layers, 4 bytes
     if gigabytes > 4:
         note(f"windows of {longest:,} steps need about {gigabytes:.0f} GB in training; a lower "
@@ -1843,23 +1938,25 @@ def note_memory(datasets, args):
 
 def run_experiment(args):
     """Load the data sets, run the experiments that the arguments name, and write the results."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # more hardly help, and crawl when busy
+    args = argparse.Namespace(**vars(args) | {"threads": args.threads or choose_threads()})
+    torch.set_num_threads(args.threads)
     datasets = load_datasets(args)
     note_memory(datasets, args)
     strategies = find_strategies(args, datasets)
-    experiments = [name for name in ("nan_robustness", "transfer") if getattr(args, name)]
-    if args.quick and len(datasets) < 2:
-        experiments.remove("transfer")  # there is nothing to transfer from
-    if "transfer" in experiments:
+    experiments = {}
+    if args.nan_robustness:
+        experiments["nan_robustness"] = nan_robustness
+    if args.transfer and not (args.quick and len(datasets) < 2):
         split_sources(args, datasets)  # an error is told before anything is trained
+        experiments["transfer"] = transfer
     if args.quick or not experiments:
-        experiments.append("benchmark")
+        experiments["benchmark"] = benchmark
     run_dir = next_run_dir(args)
     (run_dir / "models").mkdir(exist_ok=True)
     results = {"data": {data.name: data.info for data in datasets}, "seconds": {}}
-    for name in experiments:
+    for name, experiment in experiments.items():
         start_time = time.perf_counter()
-        results[name] = EXPERIMENTS[name](args, datasets, strategies, run_dir)
+        results[name] = experiment(args, datasets, strategies, run_dir)
         results["seconds"][name] = time.perf_counter() - start_time
     return write_results(results, summarize(results, experiments, args), args, run_dir)
 
@@ -1926,10 +2023,7 @@ def nan_robustness(args, datasets, strategies, run_dir):
                     "missing", data.classes, run_dir / f"nan_robustness_{data.name}.png")
     tables = {"accuracy": share_table(records, ["dataset", "missing", "model"])}
     return {"records": records, "tables": tables, "note": "Test accuracy [%] by the share of "
-            "values left out, beyond those that the data lack (5 % of the embedded ones)."}
-
-
-EXPERIMENTS = {"benchmark": benchmark, "transfer": transfer, "nan_robustness": nan_robustness}
+            "values left out, beyond those that the data lack."}
 
 
 # --- Extra: classify the windows of a file ------------------------------------------------------
@@ -1964,22 +2058,33 @@ def read_windows(path, datasets):
     The file is read as the one of `datasets` (metadata) of which it has most columns.
     """
     dates = None
-    if path.suffix in ARCHIVE_SUFFIXES:
+    if is_archive_file(path):
         cases, _ = read_archive_file(path, labelled=False)
         found = [f"dim_{i}" for i in range(len(cases[0]))]
     else:
         numbers, dates = read_csv(path)
         found = list(numbers)
-    matches = [match_columns(one["columns"], found) for one in datasets]
+    matches = [match_columns(metadata["columns"], found) for metadata in datasets]
     shares = [np.mean([name is not None for name in match.values()]) for match in matches]
-    match, metadata = matches[np.argmax(shares)], datasets[np.argmax(shares)]
+    best = [i for i, share in enumerate(shares) if share == max(shares)]
+    if len(best) > 1:  # the columns of all archive files have the same names
+        stem = re.sub(r"_(train|test)$", "", path.stem, flags=re.I)
+        best = [i for i in best if datasets[i]["name"] == stem]
+    if not best:
+        names = ", ".join(metadata["name"] for metadata in datasets)
+        raise UserError(f"{path}: its columns fit several data sets; name the file after one of "
+                        f"{names}")
+    match, metadata = matches[best[0]], datasets[best[0]]
+    unused = set(found) - set(match.values())
+    if unused and is_archive_file(path):
+        note(f"{path}: its dimensions {', '.join(sorted(unused))} are not used")
     missing = [name for name, found_name in match.items() if found_name is None]
     if len(missing) == len(match):
         raise UserError(f"{path}: none of the columns {', '.join(match)}, only {', '.join(found)}")
     if missing:
         note(f"{path}: no column {', '.join(missing)}; their values count as missing")
     seq_len = metadata["seq_len"]
-    if path.suffix in ARCHIVE_SUFFIXES:
+    if is_archive_file(path):
         if max(len(values) for case in cases for values in case) > seq_len:
             note(f"{path}: only the last {seq_len} steps of longer series are read")
         numbers = pd.DataFrame(stack_cases(cases, seq_len), columns=found)
@@ -1987,17 +2092,16 @@ def read_windows(path, datasets):
         about = pd.DataFrame({"case": np.arange(1, len(cases) + 1)})
     else:
         last_rows = np.arange(min(seq_len, len(numbers)) - 1, len(numbers))
-        about = pd.DataFrame({"last row": last_rows + 2})  # row 1 is the header
+        about = pd.DataFrame({"last row": numbers.index[last_rows] + 2})  # row 1 is the header
         if dates:
             about["date"] = [dates[row] for row in last_rows]
         padding = max(0, seq_len - len(numbers))  # a short file is one window
-        numbers = numbers.reindex(range(-padding, len(numbers)))
+        numbers = numbers.reset_index(drop=True).reindex(range(-padding, len(numbers)))
         starts = np.arange(len(last_rows))
     columns = [numbers[name] if name else pd.Series(np.nan, numbers.index)
                for name in match.values()]
     series = np.stack(columns, axis=1)
-    series = np.where(np.isfinite(series), series, np.nan)  # as in training
-    series = ((series - metadata["mean"]) / metadata["std"]).astype(np.float32)
+    series = standardize(series, metadata["mean"], metadata["std"])
     data = Dataset(metadata["name"], list(match), series, starts, None, metadata["classes"],
                    {"all": np.arange(len(starts))}, seq_len)
     return data, about, missing
@@ -2042,7 +2146,8 @@ def compare_columns(args):
     similarity = pd.DataFrame(vectors @ vectors.T, index=names, columns=names)
     run_dir = next_run_dir(args)
     similarity.round(4).to_csv(run_dir / "column_similarity.csv")
-    plot_columns(similarity, vectors, run_dir / "columns.png")
+    if len(names) > 2:
+        plot_columns(similarity, vectors, run_dir / "columns.png")
     nearest = []
     for name, row in similarity.items():
         best = row.drop(name).nlargest(3)

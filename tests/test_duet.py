@@ -16,7 +16,8 @@ import duet
 
 ROOT = Path(duet.__file__).resolve().parent
 ETT = ROOT.parent / "shared/data"
-TINY = ["--windows", "60", "--steps", "4", "--evaluations", "2", "--batch-size", "16", "--device", "cpu"]
+TINY = ["--threads", "1", "--windows", "60", "--steps", "4", "--evaluations", "2", "--batch-size", "16",
+        "--device", "cpu"]
 new = duet.MultiDatasetPatchDuET.create_for_dataset
 NAMES = ["indoor_temp", "outdoor_temp", "humidity", "pressure", "wind", "rain", "sun"]
 
@@ -88,7 +89,7 @@ def test_every_baseline_is_there_and_boosting_can_split_few_windows(tmp_path):
     lines = [f"{level},{level + 1},{level}:{'up' if level > 50 else 'down'}" for level in range(0, 100, 3)]
     (tmp_path / "Toy.ts").write_text("@classLabel true up down\n@data\n" + "\n".join(lines))
     (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path / "Toy.ts")]))
-    accuracy = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42)}
+    accuracy = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42, duet.fit_hydra(data))}
     assert list(accuracy) == ["majority class", "logistic regression", "gradient boosting", "hydra"]
     assert accuracy["gradient boosting"] > 0.8
     assert accuracy["majority class"] < 0.7
@@ -100,7 +101,7 @@ def test_every_baseline_is_there_and_boosting_can_split_few_windows(tmp_path):
 @pytest.mark.parametrize("strategy, counts", [("none", (571_459, 573_507, 577_603)),
                                               ("auto_expanding", (591_572, 594_644, 600_788)),
                                               ("frozen_bert", (576_324, 579_396, 585_540))])
-def test_parameters_are_exactly_the_seeds_and_hold_no_encoder(strategy, counts, tmp_path):
+def test_parameters_are_exactly_the_originals_and_hold_no_encoder(strategy, counts, tmp_path):
     bert = {"known": {name: torch.zeros(768) for name in NAMES}, "cache_dir": tmp_path} if "bert" in strategy else {}
     for columns, count in zip((4, 5, 7), counts):
         model = new(
@@ -407,12 +408,14 @@ def test_columns_that_are_no_numbers_are_left_out(tmp_path, capsys):
 
 def test_a_target_of_few_values_is_the_classes(tmp_path, capsys):
     labels = np.random.default_rng(0).integers(0, 3, 2000)
+    (tmp_path / "c.csv").write_text("a,x\n" + "\n".join(f"0.{label + 1},{i}.5" for i, label in enumerate(labels)))
+    assert duet.csv_dataset(tmp_path / "c.csv", "a", 4, "holdout").classes == ["0.1", "0.2", "0.3"]
     (tmp_path / "b.csv").write_text("a,x\n" + "\n".join(f"{2 * label},{i}.5" for i, label in enumerate(labels)))
     data = duet.csv_dataset(tmp_path / "b.csv", "a", 4, "holdout")
     assert data.classes == ["0", "2", "4"]
     assert np.array_equal(data.labels, labels[96:])
     assert "the target has only 3 distinct values, which are the classes" in capsys.readouterr().err
-    assert duet.baseline_records(data, 42)[0]["model"] == "persistence"
+    assert duet.baseline_records(data, 42, duet.fit_hydra(data))[0]["model"] == "persistence"
 
 
 @pytest.mark.parametrize(("text", "values"), [
@@ -432,6 +435,27 @@ def test_dates_of_one_file_are_read_in_one_order(pattern, tmp_path, capsys):
     numbers, _ = duet.read_csv(tmp_path / "a.csv")
     assert numbers["a"].tolist() == list(range(300))
     assert capsys.readouterr().err == ""
+
+
+def test_a_date_and_a_time_of_day_are_joined(tmp_path, capsys):
+    times = duet.pd.date_range("2024-01-01", periods=100, freq="h")
+    rows = [f"{time:%d/%m/%Y};{time:%H:%M:%S};{i}" for i, time in enumerate(times)]
+    (tmp_path / "a.csv").write_text("Date;Time;a\n" + "\n".join(rows))
+    numbers, dates = duet.read_csv(tmp_path / "a.csv")
+    assert numbers["a"].tolist() == list(range(100))
+    assert dates[30] == "02/01/2024 06:00:00"
+    assert capsys.readouterr().err == ""
+
+
+def test_an_hour_of_the_day_does_not_sort_the_rows(tmp_path):
+    (tmp_path / "a.csv").write_text("time,a\n" + "\n".join(f"{i % 24},{i}" for i in range(100)))
+    numbers, _ = duet.read_csv(tmp_path / "a.csv")
+    assert numbers["a"].tolist() == list(range(100))
+
+
+def test_commas_that_may_mean_either_are_refused(tmp_path, error_line):
+    (tmp_path / "a.csv").write_text("a\tb\n" + "1,504\t1\n950\t2\n1200\t3\n" * 500)
+    assert "'1,504', a number is needed" in error_line(duet, ["--data", tmp_path / "a.csv", "--target", "b"])
 
 
 def test_dates_that_fall_or_repeat_or_have_gaps_are_noted_and_sorted(tmp_path, capsys):
@@ -458,7 +482,7 @@ def test_the_last_validation_block_ends_before_the_test_part_and_large_values_ke
 
 
 @pytest.mark.skipif(not (ETT / "ett/ETTh1.csv").exists(), reason="ETTh1.csv is not beside the checkout")
-def test_etth1_is_the_seeds_task_and_persistence_is_at_95():
+def test_etth1_is_the_originals_task_and_persistence_is_at_95():
     args = duet.parse_args(["--dataset", "etth1", "--data-dir", str(ETT)])
     (data,) = duet.load_datasets(args)
     assert data.info["windows"]["test"].tolist() == [1870, 1556, 39] and len(data.splits["test"]) == 3465
@@ -514,7 +538,7 @@ def test_ts_files_of_many_kinds_are_read(tmp_path, capsys):
     path.write_text("\ufeff%comment\n@classLabel true a b\n% more\n@data\n" + "1.5:a\n2.5:b\n" * 40, encoding="utf-8")
     (data,) = duet.load_datasets(duet.parse_args(["--data", str(path)]))
     assert data.seq_len == 1
-    records = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42)}
+    records = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42, duet.fit_hydra(data))}
     assert records["logistic regression"] == 1
     path.write_text("@classLabel false\n@data\n1,2:3,4\n5,6:7,8\n")
     assert duet.read_archive_file(path, labelled=False)[1] == ["?", "?"]
@@ -527,6 +551,21 @@ def test_the_older_archives_files_and_lower_case_parts_are_one_data_set(tmp_path
         (tmp_path / f"Gun_{part}.tsv").write_text("\n".join(f"{1 + i % 2}\t{i}\t{i % 2}\t3.5" for i in range(20)))
     (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path)]))
     assert (data.name, data.classes, data.seq_len, len(data.splits["test"])) == ("Gun", ["1", "2"], 3, 20)
+
+
+def test_an_empty_cell_of_a_tsv_is_missing_and_labels_are_compared_as_numbers(tmp_path):
+    for part, label in (("TRAIN", "{}"), ("TEST", "{}.0")):
+        lines = [label.format(1 + i % 2) + f"\t{i}\t\t3.5" for i in range(20)]
+        (tmp_path / f"Gun_{part}.tsv").write_text("\n".join(lines))
+    cases, _ = duet.read_archive_file(tmp_path / "Gun_TRAIN.tsv")
+    np.testing.assert_array_equal(cases[1][0], [1, np.nan, 3.5])
+    (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path)]))
+    assert data.classes == ["1", "2"]
+
+
+def test_a_file_that_is_named_twice_is_refused(tmp_path, error_line):
+    path = write_ts(tmp_path, toy_cases(20))
+    assert "named twice" in error_line(duet, ["--data", path, tmp_path])
 
 
 def test_one_of_two_cases_of_a_class_is_for_validation():
@@ -680,7 +719,8 @@ def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch)
     monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
     monkeypatch.setattr(duet.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was asked"))
     results = duet.main(["--quick", "--windows", "300", "--steps", "2", "--batch-size", "8", "--bert-model", "no/such",
-                         "--strategies", "none", "frozen_bert", "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)])
+                         "--strategies", "none", "frozen_bert", "--data-dir", str(tmp_path),
+                         "--output-dir", str(tmp_path)])
     assert {"nan_robustness", "transfer", "benchmark"} <= set(results)
     assert "frozen_bert is not run" in results["notes"][0]
     assert {data["source"] for data in results["data"].values()} == {"original's synthetic"}
@@ -816,6 +856,68 @@ def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tm
     assert duet.main(["--columns", "--checkpoint", str(model), *common])["tables"]["nearest names"]
 
 
+def test_archive_files_train_convolutions_that_learn_and_predict(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("TRAIN", 40), ("TEST", 40)):
+        lines = []
+        for i in range(count):
+            values = rng.normal(size=30) + 6 * (np.arange(30) == rng.integers(5, 25)) * (1 if i % 2 else -1)
+            lines.append(",".join(f"{value:.3f}" for value in values) + (":up" if i % 2 else ":down"))
+        write_ts(tmp_path, lines, f"Toy_{part}.ts", "@classLabel true up down\n@data\n")
+    results = duet.main(["--data", str(tmp_path), "--strategies", "none", "--steps", "60", "--output-dir",
+                         str(tmp_path / "out"), "--conv-members", "1", "--device", "cpu"])
+    accuracy = {record["model"]: record["accuracy"] for record in results["benchmark"]["records"]}
+    assert accuracy["conv"] > 0.8
+    assert accuracy["conv + hydra"] > 0.8
+    model = tmp_path / "out/duet/run-001/models/Toy-conv-42-0.pt"
+    predicted = duet.main(["--predict", str(tmp_path / "Toy_TEST.ts"), "--checkpoint", str(model),
+                           "--output-dir", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out/duet/run-002/predictions.csv").read_text().splitlines()))
+    right = np.mean([(row["class"] == "up") == bool(i % 2) for i, row in enumerate(rows)])
+    assert predicted["windows"] == 40
+    assert right == accuracy["conv"]
+
+
+@pytest.mark.parametrize("value", ["inf", "1e30", "1e300"])
+def test_an_absurd_value_to_predict_counts_as_missing(value, finished, small_csv, tmp_path):
+    lines = small_csv.read_text().splitlines()[:150]
+    cells = lines[140].split(",")
+    lines[140] = ",".join([*cells[:4], value, cells[5]])
+    (tmp_path / "new.csv").write_text("\n".join(lines))
+    duet.main(["--predict", str(tmp_path / "new.csv"), "--checkpoint", str(finished[0] / "models/plant-none-42.pt"),
+               "--output-dir", str(tmp_path)])
+    rows = list(csv.DictReader((tmp_path / "duet/run-001/predictions.csv").read_text().splitlines()))
+    assert all(0 <= float(row["p(quantile 1)"]) <= 1 for row in rows)
+
+
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    data, args = duet.synthetic_schema(0, 60), duet.parse_args([*TINY, "--evaluations", "3"])
+    accuracies, states = iter([0.4, 0.9, 0.5]), []
+    model = duet.make_model(args, [data], "none", False, 1)
+
+    def score(model, data, split):
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+        return next(accuracies)
+
+    monkeypatch.setattr(duet, "accuracy", score)
+    duet.fit(model, [data], args, 1, tmp_path / "model.pt")
+    assert all(torch.equal(value, states[1][name]) for name, value in model.state_dict().items())
+
+
+def test_differences_are_the_first_model_minus_the_second():
+    records = [{"dataset": "a", "model": model, "seed": seed, "share": 0.1, "accuracy": value}
+               for model, values in (("none, pretrained", (0.9, 0.8)), ("none, scratch", (0.5, 0.6)))
+               for seed, value in enumerate(values)]
+    (row,) = duet.transfer_differences(records, ["none"])
+    assert row["10%"].startswith("+30.00 ± ")
+
+
+def test_the_originals_etth1_lacks_five_percent(tmp_path):
+    (tmp_path / "a.csv").write_text("OT,b\n" + "\n".join(f"{i % 97}.5,{i % 89}" for i in range(3000)))
+    data = duet.csv_dataset(tmp_path / "a.csv", "OT", 3, "original", missing=0.05)
+    assert data.info["missing"] == pytest.approx(0.05, abs=0.005)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--dataset", "no_such"], "invalid choice: 'no_such'"),
     (["--data", "no/such.csv"], "No such file or directory: 'no/such.csv'"),
@@ -832,7 +934,7 @@ def test_prediction_needs_no_encoder_for_the_names_it_was_trained_on(encoder, tm
     (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
     (["--data", "SEMICOLON", "--target", "a"], "1 rows, at least 1296 are needed"),
     (["--data", "HUGE", "--target", "a"], "the values of 'b' are too large"),
-    (["--data", "CSV", "CSV", "--target", "load"], "two data sets have the same name"),
+    (["--data", "CSV", "CSV", "--target", "load"], "named twice"),
     (["--target", "load"], "--target is for the CSV files of --data"),
     (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
@@ -891,7 +993,7 @@ def test_a_model_made_by_hand_is_fitted_saved_and_read(tmp_path):
         new(5).add_dataset(duet.synthetic_schema(1, 60).metadata())
 
 
-def test_figures_carry_their_interval_and_the_seeds_stand_beside_its_own_protocol(tmp_path):
+def test_figures_carry_their_interval_and_the_originals_stand_beside_its_protocol(tmp_path):
     assert duet.percent([0.01, 0.02, 0.03], "+") == "+2.00 ± 2.48" and duet.percent([0.9]) == "90.00"
     assert duet.percent([0.01, 0.011, 0.012], "+") == "+1.10 ± 0.25 *" and "*" not in duet.percent([0.9, 0.91])
     command = ["--dataset", "user_metrics", "--strategies", "none", *TINY, "--output-dir", str(tmp_path)]
