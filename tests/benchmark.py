@@ -296,7 +296,7 @@ def toxicity_training(repeats=5):
     def ours():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             state = toxicity.new_state(model, [])
-            toxicity.train_model(state, examples, args, "plain", 1e-4, Path(folder) / "checkpoint.pt")
+            toxicity.train_model(state, examples, [False, True], args, "plain", 1e-4, Path(folder) / "checkpoint.pt")
             return state["history"][0]["seconds"]
 
     mine, reference = median_pair(ours, bare, repeats)
@@ -307,7 +307,7 @@ def toxicity_scoring():
     """Texts per second from text to score in length buckets, and with every text padded to --max-length."""
     args, data, model, tokenizer = toxicity_data()
     texts, _ = data.split("train")
-    classifier = toxicity.Classifier(model.eval(), tokenizer, "", vars(args), 0.5, torch.zeros(0), 0)
+    classifier = toxicity.Classifier(model.eval(), tokenizer, "", vars(args), [False, True], torch.zeros(0), 0)
 
     @torch.inference_mode()
     def padded():

@@ -36,6 +36,15 @@ def no_left_over_notes(monkeypatch):
     monkeypatch.setattr(toxicity, "NOTES", [])
 
 
+@pytest.fixture
+def fast(monkeypatch):
+    """Runs without pictures and without a benchmark, where a test is about neither."""
+    speed = {"latency ms": 1.0, "p99 ms": 1.0, "texts/s": 1.0}
+    monkeypatch.setattr(toxicity, "benchmark", lambda classifier, texts: speed)
+    for name in ("plot_learning", "plot_curves", "plot_matrices", "plot_deployments"):
+        monkeypatch.setattr(toxicity, name, lambda *arguments: None)
+
+
 @pytest.fixture(scope="session")
 def dendritic(tmp_path_factory):
     """(output folder, results) of a run with dendrites, started on a pseudo-terminal in an empty working folder."""
@@ -448,7 +457,7 @@ def test_switched_off_dendrites_leave_the_neurons(perforated):
     assert toxicity.count_active(off) < toxicity.count_active(plain)
 
 
-def test_an_arm_is_one_entry(tmp_path, monkeypatch):
+def test_an_arm_is_one_entry(fast, tmp_path, monkeypatch):
     def halve(model, train, args):
         with torch.no_grad():
             model.classifier.weight.mul_(0.5)
@@ -456,7 +465,8 @@ def test_an_arm_is_one_entry(tmp_path, monkeypatch):
 
     monkeypatch.setattr(toxicity, "ARMS", {"halve": halve, "plain": None})
     monkeypatch.setattr(toxicity, "DEFAULT_ARM", "plain")
-    argv = [*DENDRITES, "--sample-size", "200", "--compare-dendrites", "--runs", "2", "--output-dir", str(tmp_path)]
+    argv = [*DENDRITES, "--epochs", "3", "--sample-size", "200", "--compare-dendrites", "--runs", "2",
+            "--output-dir", str(tmp_path)]
     results = toxicity.main(argv)
     assert [row["arm"] for row in results["table"]] == ["halve", "TF-IDF", "majority class", "plain"]
     assert results["seeds"] == [42, 43]
@@ -465,7 +475,7 @@ def test_an_arm_is_one_entry(tmp_path, monkeypatch):
     assert run["switches"] == [{"epoch": 2, "parameters": 4_386_178}]
 
 
-def test_a_comparison_that_stops_keeps_what_is_done(tmp_path, monkeypatch, error_line):
+def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch, error_line):
     def fail(model, train, args):
         raise toxicity.UserError("out of luck")
 
@@ -485,42 +495,50 @@ def test_a_teacher_has_not_seen_the_texts_that_it_scores(tmp_path, monkeypatch):
     data = toxicity.load_data(args)
     texts, _ = data.split("train")
 
-    def fit(others, args):
+    def fit(others):
         seen = set(others.split("train")[0])
         assert len(seen) == pytest.approx(400 * 2 / 3, abs=2)
-        words = {word for text in seen for word in text.split()}
 
-        def score(asked):
+        def answer(asked):
             assert not seen & set(asked)
-            return np.array([np.mean([word in words for word in text.split()]) for text in asked])
+            return np.tile([0.75, 0.25], (len(asked), 1))
 
-        return score
+        return answer
 
-    monkeypatch.setattr(toxicity, "fit_tfidf", fit)
-    lesson, scores = toxicity.teach(None, data, args, tmp_path)
+    monkeypatch.setattr(toxicity, "fit_tfidf_classes", fit)
+    lesson, probabilities = toxicity.teach(None, data, args, tmp_path)
     assert lesson[:400] == texts
-    assert len(lesson) == len(scores) == 1200
+    assert len(lesson) == 1200
+    np.testing.assert_allclose(probabilities, np.tile([0.75, 0.25], (1200, 1)), atol=1e-6)
     assert np.mean([len(text.split()) for text in lesson[400:800]]) == pytest.approx(
         0.8 * np.mean([len(text.split()) for text in texts]), rel=0.1)
 
 
-def test_a_student_learns_from_tfidf(tmp_path):
-    argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--distill", "tfidf", "--output-dir", str(tmp_path)]
+def test_a_student_learns_all_classes_from_tfidf(fast, tmp_path):
+    texts, labels = toxicity.generate_comments(500, seed=5)
+    path = write_csv(tmp_path / "a.csv", texts, np.where(labels, 0, 1 + np.arange(500) % 2))
+    argv = ["--data", str(path), "--positive-label", "0", "--from-scratch", "--sample-size", "0", "--arm", "plain",
+            "--epochs", "1", "--distill", "tfidf", "--output-dir", str(tmp_path)]
     results = toxicity.main(argv)
     assert "BERT-Tiny from scratch" in results["models"]
     args = toxicity.parse_args(argv)
     data = toxicity.load_data(args)
     lesson = toxicity.teach(None, data, args, tmp_path)
-    examples = toxicity.make_examples(load_model((tmp_path, None)).tokenizer, data, args, lesson)["train"]
-    assert (len(examples.targets), examples.epoch_size, examples.weights) == (2000, 400, None)
-    toxic = examples.targets[:400, 1].cpu().numpy()
+    student = load_model((tmp_path, None))
+    examples = toxicity.make_examples(student.tokenizer, data, args, lesson)["train"]
+    assert student.model.config.num_labels == 3
+    assert examples.epoch_size == len(data.splits["train"]) == len(examples.targets) / 5
+    assert examples.weights is None
+    toxic = np.flatnonzero(student.toxic)
     labels = data.split("train")[1]
-    assert toxic[labels == 1].mean() > 1.5 * toxic[labels == 0].mean()
+    scores = examples.targets[: len(labels), toxic].sum(1).cpu().numpy()
+    assert scores[labels == 1].mean() > 1.5 * scores[labels == 0].mean()
+    np.testing.assert_allclose(student.scores(texts[:9]), student.logits(texts[:9]).softmax(1)[:, toxic].sum(1))
 
 
-def test_a_student_learns_from_a_giant_that_was_trained(tmp_path):
+def test_a_student_learns_from_a_giant_that_was_trained(fast, tmp_path):
     argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--distill", "giant", "--giant", "scratch",
-            "--giant-epochs", "1", "--sample-size", "200", "--output-dir", str(tmp_path)]
+            "--giant-epochs", "1", "--augment", "1", "--sample-size", "200", "--output-dir", str(tmp_path)]
     results = toxicity.main(argv)
     giant = load_model((tmp_path, None), "giant.pt").model
     norms = [weight for name, weight in giant.named_parameters() if name.endswith("LayerNorm.weight")]
@@ -540,7 +558,7 @@ def same_weights(first, second):
 
 
 @pytest.mark.parametrize("arm", ["library", "cascade"])
-def test_an_interrupted_run_goes_on_after_its_switch(arm, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_after_its_switch(arm, fast, tmp_path, monkeypatch, capsys):
     argv = [*DENDRITES, "--sample-size", "200", "--arm", arm, "--output-dir"]
     whole = toxicity.main([*argv, str(tmp_path / "whole")])
     add_epoch = toxicity.add_epoch
@@ -561,10 +579,14 @@ def test_an_interrupted_run_goes_on_after_its_switch(arm, tmp_path, monkeypatch,
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_killed_run_goes_on_from_its_last_epoch(plain, tmp_path):
+def test_a_killed_run_goes_on_from_its_last_epoch_with_the_same_data(fast, plain, tmp_path, error_line):
     argv = [*SMALL, "--arm", "plain", "--epochs", "3", "--output-dir", tmp_path]
     checkpoint = tmp_path / "toxicity/run-001/checkpoint.pt"
     kill_when("toxicity.py", argv, checkpoint, tmp_path)
+    content = checkpoint.read_bytes()
+    torch.save(torch.load(checkpoint, weights_only=True) | {"source": ["another file", "BERT-Tiny"]}, checkpoint)
+    assert "the run began with ['another file'" in error_line(toxicity, ["--resume", "--output-dir", tmp_path])
+    checkpoint.write_bytes(content)
     resumed = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
     assert len(resumed["history"]) == 3
     assert same_weights(plain[0], tmp_path)
@@ -575,16 +597,7 @@ def test_a_finished_run_is_not_resumed(plain, error_line):
     assert "no unfinished run" in error_line(toxicity, ["--resume", "--output-dir", plain[0]])
 
 
-def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch, error_line):
-    path = write_csv(tmp_path / "a.csv", *toxicity.generate_comments(300, seed=1))
-    argv = ["--data", path, "--from-scratch", "--arm", "plain", "--epochs", "2", "--output-dir", tmp_path]
-    checkpoint = tmp_path / "toxicity/run-001/checkpoint.pt"
-    kill_when("toxicity.py", argv, checkpoint, tmp_path)
-    write_csv(path, *toxicity.generate_comments(300, seed=2))
-    assert "the run began with" in error_line(toxicity, ["--resume", "--output-dir", tmp_path])
-
-
-def test_training_texts_are_known_by_their_hashes(tmp_path, error_line):
+def test_training_texts_are_known_by_their_hashes(fast, tmp_path, error_line):
     texts, labels = toxicity.generate_comments(600, seed=1)
     path, out = write_csv(tmp_path / "a.csv", texts[:300], labels[:300]), ["--output-dir", tmp_path / "out"]
     flags = ["--from-scratch", "--arm", "plain", "--epochs", "1", "--max-length", "16"]
@@ -736,7 +749,7 @@ def test_int8_layers_against_their_definition():
     torch.testing.assert_close(toxicity.Int8Embedding(embedding)(ids), embedding(ids), atol=0.02, rtol=0)
 
 
-def test_a_plain_model_is_exported_for_transformers_and_trained_on(plain, tmp_path, error_line):
+def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, tmp_path, error_line):
     from transformers import pipeline
 
     folder = tmp_path / "hf"
@@ -835,7 +848,7 @@ def test_lines_stream_and_a_reader_may_leave(dendritic, tmp_path):
 
 def test_the_script_runs_when_pasted_into_a_notebook(tmp_path):
     (tmp_path / "common.py").write_text((ROOT / "common.py").read_text())
-    flags = [*SMALL, "--sample-size", "200", "--arm", "plain", "--epochs", "1", "--output-dir", "out"]
+    flags = [*SMALL, "--sample-size", "100", "--arm", "plain", "--epochs", "1", "--output-dir", "out"]
     source = (ROOT / "toxicity.py").read_text().replace('if __name__ == "__main__":\n    main()', "")
     outputs = run_notebook([source, f"results = main({flags})\nprint(sorted(results['models']))"], tmp_path)
     assert "TF-IDF" in str(outputs)
@@ -854,6 +867,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         "latin.jsonl": '{"text": "schön", "toxicity": 1}\n'.encode("latin-1"),
         "empty.csv": b"", "head.csv": b"text,toxicity\n", "comments.xlsx": b"x",
         "comma.csv": b"text,toxicity\ngood,0\nwell, well,1\n", "broken.json": b'[{"text": "a"',
+        "nested.json": b'[{"text": ["a"], "toxicity": 1}]',
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -869,7 +883,8 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "no rows"),
         ([tmp_path / "comments.xlsx"], ".csv, .tsv"), ([tmp_path / "absent.csv"], "absent.csv"),
         ([tmp_path], ".csv, .tsv"), ([tmp_path / "comma.csv"], "Row #3: Expected 2 columns, got 3"),
-        ([tmp_path / "broken.json"], "broken.json"), ([tmp_path / "cut.csv.gz"], "cut.csv.gz"),
+        ([tmp_path / "broken.json"], "broken.json"), ([tmp_path / "nested.json"], "is no text"),
+        ([tmp_path / "cut.csv.gz"], "cut.csv.gz"),
     ]
     for argv, expected in cases:
         assert expected in error_line(toxicity, ["--data", *argv, "--output-dir", tmp_path / "out"])
