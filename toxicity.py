@@ -1041,7 +1041,7 @@ def make_examples(tokenizer, data, args, lesson=None):
             targets = torch.tensor(probabilities, dtype=torch.float32)
         tokens = tokenize(tokenizer, texts, args.max_length)
         if tokens.truncated:
-            note(f"{tokens.truncated:.1%} of the {split} texts have more than --max-length "
+            note(f"{tokens.truncated:.2%} of the {split} texts have more than --max-length "
                  f"{args.max_length} tokens; what follows is not read")
         examples[split] = Examples(tokens.to(args.device), labels, targets.to(args.device),
                                    None if lesson else weights, size)
@@ -1603,7 +1603,7 @@ def format_summary(results):
                  markdown_table(rounded(results["deployments"]))]
     if "giant_killer" in results:
         text += ["A giant-killer?", markdown_table(results["giant_killer"])]
-    return "\n\n".join([*text, results["answer"], ""])
+    return "\n\n".join([*text, results["answer"]]) + "\n"
 
 
 def format_answer(metrics, share):
@@ -1791,13 +1791,17 @@ def format_mean(values):
 
 
 def collect_rows(runs):
-    """DataFrame with a row for each seed of each arm, of each arm with its dendrites switched off,
-    of each baseline and of the giant."""
+    """DataFrame with a row for each seed of each arm, of each arm with its dendrites switched off
+    (the same model, where it has none), of each baseline and of the giant."""
     records = []
+    dendritic = {run["arm"] for run in runs if SWITCHED_OFF in run["models"]}
     for run in runs:
-        model = next(iter(run["models"]))
+        models = run["models"]
+        model = next(iter(models))
+        if run["arm"] in dendritic:
+            models.setdefault(SWITCHED_OFF, models[model])
         names = {model: run["arm"], SWITCHED_OFF: f"{run['arm']}, {SWITCHED_OFF}"}
-        for name, metrics in run["models"].items():
+        for name, metrics in models.items():
             scores = {label: metrics[key] for key, label in METRICS.items()}
             if name != f"{model}, int8":
                 records.append({"arm": names.get(name, name), "seed": run["seed"], **scores})
@@ -1817,7 +1821,8 @@ def combine_runs(runs, run_dir):
     for ax, metric in zip(axes, ["PR AUC", "F1"]):
         means, widths = zip(*(mean_and_interval(group[metric]) for group in groups.values()))
         plot_dots(ax, list(groups), {metric: means}, "{:.3f}", {metric: widths}, first)
-        ax.set_xlabel(f"{metric} of the toxic class")
+        left, right = ax.get_xlim()
+        ax.set(xlabel=f"{metric} of the toxic class", xlim=(max(left, 0), min(right, 1)))
     save_figure(fig, run_dir / "dendrites.png")
     table, sentences = [], []
     for name, group in groups.items():
@@ -1826,8 +1831,10 @@ def combine_runs(runs, run_dir):
         difference = (by_seed[first] - by_seed[name]).dropna()
         if name != first and len(difference) > 1:
             row["difference"] = format_mean(difference)
-            row["p"] = f"{ttest_1samp(difference, 0).pvalue:.2g}"
-            sentences.append(f"{first} minus {name} {format_mean(difference)}")
+            if difference.any():
+                row["p"] = f"{ttest_1samp(difference, 0).pvalue:.2g}"
+            if name in ARMS or name == "TF-IDF":
+                sentences.append(f"{first} minus {name} {format_mean(difference)}")
         row["parameters"] = max((run["parameters"] for run in same), default=None)
         row["dendrites carry %"] = np.mean([run["dendrite_share"] or 0 for run in same] or [np.nan])
         table.append(row)
