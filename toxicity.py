@@ -682,7 +682,7 @@ def make_model(args, texts, num_labels):
 
 
 def load_giant(args, data):
-    """(model, tokenizer, its name, whether from scratch) of --giant, for all classes of the data."""
+    """(model, tokenizer, its name, whether from scratch) of --giant, for all classes there are."""
     num_labels = len(toxic_classes(data))
     if args.giant == "scratch":
         model = build_bert(SMALL_GIANT | {"num_labels": num_labels})
@@ -984,8 +984,9 @@ def train_candidates(model, names, train):
             activation = candidates[name](x).sigmoid()  # [tokens, neurons]
             centred = (error - error.mean(0)) / (error.std(0) + 1e-12)
             covariance = (activation * centred).mean(0)
-            now = torch.stack([covariance, activation.mean(0), activation.var(0), output.var(0)])
-            moments.setdefault(name, now.detach()).lerp_(now.detach(), 0.1)
+            values = [covariance, activation.mean(0), activation.var(0), output.var(0)]
+            batch_moments = torch.stack(values).detach()
+            moments.setdefault(name, batch_moments).lerp_(batch_moments, 0.1)
             objective = objective - (moments[name][0].sign() * covariance).sum()
         optimizer.zero_grad()
         objective.backward()
@@ -1725,12 +1726,12 @@ def augment(texts, folds, copies, seed):
         altered = []
         for first, fold in zip(words, folds):
             if number % 2 == 0:
-                kept = [word for word in first if rng.random() > 0.2] or first[:1]
+                remaining = [word for word in first if rng.random() > 0.2] or first[:1]
             else:
                 second = words[rng.choice(members[fold])]
                 head, tail = rng.uniform(0.3, 0.8, 2)
-                kept = first[: int(len(first) * head) + 1] + second[int(len(second) * tail):]
-            altered.append(" ".join(kept))
+                remaining = first[: int(len(first) * head) + 1] + second[int(len(second) * tail):]
+            altered.append(" ".join(remaining))
         lists.append(altered)
     return lists
 
@@ -1874,8 +1875,8 @@ def open_checkpoint(args):
     classifier = load_classifier(find_checkpoint(args), args.device)
     foreign = args.data or args.dataset
     if not foreign:
-        kept = {name: classifier.arguments[name] for name in DATA_ARGUMENTS}
-        args = argparse.Namespace(**vars(args) | kept)
+        arguments = {name: classifier.arguments[name] for name in DATA_ARGUMENTS}
+        args = argparse.Namespace(**vars(args) | arguments)
     data = load_data(args)
     if foreign:
         data.splits = {"test": np.concatenate(list(data.splits.values()))}
