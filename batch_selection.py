@@ -34,6 +34,14 @@ constant (--schedule constant); Balles et al. 2023, arXiv:2312.05021, and Kaddou
 arXiv:2307.06440, for the controls; the papers of the strategies at each of them.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.6", "numpy>=2.0", "pandas>=2.2", "scikit-learn>=1.7", "scipy>=1.14",
+#     "matplotlib>=3.9", "tqdm>=4.66", "joblib>=1.4", "pyarrow>=17", "pillow>=10.4",
+# ]
+# ///
+
 import argparse
 import contextlib
 import gzip
@@ -1845,6 +1853,10 @@ def main(argv=None):
         text = ("interrupted; to go on with a run that had begun: "
                 f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(error.name, error.name)
+        text = f"error: {error}; pip install {package}"
+        code = 2
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         text = f"error: {' '.join(str(error).split())}"
         code = 2

@@ -2407,6 +2407,10 @@ def main(argv=None):
         text = ("interrupted; to go on with a run that had begun: "
                 f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(error.name, error.name)
+        text = f"error: {error}; pip install {package}"
+        code = 2
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         text = f"error: {' '.join(str(error).split())}"
         code = 2

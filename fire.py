@@ -32,6 +32,14 @@ Sources: a plan to train a "Fire Detection AI" on 5 M of 50 M rows (its data are
 Geurts et al. 2006, Ke et al. 2017 (trees).
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.6", "numpy>=2.0", "pandas>=2.2", "scikit-learn>=1.7", "scipy>=1.14",
+#     "matplotlib>=3.9", "tqdm>=4.66", "joblib>=1.4", "pyarrow>=17", "pillow>=10.4",
+# ]
+# ///
+
 import argparse
 import codecs
 import contextlib
@@ -2012,6 +2020,10 @@ def main(argv=None):
         text = ("interrupted; to go on with a run that had begun: "
                 f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(error.name, error.name)
+        text = f"error: {error}; pip install {package}"
+        code = 2
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         text = f"error: {' '.join(str(error).split())}"
         code = 2

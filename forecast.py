@@ -32,6 +32,14 @@ et al. 2023 (grouped queries), Su et al. 2021 (rotary positions), van den Oord e
 (codebooks), Bates and Granger 1969 (combination), Vovk et al. 2005 (conformal intervals).
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.6", "numpy>=2.0", "pandas>=2.2", "scikit-learn>=1.7", "scipy>=1.14",
+#     "matplotlib>=3.9", "tqdm>=4.66", "joblib>=1.4",
+# ]
+# ///
+
 import argparse
 import codecs
 import contextlib
@@ -1811,6 +1819,10 @@ def main(argv=None):
         text = ("interrupted; to go on with a run that had begun: "
                 f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(error.name, error.name)
+        text = f"error: {error}; pip install {package}"
+        code = 2
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         text = f"error: {' '.join(str(error).split())}"
         code = 2

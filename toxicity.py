@@ -29,6 +29,15 @@ was never fine-tuned); Turc et al. 2019 (BERT-Tiny, distillation); Fahlman and L
 correlation); perforatedai (dendrites); Borkan et al. 2019 (Civil Comments).
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.6", "numpy>=2.0", "pandas>=2.2", "pyarrow>=17", "scikit-learn>=1.7",
+#     "scipy>=1.14", "matplotlib>=3.9", "tqdm>=4.66", "transformers>=5.0", "tokenizers>=0.22",
+#     "datasets>=4.0", "perforatedai>=3.2.9",
+# ]
+# ///
+
 import argparse
 import codecs
 import contextlib
@@ -2272,6 +2281,10 @@ def main(argv=None):
         text = ("interrupted; to go on with a run that had begun: "
                 f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(error.name, error.name)
+        text = f"error: {error}; pip install {package}"
+        code = 2
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         text = f"error: {' '.join(str(error).split())}"
         code = 2
