@@ -100,7 +100,6 @@ METRICS = {"pr_auc": "PR AUC", "f1": "F1", "roc_auc": "ROC AUC"}  # compared bet
 TIERS = ["allow", "monitor", "review", "remove"]
 INFERENCE_BATCH = 64
 SWITCHED_OFF = "dendrites switched off"
-CASCADE_START = 0.1  # of a candidate: its output over that of the neuron, in standard deviations
 NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
 MAX_CLASSES = 20  # a column with more label values holds a scale
 FOLDS = 3  # of the training texts for --distill
@@ -117,7 +116,8 @@ def parse_args(argv=None):
         f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--quick", action="store_true", help="few embedded comments, a short training")
+    add("--quick", action="store_true", help="3,000 synthetic comments, 8 epochs from random "
+        "weights, no network: a minute")
     add("--dataset", choices=["civil_comments", "embedded"], help="data set; if unset, "
         "civil_comments, or embedded comments where the hub is out of reach")
     add("--data", metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet file of your own")
@@ -163,8 +163,8 @@ def parse_args(argv=None):
         "best_model.pt")
     add("--format", choices=["table", "json"], default="table", help="format of --predict")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--evaluate", nargs="?", const="newest", metavar="FILE", help="score a checkpoint on its "
-        "own test part, or on all texts of --data")
+    add("--evaluate", action="store_true", help="score --checkpoint on its own test part, or on "
+        "all texts of --data")
     add("--compare-base", action="store_true", help="fine-tune --giant on the same texts, compare")
     add("--quantize", action="store_true", help="write model_int8.pt and compare it")
     add("--export-onnx", action="store_true", help="write model.onnx and compare it")
@@ -173,9 +173,11 @@ def parse_args(argv=None):
     add("--predict", nargs="*", metavar="TEXT", help="score texts, or the lines on stdin; the tier "
         "is monitor from half the threshold T on, review from T, remove from (1 + T) / 2")
     if "--quick" in (argv or []):
-        parser.set_defaults(dataset="embedded", from_scratch=True, sample_size=3000, epochs=8,
-                            switch_every=4, giant="scratch")
+        parser.set_defaults(sample_size=3000, epochs=8, switch_every=4, giant="scratch")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.from_scratch = args.from_scratch or not args.model
+        args.dataset = args.dataset or (None if args.data else "embedded")
     check_args(args, parser.error)
     return args
 
@@ -188,8 +190,10 @@ def check_args(args, error):
             error(f"--{name.replace('_', '-')} {value} is too small")
     if 0 < args.sample_size < 100:
         error(f"--sample-size {args.sample_size}: at least 100 are needed; 0 takes all texts")
-    if (args.learning_rate or 1) <= 0 or args.weight_decay < 0 or args.seed >= 2**31:
-        error("--learning-rate must be above 0, --weight-decay not below, --seed under 2**31")
+    if args.learning_rate is not None and not args.learning_rate > 0:
+        error("--learning-rate must be above 0")
+    if args.seed >= 2**31 or args.weight_decay < 0:
+        error("--seed must be under 2**31, --weight-decay not below 0")
     if not args.label_threshold > 0:
         error("--label-threshold must be above 0")
     if args.max_length > 512:
@@ -376,7 +380,7 @@ def read_table(path, columns):
         else:
             raise UserError(f"{path}: .csv, .tsv, .json, .jsonl and .parquet are read, also with "
                             ".gz at the end")
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, TypeError, OSError) as error:
         raise UserError(f"{path}: {error}") from None
     for column in columns:
         if list(frame).count(column) != 1:
@@ -384,7 +388,7 @@ def read_table(path, columns):
                             f"{', '.join(map(str, frame))}; see --text-column and --label-column")
     if not len(frame):
         raise UserError(f"{path}: no rows")
-    return frame
+    return frame[columns].astype(object)
 
 
 def refuse_row(bad, column, path, problem):
@@ -406,7 +410,7 @@ def read_labels(column, positive_label, threshold, path):
     raw = column.map(str)
     values = normalize(raw)
     missing = column.isna() | values.isin(NO_LABEL)
-    counts = raw.value_counts(sort=False)
+    counts = raw.value_counts()
     listed = ", ".join(f"{value!r} {count:,}" for value, count in counts[:MAX_CLASSES].items())
     refuse_row(missing.to_numpy(), column, path, f"is no label; there are {listed}")
     if positive_label is None:
@@ -423,8 +427,11 @@ def read_labels(column, positive_label, threshold, path):
                             f"{positive_label!r}, but {listed}")
     labels = labels.to_numpy(np.int64)
     if len(counts) > MAX_CLASSES:
-        note(f"labels: {len(counts):,} values, {labels.mean():.1%} of the rows have {threshold:g} "
-             "or more, toxic")
+        meaning = f"are {positive_label!r}"
+        if positive_label is None:
+            meaning = f"have {threshold:g} or more"
+        note(f"labels: {len(counts):,} values; {labels.sum():,} rows ({labels.mean():.1%}) "
+             f"{meaning} and are toxic; the most frequent: {listed}")
         return labels, labels
     toxic = dict(zip(raw, labels))
     note("labels: " + ", ".join(f"{value!r} is {CLASSES[toxic[value]]} ({count:,})"
@@ -495,10 +502,11 @@ def read_civil_comments(args):
     for split in reversed(SPLITS):
         path = fetch_civil_comments(split, sizes[split], args.data_dir)
         frame = read_table(path, ["text", "toxicity"])
-        keys = [same_text(text or "") for text in frame["text"]]
+        cleaned = [clean_text(text or "") for text in frame["text"]]
+        keys = [same_text(text) for text in cleaned]
         splits[split] = np.array([len(texts) + i for i, key in enumerate(keys) if key not in seen])
         seen.update(keys)
-        texts += [clean_text(text or "") for text in frame["text"]]
+        texts += cleaned
         labels.append(read_labels(frame["toxicity"], None, args.label_threshold, path)[0])
     labels = np.concatenate(labels)
     return texts, labels, labels, {split: splits[split] for split in SPLITS}
@@ -534,7 +542,8 @@ def split_texts(texts, labels, sample_size, seed):
             groups, chosen = train_test_split(groups, test_size=size, random_state=seed,
                                               stratify=strata[groups])
         splits[split] = first[chosen] if sampled else np.flatnonzero(np.isin(group, chosen))
-    return {split: splits[split] for split in SPLITS}
+    rng = np.random.default_rng(seed)
+    return {split: rng.permutation(splits[split]) for split in SPLITS}
 
 
 def read_source(args):
@@ -939,73 +948,8 @@ def wider(model, train, args):
     return grown
 
 
-def cascade(model, train, args):
-    """Cascade correlation (Fahlman and Lebiere 1990): one pass over the training texts trains a
-    candidate for each neuron to covary with the gradient of the loss at that neuron, which is the
-    remaining error. Only then are the candidates connected, against that gradient.
-    """
-    dendrites = pack_model(model)["dendrites"] + 1
-    grown = grow_dendrites(build_bert(bert_config(model)), dendrites)
-    copy_weights(model, grown)
-    model = model.to(args.device).eval()
-    names = [name for name, module in grown.named_modules() if isinstance(module, DendriticLinear)]
-    candidates, moments = train_candidates(model, names, train)
-    for name, candidate in candidates.items():
-        layer = grown.get_submodule(name)
-        covariance, mean, variance, output_variance = moments[name].cpu()
-        spread = output_variance.sqrt() / variance.sqrt().clamp(min=0.02)
-        neurons = len(candidate.bias)
-        with torch.no_grad():
-            layer.linear.weight[-neurons:] = candidate.weight.cpu()
-            layer.linear.bias[-neurons:] = candidate.bias.cpu()
-            layer.to_neuron[-1] = -covariance.sign() * CASCADE_START * spread
-            layer.linear.bias[:neurons] -= layer.to_neuron[-1] * mean  # the mean output stays
-    return grown
-
-
-def train_candidates(model, names, train):
-    """({layer: nn.Linear}, {layer: moments}) of candidate dendrites, one for each neuron of the
-    layers `names`, trained to covary with the gradient of the loss. Moments [4, neurons] are
-    running means of: covariance, mean and variance of the candidate, variance of the neuron."""
-    recorded, candidates, moments = {}, {}, {}
-    for name in names:
-        layer = model.get_submodule(name)
-        layer.register_forward_hook(
-            lambda layer, inputs, output, name=name: recorded.update({name: (*inputs, output)}))
-        plain = getattr(layer, "linear", layer)
-        neurons = len(layer.to_neuron[0]) if hasattr(layer, "to_neuron") else plain.out_features
-        candidates[name] = nn.Linear(plain.in_features, neurons, device=model.device)
-        nn.init.normal_(candidates[name].weight, std=0.05)
-        nn.init.zeros_(candidates[name].bias)
-    parameters = [weight for candidate in candidates.values() for weight in candidate.parameters()]
-    batches = bucket_batches(train.tokens.lengths, INFERENCE_BATCH, shuffle=True)
-    batches = batches[: math.ceil(train.epoch_size / INFERENCE_BATCH)]
-    optimizer = torch.optim.Adam(parameters, lr=5e-3)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
-    for rows in progress(batches, "candidates"):
-        batch = train.tokens.batch(rows)
-        loss = train.loss(model(**batch).logits, rows)
-        errors = torch.autograd.grad(loss, [output for _, output in recorded.values()])
-        objective = 0
-        for (name, (x, output)), error in zip(recorded.items(), errors):
-            mask = batch["attention_mask"].bool() if x.dim() == 3 else slice(None)
-            x, output, error = x.detach()[mask], output.detach()[mask], error[mask]
-            activation = candidates[name](x).sigmoid()  # [tokens, neurons]
-            centred = (error - error.mean(0)) / (error.std(0) + 1e-12)
-            covariance = (activation * centred).mean(0)
-            values = [covariance, activation.mean(0), activation.var(0), output.var(0)]
-            batch_moments = torch.stack(values).detach()
-            moments.setdefault(name, batch_moments).lerp_(batch_moments, 0.1)
-            objective = objective - (moments[name][0].sign() * covariance).sum()
-        optimizer.zero_grad()
-        objective.backward()
-        optimizer.step()
-        scheduler.step()
-    return candidates, moments
-
-
 # An arm without a function trains on. --compare-dendrites compares the first arm with the others.
-ARMS = {"library": library, "plain": None, "restart": restart, "wider": wider, "cascade": cascade}
+ARMS = {"library": library, "plain": None, "restart": restart, "wider": wider}
 DEFAULT_ARM = "library"
 
 
@@ -1391,7 +1335,9 @@ def evaluate(scores, data, thresholds):
     metrics = {}
     for name, by_split in scores.items():
         threshold = thresholds.get(name)
-        if threshold is None:
+        if np.ptp(by_split["test"]) == 0:
+            threshold = 0.5  # one score for all texts
+        elif threshold is None:
             threshold = choose_threshold(data.split("validation")[1], by_split["validation"])
         metrics[name] = classification_metrics(data.split("test")[1], by_split["test"], threshold)
     return metrics
@@ -1464,9 +1410,8 @@ def fit_frozen_encoder(data, args):
 
 
 def fit_majority(data, args):
-    """The share of toxic texts as everyone's score."""
-    share = data.labels.mean()
-    return lambda texts: np.full(len(texts), share)
+    """The score 0 for every text, since most texts are not toxic."""
+    return lambda texts: np.zeros(len(texts))
 
 
 BASELINES = {"TF-IDF": fit_tfidf, "frozen encoder": fit_frozen_encoder,
@@ -1537,8 +1482,8 @@ def plot_curves(scores, metrics, labels, path):
 
     fig, axes = new_figure("Toxic texts of the test part", 1, 2, (11, 5.2))
     for i, (name, by_split) in enumerate(scores.items()):
-        if np.ptp(by_split["test"]) == 0 or name.endswith(", int8"):
-            continue  # one score for all texts, or the curve of the model itself
+        if np.ptp(by_split["test"]) == 0 or (i > 0 and name.endswith(", int8")):
+            continue  # one score for all texts, or nearly the curve of the model itself
         precision, recall, _ = precision_recall_curve(labels, by_split["test"])
         false_alarms, found, _ = roc_curve(labels, by_split["test"])
         label = "{}: {:.3f}, {:.3f}".format(name, metrics[name]["pr_auc"], metrics[name]["roc_auc"])
@@ -1604,7 +1549,8 @@ def rounded(rows):
 def format_summary(results):
     """The tables of a run as Markdown, the answer last."""
     data = results["data"]
-    text = [f"Test part of {data['rows']:,} texts ({data['source']}), seed {results['seed']}:",
+    text = [f"Test part of {sum(data['counts']['test']):,} texts ({data['source']}), "
+            f"seed {results['seed']}:",
             markdown_table(rounded([*results["table"], ORIGINAL_ROW])),
             "PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen "
             "on validation texts; intervals are of 1,000 bootstrap samples of the test texts."]
@@ -1751,7 +1697,8 @@ def teach(giant, data, args, run_dir):
     answered by teachers that were trained without its fold."""
     rows = data.splits["train"]
     texts, _ = data.split("train")
-    folds = np.random.default_rng(args.seed).permutation(len(rows)) % FOLDS
+    _, group = np.unique(hash_texts(texts), return_inverse=True)  # the same text in one fold
+    folds = (np.random.default_rng(args.seed).permutation(group.max() + 1) % FOLDS)[group]
     lists = [texts, *augment(texts, folds, args.augment, args.seed)]
     logits = torch.zeros(len(lists), len(rows), len(toxic_classes(data)))
     for fold in range(FOLDS):
@@ -1789,7 +1736,9 @@ def run_arms(args):
             if not finished.exists():
                 folder.mkdir(exist_ok=True)
                 changed = {"seed": seed, "arm": arm}
+                before = list(NOTES)
                 run_experiment(argparse.Namespace(**vars(args) | changed), folder)
+                NOTES[:] = before  # those of this run are in its own results
             runs.append(json.loads(finished.read_text()))
     return write_results(*combine_runs(runs, run_dir), args, run_dir)
 
@@ -1843,7 +1792,7 @@ def combine_runs(runs, run_dir):
             row["difference"] = format_mean(difference)
             if difference.any():
                 row["p"] = f"{ttest_1samp(difference, 0).pvalue:.2g}"
-            if name in ARMS or name == "TF-IDF":
+            if name not in BASELINES or name == "TF-IDF":
                 sentences.append(f"{first} minus {name} {format_mean(difference)}")
         row["parameters"] = max((run["parameters"] for run in same), default=None)
         row["dendrites carry %"] = np.mean([run["dendrite_share"] or 0 for run in same] or [np.nan])
@@ -1853,8 +1802,8 @@ def combine_runs(runs, run_dir):
 
 {markdown_table(rounded(table))}
 
-All arms have the same epochs; cascade has a pass for its candidates besides. Difference: PR AUC of
-{first} minus this, paired by seed, with p of a paired t-test.
+All arms have the same epochs. Difference: PR AUC of {first} minus this, paired by seed, with p of
+a paired t-test.
 
 PR AUC: {"; ".join(sentences) or format_mean(by_seed[first])}.
 """
@@ -1866,10 +1815,9 @@ PR AUC: {"; ".join(sentences) or format_mean(by_seed[first])}.
 
 
 def find_checkpoint(args):
-    """The path of --checkpoint or --evaluate, or of the newest best_model.pt."""
-    path = args.checkpoint or args.evaluate
-    if path and path != "newest":
-        return Path(path)
+    """The path of --checkpoint, or of the newest best_model.pt."""
+    if args.checkpoint:
+        return Path(args.checkpoint)
     paths = Path(args.output_dir, EXPERIMENT).glob("run-*/**/best_model.pt")
     newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
@@ -1886,6 +1834,8 @@ def open_checkpoint(args):
     if not foreign:
         arguments = {name: classifier.arguments[name] for name in DATA_ARGUMENTS}
         args = argparse.Namespace(**vars(args) | arguments)
+    else:
+        args = argparse.Namespace(**vars(args) | {"sample_size": 0})
     data = load_data(args)
     if foreign:
         data.splits = {"test": np.concatenate(list(data.splits.values()))}
@@ -2057,13 +2007,13 @@ def printable(text):
 
 def predict(args):
     """Print score, decision and tier of each text of --predict or, as they come, of the lines on
-    stdin; empty ones are skipped. Returns the rows."""
+    stdin; empty ones are skipped. Returns the rows of --predict, and the number of texts."""
     classifier = load_classifier(find_checkpoint(args), args.device)
-    threshold, rows = classifier.threshold, []
+    threshold, rows, count = classifier.threshold, [], 0
     cuts = [threshold / 2, threshold, (1 + threshold) / 2]
     lines = (line.rstrip("\r\n") for line in args.predict or sys.stdin)
     texts = (text for text in lines if text.strip())
-    size = 1 if sys.stdin.isatty() else INFERENCE_BATCH
+    size = 1 if not args.predict and sys.stdin.isatty() else INFERENCE_BATCH
     if args.format == "table":
         print("score   decision   tier      text")
     try:
@@ -2072,7 +2022,9 @@ def predict(args):
             for text, score in zip(batch, scores.tolist()):
                 row = {"text": text, "score": round(score, 4), "toxic": score >= threshold,
                        "tier": TIERS[int(np.searchsorted(cuts, score, side="right"))]}
-                rows.append(row)
+                count += 1
+                if args.predict:  # a stream may be endless
+                    rows.append(row)
                 if args.format == "json":
                     print(json.dumps(row, ensure_ascii=False))
                 else:
@@ -2083,9 +2035,9 @@ def predict(args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeDecodeError as error:
         raise UserError(f"--predict: stdin is not UTF-8: {error}") from None
-    if not rows:
+    if not count:
         raise UserError("--predict: no text given, and none on stdin")
-    return {"rows": rows}
+    return {"rows": rows, "count": count}
 
 
 MODES = {"evaluate": evaluate_checkpoint, "compare_base": compare_base, "quantize": quantize,

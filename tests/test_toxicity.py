@@ -408,42 +408,15 @@ def test_a_wider_model_computes_the_same_and_has_the_size_of_the_dendrites():
     assert abs(toxicity.count_active(wide) - 4_800_902) < 100
 
 
-@pytest.fixture(scope="module")
-def cascaded():
-    """(a BERT-Tiny, its training examples, what cascade makes of it)."""
-    args = toxicity.parse_args([*SMALL, "--sample-size", "2000"])
-    data = toxicity.load_data(args)
-    torch.manual_seed(0)
-    model = toxicity.build_bert(toxicity.TINY | {"vocab_size": 3000}).eval()
-    examples = toxicity.make_examples(toxicity.train_wordpiece(data.texts), data, args)["train"]
-    return model, examples, toxicity.cascade(model, examples, args).eval()
-
-
-def test_candidates_covary_with_the_error_before_they_are_connected(cascaded):
-    model, examples, grown = cascaded
-    batch = examples.tokens.batch(torch.arange(2000))
-    inputs, outputs = [], []
-    with (model.classifier.register_forward_pre_hook(lambda layer, x: inputs.append(*x)),
-          model.classifier.register_forward_hook(lambda layer, x, z: outputs.append(z))):
-        loss = examples.loss(model(**batch).logits)
-    error = torch.autograd.grad(loss, outputs[0])[0]
-    layer = grown.classifier
-    untrained = toxicity.DendriticLinear(128, 2, 1)
-
-    def correlation(layer):
-        activation = layer.linear(inputs[0])[:, 2:].sigmoid().detach()
-        return torch.tensor([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(activation.T, error.T)])
-
-    assert correlation(layer).abs().mean() > 1.5 * correlation(untrained).abs().mean()
-    assert (correlation(layer) * layer.to_neuron[0] < 0).all()  # connected against the gradient
-
-
-def test_dendrites_of_the_cascade_carry_a_share_of_the_output(cascaded):
-    _, examples, grown = cascaded
-    tokens = toxicity.replace(examples.tokens, starts=examples.tokens.starts[:101])
-    assert 3 < toxicity.dendrite_share(grown, tokens) < 15
-    idle = toxicity.grow_dendrites(toxicity.build_bert(toxicity.TINY | {"vocab_size": 3000}), 1)
-    assert toxicity.dendrite_share(idle, tokens) == 0
+def test_dendrites_that_do_nothing_carry_nothing():
+    tokenizer = toxicity.train_wordpiece(["you are a clown"] * 50)
+    tokens = toxicity.tokenize(tokenizer, ["you are a clown", "are you a clown", "a clown", "you", "clown are"], 32)
+    grown = toxicity.grow_dendrites(toxicity.build_bert(toxicity.TINY | {"vocab_size": 3000}), 1).eval()
+    assert toxicity.dendrite_share(grown, tokens) == 0
+    for name, weight in grown.named_parameters():
+        if "to_neuron" in name:
+            nn.init.normal_(weight)
+    assert toxicity.dendrite_share(grown, tokens) > 1
 
 
 def test_switched_off_dendrites_leave_the_neurons(perforated):
@@ -557,7 +530,7 @@ def same_weights(first, second):
     return all(torch.equal(first[name], second[name]) for name in first | second)
 
 
-@pytest.mark.parametrize("arm", ["library", "cascade"])
+@pytest.mark.parametrize("arm", ["library", "wider"])
 def test_an_interrupted_run_goes_on_after_its_switch(arm, fast, tmp_path, monkeypatch, capsys):
     argv = [*DENDRITES, "--sample-size", "200", "--arm", arm, "--output-dir"]
     whole = toxicity.main([*argv, str(tmp_path / "whole")])
@@ -771,8 +744,7 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
     assert "no BERT" in error_line(toxicity, argv)
 
 
-def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matter(dendritic, cascaded, tmp_path,
-                                                                                  error_line):
+def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matter(dendritic, tmp_path, error_line):
     classifier = toxicity.replace(load_model(dendritic), model=toxicity.perforate(load_model(dendritic).model, 1, CPU))
     packed = toxicity.pack_model(classifier.model)
     idle = toxicity.replace(classifier, model=toxicity.unpack_model(packed).eval()).save(tmp_path / "idle.pt")
@@ -805,15 +777,56 @@ def test_a_giant_is_really_trained_before_it_is_compared(plain, tmp_path):
 def test_texts_and_lines_are_scored(dendritic, monkeypatch, capsys):
     argv = ["--predict", "--format", "json", "--output-dir", str(dendritic[0])]
     monkeypatch.setattr(sys, "stdin", io.StringIO("you are a clown\n\n  \nthis joke killed me\n"))
-    rows = toxicity.main(argv)["rows"]
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed == rows
+    assert toxicity.main(argv) == {"rows": [], "count": 2}  # a stream may be endless
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == ["you are a clown", "this joke killed me"]  # no empty line
     threshold = load_model(dendritic).threshold
     for row in rows:
         assert row["toxic"] == (row["tier"] in ("review", "remove")) == (row["score"] >= round(threshold, 4))
     assert toxicity.main(["--predict", "you are a clown", *argv[1:]])["rows"] == rows[:1]
     assert toxicity.main(["--predict", "you are &#97; clown", *argv[1:]])["rows"][0]["score"] == rows[0]["score"]
+
+
+def test_the_majority_class_calls_nothing_toxic(plain):
+    row = plain[1]["models"]["majority class"]
+    assert (row["f1"], row["recall"]) == (0, 0)
+
+
+def test_the_same_text_is_in_one_fold_of_the_teachers(monkeypatch):
+    args = toxicity.parse_args([*SMALL, "--augment", "0", "--device", "cpu"])
+    data = toxicity.load_data(args)
+    data.splits["train"] = np.tile(data.splits["train"], 3)
+    taught = []
+
+    def record(data):
+        known = set(data.split("train")[0])
+        return lambda texts: taught.append(known & set(texts)) or np.full((len(texts), 2), 0.5)
+
+    monkeypatch.setattr(toxicity, "fit_tfidf_classes", record)
+    toxicity.teach(None, data, args, None)
+    assert taught == [set()] * toxicity.FOLDS
+
+
+def test_evaluate_scores_all_texts_of_another_file(plain, tmp_path):
+    path = tmp_path / "other.csv"
+    rows = [f"some other text number {i},{int(i % 7 == 0)}" for i in range(700)]
+    path.write_text("text,toxicity\n" + "\n".join(rows))
+    results = toxicity.main(["--evaluate", "--checkpoint", str(model_of(plain)), "--data", str(path), "--sample-size",
+                             "100", "--output-dir", str(tmp_path)])
+    assert results["data"]["rows"] == 700
+
+
+@pytest.mark.parametrize("words", [["--learning-rate", "0"], ["--learning-rate", "-1"]])
+def test_a_learning_rate_must_be_above_zero(words, capsys):
+    with pytest.raises(SystemExit):
+        toxicity.parse_args(words)
+    assert "--learning-rate must be above 0" in capsys.readouterr().err
+
+
+def test_quick_takes_a_file_or_a_model_of_ones_own():
+    args = toxicity.parse_args(["--quick", "--data", "a.csv"])
+    assert (args.dataset, args.from_scratch) == (None, True)
+    assert not toxicity.parse_args(["--quick", "--model", "folder"]).from_scratch
 
 
 def test_control_characters_are_escaped_in_the_table(dendritic, capsys):
