@@ -1820,7 +1820,8 @@ def main(argv=None):
                 f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
         code = 130
     except ModuleNotFoundError as error:
-        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(error.name, error.name)
+        name = error.name.split(".")[0]
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(name, name)
         text = f"error: {error}; pip install {package}"
         code = 2
     except (UserError, OSError, torch.OutOfMemoryError) as error:

@@ -5,6 +5,8 @@ import ast
 import pytest
 from conftest import plumbing
 
+import fire
+
 SCRIPTS = ["fire.py", "forecast.py", "batch_selection.py", "duet.py", "toxicity.py"]
 
 
@@ -19,3 +21,11 @@ def test_the_plumbing_has_what_design_promises_and_no_word_of_an_experiment(scri
     names = {node.name for node in ast.parse(text).body if hasattr(node, "name")}
     assert names >= {"UserError", "log", "atomic_write", "next_run_dir", "write_results", "markdown_table", "main"}
     assert "fire" not in text
+
+
+def test_a_missing_package_is_one_line(error_line, monkeypatch):
+    def need(args):
+        raise ModuleNotFoundError("No module named 'sklearn.tree'", name="sklearn.tree")
+
+    monkeypatch.setattr(fire, "run", need)
+    assert error_line(fire, []).endswith("No module named 'sklearn.tree'; pip install scikit-learn")
