@@ -6,7 +6,7 @@ time, selection included. A paired t-test over the seeds, with Holm's correction
 last test accuracy differs from the control's.
 
 Measured (Fashion-MNIST, an MLP, 5 epochs, 5 seeds): at equal samples selective_backprop gains 0.80
-± 0.12 points, and for `smart`, the original's, no difference is shown; with 20 % wrong labels
+± 0.12 points, and `smart`, the original's, does not differ significantly; with 20 % wrong labels
 `smart` loses 1.98 ± 0.20 and self_paced gains 0.91 ± 0.17. In equal time, with correct labels,
 nothing beats random.
 

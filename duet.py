@@ -6,7 +6,7 @@ A strategy adds the columns' names: none, a learned vocabulary that grows (auto_
 BERT (frozen_bert), or, as a control, a fixed random vector for each name (random_names).
 
 Measured on three data sets, 5 seeds: 95.8 % without names, 96.1 to 96.5 % with any of them, random
-ones included. One shared model for all three: 97.1 to 97.4 % with names, 62.8 % without. A name's
+ones included. One shared model for all three (4 seeds): 97.1 to 97.4 % with names, 62.8 % without. A name's
 meaning counts on a new table only: before it has seen one label, a pretrained model is right in
 100 % with BERT's vectors, 56 % with learned and 35 % with random ones (--transfer, 3 seeds).
 

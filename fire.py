@@ -14,7 +14,7 @@ Measured, five seeds: the transformer 95.80 Â± 0.33 %, gradient boosting 95.80 Â
 the transformer is level with the best trees, not above them (`python fire.py --runs 5`).
 
     python fire.py                                        # 1.5 M rows, about 5 minutes on 2 cores
-    python fire.py --quick                                # everything, small: under a minute
+    python fire.py --quick                                # small data, all outputs: under a minute
     python fire.py --sample-per-area 1000000              # the original's 5 M rows
     python fire.py --data FOLDER --label-column alarm     # your CSV or Parquet files, one an area
     python fire.py --data s3://bucket/prefix --save-to s3://bucket/models

@@ -3,9 +3,9 @@
 Windows of --time-steps values predict the next one. Five networks of a public project ("the
 original": LSTM, attention, grouped-query attention, attention over a learned codebook with one or
 many heads) and six baselines are scored one step ahead and in a free run, which feeds its own
-forecasts back; so are two of ours, `vq_ar` and `combined`, its mean with the best forecaster on
-validation. The original scores random windows over the whole series, training part included; the
-hold-out tests on the last 20 %, on which nothing is fitted or chosen.
+forecasts back. So are two of ours: `vq_ar`, and `combined`, the mean of `vq_ar` and the forecaster
+that is best on validation. The original scores random windows over the whole series, training part
+included; the hold-out tests on the last 20 %, on which nothing is fitted or chosen.
 
 Measured on y_w, squared error of free run and one step: in the original's protocol ridge 1070 and
 1055, grouped-query attention 1079 and 1080, LSTM 1261 and 1120; on the hold-out ridge 1219 and

@@ -11,7 +11,7 @@ RESULT
     python toxicity.py --compare-dendrites --runs 5  # all arms, paired by seed
     python toxicity.py --distill giant --giant FOLDER --arm plain --epochs 12 --batch-size 64
     python toxicity.py --resume                      # go on with the newest unfinished run
-    python toxicity.py --evaluate                    # the newest model; likewise the next ones
+    python toxicity.py --evaluate                    # scores the newest model, as do those below
     python toxicity.py --compare-base --giant FOLDER
     python toxicity.py --quantize                    # or --export-onnx, --export-hf FOLDER
     python toxicity.py --benchmark-only
@@ -1421,7 +1421,7 @@ BASELINES = {"TF-IDF": fit_tfidf, "frozen encoder": fit_frozen_encoder,
 CHEAP_BASELINES = [name for name in BASELINES if name != "frozen encoder"]  # without a giant
 
 
-def baseline_scores(data, args, names):
+def baseline_scores(data, args, names=tuple(CHEAP_BASELINES)):
     """{name: {split: scores}} of the baselines; one that fails is noted and left out."""
     scores = {}
     for name in names:
