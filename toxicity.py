@@ -1187,7 +1187,11 @@ class Classifier:
 
     def scores(self, texts):
         """Probability [texts] that each of the texts is toxic."""
-        return toxic_probability(self.logits(texts), self.toxic)
+        return self.score_tokens(self.tokens(texts))
+
+    def score_tokens(self, tokens):
+        """The same for texts that tokens() has read."""
+        return toxic_probability(predict_logits(self.model, tokens), self.toxic)
 
     @property
     def label(self):
@@ -1385,7 +1389,8 @@ def fit_tfidf_classes(data):
 def fit_tfidf(data, args):
     """Scores of TF-IDF: the probability of all classes that mean toxic."""
     predict_classes = fit_tfidf_classes(data)
-    return lambda texts: predict_classes(texts)[:, toxic_classes(data)].sum(axis=1)
+    toxic = toxic_classes(data)
+    return lambda texts: predict_classes(texts)[:, toxic].sum(axis=1)
 
 
 def fit_frozen_encoder(data, args):
@@ -1908,11 +1913,16 @@ def compare_versions(classifier, version, data, args, run_dir):
                   largest_logit_difference=difference)
 
 
+def require_float(classifier, args):
+    """Raise UserError for a checkpoint that is int8."""
+    if classifier.kind != "float32":
+        raise UserError(f"{find_checkpoint(args)} is {classifier.kind}; take its best_model.pt")
+
+
 def open_float(args):
     """What open_checkpoint returns, for a checkpoint that is not int8."""
     classifier, data, args = open_checkpoint(args)
-    if classifier.kind != "float32":
-        raise UserError(f"{find_checkpoint(args)} is {classifier.kind}; take its best_model.pt")
+    require_float(classifier, args)
     return classifier, data, args
 
 
@@ -1964,10 +1974,8 @@ def export_hf(args):
     """Write a folder that transformers loads; returns what was done."""
     import transformers
 
-    path = find_checkpoint(args)
-    classifier = load_classifier(path, torch.device("cpu"))
-    if classifier.kind != "float32":
-        raise UserError(f"{path} is {classifier.kind}; take its best_model.pt")
+    classifier = load_classifier(find_checkpoint(args), torch.device("cpu"))
+    require_float(classifier, args)
     model, change = classifier.model, 0.0
     if has_dendrites(model):
         texts, _ = generate_comments(300, seed=0)
@@ -2033,8 +2041,7 @@ def predict(args):
             if tokens.truncated:
                 note(f"some texts have more than {classifier.arguments['max_length']} tokens; what "
                      "follows is not read")
-            logits = predict_logits(classifier.model, tokens)
-            scores = toxic_probability(logits, classifier.toxic)
+            scores = classifier.score_tokens(tokens)
             for text, score in zip(batch, scores.tolist()):
                 row = {"text": text, "score": round(score, 4), "toxic": score >= threshold,
                        "tier": TIERS[int(np.searchsorted(cuts, score, side="right"))]}
