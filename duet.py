@@ -7,8 +7,9 @@ BERT (frozen_bert), or, as a control, a fixed random vector for each name (rando
 
 Measured on three data sets, 5 seeds: 95.8 % without names, 96.1 to 96.5 % with any of them, random
 ones included. One shared model for all three (4 seeds): 97.1 to 97.4 % with names, 62.8 %
-without. A name's meaning counts on a new table only: before it has seen one label, a pretrained model is right in
-100 % with BERT's vectors, 56 % with learned and 35 % with random ones (--transfer, 3 seeds).
+without. A name's meaning counts on a new table only: before it has seen one label, a pretrained
+model is right in 100 % with BERT's vectors, 56 % with learned and 35 % with random ones
+(--transfer, 3 seeds).
 
     python duet.py                                        # three data sets: 5 minutes
     python duet.py --quick                                # every experiment, small, no network
