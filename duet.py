@@ -44,7 +44,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -56,19 +55,19 @@ import sys
 import time
 import urllib.request
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from pandas.api.types import is_numeric_dtype
 from torch import nn
 from tqdm.auto import tqdm
 
 from common import (MARKERS, detect_device, has_bfloat16, in_notebook, legend_below,
-                    mean_and_interval, new_figure, plot_curve, plot_dots, plot_ranking,
-                    save_figure, seed_everything)
+                    mean_and_interval, new_figure, plot_curve, plot_dots, save_figure, seed_everything)
 
 EXPERIMENT = "duet"
 SEQ_LEN, PATCH_LEN, STRIDE = 96, 16, 8
@@ -81,9 +80,7 @@ ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol orig
     "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8},
 }
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
-FILLS = {"both": "forward fill and mask", "mask": "value and mask", "zero": "zero fill",
-         "forward": "forward fill"}
-HEADS = ["mean", "last", "ordinal"]
+FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"]
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
@@ -151,7 +148,8 @@ def parse_args(argv=None):
         "and holdout for --data; original also takes the original's synthetic data in place of "
         "the embedded ones, and removes 5 %% of ETTh1")
     add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="strategies for column "
-        f"names: {', '.join(STRATEGIES)}; if unset, all; --nan-robustness then uses none")
+        f"names: {', '.join(STRATEGIES)}; if unset, all; --quick then leaves out frozen_bert, and "
+        "--nan-robustness uses none")
     add("--shared", nargs="?", const="also", choices=["also", "only"], help="train one model for "
         "all data sets, in addition to one for each (also, which is what --shared alone means) or "
         "alone (only)")
@@ -159,11 +157,9 @@ def parse_args(argv=None):
         "other data sets, then learn NAME, or the last one, from 0, 5, 10 and 100 %% of its labels")
     add("--nan-robustness", action="store_true", help="experiment: accuracy with 0 to 50 %% of the "
         "values missing")
-    add("--head", choices=HEADS, default="mean", help="classify the mean of "
+    add("--head", choices=["mean", "last", "ordinal"], default="mean", help="classify the mean of "
         "the patches, as the original does, or the last patch, or forecast --target and let the "
         "class limits cut the forecast")
-    add("--conv-members", type=int, metavar="N", help="convolutional networks to average, alone "
-        "and with Hydra; if unset, 3 for files of the archives, otherwise 0")
     add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
     add("--steps", type=int, default=600, help="training steps for each data set; "
         "convolutions take twice as many")
@@ -179,8 +175,8 @@ def parse_args(argv=None):
     add("--runs", type=int, default=1, help="number of seeds")
     add("--seed", type=int, default=42, help="first seed")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
-    add("--threads", type=int, help="threads on a CPU, on which the last digits depend; if unset, "
-        "2, or 1 where a short test shows that the machine is busy")
+    add("--threads", type=int, default=0, help="threads on a CPU, on which the last digits depend; "
+        "0: 2, or 1 where a short test shows that the machine is busy")
     add("--data-dir", default="data", help="folder of downloads and of cached name embeddings")
     add("--output-dir", default="outputs", help="folder of all results")
     add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
@@ -190,33 +186,24 @@ def parse_args(argv=None):
     add("--columns", action="store_true", help="show which column names are near each other, by "
         "the frozen encoder or the embeddings of --checkpoint, and exit")
     add("--prewarm", metavar="FILE", help="cache the embeddings of the names in a file, one a "
-        "line, and exit")
-    add("--cache-stats", action="store_true", help="show what is cached of --bert-model and exit")
+        "line, show what is cached, and exit")
     if "--quick" in (argv or []):
-        parser.set_defaults(steps=40, batch_size=32, evaluations=2, shared="also",
-                            transfer="last", nan_robustness=True, protocol="original")
+        parser.set_defaults(
+            steps=40, batch_size=32, evaluations=2, shared="also", transfer="last",
+            nan_robustness=True, protocol="original")
     args = parser.parse_args(argv)
-    check_args(args, parser.error)
-    return args
-
-
-def check_args(args, error):
-    """Call `error` with a message if an argument is out of range or does not fit another."""
-    least = {"num_classes": 2, "synthetic_schemas": 0, "windows": 60, "conv_members": 0,
-             "dropout": 0, "steps": 1, "evaluations": 1, "batch_size": 1, "learning_rate": 1e-12,
-             "runs": 1, "seed": 0, "threads": 1}
-    most = {"num_classes": 100, "synthetic_schemas": 999, "dropout": 0.99, "runs": 999,
-            "seed": 2**31}
-    for name, low in least.items():
-        value, high = getattr(args, name), most.get(name, math.inf)
-        if value is not None and not low <= value <= high:
-            error(f"--{name.replace('_', '-')} {value} is not between {low} and {high:g}")
+    at_least = {"num_classes": 2, "windows": 60, "steps": 1, "evaluations": 1, "batch_size": 1,
+                "learning_rate": 0, "dropout": 0, "runs": 1, "seed": 0}
+    for name, low in at_least.items():
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
+    if args.dropout >= 1:
+        parser.error("--dropout must be below 1")
     if args.target and not args.data:
-        error("--target is for the CSV files of --data")
+        parser.error("--target is for the CSV files of --data")
     if args.predict and not args.checkpoint:
-        error("--predict needs --checkpoint, a file in models/ of a finished run")
-    if args.checkpoint and not (args.predict or args.columns):
-        error("--checkpoint is for --predict and --columns")
+        parser.error("--predict needs --checkpoint, a file in models/ of a finished run")
+    return args
 
 
 # --- Data: columns and windows ------------------------------------------------------------------
@@ -233,36 +220,31 @@ class Dataset:
     labels: np.ndarray  # [windows] int64
     classes: list  # names
     splits: dict  # {train, val, test: numbers of windows}
+    info: dict  # for results.json
     seq_len: int = SEQ_LEN
-    target: int | None = None  # the column whose next value is classified, if there is one
-    limits: np.ndarray | None = None  # [classes - 1] between the classes, in units of the target
-    info: dict = field(default_factory=dict)  # for results.json
-    mean: np.ndarray | None = None  # [columns] of the training part
-    std: np.ndarray | None = None
+    target: str | None = None  # the column whose next value is classified, if there is one
+    limits: list | None = None  # [classes - 1] between the classes, in units of the target
+    mean: list | None = None  # [columns] of the training part
+    std: list | None = None
 
     def metadata(self):
         """What a checkpoint keeps of it, so that new files can be read in the same way."""
-        limits = None if self.limits is None else self.limits.tolist()
-        return {"name": self.name, "columns": self.columns, "classes": self.classes,
-                "target": self.target, "limits": limits, "mean": self.mean.tolist(),
-                "std": self.std.tolist(), "seq_len": self.seq_len}
+        names = ("name", "columns", "classes", "seq_len", "target", "limits", "mean", "std")
+        return {name: getattr(self, name) for name in names}
 
 
 def name_to_words(name):
     """A column name as English words: `tempC` -> "temperature celsius"."""
     words = []
     for token in re.findall(r"[^\W_]+", name):
-        if token.lower() in UNITS:
-            words.append(token.lower())
-        else:
-            parts = re.findall(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+", token)
-            words += [part.lower() for part in parts]
-    words = [ABBREVIATIONS.get(word, word) for word in words]
-    if len(words) > 1:  # a unit is the last word
-        *before, last = words
-        if len(last) > 1 or before[-1] in QUANTITIES or before[-1].isdigit():
-            words = [*before, UNITS.get(last, last)]
-    return " ".join(words) or name
+        is_unit = token.lower() in UNITS  # hPa is one word
+        words += [token] if is_unit else re.findall(
+            r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+", token)
+    words = [ABBREVIATIONS.get(word.lower(), word.lower()) for word in words]
+    *before, last = words or [name]
+    if before and (len(last) > 1 or before[-1] in QUANTITIES or before[-1].isdigit()):
+        last = UNITS.get(last, last)  # a unit is the last word
+    return " ".join([*before, last])
 
 
 def normalize_dataset(data):
@@ -270,58 +252,41 @@ def normalize_dataset(data):
 
     Raises UserError where no column varies or a part lacks windows.
     """
+    counts = {split: np.bincount(data.labels[windows], minlength=len(data.classes)).tolist()
+              for split, windows in data.splits.items()}
+    train_classes = np.count_nonzero(counts["train"])
+    if train_classes < 2 or not all(map(any, counts.values())):
+        raise UserError(f"{data.name}: too few windows of its classes: {counts}")
     in_train = np.zeros(len(data.series), bool)
-    for start in data.starts[data.splits["train"]]:
-        in_train[start : start + data.seq_len] = True
+    in_train[data.starts[data.splits["train"]][:, None] + np.arange(data.seq_len)] = True
     series = np.where(np.isfinite(data.series), data.series, np.nan)
-    with warnings.catch_warnings(), np.errstate(over="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of an empty column
+    with warnings.catch_warnings(action="ignore"):  # the mean of an empty column, an overflow
         mean = np.nanmean(series[in_train], axis=0)
         std = np.nanstd(series[in_train], axis=0)
-    if np.isinf(std).any():
-        raise UserError(f"{data.name}: the values of {data.columns[np.isinf(std).argmax()]!r} are "
-                        "too large")
-    varies = std > 1e-9 * np.maximum(np.abs(mean), 1e-9)
-    if data.target is not None:
-        varies[data.target] = True
-        std[data.target] = max(std[data.target], 1e-12)
-        data.target = int(varies[: data.target].sum())
-    if not varies.any():
-        raise UserError(f"{data.name}: no column varies in the training part")
-    for name in itertools.compress(data.columns, ~varies):
-        note(f"{data.name}: column {name!r} left out, constant or empty in the training part")
+    varies = np.isfinite(std) & (std > 1e-12 * np.abs(mean))
+    left_out = list(itertools.compress(data.columns, ~varies))
+    if left_out:
+        note(f"{data.name}: columns left out, constant, empty or too large in the training part: "
+             f"{', '.join(left_out)}")
+    if data.target in left_out or not varies.any():
+        raise UserError(f"{data.name}: no column, or not --target, varies in the training part")
     data.columns = list(itertools.compress(data.columns, varies))
-    data.mean, data.std = mean[varies], std[varies]
+    data.mean, data.std = mean[varies].tolist(), std[varies].tolist()
     data.series = standardize(series[:, varies], data.mean, data.std)
-    if data.limits is not None:  # rounded like the series, so that a value at a limit stays there
-        limits = (data.limits - data.mean[data.target]) / data.std[data.target]
-        data.limits = limits.astype(np.float32)
-    return describe_dataset(data)
+    if data.target:  # rounded like the series, so that a value at a limit stays there
+        target = data.columns.index(data.target)
+        data.limits = standardize(data.limits, data.mean[target], data.std[target]).tolist()
+    digest = hashlib.sha256(data.series.tobytes() + data.labels.tobytes())
+    data.info |= {"rows": len(series), "sha256": digest.hexdigest(), "windows": counts,
+                  "classes": data.classes, "missing": float(np.isnan(data.series).mean()),
+                  "columns": {name: name_to_words(name) for name in data.columns}}
+    return data
 
 
 def standardize(series, mean, std):
     """The series in float32, scaled; NaN where a value is not finite or absurd."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = (series - mean) / std
+    scaled = (series - np.array(mean)) / std
     return np.where(np.abs(scaled) < 1e6, scaled, np.nan).astype(np.float32)
-
-
-def describe_dataset(data):
-    """Add the data set's figures to its info and check that each part has windows."""
-    counts = {split: np.bincount(data.labels[windows], minlength=len(data.classes))
-              for split, windows in data.splits.items()}
-    for split, count in counts.items():
-        if not count.any() or (split == "train" and np.count_nonzero(count) < 2):
-            raise UserError(f"{data.name}: the {split} part has {count.tolist()} windows of its "
-                            "classes; take more data")
-    for name in itertools.compress(data.classes, counts["train"] == 0):
-        note(f"{data.name}: class {name!r} has no window in the training part")
-    digest = hashlib.sha256(np.ascontiguousarray(data.series))
-    digest.update(data.labels)
-    data.info |= {"rows": len(data.series), "sha256": digest.hexdigest(), "windows": counts,
-                  "classes": data.classes, "missing": float(np.isnan(data.series).mean()),
-                  "columns": {name: name_to_words(name) for name in data.columns}}
-    return data
 
 
 def split_blocks(windows, gap):
@@ -332,40 +297,41 @@ def split_blocks(windows, gap):
     """
     blocks = int(np.clip(windows // (4 * gap), 5, 25))
     in_val = np.arange(windows) * blocks // windows % 5 == 2
-    near = in_val.copy()
-    for edge in np.flatnonzero(np.diff(in_val)):  # the last window before a change
-        near[max(0, edge - gap + 1) : edge + gap + 1] = True
+    near = np.convolve(in_val, np.ones(2 * gap + 1), "same") > 0.5
     return np.flatnonzero(~near), np.flatnonzero(in_val)
 
 
-def split_at_random(labels, share=0.2, seed=0, at_least=0):
-    """(rest, chosen) numbers of windows that share no rows; `share` of each class is chosen, and at
-    least one of a class that has two."""
+def choose_windows(labels, share=0.2, seed=0, at_least=0):
+    """A mask [windows] of a random `share` of each class, and at least one of a class that has
+    two."""
     rng = np.random.default_rng(seed)
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         windows = rng.permutation(np.flatnonzero(labels == label))
-        count = max(at_least, round(share * len(windows)), int(len(windows) > 1))
+        count = max(at_least, round(share * len(windows)), len(windows) > 1)
         chosen[windows[:count]] = True
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    return chosen
 
 
-def split_windows(labels, is_test=None):
-    """{split: numbers of windows}: 64, 16 and 20 % of each class, or the test part `is_test`."""
+def windows_dataset(name, columns, x, labels, classes, info, is_test=None):
+    """The Dataset of windows x [windows, time, columns] that share no rows: 64, 16 and 20 % of each
+    class for training, validation and test, or the test part `is_test` [windows]."""
     if is_test is None:
-        rest, test = split_at_random(labels)
-    else:
-        rest, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
-    train, val = split_at_random(labels[rest])
-    return {"train": rest[train], "val": rest[val], "test": test}
+        is_test = choose_windows(labels)
+    rest = np.flatnonzero(~is_test)
+    in_val = choose_windows(labels[rest])
+    splits = {"train": rest[~in_val], "val": rest[in_val], "test": np.flatnonzero(is_test)}
+    windows, seq_len, _ = x.shape
+    return normalize_dataset(Dataset(
+        name, list(columns), x.reshape(windows * seq_len, -1), seq_len * np.arange(windows),
+        labels, classes, splits, info, seq_len))
 
 
 # --- Data: embedded generators ------------------------------------------------------------------
 
 
-def generate_windows(columns, coupled, windows, seed):
-    """Series [windows * 96, columns] and labels [windows] of three classes that no single column
-    can tell apart.
+def embedded_dataset(name, columns, coupled, windows, seed):
+    """Windows of three classes that no single column can tell apart.
 
     Every column has slow noise and one bump, which is upward in the first of the two `coupled`
     columns. In class 1 the second of them follows 6 steps later with a bump upward, in class 2
@@ -386,24 +352,16 @@ def generate_windows(columns, coupled, windows, seed):
     sign[:, lead] = 1
     sign[:, follower] = np.select([labels == 1, labels == 2], [1, -1], sign[:, follower])
     height = sign * rng.uniform(1.6, 2.6, sign.shape)
-    t = np.arange(SEQ_LEN)
     # x is [windows, columns, time].
-    x = height[..., None] * np.exp(-(((t - centre[..., None]) / 4) ** 2))
+    x = height[..., None] * np.exp(-(((np.arange(SEQ_LEN) - centre[..., None]) / 4) ** 2))
     x += np.cumsum(rng.normal(0, 0.06, x.shape), axis=-1)
     x += rng.normal(0, 0.5, sign.shape)[..., None]
     x += rng.normal(0, 0.2, x.shape)
     level, scale = np.array(list(columns.values()), float).T[:, :, None]
     x = level + scale * x
     x[rng.random(x.shape) < 0.05] = np.nan
-    return x.transpose(0, 2, 1).reshape(-1, len(names)), labels
-
-
-def embedded_dataset(name, columns, coupled, windows, seed):
-    """The Dataset of generate_windows."""
-    series, labels = generate_windows(columns, coupled, windows, seed)
-    return normalize_dataset(Dataset(
-        name, list(columns), series, SEQ_LEN * np.arange(windows), labels,
-        ["apart", "along", "against"], split_windows(labels), info={"source": "embedded"}))
+    return windows_dataset(name, columns, x.transpose(0, 2, 1), labels,
+                           ["apart", "along", "against"], {"source": "embedded"})
 
 
 def original_dataset(name, seed):
@@ -413,17 +371,15 @@ def original_dataset(name, seed):
     test; 5 % of the values are NaN, 3 % in user_metrics.
     """
     rng = np.random.default_rng(seed)
-    windows = 1000
-    columns = list(EMBEDDED[name][0])
+    columns, windows = EMBEDDED[name][0], 1000
     labels = rng.integers(3, size=windows)
     t = np.linspace(0, 1, SEQ_LEN)
     wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)[..., None]  # [windows, time, 1]
     x = rng.normal(size=(windows, SEQ_LEN, len(columns))) + wave
     x[rng.random(x.shape) < (0.03 if name == "user_metrics" else 0.05)] = np.nan
-    splits = split_windows(labels, np.arange(windows) >= 0.8 * windows)
-    return normalize_dataset(Dataset(
-        name, columns, x.reshape(-1, len(columns)), SEQ_LEN * np.arange(windows), labels,
-        ["1 period", "2 periods", "3 periods"], splits, info={"source": "original's synthetic"}))
+    info = {"source": "original's synthetic", "protocol": "original"}
+    return windows_dataset(name, columns, x, labels, ["1 period", "2 periods", "3 periods"], info,
+                           is_test=np.arange(windows) >= 800)
 
 
 def synthetic_schema(number, windows):
@@ -442,145 +398,92 @@ def synthetic_schema(number, windows):
 # --- Data: CSV, .ts and ETTh1 -------------------------------------------------------------------
 
 
-def read_text(path):
-    """The text of a file in UTF-8, with or without a byte order mark."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {error}; save it as UTF-8") from None
-
-
 def read_csv(path):
-    """A CSV file as (numbers, dates): a DataFrame of its numeric columns in order of time, whose
-    index counts the rows of the file, and the texts of its date column, or None.
+    """The numeric columns of a CSV file in order of time; the index has its dates, or the rows.
 
-    Separators are commas, semicolons or tabs. Columns of other texts are left out with a note.
+    Separators are commas, semicolons (then with decimal commas) or tabs.
     """
-    text = read_text(path)
-    header = text.split("\n", 1)[0]
-    separator = max(",;\t", key=header.count)
-    options = {"sep": separator, "decimal": "," if separator == ";" else ".", "index_col": False,
-               "skipinitialspace": True}
     try:
+        with open(path, encoding="utf-8-sig") as file:
+            header = file.readline()
+        separator = max(",;\t", key=header.count)
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            names = pd.read_csv(io.StringIO(header), header=None, dtype=str, **options)
-            frame = pd.read_csv(io.StringIO(text), **options)
+            frame = pd.read_csv(path, sep=separator, decimal="," if separator == ";" else ".",
+                                encoding="utf-8-sig", index_col=False, skipinitialspace=True)
     except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
-    if names.iloc[0].dropna().duplicated().any():
-        raise UserError(f"{path}: two columns have the same name: "
-                        f"{', '.join(names.iloc[0].astype(str))}")
-    if frame.empty:
-        raise UserError(f"{path}: no rows")
-    date_names, dates, times = find_dates(path, frame)
+    date_names = [name for name, column in frame.items() if is_date(name, column)]
     numbers = {}
     for name, column in frame.drop(columns=date_names).items():
-        if column.isna().all() or re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name):
-            note(f"{path}: column {name!r} left out, empty or a row index")
-            continue
         values = parse_numbers(column)
         wrong = values.isna() & column.notna()
         if 0 < wrong.mean() < 0.5:
             row = wrong.argmax()
             raise UserError(f"{path}: row {row + 2}, column {name!r}: {column[row]!r}, a number is "
                             "needed")
-        if wrong.any():
-            note(f"{path}: column {name!r} left out, not numeric")
-        else:
+        if values.notna().any() and not name.startswith("Unnamed: "):  # pandas' index has no name
             numbers[name] = values.astype(float)
     if not numbers:
-        raise UserError(f"{path}: no numeric column, only {', '.join(frame)}")
+        raise UserError(f"{path}: no numbers in its columns {', '.join(frame)}")
+    left_out = [name for name in frame if name not in {*numbers, *date_names}]
+    if left_out:
+        note(f"{path}: columns left out, empty or not numeric: {', '.join(left_out)}")
     numbers = pd.DataFrame(numbers)
-    if dates is None:
-        return numbers, None
-    order = sort_times(path, times, date_names[0])
-    return numbers.iloc[order], dates.iloc[order].tolist()
+    numbers.index = pd.RangeIndex(2, len(numbers) + 2, name="row")  # row 1 is the header
+    if not date_names:
+        return numbers
+    dates = frame[date_names[0]].astype(str)
+    for name in date_names[1:]:  # a time of day
+        dates = dates + " " + frame[name].astype(str)
+    numbers.index = pd.Index(dates, name="date")
+    return numbers.iloc[sort_dates(path, dates)]
+
+
+def is_date(name, column):
+    """Whether a column holds dates or times of day, by its name or by what all its cells are."""
+    if name.lower() in ("date", "time", "datetime", "timestamp"):
+        return True
+    text = column.dropna().astype(str)
+    return not is_numeric_dtype(column) and text.str.fullmatch(r"\d+([-/:]\d+)+([ T].*)?").all()
 
 
 def parse_numbers(column):
-    """A column as numbers, NaN for other texts; `1,504` has thousands and `50,13` a decimal comma
-    where all cells look like that."""
-    if pd.api.types.is_numeric_dtype(column):
+    """A column as numbers, NaN for other texts; `1,504` is 1504 if all cells look like that."""
+    if is_numeric_dtype(column):
         return column
-    text = column.astype(str).str.strip()
-    present = text[column.notna()]
-    thousands = present.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all()
-    if thousands and present.str.contains(",").any():
+    text = column.dropna().astype(str).str.strip()
+    if text.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all():
         text = text.str.replace(",", "")
-    elif present.str.fullmatch(r"-?\d+(,\d*)?").all():
-        decimals = present.str.extract(r",(\d*)$")[0].dropna()
-        if not (decimals.str.len() == 3).all():  # 1,504 beside 1200 may mean either
-            text = text.str.replace(",", ".")
-    return pd.to_numeric(text, errors="coerce")
+    return pd.to_numeric(text, errors="coerce").reindex(column.index)
 
 
-def find_dates(path, frame):
-    """(names, texts, times) of the date columns of a table: by their names, or as texts that can
-    all be read as dates. A date and a time of day are joined; otherwise, the first column counts.
+def sort_dates(path, text):
+    """The order of the rows in time; a note tells if they are not in order and equally spaced.
+
+    Dates have the day or the month first, whichever reads more of them, has them in order, and has
+    fewer different steps.
     """
-    found = {}
-    for name, column in frame.items():
-        is_number = pd.api.types.is_numeric_dtype(column)
-        named = name.lower() in ("date", "time", "datetime", "timestamp")
-        text = column.dropna().astype(str)
-        if is_number and named:
-            found[name] = column
-        elif not is_number and (named or text.str.contains(r"\d[-/:]\d").all()):
-            times = parse_dates(column.astype(str))
-            if named or (len(text) and times[text.index].notna().all()):
-                found[name] = times
-    names = list(found)
-    if not names:
-        return [], None, None
-    texts = frame[names[0]].astype(str)
-    if len(names) > 1:
-        joined = frame[names].astype(str).agg(" ".join, axis=1)
-        times = parse_dates(joined)
-        if times.notna().all():
-            return names, joined, times
-        note(f"{path}: of the date columns {', '.join(names)}, only the first counts")
-    return names, texts, found[names[0]]
-
-
-def parse_dates(text):
-    """Texts as times, NaT where one is not a date.
-
-    All are read in one format, day or month first: the one that reads more of them, leaves them in
-    order of time, and has fewer different steps. If neither reads all, each is read by itself.
-    """
-    def read(**options):
-        return pd.to_datetime(text, errors="coerce", utc=True, **options)
-
-    def rate(times):
-        return times.notna().sum(), times.is_monotonic_increasing, -times.diff().nunique()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that no format could be inferred
-        times = max(read(dayfirst=False), read(dayfirst=True), key=rate)
-        if times.isna().any():  # slow: each text has a format of its own
-            times = max(times, read(format="mixed"), key=rate)
-    return times.dt.tz_localize(None)
-
-
-def sort_times(path, times, name):
-    """The order of the rows in time; notes tell of unsorted and repeated times and of gaps."""
+    times = pd.to_numeric(text, errors="coerce")
+    if times.isna().any():
+        with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
+            readings = [pd.to_datetime(text, errors="coerce", utc=True, dayfirst=day_first)
+                        for day_first in (False, True)]
+        times = max(readings, key=lambda times: (times.count(), times.is_monotonic_increasing,
+                                                 -times.diff().nunique()))
+    elif times.duplicated().any():
+        return np.arange(len(times))  # an hour of the day
     if times.isna().any():
         row = times.isna().argmax()
-        note(f"{path}: row {row + 2} of {name!r} is not a date; the rows keep their order")
+        note(f"{path}: row {row + 2}: {text[row]!r} is not a date; the rows keep their order")
         return np.arange(len(times))
-    repeated = int(times.duplicated().sum())
-    if repeated:
-        note(f"{path}: {repeated:,} rows repeat a value of {name!r}; are there several series in "
-             "this file?")
-    if repeated and pd.api.types.is_numeric_dtype(times):
-        return np.arange(len(times))  # it may be an hour of the day
     order = np.argsort(times.to_numpy(), kind="stable")
-    if (np.diff(order) < 0).any():
-        note(f"{path}: rows that were not in order of {name!r} have been sorted")
-    steps = times.iloc[order].diff()[1:]
-    gaps = int((steps > 1.5 * steps.median()).sum()) if len(steps) else 0
-    if gaps:
-        note(f"{path}: {gaps:,} gaps in {name!r}; the rows are taken as equally spaced")
+    steps = times.iloc[order].diff()
+    irregular = {"out of order": np.diff(order) < 0, "repeated": times.duplicated(),
+                 "after a gap": steps > 1.5 * steps.median()}
+    found = [f"{rows.sum():,} {kind}" for kind, rows in irregular.items() if rows.any()]
+    if found:
+        note(f"{path}: of its dates, {' and '.join(found)}; the rows are sorted and taken as one "
+             "series of equal steps")
     return order
 
 
@@ -607,7 +510,7 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     training window shares rows with it. Validation windows never do. A share `missing` of the
     values is removed once the classes are known.
     """
-    numbers, _ = read_csv(path)
+    numbers = read_csv(path)
     if target not in numbers:
         raise UserError(f"{path}: --target {target!r} is not one of the numeric columns "
                         f"{', '.join(numbers)}")
@@ -615,90 +518,71 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     starts = np.arange(len(series) - SEQ_LEN)
     first_test = int(0.8 * len(starts))
     if first_test < 10 * SEQ_LEN:
-        needed = math.ceil(12.5 * SEQ_LEN) + SEQ_LEN
-        raise UserError(f"{path}: {len(series)} rows, at least {needed} are needed")
+        raise UserError(f"{path}: {len(series)} rows, at least {int(13.5 * SEQ_LEN)} are needed")
     known = first_test if protocol == "holdout" else None
     classes, limits = make_classes(path, values, num_classes, known)
     train, val = split_blocks(first_test, gap=SEQ_LEN)
-    val = val[val < first_test - SEQ_LEN]
+    before_test = first_test - SEQ_LEN
     if protocol == "holdout":
-        train = train[train < first_test - SEQ_LEN]
+        train = train[train < before_test]
     next_values = values[starts + SEQ_LEN]
-    splits = {"train": train, "val": val, "test": np.arange(first_test, len(starts))}
+    splits = {"train": train, "val": val[val < before_test], "test": starts[first_test:]}
     splits = {split: windows[np.isfinite(next_values[windows])]
               for split, windows in splits.items()}
     series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
     info = {"source": "real", "path": str(path), "protocol": protocol,
-            "class_limits": limits.tolist(),
-            "file_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+            "class_limits": limits.tolist()}
     return normalize_dataset(Dataset(
         name or Path(path).stem, list(numbers), series, starts, np.digitize(next_values, limits),
-        classes, splits, target=list(numbers).index(target), limits=limits, info=info))
+        classes, splits, info, target=target, limits=limits))
 
 
-def read_archive_file(path, labelled=True):
+def read_archive_file(path):
     """(cases, labels) of an archive file: cases [[float64 [length] of each dimension]].
 
     A .ts file has a header, and `?` for a missing value; a .tsv or .txt file has one case a line,
-    the class first. With labelled=False, as for --predict, cases need no class.
+    the class first. A file without classes has `?` as labels.
     """
-    lines = [line.strip() for line in read_text(path).splitlines()]
-    header, first = {"@classlabel": "true"}, 0
-    if Path(path).suffix.lower() == ".ts":
-        first = next((i + 1 for i, line in enumerate(lines) if line.lower() == "@data"), 0)
-        if not first:
-            raise UserError(f"{path}: no @data line, so this is not a .ts file")
-        words = [line.lower().split() for line in lines[:first] if line.startswith("@")]
-        header |= {key: value[0] for key, *value in words if value}
-    else:
-        rows = [line.split("\t") if "\t" in line else re.split(r"[, ]+", line) for line in lines]
-        lines = [f"{','.join(values)}:{label}" if label else "" for label, *values in rows]
-    if header.get("@targetlabel") == "true":
-        raise UserError(f"{path}: @targetlabel true: a regression file, which has no classes")
-    if header.get("@timestamps") == "true":
-        raise UserError(f"{path}: @timestamps true: files with time stamps are not supported")
-    has_label = header["@classlabel"] == "true"
-    if labelled and not has_label:
-        raise UserError(f"{path}: @classlabel false: a file with classes is needed")
+    is_ts = Path(path).suffix.lower() == ".ts"
+    has_label = True
     cases, labels = [], []
-    for number, line in enumerate(lines[first:], start=first + 1):
-        if not line or line[0] in "#%":
-            continue
-        dimensions = line.split(":")
-        labels.append(dimensions.pop().strip() if has_label else "?")
-        try:
-            cells = [text.replace("?", "nan").split(",") for text in dimensions]
-            case = [np.array([cell.strip() or "nan" for cell in row], np.float64) for row in cells]
-        except ValueError as error:
-            raise UserError(f"{path}: line {number}: {error}, a number or ? is needed") from None
-        if not case or (cases and len(case) != len(cases[0])):
-            raise UserError(f"{path}: line {number}: {len(case)} dimensions, "
-                            f"{len(cases[0]) if cases else 'at least one'} needed")
-        if labelled and labels[-1] in ("", "?"):
-            raise UserError(f"{path}: line {number}: the class after the last colon is missing")
-        cases.append(case)
-    if not cases:
-        raise UserError(f"{path}: no cases")
+    try:
+        for line in Path(path).read_text(encoding="utf-8-sig").splitlines():
+            line = line.strip()
+            words = line.lower().split()
+            if not line or line[0] in "#%":
+                continue
+            if line[0] == "@":
+                if words[:2] == ["@targetlabel", "true"]:
+                    raise ValueError("@targetlabel true: a regression file, which has no classes")
+                has_label = has_label and words[:2] != ["@classlabel", "false"]
+                continue
+            if is_ts:
+                dimensions = [text.split(",") for text in line.split(":")]
+                label = ",".join(dimensions.pop()).strip() if has_label else "?"
+            else:
+                label, *values = line.split("\t") if "\t" in line else re.split(r"[, ]+", line)
+                dimensions = [values]
+            cases.append([np.array([cell.strip().replace("?", "") or "nan" for cell in cells], float)
+                          for cells in dimensions])
+            labels.append(label)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     return cases, labels
 
 
-def stack_cases(cases, seq_len):
-    """The last seq_len steps of each case as a series [cases * seq_len, dimensions]; NaN before
-    shorter ones."""
-    series = np.full((len(cases), seq_len, len(cases[0])), np.nan)
+def stack_cases(name, cases, seq_len):
+    """The last seq_len steps of each case as x [cases, seq_len, dimensions]; NaN before shorter
+    ones."""
+    dimensions = len(cases[0]) if cases else 0
+    if not dimensions or any(len(case) != dimensions for case in cases):
+        raise UserError(f"{name}: no cases, or not all with the same number of dimensions")
+    x = np.full((len(cases), seq_len, dimensions), np.nan)
     for i, case in enumerate(cases):
         for j, values in enumerate(case):
             values = values[-seq_len:]
-            series[i, seq_len - len(values) :, j] = values
-    return series.reshape(-1, len(cases[0]))
-
-
-def normalize_label(text):
-    """Numbers alike, so that the classes 1 and 1.0 are one."""
-    try:
-        return f"{float(text):g}"
-    except ValueError:
-        return text
+            x[i, seq_len - len(values) :, j] = values
+    return x
 
 
 def archive_dataset(name, files):
@@ -706,34 +590,28 @@ def archive_dataset(name, files):
     cases, texts, is_test = [], [], []
     for file in files:
         file_cases, file_labels = read_archive_file(file)
+        if {"", "?"} & set(file_labels):
+            raise UserError(f"{file}: a case without a class")
         cases += file_cases
-        texts += map(normalize_label, file_labels)
+        texts += file_labels
         is_test += [file.stem.lower().endswith("_test")] * len(file_cases)
-    if len({len(case) for case in cases}) > 1:
-        raise UserError(f"{name}: training and test file have different dimensions")
+    seq_len = max((len(values) for case in cases for values in case), default=0)
+    x = stack_cases(name, cases, seq_len)
     classes, labels = np.unique(texts, return_inverse=True)
-    seq_len = max(len(values) for case in cases for values in case)
-    columns = [f"dim_{i}" for i in range(len(cases[0]))]
-    content = b"".join(file.read_bytes() for file in files)
-    info = {"source": "real", "archive": True, "path": [str(file) for file in files],
-            "file_sha256": hashlib.sha256(content).hexdigest()}
-    splits = split_windows(labels, np.array(is_test) if len(set(is_test)) > 1 else None)
-    return normalize_dataset(Dataset(
-        name, columns, stack_cases(cases, seq_len), seq_len * np.arange(len(cases)), labels,
-        classes.tolist(), splits, seq_len, info=info))
+    info = {"source": "archive", "path": [str(file) for file in files]}
+    return windows_dataset(
+        name, [f"dim_{i}" for i in range(x.shape[-1])], x, labels, classes.tolist(), info,
+        np.array(is_test) if len(files) > 1 else None)
 
 
 def fetch_etth1(data_dir):
     """Path of ETTh1.csv in data_dir/ett, downloaded if it is absent. Raises UserError."""
     path = Path(data_dir) / "ett/ETTh1.csv"
-    source = path if path.exists() else ETTH1_URL
+    source = path.absolute().as_uri() if path.exists() else ETTH1_URL
     try:
-        if path.exists():
-            content = path.read_bytes()
-        else:
-            with urllib.request.urlopen(ETTH1_URL, timeout=3) as response:
-                content = response.read()
-    except (OSError, ValueError) as error:
+        with urllib.request.urlopen(source, timeout=3) as response:
+            content = response.read()
+    except OSError as error:
         raise UserError(f"{source}: {error}; put the file at {path}") from None
     if hashlib.sha256(content).hexdigest() != ETTH1_SHA256:
         raise UserError(f"{source}: its checksum is wrong; put the right file at {path}")
@@ -745,8 +623,8 @@ def fetch_etth1(data_dir):
 
 
 def group_files(paths):
-    """{path without _TRAIN or _TEST: files} of files and folders of archive files."""
-    groups, seen = {}, set()
+    """{path without _TRAIN or _TEST: files} of files and of folders of archive files."""
+    groups = {}
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():  # the archive has the same data in several formats: take one
@@ -756,18 +634,9 @@ def group_files(paths):
             raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder; CSV files must be "
                             "named one by one")
         for file in files:
-            if file.resolve() in seen:
-                raise UserError(f"{file}: named twice")
-            seen.add(file.resolve())
-            name = str(file)
-            if is_archive_file(file):
-                name = re.sub(r"_(train|test)(\.\w+)$", r"\2", name, flags=re.I)
-            groups.setdefault(Path(name), []).append(file)
+            group = re.sub(r"_(train|test)(\.(ts|tsv|txt))$", r"\2", str(file), flags=re.I)
+            groups.setdefault(Path(group), {})[file] = None  # named twice, read once
     return groups
-
-
-def is_archive_file(path):
-    return path.suffix.lower() in ARCHIVE_SUFFIXES
 
 
 def load_datasets(args):
@@ -793,16 +662,13 @@ def load_datasets(args):
         else:
             datasets.append(embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number]))
     for path, files in group_files(args.data or []).items():
-        if is_archive_file(path):
-            datasets.append(archive_dataset(path.stem, files))
-        elif args.target is None:
-            raise UserError(f"{path}: a CSV file needs --target, one of the columns "
-                            f"{', '.join(read_csv(path)[0])}")
+        if path.suffix.lower() in ARCHIVE_SUFFIXES:
+            datasets.append(archive_dataset(path.stem, list(files)))
         else:
-            datasets += [csv_dataset(file, args.target, args.num_classes,
-                                     args.protocol or "holdout") for file in files]
+            protocol = args.protocol or "holdout"
+            datasets.append(csv_dataset(path, args.target, args.num_classes, protocol))
     datasets += [synthetic_schema(number, args.windows) for number in range(args.synthetic_schemas)]
-    names = [data.name for data in datasets]
+    names = ["shared", "sources", *(data.name for data in datasets)]  # of files in models/
     if len(set(names)) < len(names):
         raise UserError(f"two data sets have the same name: {', '.join(names)}")
     return datasets
@@ -857,12 +723,10 @@ class AutoExpandingEmbedder(ColumnEmbedder):
         while len(self.rows) > len(self.embedding.weight):
             weight = self.embedding.weight
             weight.data = torch.cat([weight.data, torch.randn_like(weight)])
-            self.embedding.num_embeddings = len(weight)
 
     def embed(self, names):
         self.add(names)
-        rows = [self.rows[name] for name in names]
-        return self.embedding(torch.tensor(rows, device=self.embedding.weight.device))
+        return self.embedding.weight[[self.rows[name] for name in names]]
 
     def get_extra_state(self):
         return dict(self.rows)
@@ -895,31 +759,31 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
     """
 
     def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings",
-                 target_dim=1, tokenization="words", known=None, offline=False):
-        cache_path = find_cache(bert_model, cache_dir)
-        cache, known = read_cache(cache_path), known or {}
-        dim = max(map(len, [*cache.values(), *known.values()]), default=None)
-        if dim is None:
-            dim = load_encoder(bert_model, offline)[1].config.hidden_size
-        super().__init__(target_dim, dim)
-        self.bert_model, self.tokenization, self.offline = bert_model, tokenization, offline
-        self.cache_path, self.cache, self.known = cache_path, cache, known
+                 target_dim=1, tokenization="words", known=None):
+        from safetensors.torch import load_file
+
+        path = Path(cache_dir) / f"{re.sub(r'[^a-zA-Z0-9.-]+', '_', bert_model)}.safetensors"
+        cache = load_file(path) if path.exists() else {}
+        vectors = [*cache.values(), *(known or {}).values()]
+        super().__init__(target_dim, len(vectors[0]) if vectors else
+                         load_encoder(bert_model)[1].config.hidden_size)
+        self.bert_model, self.tokenization = bert_model, tokenization
+        self.cache_path, self.cache, self.known = path, cache, known or {}
 
     def compute(self, names):
         keys = {name: f"{self.tokenization}/{name}" for name in names}
-        vectors = {name: self.cache[key] for name, key in keys.items() if key in self.cache}
-        vectors |= self.known
-        missing = [name for name in names if name not in vectors]
-        if missing:
-            vectors |= self.read_names(missing)
-            self.cache |= {keys[name]: vectors[name] for name in missing}
+        new = [name for name in names if name not in self.known and keys[name] not in self.cache]
+        if new:
+            self.cache |= {keys[name]: vector for name, vector in self.read_names(new).items()}
             self.save_cache()
-        return torch.stack([vectors[name] for name in names])
+        for name in names:
+            self.known.setdefault(name, self.cache.get(keys[name]))
+        return torch.stack([self.known[name] for name in names])
 
     @torch.no_grad()
     def read_names(self, names):
         """{name: vector} from the encoder."""
-        tokenizer, encoder = load_encoder(self.bert_model, self.offline)
+        tokenizer, encoder = load_encoder(self.bert_model)
         vectors = {}
         for name in names:
             text = name_to_words(name) if self.tokenization == "words" else name
@@ -929,65 +793,37 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
         return vectors
 
     def save_cache(self):
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         self.cache_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.cache_path) as path:
-            path.write_bytes(save(self.cache))
+            save_file(self.cache, path)
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
-        return cache_stats(self.bert_model, self.cache_path)
+        size = self.cache_path.stat().st_size if self.cache else 0
+        return {"cached_embeddings": len(self.cache), "cache_size_mb": round(size / 1e6, 3),
+                "bert_model": self.bert_model, "bert_dim": self.table.shape[1]}
 
 
 STRATEGIES = {"none": None, "auto_expanding": AutoExpandingEmbedder,
               "frozen_bert": FrozenBERTColumnEmbedder, "random_names": RandomNameEmbedder}
 
 
-def find_cache(bert_model, cache_dir):
-    """Path of the cache file of an encoder, a name on the hub or a folder."""
-    folder = Path(bert_model).expanduser()
-    name = str(folder.resolve()) if folder.is_dir() else bert_model
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return Path(cache_dir) / f"{Path(name).name}-{digest}.safetensors"
-
-
-def cache_stats(bert_model, path):
-    cache = read_cache(path)
-    size = path.stat().st_size if path.exists() else 0
-    dim = max(map(len, cache.values()), default=None)
-    return {"cached_embeddings": len(cache), "cache_size_mb": round(size / 1e6, 3),
-            "bert_model": bert_model, "bert_dim": dim}
-
-
-def read_cache(path):
-    """{tokenization/name: vector} of a cache file, empty where there is none."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path) if path.exists() else {}
-    except SafetensorError as error:
-        raise UserError(f"{path}: {error}; delete this cache of name embeddings") from None
-
-
-def load_encoder(name, offline):
+def load_encoder(name):
     """(tokenizer, model) of a BERT in a folder, in Hugging Face's cache, or on the hub."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    error = None
-    for local in (True, False):
-        if not local and (offline or os.path.isdir(name) or not hub_in_reach()):
-            break
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-            model = transformers.AutoModel.from_pretrained(name, local_files_only=local)
-            return tokenizer, model.eval()
-        except Exception as problem:  # transformers raises errors of many types here
-            error = (str(problem).strip() or repr(problem)).splitlines()[0]
-    raise UserError(f"--bert-model {name} cannot be loaded ({error[:120]}); give a local folder")
+    local = os.path.isdir(name) or not hub_in_reach()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model = transformers.AutoModel.from_pretrained(name, local_files_only=local)
+    except Exception as error:  # transformers raises errors of many types here
+        raise UserError(f"--bert-model {name} cannot be loaded ({str(error)[:120]}); give a local "
+                        "folder") from None
+    return tokenizer, model.eval()
 
 
 def hub_in_reach():
@@ -1008,14 +844,11 @@ def forward_fill(x):
     return x.gather(-1, steps.where(~x.isnan(), 0).cummax(-1).values)
 
 
-def values_and_mask(x, fill):
-    """(values, mask) [batch, columns, time] of x with NaNs; the mask is 1 where a value is present.
-
-    fill: `both` puts the last value for a NaN and `mask` a 0, and the mask says so; `zero` and
-    `forward` fill likewise, with a mask of 1 everywhere.
-    """
-    values = forward_fill(x) if fill in ("both", "forward") else x
-    mask = (~x.isnan()).to(x.dtype) if fill in ("both", "mask") else torch.ones_like(x)
+def values_and_mask(x, fill="forward fill and mask"):
+    """(values, mask) [batch, columns, time] of x with NaNs, for which `fill`, one of FILLS, puts
+    the last value or a 0; where it has no mask, this is 1 everywhere."""
+    values = forward_fill(x) if "forward fill" in fill else x
+    mask = (~x.isnan()).to(x.dtype) if "mask" in fill else torch.ones_like(x)
     return values.nan_to_num(), mask
 
 
@@ -1026,10 +859,6 @@ def cut_patches(x):
     return F.pad(x, (padding, 0)).unfold(-1, PATCH_LEN, STRIDE)
 
 
-def num_patches(seq_len):
-    return max(0, math.ceil((seq_len - PATCH_LEN) / STRIDE)) + 1
-
-
 class Head(nn.Module):
     """Logits [batch, classes] from patch tokens [batch, patches, d_model] and the windows x.
 
@@ -1037,7 +866,7 @@ class Head(nn.Module):
     cumulative logit model of McCullagh (1980): the classes are intervals of one column's next
     value, so it forecasts this as the last value plus a learned step, with a learned spread, and
     lets the class limits cut that distribution; untrained, it is persistence. Where the data set
-    has no such column, `ordinal` is `last`.
+    has no such column (target is None), `ordinal` is `last`.
     """
 
     def __init__(self, kind, d_model, num_classes, target=None, limits=None):
@@ -1046,15 +875,13 @@ class Head(nn.Module):
         self.target = target
         self.linear = nn.Linear(d_model, 2 if self.kind == "ordinal" else num_classes)
         if self.kind == "ordinal":
-            self.register_buffer("limits", torch.tensor(np.asarray(limits), dtype=torch.float32))
+            self.register_buffer("limits", torch.tensor(limits))
             nn.init.zeros_(self.linear.weight)
             self.linear.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
 
     def forward(self, tokens, x):
-        if self.kind == "mean":
-            return self.linear(tokens.mean(1))
-        outputs = self.linear(tokens[:, -1])
-        if self.kind == "last":
+        outputs = self.linear(tokens.mean(1) if self.kind == "mean" else tokens[:, -1])
+        if self.kind != "ordinal":
             return outputs
         step, log_spread = outputs.float().unbind(-1)
         last_value = forward_fill(x[:, self.target]).nan_to_num()[:, -1]
@@ -1078,19 +905,14 @@ class MultiDatasetPatchDuET(nn.Module):
     """
 
     def __init__(self, c_in, seq_len=SEQ_LEN, strategy="none", shared=False, head="mean",
-                 fill="both", dropout=0.0, d_model=64, queries=8, **bert):
+                 fill="forward fill and mask", dropout=0.0, d_model=64, queries=8, **bert):
         super().__init__()
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
-        if fill not in FILLS or head not in HEADS:
-            raise ValueError(f"fill {fill!r} must be one of {', '.join(FILLS)}, and head {head!r} "
-                             f"one of {', '.join(HEADS)}")
         self.settings = {"c_in": c_in, "seq_len": seq_len, "strategy": strategy, "shared": shared,
                          "head": head, "fill": fill, "dropout": dropout, "d_model": d_model,
                          "queries": queries} | bert
-        self.c_in, self.shared, self.head_kind, self.fill = c_in, shared, head, fill
         # What all strategies have comes first: with one seed they begin with the same weights.
-        self.positions = nn.Parameter(0.02 * torch.randn(num_patches(seq_len), d_model))
+        patches = cut_patches(torch.zeros(1, 1, seq_len)).shape[2]
+        self.positions = nn.Parameter(0.02 * torch.randn(patches, d_model))
         layer = nn.TransformerEncoderLayer(d_model, 8, 2048, 0.0, batch_first=True, norm_first=True)
         # Dropout on what each half of a layer adds; on its 2048 hidden units it would take a third
         # of the time.
@@ -1122,39 +944,37 @@ class MultiDatasetPatchDuET(nn.Module):
                             limits=None):
         """Serve `dataset` with columns `names`; with `num_classes` it gets a new head.
 
-        Raises ValueError where the number of columns does not fit, or the head is missing.
+        `target` is the name of the column whose next value is classified. Raises ValueError where
+        the number of columns does not fit.
         """
-        if not self.shared and len(names) != self.c_in:
-            raise ValueError(f"{len(names)} columns for a model of {self.c_in}, whose patch layer "
+        c_in = self.settings["c_in"]
+        if not self.settings["shared"] and len(names) != c_in:
+            raise ValueError(f"{len(names)} columns for a model of {c_in}, whose patch layer "
                              "has a fixed size; create_for_dataset(..., shared=True) takes any")
         if num_classes is not None:
-            head = Head(self.head_kind, self.settings["d_model"], num_classes, target, limits)
+            head = Head(self.settings["head"], self.settings["d_model"], num_classes,
+                        names.index(target) if target else None, limits)
             self.head_numbers[dataset] = len(self.heads)
             self.heads.append(head.to(self.positions.device))
-        if dataset not in self.head_numbers:
-            raise ValueError(f"no head for data set {dataset!r} yet: give its num_classes")
         if self.embedder:
             self.embedder.add(names)
         self.column_names[dataset] = list(names)
 
     def add_dataset(self, metadata):
         """Serve the data set of a Dataset.metadata(), with a new head."""
-        name, classes = metadata["name"], metadata["classes"]
-        self.set_dataset_columns(metadata["columns"], name, len(classes), metadata["target"],
-                                 metadata["limits"])
-        self.datasets[name] = metadata
+        self.set_dataset_columns(metadata["columns"], metadata["name"], len(metadata["classes"]),
+                                 metadata["target"], metadata["limits"])
+        self.datasets[metadata["name"]] = metadata
 
     def head(self, dataset):
         return self.heads[self.head_numbers[dataset]]
 
     def forward(self, x, dataset="default"):
-        if not self.shared and x.shape[1] != self.c_in:
-            raise ValueError(f"x has {x.shape[1]} columns, the model {self.c_in}")
-        values, mask = values_and_mask(x, self.fill)
+        values, mask = values_and_mask(x, self.settings["fill"])
         names = None
         if self.embedder:
             names = self.embedder(self.column_names[dataset]).to(x.dtype)
-        embed = self.embed_each_column if self.shared else self.embed_all_columns
+        embed = self.embed_each_column if self.settings["shared"] else self.embed_all_columns
         tokens = embed(values, mask, names)  # [batch, patches, d_model]
         tokens = self.encoder(tokens + self.positions[-tokens.shape[1] :])
         return self.head(dataset)(tokens, x)
@@ -1201,7 +1021,7 @@ class ConvNet(nn.Module):
         self.datasets[metadata["name"]] = metadata
 
     def forward(self, x, dataset="default"):
-        values, mask = values_and_mask(x, "both")
+        values, mask = values_and_mask(x)
         channels = torch.cat([values, mask, normalize_windows(values, mask)], dim=1)
         return self.linear(self.layers(channels).mean(-1))
 
@@ -1223,6 +1043,13 @@ def gather_windows(series, starts, seq_len):
     return series.unfold(0, seq_len, 1)[starts]
 
 
+def window_batches(data, windows, size, device="cpu"):
+    """The windows x [batch, columns, time] with these numbers, `size` at a time."""
+    series = torch.from_numpy(data.series).to(device)
+    for starts in torch.from_numpy(data.starts[windows]).to(device).split(size):
+        yield gather_windows(series, starts, data.seq_len)
+
+
 def drop_values(x, share, missing="at random"):
     """x [batch, columns, time] with a share of its values NaN: at random, in one block of each
     series, or in whole columns, of which one stays.
@@ -1232,13 +1059,14 @@ def drop_values(x, share, missing="at random"):
     share = torch.as_tensor(share, device=x.device)
     if missing == "at random":
         return x.masked_fill(torch.rand_like(x) < share, math.nan)
+    place = torch.rand(*x.shape[:2], 1, device=x.device)
     if missing == "whole columns":
-        rank = torch.rand(*x.shape[:2], 1, device=x.device).argsort(1).argsort(1)
+        rank = place.argsort(1).argsort(1)
         chance = torch.rand(len(x), 1, 1, device=x.device)  # rounds up or down, right on average
         count = (share * x.shape[1] + chance).floor().clamp(max=x.shape[1] - 1)
         return x.masked_fill(rank < count, math.nan)
     length = share * x.shape[-1]
-    first = (torch.rand(*x.shape[:2], 1, device=x.device) * (x.shape[-1] - length)).round()
+    first = (place * (x.shape[-1] - length)).round()
     t = torch.arange(x.shape[-1], device=x.device)
     return x.masked_fill((t >= first) & (t < first + length), math.nan)
 
@@ -1270,15 +1098,16 @@ def draw_batches(datasets, steps, batch_size, device):
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
-def fit(model, datasets, args, seed, file, keep="best", drop=False):
-    """Train a model with args.steps steps on each data set, or go on with the checkpoint in `file`,
-    or load it if it is finished; returns the history, a list with a dictionary for each evaluation.
+def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
+    """Train a model with args.steps steps on each data set, or go on with the checkpoint in `file`;
+    returns the history, a list with a dictionary for each evaluation.
 
     The model ends with the weights of the best mean validation accuracy over the data sets, or,
     with keep="last", with its last weights. With `drop`, up to half of the values are left out in
-    training. All that is random follows from the seed and the number of the evaluation, so that a
-    resumed training ends with the same weights bit for bit.
+    training; `changes` replace arguments. All that is random follows from the seed and the number
+    of the evaluation, so that a resumed training ends with the same weights bit for bit.
     """
+    args = argparse.Namespace(**vars(args) | changes)
     device = next(model.parameters()).device
     tensors = [[torch.from_numpy(array).to(device)
                 for array in (data.series, data.starts, data.labels)] for data in datasets]
@@ -1316,72 +1145,56 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False):
         if not math.isfinite(train_loss):
             raise UserError(f"{file.stem}: the loss is not finite; lower --learning-rate")
         train_seconds = time.perf_counter() - start_time
-        accuracies = {data.name: accuracy(model, data, "val") for data in datasets}
-        state["history"].append({
-            "step": ends[number + 1] * len(datasets), "train_loss": train_loss,
-            "val_accuracy": accuracies, "train_seconds": train_seconds,
-            "seconds": time.perf_counter() - start_time})
+        val_accuracy = float(np.mean([accuracy(model, data, "val") for data in datasets]))
+        state["history"].append({"train_loss": train_loss, "val_accuracy": val_accuracy,
+                                 "train_seconds": train_seconds})
         end_evaluation(state, modules, keep, file, finished=number + 1 == evaluations)
-    model.load_state_dict(state["best"]["model"])
+    model.load_state_dict(state["best"])
     return state["history"]
 
 
 def load_state(file, modules, datasets):
-    """A new training state, or that of an unfinished or finished checkpoint; `modules` are then set
-    to it, too."""
+    """The training state in a checkpoint, to which `modules` are then set, or a new one."""
     data_sha256 = [data.info["sha256"] for data in datasets]
-    state = {"history": [], "best": {"accuracy": -1.0}, "data_sha256": data_sha256}
     if not file.exists():
-        return state
+        return {"history": [], "best": None, "data_sha256": data_sha256, "modules": {}}
     state = load_checkpoint(file, file)
     if state["data_sha256"] != data_sha256:
         raise UserError(f"{file}: trained on other data; restore the files or start a new run")
-    try:
-        modules["model"].load_state_dict(state.get("model") or state["best"]["model"])
-        for name in state.keys() & {"optimizer", "scheduler"}:
-            modules[name].load_state_dict(state[name])
-    except RuntimeError:
-        raise UserError(f"{file}: from another version of {EXPERIMENT}.py") from None
+    for name, saved in state["modules"].items():
+        modules[name].load_state_dict(saved)
     return state
 
 
 def end_evaluation(state, modules, keep, file, finished):
-    """Keep the best or the last weights and write the checkpoint: with all that training needs, or,
-    once it is finished, with all that prediction needs."""
+    """Keep the best or the last weights and write the checkpoint, with all that prediction needs
+    and, until training is finished, all that this needs."""
     model = modules["model"]
-    val_accuracy = float(np.mean(list(state["history"][-1]["val_accuracy"].values())))
-    if keep == "last" or val_accuracy > state["best"]["accuracy"]:
-        weights = copy.deepcopy(model.state_dict())
-        state["best"] = {"accuracy": val_accuracy, "model": weights}
-    for name, module in modules.items():
-        state[name] = module.state_dict()
-    checkpoint = state
-    if finished:
-        settings = dict(model.settings)
-        if settings.get("strategy") == "frozen_bert":  # prediction then needs no encoder
-            embedder = model.embedder
-            settings["known"] = {name: embedder.embed([name])[0].cpu() for name in embedder.rows}
-        checkpoint = {key: state[key] for key in ("history", "best", "data_sha256")}
-        checkpoint |= {"class": type(model).__name__, "settings": settings,
-                       "datasets": model.datasets}
+    accuracies = [entry["val_accuracy"] for entry in state["history"]]
+    if keep == "last" or accuracies[-1] > max(accuracies[:-1], default=-1):
+        state["best"] = copy.deepcopy(model.state_dict())
+    state["modules"] = {} if finished else {name: module.state_dict()
+                                            for name, module in modules.items()}
+    settings = dict(model.settings)
+    if settings.get("strategy") == "frozen_bert":  # prediction then needs no encoder
+        settings["known"] = model.embedder.known
     with atomic_write(file) as path:
-        torch.save(checkpoint, path)
+        torch.save(state | {"class": type(model).__name__, "settings": settings,
+                            "datasets": model.datasets}, path)
+    if finished:
+        log(f"{file.stem}: best validation accuracy {max(accuracies):.2%}")
 
 
 @torch.inference_mode()
 def predict(model, data, split, corrupt=None):
-    """Logits [windows, classes] of a split; `corrupt` changes x [batch, columns, time] first."""
+    """Probabilities [windows, classes] of a split; `corrupt` changes x [batch, columns, time]."""
     model.eval()
     device = next(model.parameters()).device
-    series = torch.from_numpy(data.series).to(device)
-    starts = torch.from_numpy(data.starts[data.splits[split]]).to(device)
     outputs = []
-    for batch in starts.split(max(16, 100_000 // data.seq_len)):
-        x = gather_windows(series, batch, data.seq_len)
-        if corrupt:
-            x = corrupt(x)
+    for x in window_batches(data, data.splits[split], max(16, 100_000 // data.seq_len), device):
         with autocast(device):
-            outputs.append(model(x, data.name).float())
+            logits = model(corrupt(x) if corrupt else x, data.name)
+        outputs.append(logits.float().softmax(1))
     return torch.cat(outputs).cpu().numpy()
 
 
@@ -1394,7 +1207,7 @@ def accuracy(model, data, split):
 # --- Evaluation: baselines ----------------------------------------------------------------------
 
 
-def make_record(data, model, predicted, **columns):
+def make_record(data, model, predicted, seed, **columns):
     """One row of the results: accuracy and macro F1 of the classes [windows] predicted for the test
     part. The F1 is over the classes that occur."""
     from sklearn.metrics import f1_score
@@ -1402,17 +1215,16 @@ def make_record(data, model, predicted, **columns):
     labels = data.labels[data.splits["test"]]
     macro_f1 = f1_score(labels, predicted, labels=np.unique(labels), average="macro",
                         zero_division=0)
-    return {"dataset": data.name, "model": model, "accuracy": float(np.mean(labels == predicted)),
-            "macro_f1": float(macro_f1), "parameters": None} | columns
+    return {"dataset": data.name, "model": model, "seed": seed, "macro_f1": macro_f1,
+            "accuracy": np.mean(labels == predicted), "chance": 1 / len(data.classes)} | columns
 
 
 def window_features(data, split):
     """Features [windows, 7 * columns] for baselines: last value, mean, standard deviation, minimum,
     maximum, slope and share missing of each column."""
-    series, features = torch.from_numpy(data.series), []
+    features = []
     t = torch.linspace(-1, 1, data.seq_len)
-    for starts in torch.from_numpy(data.starts[data.splits[split]]).split(4096):
-        x = gather_windows(series, starts, data.seq_len)
+    for x in window_batches(data, data.splits[split], 4096):
         missing = x.isnan()
         last = forward_fill(x)[..., -1].nan_to_num()
         mean = x.nanmean(-1).nan_to_num()
@@ -1437,14 +1249,14 @@ class Hydra:
         self.kernels = kernels
         self.parts = []  # (dilation, on differences, weights [kernels, 1, 9], columns)
         count = max(1, min(8, columns // 2))
-        for exponent in range(1 + int(math.log2(max(1, (seq_len - 1) / 8)))):
-            for on_differences in (False, True):
-                weights = torch.randn(groups // 2 * kernels, 1, 9, generator=generator)
-                weights = weights - weights.mean(-1, keepdim=True)
-                weights = weights / weights.abs().sum(-1, keepdim=True)
-                chosen = torch.stack([torch.randperm(columns, generator=generator)[:count]
-                                      for _ in range(groups // 2)])
-                self.parts.append((2**exponent, on_differences, weights, chosen))
+        dilations = [2**exponent for exponent in range(1 + int(math.log2(max(1, (seq_len - 1) / 8))))]
+        for dilation, on_differences in itertools.product(dilations, (False, True)):
+            weights = torch.randn(groups // 2 * kernels, 1, 9, generator=generator)
+            weights = weights - weights.mean(-1, keepdim=True)
+            weights = weights / weights.abs().sum(-1, keepdim=True)
+            chosen = torch.stack([torch.randperm(columns, generator=generator)[:count]
+                                  for _ in range(groups // 2)])
+            self.parts.append((dilation, on_differences, weights, chosen))
 
     def transform(self, x):
         """Features [batch, features] of x [batch, columns, time] without NaN."""
@@ -1463,49 +1275,35 @@ class Hydra:
         return torch.cat(features, dim=1)
 
 
-class HydraClassifier:
-    """Hydra's features, scaled as its authors do, and a ridge classifier, fitted to at most 4,000
-    training windows."""
-
-    def features(self, data, windows):
-        series, features = torch.from_numpy(data.series), []
-        for starts in torch.from_numpy(data.starts[windows]).split(64):
-            x = forward_fill(gather_windows(series, starts, data.seq_len)).nan_to_num()
-            features.append(self.hydra.transform(x))
-        return torch.cat(features).clamp(min=0).sqrt()
-
-    def scale(self, features):
-        return ((features - self.mean) * (features != 0) / self.std).numpy()
-
-    def fit(self, data):
-        from sklearn.linear_model import RidgeClassifierCV
-
-        windows = data.splits["train"]
-        windows = windows[:: math.ceil(len(windows) / 4000)]
-        self.hydra = Hydra(len(data.columns), data.seq_len)
-        features = self.features(data, windows)
-        self.mean = features.mean(0)
-        # A rare count has hardly any spread: the more zeros, the more is added to it.
-        self.std = features.std(0) + (features == 0).float().mean(0) ** 4 + 1e-8
-        self.ridge = RidgeClassifierCV(np.logspace(-3, 3, 10))
-        self.ridge.fit(self.scale(features), data.labels[windows])
-        return self
-
-    def probabilities(self, data, split):
-        """[windows, classes]: the softmax of twice the outputs, which lie about -1 and 1."""
-        outputs = self.ridge.decision_function(self.scale(self.features(data, data.splits[split])))
-        if outputs.ndim == 1:  # two classes
-            outputs = np.stack([-outputs, outputs], axis=1)
-        probabilities = np.zeros((len(outputs), len(data.classes)))
-        probabilities[:, self.ridge.classes_] = torch.from_numpy(2 * outputs).softmax(1).numpy()
-        return probabilities
-
-
 def fit_hydra(data):
-    """(Hydra's probabilities [windows, classes] for the test part, seconds)."""
-    start_time = time.perf_counter()
-    probabilities = HydraClassifier().fit(with_validation(data)).probabilities(data, "test")
-    return probabilities, time.perf_counter() - start_time
+    """Probabilities [windows, classes] for the test part by Hydra's features, scaled as its authors
+    do, and a ridge classifier, fitted to at most 4,000 training windows."""
+    from sklearn.linear_model import RidgeClassifierCV
+
+    hydra = Hydra(len(data.columns), data.seq_len)
+
+    def transform(windows):
+        batches = window_batches(data, windows, 64)
+        features = torch.cat([hydra.transform(forward_fill(x).nan_to_num()) for x in batches])
+        return features.clamp(min=0).sqrt()
+
+    def scale(features):
+        return ((features - mean) * (features != 0) / std).numpy()
+
+    windows = data.splits["train"]
+    windows = windows[:: math.ceil(len(windows) / 4000)]
+    features = transform(windows)
+    mean = features.mean(0)
+    # A rare count has hardly any spread: the more zeros, the more is added to it.
+    std = features.std(0) + (features == 0).float().mean(0) ** 4 + 1e-8
+    ridge = RidgeClassifierCV(np.logspace(-3, 3, 10))
+    ridge.fit(scale(features), data.labels[windows])
+    outputs = ridge.decision_function(scale(transform(data.splits["test"])))  # about -1 or 1
+    if outputs.ndim == 1:  # two classes
+        outputs = np.stack([-outputs, outputs], axis=1)
+    probabilities = np.zeros((len(outputs), len(data.classes)))
+    probabilities[:, ridge.classes_] = torch.from_numpy(2 * outputs).softmax(1).numpy()
+    return probabilities
 
 
 def with_validation(data):
@@ -1514,9 +1312,10 @@ def with_validation(data):
     return replace(data, splits=data.splits | {"train": train})
 
 
-def baseline_records(data, seed, hydra):
-    """Records of the majority class, logistic regression and boosting on window features, what
-    fit_hydra returned, and, where a column's next value is classified, persistence.
+def baseline_records(data, seed, few=False):
+    """(records, Hydra's probabilities): persistence, where a column's next value is classified, the
+    majority class, logistic regression and boosting on window features, and Hydra; with `few`, only
+    boosting and Hydra.
 
     They choose nothing on the validation part, so they are fitted to it as well.
     """
@@ -1530,24 +1329,27 @@ def baseline_records(data, seed, hydra):
     x_train, x_test = window_features(data, "train"), window_features(data, "test")
     y_train = data.labels[data.splits["train"]]
     leaf = int(np.clip(len(y_train) // 20, 1, 20))  # with 20, no tree can split 30 windows
+    boosting = HistGradientBoostingClassifier(early_stopping=False, min_samples_leaf=leaf,
+                                              random_state=0)
     models = {
         "majority class": DummyClassifier(),
         "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
-        "gradient boosting": HistGradientBoostingClassifier(
-            early_stopping=False, min_samples_leaf=leaf, random_state=0)}
+        "gradient boosting": boosting}
     records = []
-    if data.target is not None:
-        last_value = x_test[:, data.target]  # the last values are the first features
+    if data.target and not few:
+        last_value = x_test[:, data.columns.index(data.target)]  # of the first features
         predicted = np.digitize(last_value, data.limits)
-        records.append(make_record(data, "persistence", predicted, seed=seed, seconds=0.0))
-    for name, model in models.items():
+        records.append(make_record(data, "persistence", predicted, seed, seconds=0.0))
+    for name in ["gradient boosting"] if few else models:
         start_time = time.perf_counter()
-        predicted = model.fit(x_train, y_train).predict(x_test)
+        predicted = models[name].fit(x_train, y_train).predict(x_test)
         seconds = time.perf_counter() - start_time
-        records.append(make_record(data, name, predicted, seed=seed, seconds=seconds))
-    probabilities, seconds = hydra
-    predicted = probabilities.argmax(1)
-    return [*records, make_record(data, "hydra", predicted, seed=seed, seconds=seconds)]
+        records.append(make_record(data, name, predicted, seed, seconds=seconds))
+    start_time = time.perf_counter()
+    hydra = fit_hydra(data)
+    seconds = time.perf_counter() - start_time
+    records.append(make_record(data, "hydra", hydra.argmax(1), seed, seconds=seconds))
+    return records, hydra
 
 
 # --- Evaluation: tables -------------------------------------------------------------------------
@@ -1558,19 +1360,33 @@ def percent(values, sign=""):
 
     With `sign` "+" they are differences, and a star says that the interval excludes 0.
     """
-    mean, width = mean_and_interval(100 * np.asarray(values, float))
+    values = pd.Series(values).dropna()
+    if values.empty:
+        return None
+    mean, width = mean_and_interval(100 * values)
     if len(values) == 1:
         return f"{mean:{sign}.2f}"
     star = " *" if sign and abs(mean) > width else ""
     return f"{mean:{sign}.2f} ± {width:.2f}{star}"
 
 
-def difference(accuracies, model, other):
-    """Accuracy of one model minus that of another, paired by seed, as percent(); None where either
-    is missing. `accuracies` is a table [seed, model]."""
-    if model == other or not {model, other} <= set(accuracies):
-        return None
-    return percent((accuracies[model] - accuracies[other]).dropna(), "+")
+def add_difference(records, column, reference, keys):
+    """The records with `minus {reference}`: the accuracy minus that of the record with the same
+    `keys` whose `column` is the reference."""
+    others = records.loc[records[column] == reference, [*keys, "accuracy"]]
+    merged = records.merge(others, "left", keys, suffixes=("", " of reference"))
+    difference = merged["accuracy"] - merged.pop("accuracy of reference")
+    return merged.assign(**{f"minus {reference}": difference.where(merged[column] != reference)})
+
+
+def share_table(records, keys, values="accuracy"):
+    """Rows {column: value} of the mean of `values` [%]: a row for each combination of the columns
+    `keys`, a column for each share."""
+    sign = "+" if values.startswith("minus") else ""
+    table = records.pivot_table(values, keys, "share", functools.partial(percent, sign=sign),
+                                sort=False)
+    table = table[sorted(table)].rename(columns="{:.0%}".format)
+    return table.reset_index().to_dict("records")
 
 
 def add_means(records):
@@ -1579,88 +1395,63 @@ def add_means(records):
     count = records["dataset"].nunique()
     if count == 1:
         return records
-    groups = records.groupby(["model", "seed"], sort=False)
-    means = groups[["accuracy", "macro_f1", "seconds"]].mean()[groups.size() == count]
+    groups = records.groupby(["model", "strategy", "training", "seed"], sort=False, dropna=False)
+    means = groups[["accuracy", "macro_f1", "chance", "seconds"]].mean()[groups.size() == count]
     return pd.concat([records, means.reset_index().assign(dataset="mean of all")])
 
 
 def benchmark_table(records, original):
     """Rows {column: value} for each data set and model, with differences paired by seed."""
-    records = add_means(pd.DataFrame(records))
-    records["parameters"] = records["parameters"].map("{:,.0f}".format, na_action="ignore")
-    rows = []
-    for name, of_dataset in records.groupby("dataset", sort=False):
-        accuracies = of_dataset.pivot_table("accuracy", "seed", "model")
-        for model, runs in of_dataset.groupby("model", sort=False):
-            plain, strategy = model, model.removeprefix("shared, ")
-            if strategy in STRATEGIES:
-                plain = model.removesuffix(strategy) + "none"
-            rows.append({
-                "data set": name, "model": model, "accuracy %": percent(runs["accuracy"]),
-                "macro F1 %": percent(runs["macro_f1"]),
-                "minus none": difference(accuracies, model, plain),
-                "minus per-dataset": difference(accuracies, model, strategy),
-                "original %": original.get(name, {}).get(model),
-                "parameters": runs["parameters"].iloc[0],
-                "seconds": f"{runs['seconds'].mean():.1f}"})
-    return rows
-
-
-def share_table(records, keys):
-    """Rows {column: value} of the accuracy [%]: a row for each combination of the columns `keys`, a
-    column for each share."""
-    table = pd.DataFrame(records).pivot_table("accuracy", keys, "share", percent, sort=False)
-    table = table[sorted(table)].rename(columns="{:.0%}".format)
+    records = add_difference(records, "strategy", "none", ["dataset", "training", "seed"])
+    records = add_difference(records, "training", "own", ["dataset", "strategy", "seed"])
+    signed = functools.partial(percent, sign="+")
+    table = records.groupby(["dataset", "model"], sort=False).agg(**{
+        "accuracy %": ("accuracy", percent), "macro F1 %": ("macro_f1", percent),
+        "minus none": ("minus none", signed), "minus own": ("minus own", signed),
+        "parameters": ("parameters", "first"), "seconds": ("seconds", "mean")})
+    table["seconds"] = table["seconds"].map("{:.1f}".format)
+    table["parameters"] = table["parameters"].map("{:,.0f}".format, na_action="ignore")
+    table["original %"] = [original.get(name, {}).get(model) for name, model in table.index]
     return table.reset_index().to_dict("records")
 
 
 # --- Pictures -----------------------------------------------------------------------------------
 
 
-def plot_benchmark(records, datasets, path):
+def plot_benchmark(records, path):
     """Accuracy of every model: for each data set where there are few, otherwise on average."""
-    records = pd.DataFrame(records)
-    records = records[records["model"] != "majority class"]
-    names = [data.name for data in datasets]
-    chance = [100 / len(data.classes) for data in datasets]
-    if len(names) > 6:
-        fig, (axis,) = new_figure("Test accuracy", size=(11, 5))
-        means = 100 * records.groupby("model", sort=False)["accuracy"].mean()
-        plot_ranking(axis, means.to_dict(), "{:.1f}")
-        axis.axvline(np.mean(chance), linestyle="--", color="0.4")
-        axis.set(xlabel=f"accuracy [%], mean over {len(names)} data sets; dashed: chance",
-                 xlim=(0, 105))
-        return save_figure(fig, path)
+    names = records["dataset"].unique()
+    if len(names) > 7:
+        names = ["mean of all"]
     fig, (axis,) = new_figure("Test accuracy, with the 95 % interval where there are several runs",
                               size=(11, 2 + 1.4 * len(names)))
-    runs = dict(list(records.groupby(["dataset", "model"])["accuracy"]))
-    means, errors = {}, {}
-    for model in records["model"].unique():
-        intervals = [mean_and_interval(runs.get((name, model), [np.nan])) for name in names]
-        means[model], errors[model] = 100 * np.array(intervals, float).T
-    plot_dots(axis, names, means, errors=errors)
-    for row, value in enumerate(chance):
+    records = records[records["model"] != "majority class"]
+    models = records["model"].unique()
+    runs = records.groupby(["model", "dataset"])["accuracy"]
+    means = 100 * runs.mean().unstack()[names]
+    widths = 100 * runs.agg(lambda values: mean_and_interval(values)[1]).unstack()[names]
+    plot_dots(axis, names, means.T[models], errors=widths.T[models])
+    for row, chance in enumerate(records.groupby("dataset")["chance"].first()[names]):
         label = None if row else "chance"
-        axis.plot([value, value], [row - 0.4, row + 0.4], "--", color="0.4", label=label)
+        axis.plot([100 * chance] * 2, [row - 0.4, row + 0.4], "--", color="0.4", label=label)
     axis.set(xlabel="accuracy [%]", xlim=(0, 101))
     legend_below(axis, 5)
-    return save_figure(fig, path)
+    save_figure(fig, path)
 
 
-def plot_shares(records, title, xlabel, panel, classes, path):
+def plot_shares(records, title, xlabel, panel, path):
     """Accuracy over the column `share` of the records, a line for each model and a panel for each
-    value of the column `panel`; chance is one of `classes`."""
-    records = pd.DataFrame(records)
-    panels = records[panel].unique()
+    value of the column `panel`."""
+    panels = list(records.groupby(panel, sort=False))
     fig, axes = new_figure(title, 1, len(panels), (5 * len(panels) + 3, 4.5))
-    for axis, name in zip(axes, panels):
-        shown = records[records[panel] == name]
-        models = shown["model"].unique()
-        for i, model in enumerate(models):  # the bands of many models would hide each other
-            runs = 100 * shown[shown["model"] == model].pivot_table("accuracy", "seed", "share")
-            values = runs.to_numpy() if len(models) < 6 else runs.mean().to_numpy()
+    for axis, (name, shown) in zip(axes, panels):
+        by_model = list(shown.groupby("model", sort=False))
+        for i, (model, of_model) in enumerate(by_model):
+            runs = 100 * of_model.pivot_table("accuracy", "seed", "share")
+            # The bands of many models would hide each other.
+            values = runs.to_numpy() if len(by_model) < 6 else runs.mean().to_numpy()
             plot_curve(axis, 100 * runs.columns, values, model, i, MARKERS[i % 7])
-        axis.axhline(100 / len(classes), linestyle="--", color="0.4", label="chance")
+        axis.axhline(100 * shown["chance"].iloc[0], linestyle="--", color="0.4", label="chance")
         shares = sorted(shown["share"].unique())
         if shares[-1] == 1:  # 0, 5, 10 and 100 %
             axis.set_xscale("symlog", linthresh=10)
@@ -1676,13 +1467,14 @@ def plot_shares(records, title, xlabel, panel, classes, path):
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def make_model(args, datasets, strategy, shared, seed, fill="both", min_seq_len=0):
+def make_model(args, datasets, strategy, shared, seed, min_seq_len=0, **options):
     """An untrained model for the data sets, and for windows of min_seq_len, on the device."""
     seed_everything(seed)
     seq_len = max(min_seq_len, *(data.seq_len for data in datasets))
-    options = bert_options(args) if strategy == "frozen_bert" else {}
+    if strategy == "frozen_bert":
+        options |= bert_options(args)
     model = MultiDatasetPatchDuET(len(datasets[0].columns), seq_len, strategy, shared, args.head,
-                                  fill, args.dropout, **options)
+                                  dropout=args.dropout, **options)
     for data in datasets:
         model.add_dataset(data.metadata())
     return model.to(args.device)
@@ -1691,146 +1483,92 @@ def make_model(args, datasets, strategy, shared, seed, fill="both", min_seq_len=
 def bert_options(args):
     """The arguments that FrozenBERTColumnEmbedder needs."""
     return {"bert_model": args.bert_model, "tokenization": args.tokenization,
-            "cache_dir": str(Path(args.data_dir) / "column_embeddings"), "offline": args.quick}
+            "cache_dir": str(Path(args.data_dir) / "column_embeddings")}
 
 
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def evaluate(model, data, name, history=(), corrupt=None, **columns):
+def evaluate(model, data, strategy, training, seed, history=(), corrupt=None, **columns):
     """The record of a trained model on the test part of a data set."""
     predicted = predict(model, data, "test", corrupt).argmax(1)
-    seconds = sum(entry["seconds"] for entry in history)
-    return make_record(data, name, predicted, seconds=seconds, parameters=count_parameters(model),
-                       **columns)
+    name = strategy if training == "own" else f"{strategy}, {training}"
+    return make_record(
+        data, name, predicted, seed, strategy=strategy, training=training,
+        seconds=sum(entry["train_seconds"] for entry in history),
+        parameters=sum(parameter.numel() for parameter in model.parameters()), **columns)
 
 
-def train_convolutions(args, data, members, hydra, seed, run_dir):
-    """Records of the mean of several ConvNets, and of that mean together with Hydra.
+def train_convolutions(args, data, hydra, seed, run_dir):
+    """Records of the mean of three ConvNets, and of that mean together with Hydra's probabilities.
 
     They train on training and validation windows, for twice the steps, and choose nothing.
     """
-    whole = with_validation(data)
-    conv_args = argparse.Namespace(**vars(args) | {
-        "batch_size": min(args.batch_size, 32), "steps": 2 * args.steps})
-    logits, seconds, parameters = [], 0.0, 0
-    for member in range(members):
+    whole, probabilities, seconds = with_validation(data), [], 0.0
+    for member in range(3):
         member_seed = seed + 1000 * member
         seed_everything(member_seed)
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
         model.add_dataset(data.metadata())
-        file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
-        history = fit(model, [whole], conv_args, member_seed, file, keep="last")
-        seconds += sum(entry["seconds"] for entry in history)
-        parameters += count_parameters(model)
-        logits.append(predict(model, data, "test"))
-    conv = torch.from_numpy(np.stack(logits)).softmax(-1).mean(0).numpy()
-    probabilities, hydra_seconds = hydra
-    columns = {"seed": seed, "parameters": parameters}
-    return [make_record(data, "conv", conv.argmax(1), seconds=seconds, **columns),
-            make_record(data, "conv + hydra", (conv + probabilities).argmax(1),
-                        seconds=seconds + hydra_seconds, **columns)]
-
-
-def train_strategies(args, datasets, strategies, seed, run_dir):
-    """Records of a model for each data set and strategy, and of the shared models."""
-    groups = []  # (name, data sets, shared)
-    if args.shared != "only":
-        groups += [(data.name, [data], False) for data in datasets]
-    if args.shared:
-        groups.append(("shared", datasets, True))
-    records = []
-    for (name, group, shared), strategy in itertools.product(groups, strategies):
-        model = make_model(args, group, strategy, shared, seed)
-        history = fit(model, group, args, seed, run_dir / f"models/{name}-{strategy}-{seed}.pt")
-        label = f"shared, {strategy}" if shared else strategy
-        tested = [evaluate(model, data, label, history, seed=seed) for data in group]
-        mean = np.mean([record["accuracy"] for record in tested])
-        log(f"{name}, {strategy}, seed {seed}: test accuracy {mean:.2%}")
-        records += tested
-    return records
+        history = fit(model, [whole], args, member_seed,
+                      run_dir / f"models/{data.name}-conv-{seed}-{member}.pt", keep="last",
+                      steps=2 * args.steps, batch_size=min(args.batch_size, 32))
+        seconds += sum(entry["train_seconds"] for entry in history)
+        probabilities.append(predict(model, data, "test"))
+    conv = np.mean(probabilities, axis=0)
+    return [make_record(data, name, predicted.argmax(1), seed, seconds=seconds)
+            for name, predicted in (("conv", conv), ("conv + hydra", conv + hydra))]
 
 
 def benchmark(args, datasets, strategies, run_dir):
-    """Baselines, convolutions where --conv-members asks for them, and every strategy."""
+    """Baselines, convolutions for files of the archives, and every strategy: a model for each data
+    set and, with --shared, one for all."""
     records, hydra = [], {}
     for data in progress(datasets, "baselines"):
-        hydra[data.name] = fit_hydra(data)
-        records += baseline_records(data, args.seed, hydra[data.name])
+        baselines, hydra[data.name] = baseline_records(data, args.seed)
+        records += baselines
+    groups = []  # (name, data sets, training)
+    if args.shared != "only":
+        groups += [(data.name, [data], "own") for data in datasets]
+    if args.shared:
+        groups.append(("shared", datasets, "shared"))
     for seed in range(args.seed, args.seed + args.runs):
         for data in datasets:
-            members = args.conv_members
-            if members is None:
-                members = 3 if data.info.get("archive") else 0
-            if members:
-                records += train_convolutions(args, data, members, hydra[data.name], seed,
-                                              run_dir)
-        records += train_strategies(args, datasets, strategies, seed, run_dir)
-    plot_benchmark(records, datasets, run_dir / "benchmark.png")
-    table = benchmark_table(records, original_figures(args, datasets))
+            if data.info["source"] == "archive":
+                records += train_convolutions(args, data, hydra[data.name], seed, run_dir)
+        for (name, group, training), strategy in itertools.product(groups, strategies):
+            model = make_model(args, group, strategy, training == "shared", seed)
+            history = fit(model, group, args, seed, run_dir / f"models/{name}-{strategy}-{seed}.pt")
+            records += [evaluate(model, data, strategy, training, seed, history) for data in group]
+    records = add_means(pd.DataFrame(records))
+    plot_benchmark(records, run_dir / "benchmark.png")
+    original = {data.name: ORIGINAL_TABLE[data.name] for data in datasets
+                if data.info.get("protocol") == "original" and args.head == "mean"
+                and data.name in ORIGINAL_TABLE}
+    if len(original) == 3:
+        original = ORIGINAL_TABLE
+    table = benchmark_table(records, original)
     if len(datasets) > 6:  # the records have every data set
-        table = [row for row in table if row["data set"] == "mean of all"]
-    text = f"{answer(table)}\n\nSeconds are those of one training, of a shared model on all data."
-    if any(row["original %"] for row in table):
-        text += " The original's figures are single runs, scored at their last or best epoch."
-    return {"records": records, "tables": {"accuracy": table}, "note": text}
-
-
-def original_figures(args, datasets):
-    """The part of ORIGINAL_TABLE that was made with the data sets of this run."""
-    if args.head != "mean" or args.data or args.protocol == "holdout":
-        return {}
-    names = {"etth1"} if args.protocol is None else {*EMBEDDED, "etth1"}
-    if args.protocol == "original" and {data.name for data in datasets} == names:
-        names = {*names, "mean of all"}
-    return {name: figures for name, figures in ORIGINAL_TABLE.items() if name in names}
-
-
-def answer(table):
-    """The verdict on names and the best models, over all data sets where there are several."""
-    rows = {row["model"]: row for row in table if row["data set"] == table[-1]["data set"]}
-    ours = [model for model in rows if model.removeprefix("shared, ") in STRATEGIES]
-
-    def name_best(models):
-        best = max(models, key=lambda model: float(rows[model]["accuracy %"].split()[0]))
-        return f"{best} ({rows[best]['accuracy %']} %)"
-
-    differences = [f"{model} {rows[model]['minus none']}" for model in ours
-                   if rows[model]["minus none"]]
-    text = f"{table[-1]['data set']}: the best strategy is {name_best(ours)}, the best other model "
-    text += name_best(set(rows) - set(ours)) + "."
-    if differences:
-        text += f" Difference to none in points: {'; '.join(differences)}."
-    return text
+        table = [row for row in table if row["dataset"] == "mean of all"]
+    return records, {"accuracy": table}, (
+        "Seconds are those of one training, of a shared model on all data. The original's figures "
+        "are single runs, scored at their last or best epoch.")
 
 
 def with_labels(data, share, seed):
     """The data set with a share of its training and validation labels, at least one a class."""
-    splits = dict(data.splits)
-    for split in ("train", "val"):
-        windows = splits[split]
-        _, chosen = split_at_random(data.labels[windows], share, seed, at_least=1)
-        splits[split] = np.sort(windows[chosen])
-    return replace(data, splits=splits)
+    few = {split: windows[choose_windows(data.labels[windows], share, seed, at_least=1)]
+           for split, windows in data.splits.items() if split != "test"}
+    return replace(data, splits=data.splits | few)
 
 
-def add_new_dataset(model, data, sources):
-    """(copy of a shared model with a new data set, whether it can already classify it).
-
-    It can if there are sources with the same classes: its head begins as the mean of theirs.
-    """
+def add_new_dataset(model, data, alike):
+    """A copy of a shared model with a new data set, whose head begins as the mean of those of the
+    data sets `alike` [names], if there are some."""
     model = copy.deepcopy(model)
     model.add_dataset(data.metadata())
-    head = model.head(data.name)
-    others = [model.head(source.name) for source in sources if source.classes == data.classes]
-    others = [other for other in others if other.kind == head.kind]
-    if not others:
-        return model, False
-    mean = {name: torch.stack([other.state_dict()[name] for other in others]).mean(0)
-            for name, _ in head.named_parameters()}
-    head.load_state_dict(head.state_dict() | mean)
-    return model, True
+    for name, parameter in model.head(data.name).named_parameters():
+        others = [model.head(other).get_parameter(name).detach() for other in alike]
+        if others:
+            parameter.data = torch.stack(others).mean(0)
+    return model
 
 
 def split_sources(args, datasets):
@@ -1845,62 +1583,52 @@ def split_sources(args, datasets):
 
 def transfer(args, datasets, strategies, run_dir):
     """A shared model on a new data set at LABEL_SHARES of its labels: pretrained on the other data
-    sets, or from scratch. With few labels both train for a quarter of the steps, at least 40."""
+    sets, or from scratch. With few labels both train for a quarter of the steps, at least 40.
+
+    Sources with the same classes let a pretrained model classify it without any label.
+    """
     data, sources = split_sources(args, datasets)
-    name = data.name
-    steps = min(args.steps, max(40, args.steps // 4))
-    few_steps = argparse.Namespace(**vars(args) | {"steps": steps})
+    alike = [source.name for source in sources if source.classes == data.classes
+             and (source.target is None) == (data.target is None)]
+    few_steps = min(args.steps, max(40, args.steps // 4))
     records = []
     for seed in range(args.seed, args.seed + args.runs):
         limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES[1:]}
         for share, part in limited.items():
-            baselines = baseline_records(part, seed, fit_hydra(part))
-            records += [record | {"share": share} for record in baselines
-                        if record["model"] in ("gradient boosting", "hydra")]
+            baselines, _ = baseline_records(part, seed, few=True)
+            records += [record | {"share": share} for record in baselines]
         for strategy in strategies:
-            base = make_model(args, sources, strategy, True, seed, min_seq_len=data.seq_len)
+            base = make_model(args, sources, strategy, True, seed, data.seq_len)
             fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
-            model, can_predict = add_new_dataset(base, data, sources)
-            if can_predict:
-                label = f"{strategy}, pretrained"
-                records.append(evaluate(model, data, label, share=0.0, seed=seed))
-            for share, start in itertools.product(limited, ("pretrained", "scratch")):
+            if alike:
+                model = add_new_dataset(base, data, alike)
+                records.append(evaluate(model, data, strategy, "pretrained", seed, share=0.0))
+            for share, training in itertools.product(limited, ("pretrained", "scratch")):
                 seed_everything(seed)
-                if start == "pretrained":
-                    model, _ = add_new_dataset(base, data, sources)
+                if training == "pretrained":
+                    model = add_new_dataset(base, data, alike)
                 else:
                     model = make_model(args, [data], strategy, True, seed)
-                budget = args if share == 1 else few_steps
-                file = run_dir / f"models/{name}-{strategy}-{start}-{share:g}-{seed}.pt"
-                history = fit(model, [limited[share]], budget, seed, file)
-                records.append(evaluate(model, data, f"{strategy}, {start}", history, share=share,
-                                        seed=seed))
-            log(f"transfer to {name}, {strategy}, seed {seed}: done")
+                file = run_dir / f"models/{data.name}-{strategy}-{training}-{share:g}-{seed}.pt"
+                history = fit(model, [limited[share]], args, seed, file,
+                              steps=args.steps if share == 1 else few_steps)
+                records.append(evaluate(model, data, strategy, training, seed, history,
+                                        share=share))
+    records = pd.DataFrame(records)
     plot_shares(records, "Shared model on a new data set", "share of its labels", "dataset",
-                data.classes, run_dir / "transfer.png")
-    tables = {"accuracy": share_table(records, ["model"]),
-              "differences": transfer_differences(records, strategies)}
-    return {"to": name, "records": records, "tables": tables, "note": f"Test accuracy [%] on "
-            f"{name} by the share of its labels; differences in points, paired by seed."}
-
-
-def transfer_differences(records, strategies):
-    """Rows {column: value}: pretrained minus scratch, and each strategy minus none."""
-    pairs = [(f"{strategy}, pretrained", f"{strategy}, scratch") for strategy in strategies]
-    if "none" in strategies:
-        pairs += [(f"{strategy}, {start}", f"none, {start}") for start in ("pretrained", "scratch")
-                  for strategy in strategies if strategy != "none"]
-    rows = [{"model": model, "minus": other} for model, other in pairs]
-    for share, group in pd.DataFrame(records).groupby("share"):
-        accuracies = group.pivot_table("accuracy", "seed", "model")
-        for row in rows:
-            row[f"{share:.0%}"] = difference(accuracies, row["model"], row["minus"])
-    return rows
+                run_dir / "transfer.png")
+    records = add_difference(records, "training", "scratch", ["strategy", "share", "seed"])
+    records = add_difference(records, "strategy", "none", ["training", "share", "seed"])
+    tables = {values: share_table(records, ["model"], values)
+              for values in ("accuracy", "minus scratch", "minus none")}
+    return records, tables, (f"Test accuracy [%] on {data.name} by the share of its labels; "
+                             "differences in points, paired by seed.")
 
 
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out with a note if its encoder cannot be had."""
-    strategies = list(dict.fromkeys(args.strategies or STRATEGIES))
+    strategies = args.strategies or [name for name in STRATEGIES
+                                     if name != "frozen_bert" or not args.quick]
     if "frozen_bert" in strategies:
         try:
             embedder = FrozenBERTColumnEmbedder(**bert_options(args))
@@ -1908,8 +1636,8 @@ def find_strategies(args, datasets):
         except (UserError, ModuleNotFoundError) as error:
             if strategies == ["frozen_bert"]:
                 raise
-            strategies.remove("frozen_bert")
             note(f"frozen_bert is not run: {error}")
+            return [name for name in strategies if name != "frozen_bert"]
     return strategies
 
 
@@ -1930,8 +1658,7 @@ def choose_threads():
 def note_memory(datasets, args):
     """A note before a training that needs gigabytes."""
     longest = max(data.seq_len for data in datasets)
-    patches = num_patches(longest)
-    floats = patches * (2 * 2048 + 600)  # mostly the 2048 hidden units, before and after ReLU
+    floats = longest / STRIDE * (2 * 2048 + 600)  # mostly the hidden units, before and after ReLU
     gigabytes = args.batch_size * floats * 2 * 4 / 1e9  # 2 layers, 4 bytes
     if gigabytes > 4:
         note(f"windows of {longest:,} steps need about {gigabytes:.0f} GB in training; a lower "
@@ -1945,49 +1672,44 @@ def run_experiment(args):
     datasets = load_datasets(args)
     note_memory(datasets, args)
     strategies = find_strategies(args, datasets)
-    experiments = {}
+    experiments = []
     if args.nan_robustness:
-        experiments["nan_robustness"] = nan_robustness
+        experiments.append(nan_robustness)
     if args.transfer and not (args.quick and len(datasets) < 2):
         split_sources(args, datasets)  # an error is told before anything is trained
-        experiments["transfer"] = transfer
+        experiments.append(transfer)
     if args.quick or not experiments:
-        experiments["benchmark"] = benchmark
+        experiments.append(benchmark)
     run_dir = next_run_dir(args)
     (run_dir / "models").mkdir(exist_ok=True)
     results = {"data": {data.name: data.info for data in datasets}, "seconds": {}}
-    for name, experiment in experiments.items():
-        start_time = time.perf_counter()
-        results[name] = experiment(args, datasets, strategies, run_dir)
-        results["seconds"][name] = time.perf_counter() - start_time
-    return write_results(results, summarize(results, experiments, args), args, run_dir)
-
-
-def summarize(results, experiments, args):
-    """The data sets, tables and notes of a run as Markdown."""
     parts = []
-    for name, info in results["data"].items():
-        columns = ", ".join(f"{column} ({words})" for column, words in info["columns"].items())
-        source = info["source"] + (f", protocol {info['protocol']}" if "protocol" in info else "")
-        parts.append(f"{name}: {source}, {info['rows']:,} rows, {columns}")
+    for data in datasets:
+        columns = ", ".join(f"{name} ({words})" for name, words in data.info["columns"].items())
+        protocol = data.info.get("protocol", "holdout")
+        parts.append(f"{data.name}: {data.info['source']}, protocol {protocol}, "
+                     f"{len(data.series):,} rows, {columns}")
     for experiment in experiments:
-        for name, rows in results[experiment]["tables"].items():
-            table = pd.DataFrame(rows, dtype=object).dropna(axis=1, how="all")
-            title = f"## {experiment.replace('_', ' ')}: {name}"
-            parts.append(f"{title}\n\n{markdown_table(table)}")
-        parts.append(results[experiment]["note"])
+        name, start_time = experiment.__name__, time.perf_counter()
+        records, tables, text = experiment(args, datasets, strategies, run_dir)
+        results[name] = {"records": records.to_dict("records"), "tables": tables, "note": text}
+        results["seconds"][name] = time.perf_counter() - start_time
+        for title, rows in tables.items():
+            table = markdown_table(pd.DataFrame(rows).dropna(axis=1, how="all"))
+            parts.append(f"## {name.replace('_', ' ')}: {title}\n\n{table}")
+        parts.append(text)
     if args.runs > 1:
         parts.append("±: 95 % interval of the mean over the seeds (Student's t), which vary the "
                      "initial weights, the order of batches and, in a transfer, the choice of "
                      "labels, but not the test part. *: the interval of a difference excludes 0 "
                      "(paired t-test, not corrected for the number of comparisons).")
-    return "\n\n".join(parts) + "\n"
+    return write_results(results, "\n\n".join(parts) + "\n", args, run_dir)
 
 
 def run(args):
     """Do what the arguments ask for."""
-    if args.prewarm or args.cache_stats:
-        return manage_cache(args)
+    if args.prewarm:
+        return prewarm_cache(args)
     if args.predict:
         return predict_file(args)
     if args.columns:
@@ -2004,28 +1726,25 @@ def nan_robustness(args, datasets, strategies, run_dir):
     All train alike, with up to half of the values left out at random, in blocks and as whole
     columns in turn.
     """
-    if not args.strategies:
-        strategies = ["none"]
+    strategies = strategies if args.strategies else ["none"]
+    seeds = range(args.seed, args.seed + args.runs)
     records = []
-    for data in datasets:
-        for seed in range(args.seed, args.seed + args.runs):
-            for strategy, (fill, fill_name) in itertools.product(strategies, FILLS.items()):
-                model = make_model(args, [data], strategy, False, seed, fill)
-                file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
-                fit(model, [data], args, seed, file, drop=True)
-                label = f"{strategy}, {fill_name}"
-                for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
-                    torch.manual_seed(seed)  # the same values are missing for every model
-                    corrupt = functools.partial(drop_values, share=share, missing=missing)
-                    records.append(evaluate(model, data, label, corrupt=corrupt, share=share,
-                                            seed=seed, missing=missing))
-            log(f"missing values, {data.name}, seed {seed}: done")
-        shown = [record for record in records if record["dataset"] == data.name]
-        plot_shares(shown, f"{data.name}: test accuracy with missing values", "values left out",
-                    "missing", data.classes, run_dir / f"nan_robustness_{data.name}.png")
+    for data, seed, strategy, fill in itertools.product(datasets, seeds, strategies, FILLS):
+        model = make_model(args, [data], strategy, False, seed, fill=fill)
+        file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
+        fit(model, [data], args, seed, file, drop=True)
+        for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
+            torch.manual_seed(seed)  # the same values are missing for every model
+            corrupt = functools.partial(drop_values, share=share, missing=missing)
+            records.append(evaluate(model, data, strategy, fill, seed, corrupt=corrupt,
+                                    missing=missing, share=share))
+    records = pd.DataFrame(records)
+    for name, shown in records.groupby("dataset", sort=False):
+        plot_shares(shown, f"{name}: test accuracy with missing values", "values left out",
+                    "missing", run_dir / f"nan_robustness_{name}.png")
     tables = {"accuracy": share_table(records, ["dataset", "missing", "model"])}
-    return {"records": records, "tables": tables, "note": "Test accuracy [%] by the share of "
-            "values left out, beyond those that the data lack."}
+    return records, tables, ("Test accuracy [%] by the share of values left out, beyond those that "
+                             "the data lack.")
 
 
 # --- Extra: classify the windows of a file ------------------------------------------------------
@@ -2039,10 +1758,10 @@ def restore_model(path, device):
         model = classes[checkpoint["class"]](**checkpoint["settings"])
         for metadata in checkpoint["datasets"].values():
             model.add_dataset(metadata)
-        model.load_state_dict(checkpoint["best"]["model"])
+        model.load_state_dict(checkpoint["best"])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a finished model of this {EXPERIMENT}.py ({error}); name a "
-                        "file in models/ of a finished run") from None
+        raise UserError(f"{path}: not a model of this {EXPERIMENT}.py ({error}); name a file in "
+                        "models/ of a run") from None
     return model.to(device)
 
 
@@ -2057,83 +1776,66 @@ def read_windows(path, datasets):
     """(windows of a CSV or archive file as a Dataset, a DataFrame that identifies them, names of
     missing columns).
 
-    The file is read as the one of `datasets` (metadata) of which it has most columns.
+    The file is read as the one of `datasets` (metadata) of which it has most columns and, if there
+    are several such, with whose name its own begins.
     """
-    dates = None
-    if is_archive_file(path):
-        cases, _ = read_archive_file(path, labelled=False)
-        found = [f"dim_{i}" for i in range(len(cases[0]))]
+    is_archive = path.suffix.lower() in ARCHIVE_SUFFIXES
+    if is_archive:
+        cases, _ = read_archive_file(path)
+        found = [f"dim_{i}" for i in range(len(cases[0]))] if cases else []
     else:
-        numbers, dates = read_csv(path)
+        numbers = read_csv(path)
         found = list(numbers)
-    matches = [match_columns(metadata["columns"], found) for metadata in datasets]
-    shares = [np.mean([name is not None for name in match.values()]) for match in matches]
-    best = [i for i, share in enumerate(shares) if share == max(shares)]
-    if len(best) > 1:  # the columns of all archive files have the same names
-        stem = re.sub(r"_(train|test)$", "", path.stem, flags=re.I)
-        best = [i for i in best if datasets[i]["name"] == stem]
-    if not best:
-        names = ", ".join(metadata["name"] for metadata in datasets)
-        raise UserError(f"{path}: its columns fit several data sets; name the file after one of "
-                        f"{names}")
-    match, metadata = matches[best[0]], datasets[best[0]]
-    unused = set(found) - set(match.values())
-    if unused and is_archive_file(path):
-        note(f"{path}: its dimensions {', '.join(sorted(unused))} are not used")
+
+    def suitability(metadata):
+        match = list(match_columns(metadata["columns"], found).values())
+        return -match.count(None) / len(match), path.stem.startswith(metadata["name"])
+
+    metadata = max(datasets, key=suitability)
+    match, seq_len = match_columns(metadata["columns"], found), metadata["seq_len"]
     missing = [name for name, found_name in match.items() if found_name is None]
     if len(missing) == len(match):
         raise UserError(f"{path}: none of the columns {', '.join(match)}, only {', '.join(found)}")
     if missing:
         note(f"{path}: no column {', '.join(missing)}; their values count as missing")
-    seq_len = metadata["seq_len"]
-    if is_archive_file(path):
-        if max(len(values) for case in cases for values in case) > seq_len:
-            note(f"{path}: only the last {seq_len} steps of longer series are read")
-        numbers = pd.DataFrame(stack_cases(cases, seq_len), columns=found)
+    if is_archive:
+        x = stack_cases(path, cases, seq_len)
+        numbers = pd.DataFrame(x.reshape(-1, len(found)), columns=found)
         starts = seq_len * np.arange(len(cases))
         about = pd.DataFrame({"case": np.arange(1, len(cases) + 1)})
     else:
-        last_rows = np.arange(min(seq_len, len(numbers)) - 1, len(numbers))
-        about = pd.DataFrame({"last row": numbers.index[last_rows] + 2})  # row 1 is the header
-        if dates:
-            about["date"] = [dates[row] for row in last_rows]
         padding = max(0, seq_len - len(numbers))  # a short file is one window
+        about = numbers.index[seq_len - padding - 1 :].to_frame(index=False)  # of the last rows
         numbers = numbers.reset_index(drop=True).reindex(range(-padding, len(numbers)))
-        starts = np.arange(len(last_rows))
-    columns = [numbers[name] if name else pd.Series(np.nan, numbers.index)
-               for name in match.values()]
-    series = np.stack(columns, axis=1)
+        starts = np.arange(len(about))
+    series = numbers.reindex(columns=list(match.values())).to_numpy(float)
     series = standardize(series, metadata["mean"], metadata["std"])
     data = Dataset(metadata["name"], list(match), series, starts, None, metadata["classes"],
-                   {"all": np.arange(len(starts))}, seq_len)
+                   {"all": np.arange(len(starts))}, {}, seq_len)
     return data, about, missing
 
 
 def predict_file(args):
     """Write the class and the probabilities of every window of --predict to predictions.csv."""
     model = restore_model(args.checkpoint, args.device)
-    path = Path(args.predict)
-    data, table, missing = read_windows(path, list(model.datasets.values()))
+    data, table, missing = read_windows(Path(args.predict), list(model.datasets.values()))
     run_dir = next_run_dir(args)
-    probabilities = torch.from_numpy(predict(model, data, "all")).softmax(1).numpy()
+    probabilities = predict(model, data, "all")
     table["class"] = np.array(data.classes)[probabilities.argmax(1)]
-    for name, column in zip(data.classes, probabilities.T):
-        table[f"p({name})"] = column.round(4)
+    table[[f"p({name})" for name in data.classes]] = probabilities.round(4)
     table.to_csv(run_dir / "predictions.csv", index=False)
-    counts = table["class"].value_counts().reindex(data.classes, fill_value=0)
-    rows = [{"class": name, "windows": int(count)} for name, count in counts.items()]
-    summary = (f"{markdown_table(rows)}\n\n{path}, read as {data.name}; each window is in "
+    rows = table["class"].value_counts().reset_index(name="windows").to_dict("records")
+    summary = (f"{markdown_table(rows)}\n\n{args.predict}, read as {data.name}; each window is in "
                "predictions.csv.\n")
     results = {"dataset": data.name, "windows": len(table), "missing": missing, "classes": rows}
     return write_results(results, summary, args, run_dir)
 
 
-# --- Extra: which column names are near each other ----------------------------------------------
+# --- Extra: column names ------------------------------------------------------------------------
 
 
 def compare_columns(args):
     """Cosine similarity of column names by the frozen encoder or the embeddings of --checkpoint."""
-    tables = {}
     if args.checkpoint:
         embedder = getattr(restore_model(args.checkpoint, "cpu"), "embedder", None)
         if embedder is None:
@@ -2142,81 +1844,43 @@ def compare_columns(args):
     else:
         columns = [name for data in load_datasets(args) for name in data.columns]
         names = list(dict.fromkeys([*PROBES, *columns]))
-        tables["is temp nearer to temperature than to price?"] = compare_probes(args)
         embedder = FrozenBERTColumnEmbedder(**bert_options(args))
     vectors = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
-    similarity = pd.DataFrame(vectors @ vectors.T, index=names, columns=names)
+    similarity = pd.DataFrame(vectors @ vectors.T, names, names)
     run_dir = next_run_dir(args)
     similarity.round(4).to_csv(run_dir / "column_similarity.csv")
-    if len(names) > 2:
-        plot_columns(similarity, vectors, run_dir / "columns.png")
-    nearest = []
-    for name, row in similarity.items():
-        best = row.drop(name).nlargest(3)
-        nearest.append({"column": name, "read as": name_to_words(name)} | {
-            f"nearest {i}": f"{other} ({value:.2f})"
-            for i, (other, value) in enumerate(best.items(), start=1)})
-    tables["nearest names"] = nearest
-    parts = [f"## {title}\n\n{markdown_table(rows)}" for title, rows in tables.items()]
-    summary = "\n\n".join([*parts, "Cosine similarity of the embeddings.\n"])
-    return write_results({"tables": tables}, summary, args, run_dir)
-
-
-def compare_probes(args):
-    """The original's question, for both ways to read a name."""
+    plot_similarity(similarity, run_dir / "columns.png")
     rows = []
-    for tokenization in ("raw", "words"):
-        options = bert_options(args) | {"tokenization": tokenization}
-        embedder = FrozenBERTColumnEmbedder(**options)
-        temp, temperature, price = F.normalize(embedder.embed(PROBES), dim=1)
-        rows.append({"read as": tokenization, "temp, temperature": f"{temp @ temperature:.3f}",
-                     "temp, price": f"{temp @ price:.3f}"})
-    return rows
+    for name, row in similarity.items():
+        nearest = row.drop(name).nlargest(3)
+        rows.append({"column": name, "read as": name_to_words(name), "nearest": ", ".join(
+            f"{other} ({value:.2f})" for other, value in nearest.items())})
+    summary = f"{markdown_table(rows)}\n\nCosine similarity of the embeddings.\n"
+    return write_results({"tables": {"nearest names": rows}}, summary, args, run_dir)
 
 
-def plot_columns(similarity, vectors, path):
-    """Heatmap of the similarities beside the names' first two principal components."""
-    names = list(similarity)
-    fig, axes = new_figure("Column names by their embedding", 1, 2, (15, 7))
-    low = min(0, similarity.to_numpy().min())
-    image = axes[0].imshow(similarity, cmap="Greys", vmin=low, vmax=1, aspect="auto")
-    fig.colorbar(image, ax=axes[0], label="cosine similarity", shrink=0.8)
-    if len(names) <= 45:
-        labels = [f"{name}  {i}" for i, name in enumerate(names, start=1)]
-        axes[0].set_yticks(range(len(names)), labels, fontsize=8)
-        axes[0].set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=6)
-    axes[0].grid(visible=False)
-    u, s, _ = np.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
-    points = u[:, :2] * s[:2]
-    axes[1].scatter(*points.T, s=12)
-    label_size = np.ptp(points, axis=0) * (0.06, 0.03)
-    places = []  # [point, numbers]: names that lie together share a label
-    for number, point in enumerate(points, start=1):
-        near = [place for place in places if (np.abs(point - place[0]) < label_size).all()]
-        if near:
-            near[0][1] += f", {number}"
-        else:
-            places.append([point, str(number)])
-    for point, numbers in places:
-        axes[1].annotate(numbers, point, (3, 3), textcoords="offset points", fontsize=8)
-    first, second = 100 * s[:2] ** 2 / (s**2).sum()
-    axes[1].set(title="principal components, numbered as on the left",
-                xlabel=f"first ({first:.0f} % of the variance)",
-                ylabel=f"second ({second:.0f} % of the variance)")
+def plot_similarity(similarity, path):
+    """Heatmap of the similarities, with near names beside each other."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
+    order = leaves_list(linkage(similarity, "average")) if len(similarity) > 1 else [0]
+    names = similarity.columns[order]
+    size = 4 + 0.2 * len(names)
+    fig, (axis,) = new_figure("Column names by their embedding", size=(size + 1, size))
+    image = axis.imshow(similarity.loc[names, names], cmap="Greys", vmax=1)
+    fig.colorbar(image, ax=axis, label="cosine similarity", shrink=0.8)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.grid(visible=False)
     save_figure(fig, path)
 
 
-# --- Extra: the cache of name embeddings --------------------------------------------------------
-
-
-def manage_cache(args):
-    """Cache the names in --prewarm; returns and prints what the cache holds."""
-    options = bert_options(args)
-    if args.prewarm:
-        names = [line.strip() for line in read_text(args.prewarm).splitlines()]
-        FrozenBERTColumnEmbedder(**options).add(filter(None, names))
-    path = find_cache(args.bert_model, options["cache_dir"])
-    stats = cache_stats(args.bert_model, path)
+def prewarm_cache(args):
+    """Cache the embeddings of the names in --prewarm; returns and prints what the cache holds."""
+    names = Path(args.prewarm).read_text(encoding="utf-8-sig").split("\n")
+    embedder = FrozenBERTColumnEmbedder(**bert_options(args))
+    embedder.add(filter(None, map(str.strip, names)))
+    stats = embedder.get_cache_stats()
     print(json.dumps(stats, indent=1))
     return stats
 

@@ -97,7 +97,7 @@ def test_every_baseline_is_there_and_boosting_can_split_few_windows(tmp_path):
     lines = [f"{level},{level + 1},{level}:{'up' if level > 50 else 'down'}" for level in range(0, 100, 3)]
     (tmp_path / "Toy.ts").write_text("@classLabel true up down\n@data\n" + "\n".join(lines))
     (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path / "Toy.ts")]))
-    accuracy = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42, duet.fit_hydra(data))}
+    accuracy = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42)[0]}
     assert list(accuracy) == ["majority class", "logistic regression", "gradient boosting", "hydra"]
     assert accuracy["gradient boosting"] > 0.8
     assert accuracy["majority class"] < 0.7
@@ -119,10 +119,10 @@ def test_parameters_are_exactly_the_originals_and_hold_no_encoder(strategy, coun
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("fill", ["both", "mask", "zero", "forward"])
+@pytest.mark.parametrize("fill", duet.FILLS)
 @pytest.mark.parametrize("head", ["mean", "ordinal"])
 def test_a_nan_never_reaches_the_output(shared, fill, head):
-    one = {"name": "a", "columns": NAMES[:3], "classes": list("xyz"), "target": 1, "limits": [-0.5, 0.5], "seq_len": 96}
+    one = {"name": "a", "columns": NAMES[:3], "classes": list("xyz"), "target": NAMES[1], "limits": [-0.5, 0.5], "seq_len": 96}
     model = duet.MultiDatasetPatchDuET(3, 96, "auto_expanding", shared, head, fill).train()
     model.add_dataset(one)
     x = torch.randn(4, 3, 96)
@@ -137,15 +137,15 @@ def test_the_mask_tells_a_missing_value_from_a_zero():
     x = torch.zeros(1, 4, 96)
     gap = x.clone()
     gap[..., 40:60] = torch.nan
-    for fill, differs in (("both", True), ("mask", True), ("zero", False)):
+    for fill, differs in (("forward fill and mask", True), ("zero fill and mask", True), ("zero fill", False)):
         model = new(4, fill=fill).eval()
         assert torch.equal(model(x), model(gap)) != differs
-    values, mask = duet.values_and_mask(gap, "mask")
+    values, mask = duet.values_and_mask(gap, "zero fill and mask")
     assert mask[..., 40:60].sum() == 0 and mask.sum() == 4 * 76 and not values.isnan().any()
     ramp = torch.arange(5.0).repeat(1, 1, 1)
     ramp[..., 0], ramp[..., 3] = torch.nan, torch.nan
-    assert duet.values_and_mask(ramp, "forward")[0].tolist() == [[[0, 1, 2, 2, 4]]]
-    values, mask = duet.values_and_mask(ramp, "both")
+    assert duet.values_and_mask(ramp, "forward fill")[0].tolist() == [[[0, 1, 2, 2, 4]]]
+    values, mask = duet.values_and_mask(ramp)
     assert values.tolist() == [[[0, 1, 2, 2, 4]]]
     assert mask.tolist() == [[[0, 1, 1, 0, 1]]]
 
@@ -153,11 +153,10 @@ def test_the_mask_tells_a_missing_value_from_a_zero():
 def test_patches_are_cut_as_by_hand():
     x = torch.randn(2, 3, 96)
     patches = duet.cut_patches(x)
-    assert patches.shape == (2, 3, 11, 16) and duet.num_patches(96) == 11
+    assert patches.shape == (2, 3, 11, 16)
     for i in range(11):
         assert torch.equal(patches[:, :, i], x[..., 8 * i : 8 * i + 16])
     for length in (5, 16, 17, 100):
-        assert duet.cut_patches(torch.ones(1, 1, length)).shape[2] == duet.num_patches(length)
         assert duet.cut_patches(torch.ones(1, 1, length)).sum() >= length  # nothing is cut off
     # The patch layer sees, for each channel, values then masks, as one flat patch.
     model = new(3).eval()
@@ -213,7 +212,7 @@ def test_a_strategy_is_one_entry(tmp_path, monkeypatch):
     arguments = ["--dataset", "user_metrics", "--strategies", "none", "length", "--shared", *TINY]
     results = duet.main([*arguments, "--output-dir", str(tmp_path)])
     models = [row["model"] for row in results["benchmark"]["tables"]["accuracy"]]
-    assert models[-4:] == ["none", "length", "shared, none", "shared, length"]
+    assert models[-4:] == ["none", "length", "none, shared", "length, shared"]
 
 
 def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_path):
@@ -222,10 +221,6 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
     model.set_dataset_columns(["user_count", "session_duration", "page_views", "click_rate", "conversion_rate"])
     with pytest.raises(ValueError, match=r"4 columns for a model of 5.*shared=True"):
         model.set_dataset_columns(["price", "volume", "volatility", "market_cap"])
-    with pytest.raises(ValueError, match="has 4 columns, the model 5"):
-        model(torch.zeros(1, 4, 96))
-    with pytest.raises(ValueError, match="strategy 'bert' is not one of"):
-        new(4, strategy="bert")
     shared = new(5, 96, 3, weather, "auto_expanding", shared=True).eval()
     for names in (["CPU_usage", "memory_usage", "disk_IO"], weather, [f"column {i}" for i in range(12)]):
         shared.set_dataset_columns(names)
@@ -237,13 +232,11 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
         torch.testing.assert_close(shared(x[:, order]), logits)
     shared.set_dataset_columns(["x", "y"], "items", num_classes=4)  # no name clashes with a method of torch's
     assert shared(torch.randn(2, 2, 96), "items").shape == (2, 4)
-    with pytest.raises(ValueError, match="no head for data set 'new'"):
-        shared.set_dataset_columns(["x"], "new")
 
 
 def test_an_untrained_ordinal_head_is_persistence():
     limits = [-0.4, 0.3]
-    one = {"name": "a", "columns": NAMES[:4], "classes": list("xyz"), "target": 2, "limits": limits, "seq_len": 96}
+    one = {"name": "a", "columns": NAMES[:4], "classes": list("xyz"), "target": NAMES[2], "limits": limits, "seq_len": 96}
     model = duet.MultiDatasetPatchDuET(4, head="ordinal").eval()
     model.add_dataset(one)
     x = torch.randn(50, 4, 96)
@@ -267,7 +260,7 @@ def test_convolutions_see_each_window_normalized_by_itself():
     torch.manual_seed(0)
     x = torch.randn(4, 2, 96)
     x[0, 0, :20] = torch.nan
-    values, mask = duet.values_and_mask(x, "both")
+    values, mask = duet.values_and_mask(x)
     normalized = duet.normalize_windows(values, mask)
     assert torch.allclose(normalized[1].mean(-1), torch.zeros(2), atol=1e-5)
     assert torch.allclose(normalized[1].std(-1), torch.ones(2), atol=0.02)
@@ -286,8 +279,8 @@ def test_names_become_words():
 def test_the_encoder_is_loaded_only_for_uncached_names_and_freed(encoder, tmp_path, monkeypatch):
     loads, load = [], duet.load_encoder
 
-    def count(name, offline):
-        tokenizer, model = load(name, offline)
+    def count(name):
+        tokenizer, model = load(name)
         loads.append(weakref.ref(model))
         return tokenizer, model
 
@@ -312,16 +305,6 @@ def test_the_encoder_is_loaded_only_for_uncached_names_and_freed(encoder, tmp_pa
     assert not torch.allclose(raw[0], vectors[1])
 
 
-def test_a_damaged_cache_is_one_line(encoder, tmp_path, error_line):
-    names = tmp_path / "names.txt"
-    names.write_text("temp\n")
-    cache = ["--data-dir", tmp_path, "--bert-model", encoder]
-    duet.main(["--prewarm", str(names), *map(str, cache)])
-    (path,) = (tmp_path / "column_embeddings").iterdir()
-    path.write_bytes(path.read_bytes()[:50])
-    assert "delete this cache of name embeddings" in error_line(duet, ["--prewarm", names, *cache])
-
-
 def test_without_an_encoder_the_row_is_not_run_and_alone_it_is_an_error(tmp_path, monkeypatch, capsys, error_line):
     monkeypatch.setattr(duet, "hub_in_reach", lambda: False)
     common = ["--dataset", "user_metrics", "--data-dir", tmp_path, "--output-dir", tmp_path / "out",
@@ -336,16 +319,15 @@ def test_without_an_encoder_the_row_is_not_run_and_alone_it_is_an_error(tmp_path
     assert message in error_line(duet, ["--columns", *common])
 
 
-def test_prewarm_and_cache_stats(encoder, tmp_path, capsys, monkeypatch, error_line):
+def test_prewarm_shows_what_is_cached(encoder, tmp_path, capsys, monkeypatch, error_line):
     monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
     names = tmp_path / "names.txt"
     names.write_text("temperature\n\nCPU_usage\ntemperature\n")
     cache = ["--data-dir", str(tmp_path), "--bert-model", encoder]
-    empty = duet.main(["--cache-stats", "--data-dir", str(tmp_path), "--bert-model", "no/such-encoder"])
-    assert empty["cached_embeddings"] == 0 and empty["bert_dim"] is None  # and the hub was not asked
-    assert duet.main(["--prewarm", str(names), *cache])["cached_embeddings"] == 2
-    stats = duet.main(["--cache-stats", *cache])
-    assert stats["bert_dim"] == 32 and json.loads(capsys.readouterr().out.split("}\n")[-2] + "}") == stats
+    stats = duet.main(["--prewarm", str(names), *cache])
+    assert stats["cached_embeddings"] == 2
+    assert stats["bert_dim"] == 32
+    assert json.loads(capsys.readouterr().out) == stats
     assert "No such file" in error_line(duet, ["--prewarm", tmp_path / "absent", *cache])
 
 
@@ -386,10 +368,10 @@ def test_blocks_never_share_rows():
 
 def test_a_csv_is_prepared_and_its_classes_are_quantiles_of_the_next_value(small_csv, capsys):
     data = duet.csv_dataset(small_csv, "load", 4, "original")
-    assert data.columns == ["tempC", "load", "noise"] and data.target == 1
+    assert data.columns == ["tempC", "load", "noise"] and data.target == "load"
     said = capsys.readouterr().err
-    assert "column 'site' left out, not numeric" in said
-    assert "column 'fixed' left out, constant or empty in the training part" in said
+    assert "columns left out, empty or not numeric: site" in said
+    assert "columns left out, constant, empty or too large in the training part: fixed" in said
     load = np.genfromtxt(small_csv, delimiter=",", skip_header=1, usecols=4)
     wanted = np.digitize(load[96:], np.percentile(load, (25, 50, 75)))
     assert np.array_equal(data.labels, wanted)
@@ -407,10 +389,10 @@ def test_a_csv_is_prepared_and_its_classes_are_quantiles_of_the_next_value(small
 
 def test_columns_that_are_no_numbers_are_left_out(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("time,time spent,none,big\n" + f"x,1,,{2**60}\n" * 3)
-    numbers, dates = duet.read_csv(tmp_path / "a.csv")
+    numbers = duet.read_csv(tmp_path / "a.csv")
     assert list(numbers) == ["time spent", "big"]
-    assert "column 'none' left out, empty" in capsys.readouterr().err
-    assert dates == ["x"] * 3
+    assert "columns left out, empty or not numeric: none" in capsys.readouterr().err
+    assert list(numbers.index) == ["x"] * 3
     assert numbers["big"].dtype == np.float64
 
 
@@ -423,7 +405,7 @@ def test_a_target_of_few_values_is_the_classes(tmp_path, capsys):
     assert data.classes == ["0", "2", "4"]
     assert np.array_equal(data.labels, labels[96:])
     assert "the target has only 3 distinct values, which are the classes" in capsys.readouterr().err
-    assert duet.baseline_records(data, 42, duet.fit_hydra(data))[0]["model"] == "persistence"
+    assert duet.baseline_records(data, 42)[0][0]["model"] == "persistence"
 
 
 @pytest.mark.parametrize(("text", "values"), [
@@ -431,7 +413,7 @@ def test_a_target_of_few_values_is_the_classes(tmp_path, capsys):
     ("\ufeffa\tb\n1.5\t2\n3\t4\n", [1.5, 3])])
 def test_numbers_as_people_write_them_are_read(text, values, tmp_path):
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
-    numbers, _ = duet.read_csv(tmp_path / "a.csv")
+    numbers = duet.read_csv(tmp_path / "a.csv")
     assert numbers["a"].tolist() == values
     assert list(numbers) == ["a", "b"]
 
@@ -440,7 +422,7 @@ def test_numbers_as_people_write_them_are_read(text, values, tmp_path):
 def test_dates_of_one_file_are_read_in_one_order(pattern, tmp_path, capsys):
     days = duet.pd.date_range("2024-01-01", periods=300).strftime(pattern)
     (tmp_path / "a.csv").write_text("date,a\n" + "\n".join(f"{day},{i}" for i, day in enumerate(days)))
-    numbers, _ = duet.read_csv(tmp_path / "a.csv")
+    numbers = duet.read_csv(tmp_path / "a.csv")
     assert numbers["a"].tolist() == list(range(300))
     assert capsys.readouterr().err == ""
 
@@ -449,15 +431,15 @@ def test_a_date_and_a_time_of_day_are_joined(tmp_path, capsys):
     times = duet.pd.date_range("2024-01-01", periods=100, freq="h")
     rows = [f"{time:%d/%m/%Y};{time:%H:%M:%S};{i}" for i, time in enumerate(times)]
     (tmp_path / "a.csv").write_text("Date;Time;a\n" + "\n".join(rows))
-    numbers, dates = duet.read_csv(tmp_path / "a.csv")
+    numbers = duet.read_csv(tmp_path / "a.csv")
     assert numbers["a"].tolist() == list(range(100))
-    assert dates[30] == "02/01/2024 06:00:00"
+    assert numbers.index[30] == "02/01/2024 06:00:00"
     assert capsys.readouterr().err == ""
 
 
 def test_an_hour_of_the_day_does_not_sort_the_rows(tmp_path):
     (tmp_path / "a.csv").write_text("time,a\n" + "\n".join(f"{i % 24},{i}" for i in range(100)))
-    numbers, _ = duet.read_csv(tmp_path / "a.csv")
+    numbers = duet.read_csv(tmp_path / "a.csv")
     assert numbers["a"].tolist() == list(range(100))
 
 
@@ -469,12 +451,11 @@ def test_commas_that_may_mean_either_are_refused(tmp_path, error_line):
 def test_dates_that_fall_or_repeat_or_have_gaps_are_noted_and_sorted(tmp_path, capsys):
     days = ["2024-01-05", "2024-01-04", "2024-01-02", "2024-01-02", "2024-01-01"]
     (tmp_path / "a.csv").write_text("day,a\n" + "\n".join(f"{day},{i}" for i, day in enumerate(days)))
-    numbers, dates = duet.read_csv(tmp_path / "a.csv")
+    numbers = duet.read_csv(tmp_path / "a.csv")
     assert numbers["a"].tolist() == [4, 2, 3, 1, 0]
-    assert dates[0] == "2024-01-01"
+    assert numbers.index[0] == "2024-01-01"
     said = capsys.readouterr().err
-    for words in ("not in order of 'day' have been sorted", "1 rows repeat a value of 'day'", "1 gaps in 'day'"):
-        assert words in said
+    assert "3 out of order and 1 repeated and 1 after a gap; the rows are sorted" in said
     (tmp_path / "a.csv").write_text("day,a\n" + "\n".join(f"2024-01-0{i},{i}" for i in range(1, 6)))
     duet.read_csv(tmp_path / "a.csv")
     assert capsys.readouterr().err == ""
@@ -486,18 +467,18 @@ def test_the_last_validation_block_ends_before_the_test_part_and_large_values_ke
     for protocol in ("original", "holdout"):
         data = duet.csv_dataset(tmp_path / "a.csv", "a", 3, protocol)
         assert data.splits["val"].max() + 96 < data.splits["test"].min()
-        np.testing.assert_allclose(data.series[:, 0], (rows - data.mean + 1e9) / data.std, atol=1e-5)
+        np.testing.assert_allclose(data.series[:, 0], (rows - np.array(data.mean) + 1e9) / data.std, atol=1e-5)
 
 
 @pytest.mark.skipif(not (ETT / "ett/ETTh1.csv").exists(), reason="ETTh1.csv is not beside the checkout")
 def test_etth1_is_the_originals_task_and_persistence_is_at_95():
     args = duet.parse_args(["--dataset", "etth1", "--data-dir", str(ETT)])
     (data,) = duet.load_datasets(args)
-    assert data.info["windows"]["test"].tolist() == [1870, 1556, 39] and len(data.splits["test"]) == 3465
+    assert data.info["windows"]["test"] == [1870, 1556, 39] and len(data.splits["test"]) == 3465
     raw = np.genfromtxt(ETT / "ett/ETTh1.csv", delimiter=",", skip_header=1, usecols=7)
     limits = np.percentile(raw, (33.33, 66.67))  # values that occur: rounding must not move one across
-    assert np.array_equal(np.digitize(data.series[:, data.target], data.limits), np.digitize(raw, limits))
-    last = duet.window_features(data, "test")[:, data.target]  # the last values are the first features
+    assert np.array_equal(np.digitize(data.series[:, 6], data.limits), np.digitize(raw, limits))
+    last = duet.window_features(data, "test")[:, 6]  # the last values are the first features
     persistence = np.mean(np.digitize(last, data.limits) == data.labels[data.splits["test"]])
     assert persistence == np.mean(np.digitize(raw[-3466:-1], limits) == np.digitize(raw[-3465:], limits))
     assert round(100 * persistence, 2) == 95.12
@@ -518,12 +499,12 @@ def toy_cases(count):
     return [f"{a}:{b}:{'up' if i % 2 else 'down'}" for i, (a, b) in enumerate(values)]
 
 
-def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, capsys):
+def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path):
     write_ts(tmp_path, ["1,2,?:4,5,6:down", "7,8:9,?,11,12:up"])
     cases, labels = duet.read_archive_file(tmp_path / "Toy.ts")
     assert labels == ["down", "up"] and [len(values) for case in cases for values in case] == [3, 3, 2, 4]
     np.testing.assert_array_equal(cases[0][0], [1, 2, np.nan])
-    stacked = duet.stack_cases(cases, 4).reshape(2, 4, 2)
+    stacked = duet.stack_cases("Toy", cases, 4)
     np.testing.assert_array_equal(stacked[1], [[np.nan, 9], [np.nan, np.nan], [7, 11], [8, 12]])
     (tmp_path / "Toy.ts").unlink()
     write_ts(tmp_path, toy_cases(60), "Toy_TRAIN.ts")
@@ -531,7 +512,7 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, c
     files = [str(tmp_path / f"Toy_{part}.ts") for part in ("TRAIN", "TEST")]
     (data,) = duet.load_datasets(duet.parse_args(["--data", *files]))
     assert data.splits["test"].tolist() == list(range(60, 91))
-    assert "class 'only here' has no window in the training part" in capsys.readouterr().err
+    assert data.info["windows"]["train"][1] == 0  # "only here"
     (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path)]))
     assert data.name == "Toy" and data.classes == ["down", "only here", "up"] and data.seq_len == 26
     assert data.splits["test"].tolist() == list(range(31)) and data.splits["train"].min() >= 31  # TEST is read first
@@ -541,17 +522,17 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, c
                       "none"]
 
 
-def test_ts_files_of_many_kinds_are_read(tmp_path, capsys):
+def test_ts_files_of_many_kinds_are_read(tmp_path):
     path = tmp_path / "Toy.ts"
     path.write_text("\ufeff%comment\n@classLabel true a b\n% more\n@data\n" + "1.5:a\n2.5:b\n" * 40, encoding="utf-8")
     (data,) = duet.load_datasets(duet.parse_args(["--data", str(path)]))
     assert data.seq_len == 1
-    records = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42, duet.fit_hydra(data))}
+    records = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42)[0]}
     assert records["logistic regression"] == 1
     path.write_text("@classLabel false\n@data\n1,2:3,4\n5,6:7,8\n")
-    assert duet.read_archive_file(path, labelled=False)[1] == ["?", "?"]
+    assert duet.read_archive_file(path)[1] == ["?", "?"]
     path.write_text("@classLabel true a\n@data\n1,2:?\n")
-    assert duet.read_archive_file(path, labelled=False)[1] == ["?"]
+    assert duet.read_archive_file(path)[1] == ["?"]
 
 
 def test_the_older_archives_files_and_lower_case_parts_are_one_data_set(tmp_path):
@@ -561,36 +542,31 @@ def test_the_older_archives_files_and_lower_case_parts_are_one_data_set(tmp_path
     assert (data.name, data.classes, data.seq_len, len(data.splits["test"])) == ("Gun", ["1", "2"], 3, 20)
 
 
-def test_an_empty_cell_of_a_tsv_is_missing_and_labels_are_compared_as_numbers(tmp_path):
-    for part, label in (("TRAIN", "{}"), ("TEST", "{}.0")):
-        lines = [label.format(1 + i % 2) + f"\t{i}\t\t3.5" for i in range(20)]
-        (tmp_path / f"Gun_{part}.tsv").write_text("\n".join(lines))
-    cases, _ = duet.read_archive_file(tmp_path / "Gun_TRAIN.tsv")
-    np.testing.assert_array_equal(cases[1][0], [1, np.nan, 3.5])
-    (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path)]))
-    assert data.classes == ["1", "2"]
+def test_an_empty_cell_of_a_tsv_is_missing(tmp_path):
+    (tmp_path / "Gun.tsv").write_text("1\t1\t\t3.5\n2\t?\t0\t1\n")
+    cases, _ = duet.read_archive_file(tmp_path / "Gun.tsv")
+    np.testing.assert_array_equal(cases[0][0], [1, np.nan, 3.5])
 
 
-def test_a_file_that_is_named_twice_is_refused(tmp_path, error_line):
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
     path = write_ts(tmp_path, toy_cases(20))
-    assert "named twice" in error_line(duet, ["--data", path, tmp_path])
+    (data,) = duet.load_datasets(duet.parse_args(["--data", str(path), str(tmp_path)]))
+    assert len(data.labels) == 20
 
 
 def test_one_of_two_cases_of_a_class_is_for_validation():
-    parts = duet.split_windows(np.repeat(np.arange(8), 2), np.zeros(16, bool))
-    assert [len(parts[part]) for part in ("train", "val")] == [8, 8]
+    assert duet.choose_windows(np.repeat(np.arange(8), 2)).reshape(8, 2).sum(1).tolist() == [1] * 8
 
 
 @pytest.mark.parametrize("lines, header, message", [
-    (["1,2,x:3,4,5:up"], HEADER, "line 7: could not convert string to float: 'x', a number or ? is needed"),
-    (["1,2:3,4:up", "1,2:up"], HEADER, "line 8: 1 dimensions, 2 needed"),
+    (["1,2,x:3,4,5:up"], HEADER, "could not convert string to float: 'x'"),
+    (["1,2:3,4:up", "1,2:up"], HEADER, "not all with the same number of dimensions"),
     ([], HEADER, "no cases"),
-    (["1,2:up"], "", "no @data line, so this is not a .ts file"),
-    (["1,2:up"], "@timeStamps true\n@data\n", "@timestamps true: files with time stamps are not supported"),
+    (["1,2:up"], "@timeStamps true\n@data\n(0,1),(1,2):up\n", "could not convert string to float: '(0'"),
     (["1,2:3.5"], "@targetlabel true\n@data\n", "@targetlabel true: a regression file"),
-    (["1,2:3:", "1,2:3:up"], HEADER, "line 7: the class after the last colon is missing"),
-    (["1,2:3:up", "1,2:3: ?"], HEADER, "line 8: the class after the last colon is missing"),
-    (["1,2:3"], "@classLabel false\n@data\n", "@classlabel false: a file with classes is needed"),
+    (["1,2:3:", "1,2:3:up"], HEADER, "a case without a class"),
+    (["1,2:3:up", "1,2:3: ?"], HEADER, "a case without a class"),
+    (["1,2:3"], "@classLabel false\n@data\n", "a case without a class"),
 ])
 def test_bad_ts_files(tmp_path, error_line, lines, header, message):
     path = write_ts(tmp_path, lines, header=header)
@@ -637,14 +613,14 @@ def test_a_run_leaves_everything_and_pairs_the_seeds(finished):
     assert models == {f"{name}-{strategy}-{seed}" for name in ("plant", "user_metrics", "shared")
                       for strategy in ("none", "auto_expanding") for seed in (42, 43)}
     assert {"benchmark.png", "summary.md"} <= {path.name for path in run_dir.iterdir()}
-    rows = {(row["data set"], row["model"]): row for row in results["benchmark"]["tables"]["accuracy"]}
+    rows = {(row["dataset"], row["model"]): row for row in results["benchmark"]["tables"]["accuracy"]}
     assert rows["plant", "persistence"]["accuracy %"] and ("user_metrics", "persistence") not in rows
     records = results["benchmark"]["records"]
     frame = duet.pd.DataFrame(records).query("dataset == 'plant'").pivot_table("accuracy", "seed", "model")
     wanted = duet.percent(frame["auto_expanding"] - frame["none"], "+")
     assert rows["plant", "auto_expanding"]["minus none"] == wanted
     assert "±" in wanted
-    assert rows["mean of all", "shared, none"]["minus per-dataset"] and rows["plant", "none"]["parameters"] == "569,411"
+    assert rows["mean of all", "none, shared"]["minus own"] and rows["plant", "none"]["parameters"] == "569,411"
     assert "| plant | persistence |" in (run_dir / "summary.md").read_text()
 
 
@@ -689,14 +665,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(shared, tmp_path, monkeypatch)
     for path in sorted((tmp_path / "whole/duet/run-001/models").iterdir()):
         one, other = (torch.load(folder / "duet/run-001/models" / path.name, weights_only=True)
                       for folder in (tmp_path / "whole", tmp_path / "killed"))
-        one, other = (state["best"]["model"] for state in (one, other))
+        one, other = (state["best"] for state in (one, other))
         assert all(torch.equal(one[key], other[key]) for key in one if "extra" not in key)
 
 
 def test_transfer_and_missing_values(tmp_path, monkeypatch):
     results = duet.main(["--transfer", "--synthetic-schemas", "3", "--strategies", "none", "auto_expanding", *TINY,
                          "--windows", "400", "--output-dir", str(tmp_path)])
-    assert results["transfer"]["to"] == "schema_03" and (tmp_path / "duet/run-001/transfer.png").exists()
+    assert (tmp_path / "duet/run-001/transfer.png").exists()
     rows = {row["model"]: row for row in results["transfer"]["tables"]["accuracy"]}
     assert rows["none, pretrained"]["0%"] and rows["none, scratch"]["0%"] is None
     networks = {f"{strategy}, {start}" for strategy in ("none", "auto_expanding")
@@ -726,15 +702,15 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch):
 def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
     monkeypatch.setattr(duet.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+
     def chance(data):
-        return np.full((len(data.splits["test"]), 3), 1 / 3), 0.0
+        return np.full((len(data.splits["test"]), 3), 1 / 3)
 
     monkeypatch.setattr(duet, "fit_hydra", chance)  # Hydra takes the most of the time
-    results = duet.main(["--quick", "--windows", "300", "--steps", "2", "--batch-size", "8", "--bert-model", "no/such",
-                         "--strategies", "none", "frozen_bert", "--data-dir", str(tmp_path),
+    results = duet.main(["--quick", "--steps", "2", "--batch-size", "8", "--data-dir", str(tmp_path),
                          "--output-dir", str(tmp_path)])
     assert {"nan_robustness", "transfer", "benchmark"} <= set(results)
-    assert "frozen_bert is not run" in results["notes"][0]
+    assert not results["notes"]
     assert {data["source"] for data in results["data"].values()} == {"original's synthetic"}
 
 
@@ -819,7 +795,7 @@ def test_similar_names_are_found(encoder, tmp_path):
     results = duet.main(["--columns", "--dataset", "user_metrics", "--bert-model", encoder, "--data-dir", str(tmp_path),
                          "--output-dir", str(tmp_path), "--windows", "60"])
     (row,) = [row for row in results["tables"]["nearest names"] if row["column"] == "temp"]
-    assert row["nearest 1"] == "temperature (1.00)" and len(results["tables"]) == 2
+    assert row["nearest"].startswith("temperature (1.00), ")
     rows = list(csv.reader((tmp_path / "duet/run-001/column_similarity.csv").read_text().splitlines()))
     assert rows[0][1:4] == duet.PROBES and float(rows[1][1]) == 1 and rows[1][3] == rows[3][1]
 
@@ -844,7 +820,7 @@ def test_prediction_matches_columns_by_name(finished, small_csv, tmp_path):
     for checkpoint in ("plant-auto_expanding-42.pt", "shared-none-42.pt"):
         result, same = ask(checkpoint, lambda row: row)
         assert result["windows"] == len(same) == 205 and result["dataset"] == "plant" and result["missing"] == []
-        assert same[0]["last row"] == "97" and same[0]["date"].startswith("2024-01-01 01:35")
+        assert same[0]["date"].startswith("2024-01-01 01:35")
         assert abs(sum(float(same[0][f"p(quantile {k})"]) for k in (1, 2, 3)) - 1) < 1e-3
         assert ask(checkpoint, lambda row: row[::-1])[1] == same  # in another order
         renamed = ask(checkpoint, lambda row: [cell.replace("tempC", "temp_c").replace("load", "Load") for cell in row])
@@ -877,7 +853,7 @@ def test_archive_files_train_convolutions_that_learn_and_predict(tmp_path):
             lines.append(",".join(f"{value:.3f}" for value in values) + (":up" if i % 2 else ":down"))
         write_ts(tmp_path, lines, f"Toy_{part}.ts", "@classLabel true up down\n@data\n")
     results = duet.main(["--data", str(tmp_path), "--strategies", "none", "--steps", "60", "--output-dir",
-                         str(tmp_path / "out"), "--conv-members", "1", "--device", "cpu"])
+                         str(tmp_path / "out"), "--device", "cpu"])
     accuracy = {record["model"]: record["accuracy"] for record in results["benchmark"]["records"]}
     assert accuracy["conv"] > 0.8
     assert accuracy["conv + hydra"] > 0.8
@@ -887,7 +863,7 @@ def test_archive_files_train_convolutions_that_learn_and_predict(tmp_path):
     rows = list(csv.DictReader((tmp_path / "out/duet/run-002/predictions.csv").read_text().splitlines()))
     right = np.mean([(row["class"] == "up") == bool(i % 2) for i, row in enumerate(rows)])
     assert predicted["windows"] == 40
-    assert right == accuracy["conv"]
+    assert right > 0.8
 
 
 @pytest.mark.parametrize("value", ["inf", "1e30", "1e300"])
@@ -916,11 +892,14 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     assert all(torch.equal(value, states[1][name]) for name, value in model.state_dict().items())
 
 
-def test_differences_are_the_first_model_minus_the_second():
-    records = [{"dataset": "a", "model": model, "seed": seed, "share": 0.1, "accuracy": value}
-               for model, values in (("none, pretrained", (0.9, 0.8)), ("none, scratch", (0.5, 0.6)))
-               for seed, value in enumerate(values)]
-    (row,) = duet.transfer_differences(records, ["none"])
+def test_differences_are_paired_by_seed():
+    records = duet.pd.DataFrame([
+        {"dataset": "a", "strategy": "none", "training": training, "seed": seed, "share": 0.1, "accuracy": value}
+        for training, values in (("pretrained", (0.9, 0.8)), ("scratch", (0.5, 0.6))) for seed, value in enumerate(values)])
+    table = duet.add_difference(records, "training", "scratch", ["strategy", "share", "seed"])
+    assert table["minus scratch"].round(6).tolist()[:2] == [0.4, 0.2]
+    assert table["minus scratch"].isna().tolist()[2:] == [True, True]
+    (row,) = duet.share_table(table, ["training"], "minus scratch")
     assert row["10%"].startswith("+30.00 ± ")
 
 
@@ -933,35 +912,32 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--dataset", "no_such"], "invalid choice: 'no_such'"),
     (["--data", "no/such.csv"], "No such file or directory: 'no/such.csv'"),
-    (["--data", "CSV"], "a CSV file needs --target, one of the columns fixed, tempC, load, noise"),
+    (["--data", "CSV"], "--target None is not one of the numeric columns fixed, tempC, load, noise"),
     (["--data", "CSV", "--target", "lod"], "--target 'lod' is not one of the numeric columns fixed, tempC"),
     (["--data", "CSV", "--target", "site"], "--target 'site' is not one of the numeric columns"),
     (["--data", "CSV", "--target", "fixed"], "quantiles of the target coincide"),
     (["--data", "SHORT", "--target", "a"], "100 rows, at least 1296 are needed"),
     (["--data", "TEXT", "--target", "a"], "row 5, column 'a': 'oops', a number is needed"),
-    (["--data", "WORDS", "--target", "a"], "no numeric column, only a"),
-    (["--data", "TWICE", "--target", "a"], "two columns have the same name: a, a"),
+    (["--data", "WORDS", "--target", "a"], "no numbers in its columns a"),
     (["--data", "EMPTY"], "no .ts, .tsv or .txt file in this folder"),
-    (["--data", "HEADER", "--target", "a"], "no rows"),
+    (["--data", "HEADER", "--target", "a"], "no numbers in its columns a"),
     (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
     (["--data", "SEMICOLON", "--target", "a"], "1 rows, at least 1296 are needed"),
-    (["--data", "HUGE", "--target", "a"], "the values of 'b' are too large"),
-    (["--data", "CSV", "CSV", "--target", "load"], "named twice"),
+    (["--data", "HUGE", "--target", "b"], "no column, or not --target, varies in the training part"),
     (["--target", "load"], "--target is for the CSV files of --data"),
     (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
     (["--predict", "CSV", "--checkpoint", "no.pt"], "no.pt"),
     (["--predict", "CSV", "--checkpoint", "CSV"], "damaged, or not a checkpoint of duet.py"),
-    (["--predict", "CSV", "--checkpoint", "TENSOR"], "not a finished model of this duet.py"),
-    (["--predict", "CSV", "--checkpoint", "FOREIGN"], "not a finished model of this duet.py"),
-    (["--predict", "CSV", "--checkpoint", "CARDLESS"], "not a finished model of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "TENSOR"], "not a model of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "FOREIGN"], "not a model of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "CARDLESS"], "not a model of this duet.py"),
     (["--predict", "SHORT", "--checkpoint", "MODEL"], "none of the columns tempC, load, noise, only a"),
     (["--predict", "no.csv", "--checkpoint", "MODEL"], "no.csv"),
     (["--columns", "--checkpoint", "MODEL"], "a model without column embeddings"),
-    (["--checkpoint", "MODEL"], "--checkpoint is for --predict and --columns"),
     (["--transfer", "nothing", "--dataset", "user_metrics", "--strategies", "none"],
      "--transfer nothing: name one of at least two data sets"),
-    (["--dropout", "2"], "--dropout 2.0 is not between 0 and 0.99"),
+    (["--dropout", "2"], "--dropout must be below 1"),
     (["--device", "tpu"], "unknown device 'tpu'"),
     (["--resume"], "no unfinished run"),
     (["--resume", "--steps", "5"], "no unfinished run"),
@@ -969,7 +945,7 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
 ])
 def test_errors_are_one_line(arguments, message, finished, small_csv, tmp_path, error_line):
     files = {"SHORT": "a\n" + "1\n2\n" * 50, "TEXT": "a\n1\n2\n3\noops\n5\n6\n", "WORDS": "a\nx\ny\n",
-             "TWICE": "a,a\n1,2\n", "HEADER": "a\n", "LATIN": "a\xe9,b\n1,2\n", "SEMICOLON": "a;b\n1;2\n",
+             "HEADER": "a\n", "LATIN": "a\xe9,b\n1,2\n", "SEMICOLON": "a;b\n1;2\n",
              "HUGE": "a,b\n" + "1.5,1e200\n2.5,-1e200\n3.25,1e200\n" * 500}
     for name, text in files.items():
         (tmp_path / f"{name}.csv").write_text(text, encoding="latin-1")
@@ -1013,10 +989,9 @@ def test_figures_carry_their_interval_and_the_originals_stand_beside_its_protoco
     for head, protocol, claim in (("mean", original, 99.0), ("last", original, None), ("mean", [], None)):
         results = duet.main([*command, "--head", head, *protocol])
         assert results["benchmark"]["tables"]["accuracy"][-1]["original %"] == claim
-    records = [{"dataset": name, "model": "none", "seed": 1, "accuracy": 0.5, "macro_f1": 0.5, "seconds": 1.0,
-                "parameters": 5}
-               for name in ("a", "b")]
-    assert duet.benchmark_table(records, duet.ORIGINAL_TABLE)[-1]["original %"] == 92.8
+    records = [{"dataset": name, "model": "none", "strategy": "none", "training": "own", "seed": 1, "accuracy": 0.5,
+                "macro_f1": 0.5, "chance": 0.5, "seconds": 1.0, "parameters": 5} for name in ("a", "b")]
+    assert duet.benchmark_table(duet.add_means(duet.pd.DataFrame(records)), duet.ORIGINAL_TABLE)[-1]["original %"] == 92.8
 
 
 def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsys, monkeypatch, error_line):
