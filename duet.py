@@ -53,7 +53,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,17 +66,19 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from common import (MARKERS, detect_device, has_bfloat16, in_notebook, legend_below,
-                    mean_and_interval, new_figure, plot_curve, plot_dots, save_figure, seed_everything)
+                    mean_and_interval, new_figure, plot_curve, plot_dots, save_figure,
+                    seed_everything)
 
 EXPERIMENT = "duet"
 SEQ_LEN, PATCH_LEN, STRIDE = 96, 16, 8
+D_MODEL = 64
+DROPOUT = 0.1
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
 ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol original
     "temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
     "user_metrics": {"none": 99.0, "auto_expanding": 99.0},
     "etth1": {"none": 79.7, "auto_expanding": 87.5},
-    "mean of all": {"none": 92.8, "auto_expanding": 95.3, "frozen_bert": 93.8},
 }
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
 FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"]
@@ -123,6 +124,13 @@ UNITS = {
 QUANTITIES = {"temperature", "voltage", "current", "duration", "time", "length", "period", "delay"}
 
 
+def positive(text):
+    """A whole number from 1 on."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_args(argv=None):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -138,10 +146,10 @@ def parse_args(argv=None):
         ".txt files of the UEA and UCR archives, or folders of those")
     add("--target", metavar="COLUMN", help="column of the CSV files whose next value is "
         "classified: into its quantiles, or, with few distinct values, into these")
-    add("--num-classes", type=int, default=3, help="number of quantile classes of --target")
+    add("--num-classes", type=positive, default=3, help="number of quantile classes of --target")
     add("--synthetic-schemas", type=int, default=0, metavar="N", help="number of synthetic data "
         "sets with 3 to 12 columns each")
-    add("--windows", type=int, default=2000, help="windows of each embedded data set; the "
+    add("--windows", type=positive, default=2000, help="windows of each embedded data set; the "
         "original's have 1,000")
     add("--protocol", choices=["original", "holdout"], help="class limits of series from all rows "
         "(original) or from those before the test part (holdout); if unset, original for etth1 "
@@ -157,22 +165,19 @@ def parse_args(argv=None):
         "other data sets, then learn NAME, or the last one, from 0, 5, 10 and 100 %% of its labels")
     add("--nan-robustness", action="store_true", help="experiment: accuracy with 0 to 50 %% of the "
         "values missing")
-    add("--head", choices=["mean", "last", "ordinal"], default="mean", help="classify the mean of "
-        "the patches, as the original does, or the last patch, or forecast --target and let the "
-        "class limits cut the forecast")
-    add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
-    add("--steps", type=int, default=600, help="training steps for each data set; "
+    add("--head", choices=["mean", "ordinal"], default="mean", help="classify the mean of the "
+        "patches, as the original does, or forecast --target and let the class limits cut the "
+        "forecast")
+    add("--steps", type=positive, default=600, help="training steps for each data set; "
         "convolutions take twice as many")
-    add("--evaluations", type=int, default=6, help="evaluations on the validation part, of which "
-        "the best keeps its weights")
-    add("--batch-size", type=int, default=128, help="most windows in a batch; small data sets "
+    add("--evaluations", type=positive, default=6, help="evaluations on the validation part, of "
+        "which the best keeps its weights")
+    add("--batch-size", type=positive, default=128, help="most windows in a batch; small data sets "
         "have smaller batches")
     add("--learning-rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     add("--bert-model", default="bert-base-uncased", help="frozen encoder of frozen_bert: a name "
         "on the Hugging Face hub, or a folder")
-    add("--tokenization", choices=["words", "raw"], default="words", help="what the encoder "
-        "reads: indoor_temp as indoor temperature, or as it is")
-    add("--runs", type=int, default=1, help="number of seeds")
+    add("--runs", type=positive, default=1, help="number of seeds")
     add("--seed", type=int, default=42, help="first seed")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--threads", type=int, default=0, help="threads on a CPU, on which the last digits depend; "
@@ -192,13 +197,6 @@ def parse_args(argv=None):
             steps=40, batch_size=32, evaluations=2, shared="also", transfer="last",
             nan_robustness=True, protocol="original")
     args = parser.parse_args(argv)
-    at_least = {"num_classes": 2, "windows": 60, "steps": 1, "evaluations": 1, "batch_size": 1,
-                "learning_rate": 0, "dropout": 0, "runs": 1, "seed": 0}
-    for name, low in at_least.items():
-        if getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
-    if args.dropout >= 1:
-        parser.error("--dropout must be below 1")
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
     if args.predict and not args.checkpoint:
@@ -248,14 +246,13 @@ def name_to_words(name):
 
 
 def normalize_dataset(data):
-    """Scale the columns by the training part, without those that do not vary there; returns `data`.
+    """Scale the columns by the training part; returns `data`.
 
-    Raises UserError where no column varies or a part lacks windows.
+    Raises UserError where a part lacks windows, or the training part a second class.
     """
     counts = {split: np.bincount(data.labels[windows], minlength=len(data.classes)).tolist()
               for split, windows in data.splits.items()}
-    train_classes = np.count_nonzero(counts["train"])
-    if train_classes < 2 or not all(map(any, counts.values())):
+    if not all(map(any, counts.values())) or np.count_nonzero(counts["train"]) < 2:
         raise UserError(f"{data.name}: too few windows of its classes: {counts}")
     in_train = np.zeros(len(data.series), bool)
     in_train[data.starts[data.splits["train"]][:, None] + np.arange(data.seq_len)] = True
@@ -263,23 +260,19 @@ def normalize_dataset(data):
     with warnings.catch_warnings(action="ignore"):  # the mean of an empty column, an overflow
         mean = np.nanmean(series[in_train], axis=0)
         std = np.nanstd(series[in_train], axis=0)
-    varies = np.isfinite(std) & (std > 1e-12 * np.abs(mean))
-    left_out = list(itertools.compress(data.columns, ~varies))
-    if left_out:
-        note(f"{data.name}: columns left out, constant, empty or too large in the training part: "
-             f"{', '.join(left_out)}")
-    if data.target in left_out or not varies.any():
-        raise UserError(f"{data.name}: no column, or not --target, varies in the training part")
-    data.columns = list(itertools.compress(data.columns, varies))
-    data.mean, data.std = mean[varies].tolist(), std[varies].tolist()
-    data.series = standardize(series[:, varies], data.mean, data.std)
+    useless = np.isinf(std) | ~(std > 1e-12 * np.abs(mean))
+    if useless.any():
+        note(f"{data.name}: constant, empty or too large in the training part: "
+             f"{', '.join(itertools.compress(data.columns, useless))}")
+    std[useless] = 1
+    data.mean, data.std = mean.tolist(), std.tolist()
+    data.series = standardize(np.asfortranarray(series), mean, std)  # time lies together in memory
     if data.target:  # rounded like the series, so that a value at a limit stays there
         target = data.columns.index(data.target)
-        data.limits = standardize(data.limits, data.mean[target], data.std[target]).tolist()
+        data.limits = standardize(data.limits, mean[target], std[target]).tolist()
     digest = hashlib.sha256(data.series.tobytes() + data.labels.tobytes())
-    data.info |= {"rows": len(series), "sha256": digest.hexdigest(), "windows": counts,
-                  "classes": data.classes, "missing": float(np.isnan(data.series).mean()),
-                  "columns": {name: name_to_words(name) for name in data.columns}}
+    data.info |= {"sha256": digest.hexdigest(), "windows": counts, "classes": data.classes,
+                  "missing": float(np.isnan(data.series).mean()), "columns": data.columns}
     return data
 
 
@@ -377,9 +370,8 @@ def original_dataset(name, seed):
     wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)[..., None]  # [windows, time, 1]
     x = rng.normal(size=(windows, SEQ_LEN, len(columns))) + wave
     x[rng.random(x.shape) < (0.03 if name == "user_metrics" else 0.05)] = np.nan
-    info = {"source": "original's synthetic", "protocol": "original"}
-    return windows_dataset(name, columns, x, labels, ["1 period", "2 periods", "3 periods"], info,
-                           is_test=np.arange(windows) >= 800)
+    return windows_dataset(name, columns, x, labels, ["1 period", "2 periods", "3 periods"],
+                           {"source": "original's synthetic"}, np.arange(windows) >= 800)
 
 
 def synthetic_schema(number, windows):
@@ -412,39 +404,30 @@ def read_csv(path):
                                 encoding="utf-8-sig", index_col=False, skipinitialspace=True)
     except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
-    date_names = [name for name, column in frame.items() if is_date(name, column)]
-    numbers = {}
-    for name, column in frame.drop(columns=date_names).items():
+    frame.index = pd.RangeIndex(2, len(frame) + 2, name="row")  # row 1 is the header
+    dates, numbers = [], {}
+    for name, column in frame.items():
         values = parse_numbers(column)
         wrong = values.isna() & column.notna()
-        if 0 < wrong.mean() < 0.5:
-            row = wrong.argmax()
-            raise UserError(f"{path}: row {row + 2}, column {name!r}: {column[row]!r}, a number is "
+        if name.lower() in ("date", "time", "datetime", "timestamp") or (
+                wrong.all() and column.str.fullmatch(r"\d+([-/:]\d+)+([ T].*)?").all()):
+            dates.append(column.astype(str))
+        elif 0 < wrong.mean() < 0.5:
+            row = wrong.idxmax()
+            raise UserError(f"{path}: row {row}, column {name!r}: {column[row]!r}, a number is "
                             "needed")
-        if values.notna().any() and not name.startswith("Unnamed: "):  # pandas' index has no name
+        elif wrong.any() or values.isna().all() or name.startswith("Unnamed: "):
+            note(f"{path}: column {name!r} left out, empty, not numeric or pandas' index")
+        else:
             numbers[name] = values.astype(float)
     if not numbers:
         raise UserError(f"{path}: no numbers in its columns {', '.join(frame)}")
-    left_out = [name for name in frame if name not in {*numbers, *date_names}]
-    if left_out:
-        note(f"{path}: columns left out, empty or not numeric: {', '.join(left_out)}")
     numbers = pd.DataFrame(numbers)
-    numbers.index = pd.RangeIndex(2, len(numbers) + 2, name="row")  # row 1 is the header
-    if not date_names:
+    if not dates:
         return numbers
-    dates = frame[date_names[0]].astype(str)
-    for name in date_names[1:]:  # a time of day
-        dates = dates + " " + frame[name].astype(str)
-    numbers.index = pd.Index(dates, name="date")
-    return numbers.iloc[sort_dates(path, dates)]
-
-
-def is_date(name, column):
-    """Whether a column holds dates or times of day, by its name or by what all its cells are."""
-    if name.lower() in ("date", "time", "datetime", "timestamp"):
-        return True
-    text = column.dropna().astype(str)
-    return not is_numeric_dtype(column) and text.str.fullmatch(r"\d+([-/:]\d+)+([ T].*)?").all()
+    text = functools.reduce(lambda date, time: date + " " + time, dates)
+    numbers.index = pd.Index(text, name="date")
+    return numbers.iloc[sort_dates(path, text)]
 
 
 def parse_numbers(column):
@@ -463,42 +446,32 @@ def sort_dates(path, text):
     Dates have the day or the month first, whichever reads more of them, has them in order, and has
     fewer different steps.
     """
-    times = pd.to_numeric(text, errors="coerce")
+    with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
+        readings = [pd.to_datetime(text, errors="coerce", utc=True, dayfirst=day_first)
+                    for day_first in (False, True)]
+    times = max(readings, key=lambda times: (times.count(), times.is_monotonic_increasing,
+                                             -times.diff().nunique()))
     if times.isna().any():
-        with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
-            readings = [pd.to_datetime(text, errors="coerce", utc=True, dayfirst=day_first)
-                        for day_first in (False, True)]
-        times = max(readings, key=lambda times: (times.count(), times.is_monotonic_increasing,
-                                                 -times.diff().nunique()))
-    elif times.duplicated().any():
-        return np.arange(len(times))  # an hour of the day
-    if times.isna().any():
-        row = times.isna().argmax()
-        note(f"{path}: row {row + 2}: {text[row]!r} is not a date; the rows keep their order")
+        note(f"{path}: {text[times.isna()].iloc[0]!r} is not a date; the rows keep their order")
         return np.arange(len(times))
     order = np.argsort(times.to_numpy(), kind="stable")
     steps = times.iloc[order].diff()
-    irregular = {"out of order": np.diff(order) < 0, "repeated": times.duplicated(),
-                 "after a gap": steps > 1.5 * steps.median()}
-    found = [f"{rows.sum():,} {kind}" for kind, rows in irregular.items() if rows.any()]
-    if found:
-        note(f"{path}: of its dates, {' and '.join(found)}; the rows are sorted and taken as one "
-             "series of equal steps")
+    falls, repeats = (np.diff(order) < 0).sum(), times.duplicated().sum()
+    gaps = (steps > 1.5 * steps.median()).sum()
+    if falls or repeats or gaps:
+        note(f"{path}: {falls:,} dates out of order, {repeats:,} repeated, {gaps:,} after a gap; "
+             "the rows are sorted and taken as one series of equal steps")
     return order
 
 
-def make_classes(path, values, num_classes, rows):
+def make_classes(values, num_classes, rows):
     """(names, limits) of the classes of a target column: its distinct values, if they are few,
     otherwise the quantiles of its first `rows`."""
     distinct = np.unique(values[np.isfinite(values)])
-    if 2 <= len(distinct) <= max(10, num_classes):
-        note(f"{path}: the target has only {len(distinct)} distinct values, which are the classes")
+    if len(distinct) <= max(10, num_classes):
         return [f"{value:g}" for value in distinct], (distinct[1:] + distinct[:-1]) / 2
     percentiles = np.round(100 * np.arange(1, num_classes) / num_classes, 2)
     limits = np.nanpercentile(values[:rows], percentiles)
-    if not (np.diff(limits) > 0).all():
-        raise UserError(f"{path}: --num-classes {num_classes}: quantiles of the target coincide: "
-                        f"{limits.tolist()}")
     return [f"quantile {k + 1}" for k in range(num_classes)], limits
 
 
@@ -520,7 +493,7 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     if first_test < 10 * SEQ_LEN:
         raise UserError(f"{path}: {len(series)} rows, at least {int(13.5 * SEQ_LEN)} are needed")
     known = first_test if protocol == "holdout" else None
-    classes, limits = make_classes(path, values, num_classes, known)
+    classes, limits = make_classes(values, num_classes, known)
     train, val = split_blocks(first_test, gap=SEQ_LEN)
     before_test = first_test - SEQ_LEN
     if protocol == "holdout":
@@ -530,8 +503,8 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     splits = {split: windows[np.isfinite(next_values[windows])]
               for split, windows in splits.items()}
     series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
-    info = {"source": "real", "path": str(path), "protocol": protocol,
-            "class_limits": limits.tolist()}
+    info = {"source": f"real, protocol {protocol}", "path": str(path),
+            "class_limits": limits}
     return normalize_dataset(Dataset(
         name or Path(path).stem, list(numbers), series, starts, np.digitize(next_values, limits),
         classes, splits, info, target=target, limits=limits))
@@ -543,46 +516,35 @@ def read_archive_file(path):
     A .ts file has a header, and `?` for a missing value; a .tsv or .txt file has one case a line,
     the class first. A file without classes has `?` as labels.
     """
-    is_ts = Path(path).suffix.lower() == ".ts"
-    has_label = True
     cases, labels = [], []
     try:
-        for line in Path(path).read_text(encoding="utf-8-sig").splitlines():
-            line = line.strip()
-            words = line.lower().split()
-            if not line or line[0] in "#%":
-                continue
-            if line[0] == "@":
-                if words[:2] == ["@targetlabel", "true"]:
-                    raise ValueError("@targetlabel true: a regression file, which has no classes")
-                has_label = has_label and words[:2] != ["@classlabel", "false"]
-                continue
-            if is_ts:
-                dimensions = [text.split(",") for text in line.split(":")]
-                label = ",".join(dimensions.pop()).strip() if has_label else "?"
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if re.search(r"(?im)^@targetlabel\s+true", text):
+            raise ValueError("@targetlabel true: a regression file, which has no classes")
+        has_label = not re.search(r"(?im)^@classlabel\s+false", text)
+        for line in re.findall(r"(?m)^ *([^#%@\s].*)", text):
+            if Path(path).suffix.lower() == ".ts":
+                *dimensions, label = (line if has_label else f"{line}:?").split(":")
             else:
-                label, *values = line.split("\t") if "\t" in line else re.split(r"[, ]+", line)
-                dimensions = [values]
-            cases.append([np.array([cell.strip().replace("?", "") or "nan" for cell in cells], float)
-                          for cells in dimensions])
-            labels.append(label)
+                label, *values = line.split("\t") if "\t" in line else re.split("[, ]+", line)
+                dimensions = [",".join(values)]
+            labels.append(label.strip())
+            cases.append([np.array([cell.strip(" ?") or "nan" for cell in dimension.split(",")],
+                                   float) for dimension in dimensions])
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    if len({len(case) for case in cases}) != 1:
+        raise UserError(f"{path}: no cases, or not all with the same number of dimensions")
     return cases, labels
 
 
-def stack_cases(name, cases, seq_len):
+def stack_cases(cases, seq_len):
     """The last seq_len steps of each case as x [cases, seq_len, dimensions]; NaN before shorter
     ones."""
-    dimensions = len(cases[0]) if cases else 0
-    if not dimensions or any(len(case) != dimensions for case in cases):
-        raise UserError(f"{name}: no cases, or not all with the same number of dimensions")
-    x = np.full((len(cases), seq_len, dimensions), np.nan)
-    for i, case in enumerate(cases):
-        for j, values in enumerate(case):
-            values = values[-seq_len:]
-            x[i, seq_len - len(values) :, j] = values
-    return x
+    series = [torch.from_numpy(values[-seq_len:]) for case in cases for values in case]
+    x = nn.utils.rnn.pad_sequence(series, True, math.nan, "left")
+    x = F.pad(x, (seq_len - x.shape[1], 0), value=math.nan)
+    return x.unflatten(0, (len(cases), -1)).transpose(1, 2).numpy()
 
 
 def archive_dataset(name, files):
@@ -590,15 +552,14 @@ def archive_dataset(name, files):
     cases, texts, is_test = [], [], []
     for file in files:
         file_cases, file_labels = read_archive_file(file)
-        if {"", "?"} & set(file_labels):
-            raise UserError(f"{file}: a case without a class")
         cases += file_cases
         texts += file_labels
         is_test += [file.stem.lower().endswith("_test")] * len(file_cases)
-    seq_len = max((len(values) for case in cases for values in case), default=0)
-    x = stack_cases(name, cases, seq_len)
+    if {"", "?"} & {*texts} or len({len(case) for case in cases}) > 1:
+        raise UserError(f"{name}: cases without a class, or of different dimensions")
+    x = stack_cases(cases, seq_len=max(len(values) for case in cases for values in case))
     classes, labels = np.unique(texts, return_inverse=True)
-    info = {"source": "archive", "path": [str(file) for file in files]}
+    info = {"source": "archive", "path": list(map(str, files))}
     return windows_dataset(
         name, [f"dim_{i}" for i in range(x.shape[-1])], x, labels, classes.tolist(), info,
         np.array(is_test) if len(files) > 1 else None)
@@ -607,18 +568,15 @@ def archive_dataset(name, files):
 def fetch_etth1(data_dir):
     """Path of ETTh1.csv in data_dir/ett, downloaded if it is absent. Raises UserError."""
     path = Path(data_dir) / "ett/ETTh1.csv"
-    source = path.absolute().as_uri() if path.exists() else ETTH1_URL
-    try:
-        with urllib.request.urlopen(source, timeout=3) as response:
-            content = response.read()
-    except OSError as error:
-        raise UserError(f"{source}: {error}; put the file at {path}") from None
-    if hashlib.sha256(content).hexdigest() != ETTH1_SHA256:
-        raise UserError(f"{source}: its checksum is wrong; put the right file at {path}")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part:
-            part.write_bytes(content)
+        socket.setdefaulttimeout(3)
+        try:
+            torch.hub.download_url_to_file(ETTH1_URL, path, ETTH1_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{ETTH1_URL}: {error}; put the file at {path}") from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != ETTH1_SHA256:
+        raise UserError(f"{path}: its checksum is wrong; delete it or put the right file there")
     return path
 
 
@@ -628,8 +586,8 @@ def group_files(paths):
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():  # the archive has the same data in several formats: take one
-            found = [sorted(path.glob(f"*{suffix}")) for suffix in ARCHIVE_SUFFIXES]
-            files = next(filter(None, found), [])
+            by_suffix = [sorted(path.glob(f"*{suffix}")) for suffix in ARCHIVE_SUFFIXES]
+            files = max(by_suffix, key=bool)
         if not files:
             raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder; CSV files must be "
                             "named one by one")
@@ -643,20 +601,19 @@ def load_datasets(args):
     """The data sets [Dataset] that the arguments name; if they name none, the embedded ones and
     ETTh1, if that can be had."""
     datasets, names = [], args.dataset or []
-    by_default = not (names or args.data or args.synthetic_schemas)
-    if by_default:
-        names = list(EMBEDDED) if args.quick else [*EMBEDDED, "etth1"]
+    if not (names or args.data or args.synthetic_schemas):
+        names = list(EMBEDDED)
+        try:
+            if not args.quick:
+                fetch_etth1(args.data_dir)
+                names.append("etth1")
+        except UserError as error:
+            note(f"etth1 is left out: {error}")
     for number, name in enumerate(names):
         if name == "etth1":
-            try:
-                path = fetch_etth1(args.data_dir)
-            except UserError as error:
-                if not by_default:
-                    raise
-                note(f"etth1 is left out: {error}")
-                continue
+            path, protocol = fetch_etth1(args.data_dir), args.protocol or "original"
             missing = 0.05 if args.protocol == "original" else 0.0
-            datasets.append(csv_dataset(path, "OT", 3, args.protocol or "original", name, missing))
+            datasets.append(csv_dataset(path, "OT", 3, protocol, name, missing))
         elif args.protocol == "original":
             datasets.append(original_dataset(name, [4, number]))
         else:
@@ -671,7 +628,9 @@ def load_datasets(args):
     names = ["shared", "sources", *(data.name for data in datasets)]  # of files in models/
     if len(set(names)) < len(names):
         raise UserError(f"two data sets have the same name: {', '.join(names)}")
-    return datasets
+    if args.transfer not in (None, "last", *names[2:]):
+        raise UserError(f"--transfer {args.transfer}: not one of {', '.join(names[2:])}")
+    return sorted(datasets, key=lambda data: data.name == args.transfer)  # it comes last
 
 
 # --- Model: embeddings of column names ----------------------------------------------------------
@@ -751,34 +710,32 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
     """Column names as read by a frozen BERT: the mean of its last hidden states, scaled to a mean
     square of 1.
 
-    The encoder is loaded only for names that neither `known` {name: vector}, such as a
-    checkpoint's, nor the cache has, and freed at once. The cache is one safetensors file for each
-    encoder, with keys `tokenization/name`; delete it if the encoder's weights have changed.
-    bert_model: a name on the Hugging Face hub, or a folder. tokenization: `words` reads a name
-    through name_to_words(), `raw` as it is. Raises UserError where the encoder cannot be loaded.
+    The encoder is loaded only for names that the cache lacks, and freed at once. The cache is one
+    safetensors file for each encoder and tokenization; delete it if the encoder's weights have
+    changed. bert_model: a name on the Hugging Face hub, or a folder. tokenization: `words` reads a
+    name through name_to_words(), `raw` as it is. Raises UserError where the encoder cannot be
+    loaded.
     """
 
     def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings",
-                 target_dim=1, tokenization="words", known=None):
+                 target_dim=1, tokenization="words"):
         from safetensors.torch import load_file
 
-        path = Path(cache_dir) / f"{re.sub(r'[^a-zA-Z0-9.-]+', '_', bert_model)}.safetensors"
-        cache = load_file(path) if path.exists() else {}
-        vectors = [*cache.values(), *(known or {}).values()]
-        super().__init__(target_dim, len(vectors[0]) if vectors else
-                         load_encoder(bert_model)[1].config.hidden_size)
+        file = re.sub(r"[^a-zA-Z0-9.-]+", "_", f"{bert_model} {tokenization}")
+        path = Path(cache_dir) / f"{file}.safetensors"
+        vectors = load_file(path) if path.exists() else {}
+        dims = [len(vector) for vector in vectors.values()]
+        dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
+        super().__init__(target_dim, dim)
         self.bert_model, self.tokenization = bert_model, tokenization
-        self.cache_path, self.cache, self.known = path, cache, known or {}
+        self.cache_path, self.vectors = path, vectors
 
     def compute(self, names):
-        keys = {name: f"{self.tokenization}/{name}" for name in names}
-        new = [name for name in names if name not in self.known and keys[name] not in self.cache]
+        new = [name for name in names if name not in self.vectors]
         if new:
-            self.cache |= {keys[name]: vector for name, vector in self.read_names(new).items()}
+            self.vectors |= self.read_names(new)
             self.save_cache()
-        for name in names:
-            self.known.setdefault(name, self.cache.get(keys[name]))
-        return torch.stack([self.known[name] for name in names])
+        return torch.stack([self.vectors[name] for name in names])
 
     @torch.no_grad()
     def read_names(self, names):
@@ -797,12 +754,12 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
 
         self.cache_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.cache_path) as path:
-            save_file(self.cache, path)
+            save_file(self.vectors, path)
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
-        size = self.cache_path.stat().st_size if self.cache else 0
-        return {"cached_embeddings": len(self.cache), "cache_size_mb": round(size / 1e6, 3),
+        size = self.cache_path.stat().st_size / 1e6 if self.vectors else 0
+        return {"cached_embeddings": len(self.vectors), "cache_size_mb": round(size, 3),
                 "bert_model": self.bert_model, "bert_dim": self.table.shape[1]}
 
 
@@ -812,10 +769,8 @@ STRATEGIES = {"none": None, "auto_expanding": AutoExpandingEmbedder,
 
 def load_encoder(name):
     """(tokenizer, model) of a BERT in a folder, in Hugging Face's cache, or on the hub."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     local = os.path.isdir(name) or not hub_in_reach()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
@@ -862,28 +817,27 @@ def cut_patches(x):
 class Head(nn.Module):
     """Logits [batch, classes] from patch tokens [batch, patches, d_model] and the windows x.
 
-    `mean` and `last` are a Linear on the mean (the original's) or the last token. `ordinal` is the
-    cumulative logit model of McCullagh (1980): the classes are intervals of one column's next
-    value, so it forecasts this as the last value plus a learned step, with a learned spread, and
-    lets the class limits cut that distribution; untrained, it is persistence. Where the data set
-    has no such column (target is None), `ordinal` is `last`.
+    `mean` is a Linear on the mean of the tokens, as the original's. `ordinal` is the cumulative
+    logit model of McCullagh (1980): the classes are intervals of one column's next value, so it
+    forecasts this as the last value plus a learned step, with a learned spread, and lets the class
+    limits cut that distribution; untrained, it is persistence. Where the data set has no such
+    column (target is None), `ordinal` is `mean`.
     """
 
-    def __init__(self, kind, d_model, num_classes, target=None, limits=None):
+    def __init__(self, kind, num_classes, target=None, limits=None):
         super().__init__()
-        self.kind = "last" if kind == "ordinal" and target is None else kind
+        self.ordinal = kind == "ordinal" and target is not None
         self.target = target
-        self.linear = nn.Linear(d_model, 2 if self.kind == "ordinal" else num_classes)
-        if self.kind == "ordinal":
+        self.linear = nn.Linear(D_MODEL, 2 if self.ordinal else num_classes)
+        if self.ordinal:
             self.register_buffer("limits", torch.tensor(limits))
             nn.init.zeros_(self.linear.weight)
             self.linear.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
 
     def forward(self, tokens, x):
-        outputs = self.linear(tokens.mean(1) if self.kind == "mean" else tokens[:, -1])
-        if self.kind != "ordinal":
-            return outputs
-        step, log_spread = outputs.float().unbind(-1)
+        if not self.ordinal:
+            return self.linear(tokens.mean(1))
+        step, log_spread = self.linear(tokens[:, -1]).float().unbind(-1)
         last_value = forward_fill(x[:, self.target]).nan_to_num()[:, -1]
         distance = self.limits - (last_value + step)[:, None]  # [batch, classes - 1]
         below = torch.sigmoid(distance * torch.exp(-log_spread)[:, None])
@@ -900,34 +854,33 @@ class MultiDatasetPatchDuET(nn.Module):
     columns and `none`.
 
     With `shared`, one set of weights serves any columns, and c_in is not used: the patch layer
-    reads one column at a time and adds the embedding of its name, then `queries` learned queries
+    reads one column at a time and adds the embedding of its name, then 8 learned queries
     pool the columns of a patch by attention, and their results together are one token.
     """
 
     def __init__(self, c_in, seq_len=SEQ_LEN, strategy="none", shared=False, head="mean",
-                 fill="forward fill and mask", dropout=0.0, d_model=64, queries=8, **bert):
+                 fill="forward fill and mask", dropout=0.0, **bert):
         super().__init__()
         self.settings = {"c_in": c_in, "seq_len": seq_len, "strategy": strategy, "shared": shared,
-                         "head": head, "fill": fill, "dropout": dropout, "d_model": d_model,
-                         "queries": queries} | bert
+                         "head": head, "fill": fill, "dropout": dropout} | bert
         # What all strategies have comes first: with one seed they begin with the same weights.
         patches = cut_patches(torch.zeros(1, 1, seq_len)).shape[2]
-        self.positions = nn.Parameter(0.02 * torch.randn(patches, d_model))
-        layer = nn.TransformerEncoderLayer(d_model, 8, 2048, 0.0, batch_first=True, norm_first=True)
+        self.positions = nn.Parameter(0.02 * torch.randn(patches, D_MODEL))
+        layer = nn.TransformerEncoderLayer(D_MODEL, 8, 2048, 0.0, batch_first=True, norm_first=True)
         # Dropout on what each half of a layer adds; on its 2048 hidden units it would take a third
         # of the time.
         layer.dropout1.p = layer.dropout2.p = dropout
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         if shared:
-            self.patch_layer = nn.Linear(2 * PATCH_LEN, d_model)
-            self.queries = nn.Linear(d_model, queries)
-            self.join = nn.Linear(queries * d_model, d_model)
+            self.patch_layer = nn.Linear(2 * PATCH_LEN, D_MODEL)
+            self.queries = nn.Linear(D_MODEL, 8)
+            self.join = nn.Linear(8 * D_MODEL, D_MODEL)
         else:
             channels = c_in * (2 if strategy == "none" else 3)
-            self.patch_layer = nn.Linear(channels * PATCH_LEN, d_model)
+            self.patch_layer = nn.Linear(channels * PATCH_LEN, D_MODEL)
         self.embedder = None
         if strategy != "none":
-            self.embedder = STRATEGIES[strategy](target_dim=d_model if shared else 1, **bert)
+            self.embedder = STRATEGIES[strategy](target_dim=D_MODEL if shared else 1, **bert)
         self.heads = nn.ModuleList()
         self.head_numbers, self.column_names, self.datasets = {}, {}, {}
 
@@ -952,8 +905,8 @@ class MultiDatasetPatchDuET(nn.Module):
             raise ValueError(f"{len(names)} columns for a model of {c_in}, whose patch layer "
                              "has a fixed size; create_for_dataset(..., shared=True) takes any")
         if num_classes is not None:
-            head = Head(self.settings["head"], self.settings["d_model"], num_classes,
-                        names.index(target) if target else None, limits)
+            column = names.index(target) if target else None
+            head = Head(self.settings["head"], num_classes, column, limits)
             self.head_numbers[dataset] = len(self.heads)
             self.heads.append(head.to(self.positions.device))
         if self.embedder:
@@ -971,9 +924,7 @@ class MultiDatasetPatchDuET(nn.Module):
 
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x, self.settings["fill"])
-        names = None
-        if self.embedder:
-            names = self.embedder(self.column_names[dataset]).to(x.dtype)
+        names = self.embedder(self.column_names[dataset]) if self.embedder else None
         embed = self.embed_each_column if self.settings["shared"] else self.embed_all_columns
         tokens = embed(values, mask, names)  # [batch, patches, d_model]
         tokens = self.encoder(tokens + self.positions[-tokens.shape[1] :])
@@ -983,7 +934,7 @@ class MultiDatasetPatchDuET(nn.Module):
         """Tokens [batch, patches, d_model]; names [columns, 1] are a constant channel each."""
         channels = [values, mask]
         if names is not None:
-            channels.append(names.expand(values.shape))
+            channels.append(names.to(mask.dtype).expand(mask.shape))
         patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
         return self.patch_layer(patches.transpose(1, 2).flatten(2))
 
@@ -1117,7 +1068,7 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warm_up_then_cosine(step, steps))
     modules = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    state = load_state(file, modules, datasets)
+    state = load_state(file, modules)
     evaluations = min(args.evaluations, args.steps)
     ends = [args.steps * number // evaluations for number in range(evaluations + 1)]
     for number in range(len(state["history"]), evaluations):
@@ -1153,14 +1104,11 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     return state["history"]
 
 
-def load_state(file, modules, datasets):
+def load_state(file, modules):
     """The training state in a checkpoint, to which `modules` are then set, or a new one."""
-    data_sha256 = [data.info["sha256"] for data in datasets]
     if not file.exists():
-        return {"history": [], "best": None, "data_sha256": data_sha256, "modules": {}}
+        return {"history": [], "best": None, "modules": {}}
     state = load_checkpoint(file, file)
-    if state["data_sha256"] != data_sha256:
-        raise UserError(f"{file}: trained on other data; restore the files or start a new run")
     for name, saved in state["modules"].items():
         modules[name].load_state_dict(saved)
     return state
@@ -1175,11 +1123,8 @@ def end_evaluation(state, modules, keep, file, finished):
         state["best"] = copy.deepcopy(model.state_dict())
     state["modules"] = {} if finished else {name: module.state_dict()
                                             for name, module in modules.items()}
-    settings = dict(model.settings)
-    if settings.get("strategy") == "frozen_bert":  # prediction then needs no encoder
-        settings["known"] = model.embedder.known
     with atomic_write(file) as path:
-        torch.save(state | {"class": type(model).__name__, "settings": settings,
+        torch.save(state | {"class": type(model).__name__, "settings": model.settings,
                             "datasets": model.datasets}, path)
     if finished:
         log(f"{file.stem}: best validation accuracy {max(accuracies):.2%}")
@@ -1208,15 +1153,10 @@ def accuracy(model, data, split):
 
 
 def make_record(data, model, predicted, seed, **columns):
-    """One row of the results: accuracy and macro F1 of the classes [windows] predicted for the test
-    part. The F1 is over the classes that occur."""
-    from sklearn.metrics import f1_score
-
-    labels = data.labels[data.splits["test"]]
-    macro_f1 = f1_score(labels, predicted, labels=np.unique(labels), average="macro",
-                        zero_division=0)
-    return {"dataset": data.name, "model": model, "seed": seed, "macro_f1": macro_f1,
-            "accuracy": np.mean(labels == predicted), "chance": 1 / len(data.classes)} | columns
+    """One row of the results: the accuracy of the classes [windows] predicted for the test part."""
+    accuracy = np.mean(predicted == data.labels[data.splits["test"]])
+    return {"dataset": data.name, "model": model, "seed": seed, "accuracy": accuracy,
+            "chance": 1 / len(data.classes)} | columns
 
 
 def window_features(data, split):
@@ -1249,7 +1189,8 @@ class Hydra:
         self.kernels = kernels
         self.parts = []  # (dilation, on differences, weights [kernels, 1, 9], columns)
         count = max(1, min(8, columns // 2))
-        dilations = [2**exponent for exponent in range(1 + int(math.log2(max(1, (seq_len - 1) / 8))))]
+        exponents = range(1 + int(math.log2(max(1, (seq_len - 1) / 8))))
+        dilations = [2**exponent for exponent in exponents]
         for dilation, on_differences in itertools.product(dilations, (False, True)):
             weights = torch.randn(groups // 2 * kernels, 1, 9, generator=generator)
             weights = weights - weights.mean(-1, keepdim=True)
@@ -1339,16 +1280,12 @@ def baseline_records(data, seed, few=False):
     if data.target and not few:
         last_value = x_test[:, data.columns.index(data.target)]  # of the first features
         predicted = np.digitize(last_value, data.limits)
-        records.append(make_record(data, "persistence", predicted, seed, seconds=0.0))
+        records.append(make_record(data, "persistence", predicted, seed))
     for name in ["gradient boosting"] if few else models:
-        start_time = time.perf_counter()
         predicted = models[name].fit(x_train, y_train).predict(x_test)
-        seconds = time.perf_counter() - start_time
-        records.append(make_record(data, name, predicted, seed, seconds=seconds))
-    start_time = time.perf_counter()
+        records.append(make_record(data, name, predicted, seed))
     hydra = fit_hydra(data)
-    seconds = time.perf_counter() - start_time
-    records.append(make_record(data, "hydra", hydra.argmax(1), seed, seconds=seconds))
+    records.append(make_record(data, "hydra", hydra.argmax(1), seed))
     return records, hydra
 
 
@@ -1396,7 +1333,7 @@ def add_means(records):
     if count == 1:
         return records
     groups = records.groupby(["model", "strategy", "training", "seed"], sort=False, dropna=False)
-    means = groups[["accuracy", "macro_f1", "chance", "seconds"]].mean()[groups.size() == count]
+    means = groups[["accuracy", "chance"]].mean()[groups.size() == count]
     return pd.concat([records, means.reset_index().assign(dataset="mean of all")])
 
 
@@ -1406,11 +1343,8 @@ def benchmark_table(records, original):
     records = add_difference(records, "training", "own", ["dataset", "strategy", "seed"])
     signed = functools.partial(percent, sign="+")
     table = records.groupby(["dataset", "model"], sort=False).agg(**{
-        "accuracy %": ("accuracy", percent), "macro F1 %": ("macro_f1", percent),
-        "minus none": ("minus none", signed), "minus own": ("minus own", signed),
-        "parameters": ("parameters", "first"), "seconds": ("seconds", "mean")})
-    table["seconds"] = table["seconds"].map("{:.1f}".format)
-    table["parameters"] = table["parameters"].map("{:,.0f}".format, na_action="ignore")
+        "accuracy %": ("accuracy", percent), "minus none": ("minus none", signed),
+        "minus own": ("minus own", signed), "parameters": ("parameters", "first")})
     table["original %"] = [original.get(name, {}).get(model) for name, model in table.index]
     return table.reset_index().to_dict("records")
 
@@ -1443,6 +1377,7 @@ def plot_shares(records, title, xlabel, panel, path):
     """Accuracy over the column `share` of the records, a line for each model and a panel for each
     value of the column `panel`."""
     panels = list(records.groupby(panel, sort=False))
+    shares = sorted(records["share"].unique())
     fig, axes = new_figure(title, 1, len(panels), (5 * len(panels) + 3, 4.5))
     for axis, (name, shown) in zip(axes, panels):
         by_model = list(shown.groupby("model", sort=False))
@@ -1450,16 +1385,11 @@ def plot_shares(records, title, xlabel, panel, path):
             runs = 100 * of_model.pivot_table("accuracy", "seed", "share")
             # The bands of many models would hide each other.
             values = runs.to_numpy() if len(by_model) < 6 else runs.mean().to_numpy()
-            plot_curve(axis, 100 * runs.columns, values, model, i, MARKERS[i % 7])
+            x = np.searchsorted(shares, runs.columns)
+            plot_curve(axis, x, values, model, i, MARKERS[i % 7])
         axis.axhline(100 * shown["chance"].iloc[0], linestyle="--", color="0.4", label="chance")
-        shares = sorted(shown["share"].unique())
-        if shares[-1] == 1:  # 0, 5, 10 and 100 %
-            axis.set_xscale("symlog", linthresh=10)
-            axis.set_xlim(-1, 110)
-        axis.set_xticks([100 * share for share in shares], [f"{share:.0%}" for share in shares])
-        low, high = axis.get_ylim()  # an interval may reach beyond what an accuracy can be
-        axis.set(title=name, xlabel=xlabel, ylabel="test accuracy [%]",
-                 ylim=(max(low, 0), min(high, 101)))
+        axis.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
+        axis.set(title=name, xlabel=xlabel, ylabel="test accuracy [%]", ylim=(0, 101))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     save_figure(fig, path)
 
@@ -1467,14 +1397,14 @@ def plot_shares(records, title, xlabel, panel, path):
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def make_model(args, datasets, strategy, shared, seed, min_seq_len=0, **options):
-    """An untrained model for the data sets, and for windows of min_seq_len, on the device."""
+def make_model(args, datasets, strategy, shared, seed, **options):
+    """An untrained model for the data sets, on the device."""
     seed_everything(seed)
-    seq_len = max(min_seq_len, *(data.seq_len for data in datasets))
+    options = {"seq_len": max(data.seq_len for data in datasets), "head": args.head} | options
     if strategy == "frozen_bert":
         options |= bert_options(args)
-    model = MultiDatasetPatchDuET(len(datasets[0].columns), seq_len, strategy, shared, args.head,
-                                  dropout=args.dropout, **options)
+    model = MultiDatasetPatchDuET(len(datasets[0].columns), strategy=strategy, shared=shared,
+                                  dropout=DROPOUT, **options)
     for data in datasets:
         model.add_dataset(data.metadata())
     return model.to(args.device)
@@ -1482,18 +1412,17 @@ def make_model(args, datasets, strategy, shared, seed, min_seq_len=0, **options)
 
 def bert_options(args):
     """The arguments that FrozenBERTColumnEmbedder needs."""
-    return {"bert_model": args.bert_model, "tokenization": args.tokenization,
+    return {"bert_model": args.bert_model,
             "cache_dir": str(Path(args.data_dir) / "column_embeddings")}
 
 
-def evaluate(model, data, strategy, training, seed, history=(), corrupt=None, **columns):
+def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
     """The record of a trained model on the test part of a data set."""
     predicted = predict(model, data, "test", corrupt).argmax(1)
     name = strategy if training == "own" else f"{strategy}, {training}"
-    return make_record(
-        data, name, predicted, seed, strategy=strategy, training=training,
-        seconds=sum(entry["train_seconds"] for entry in history),
-        parameters=sum(parameter.numel() for parameter in model.parameters()), **columns)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return make_record(data, name, predicted, seed, strategy=strategy, training=training,
+                       parameters=f"{parameters:,}", **columns)
 
 
 def train_convolutions(args, data, hydra, seed, run_dir):
@@ -1501,54 +1430,47 @@ def train_convolutions(args, data, hydra, seed, run_dir):
 
     They train on training and validation windows, for twice the steps, and choose nothing.
     """
-    whole, probabilities, seconds = with_validation(data), [], 0.0
+    whole, probabilities = with_validation(data), []
     for member in range(3):
         member_seed = seed + 1000 * member
         seed_everything(member_seed)
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
         model.add_dataset(data.metadata())
-        history = fit(model, [whole], args, member_seed,
-                      run_dir / f"models/{data.name}-conv-{seed}-{member}.pt", keep="last",
-                      steps=2 * args.steps, batch_size=min(args.batch_size, 32))
-        seconds += sum(entry["train_seconds"] for entry in history)
+        fit(model, [whole], args, member_seed,
+            run_dir / f"models/{data.name}-conv-{seed}-{member}.pt", keep="last",
+            steps=2 * args.steps, batch_size=min(args.batch_size, 32))
         probabilities.append(predict(model, data, "test"))
     conv = np.mean(probabilities, axis=0)
-    return [make_record(data, name, predicted.argmax(1), seed, seconds=seconds)
-            for name, predicted in (("conv", conv), ("conv + hydra", conv + hydra))]
+    return [make_record(data, "conv", conv.argmax(1), seed),
+            make_record(data, "conv + hydra", (conv + hydra).argmax(1), seed)]
 
 
 def benchmark(args, datasets, strategies, run_dir):
     """Baselines, convolutions for files of the archives, and every strategy: a model for each data
     set and, with --shared, one for all."""
-    records, hydra = [], {}
+    records, seeds = [], range(args.seed, args.seed + args.runs)
     for data in progress(datasets, "baselines"):
-        baselines, hydra[data.name] = baseline_records(data, args.seed)
+        baselines, hydra = baseline_records(data, args.seed)
         records += baselines
+        for seed in seeds if data.info["source"] == "archive" else ():
+            records += train_convolutions(args, data, hydra, seed, run_dir)
     groups = []  # (name, data sets, training)
     if args.shared != "only":
         groups += [(data.name, [data], "own") for data in datasets]
     if args.shared:
         groups.append(("shared", datasets, "shared"))
-    for seed in range(args.seed, args.seed + args.runs):
-        for data in datasets:
-            if data.info["source"] == "archive":
-                records += train_convolutions(args, data, hydra[data.name], seed, run_dir)
-        for (name, group, training), strategy in itertools.product(groups, strategies):
-            model = make_model(args, group, strategy, training == "shared", seed)
-            history = fit(model, group, args, seed, run_dir / f"models/{name}-{strategy}-{seed}.pt")
-            records += [evaluate(model, data, strategy, training, seed, history) for data in group]
+    for seed, (name, group, training), strategy in itertools.product(seeds, groups, strategies):
+        model = make_model(args, group, strategy, training == "shared", seed)
+        fit(model, group, args, seed, run_dir / f"models/{name}-{strategy}-{seed}.pt")
+        records += [evaluate(model, data, strategy, training, seed) for data in group]
     records = add_means(pd.DataFrame(records))
     plot_benchmark(records, run_dir / "benchmark.png")
-    original = {data.name: ORIGINAL_TABLE[data.name] for data in datasets
-                if data.info.get("protocol") == "original" and args.head == "mean"
-                and data.name in ORIGINAL_TABLE}
-    if len(original) == 3:
-        original = ORIGINAL_TABLE
-    table = benchmark_table(records, original)
+    with_original = args.protocol == "original" and args.head == "mean"
+    table = benchmark_table(records, ORIGINAL_TABLE if with_original else {})
     if len(datasets) > 6:  # the records have every data set
         table = [row for row in table if row["dataset"] == "mean of all"]
     return records, {"accuracy": table}, (
-        "Seconds are those of one training, of a shared model on all data. The original's figures "
+        "own: a model for each data set. The original's figures, shown with --protocol original, "
         "are single runs, scored at their last or best epoch.")
 
 
@@ -1571,25 +1493,15 @@ def add_new_dataset(model, data, alike):
     return model
 
 
-def split_sources(args, datasets):
-    """(new data set, the others) of --transfer."""
-    by_name = {data.name: data for data in datasets}
-    name = datasets[-1].name if args.transfer == "last" else args.transfer
-    if name not in by_name or len(datasets) < 2:
-        raise UserError(f"--transfer {name}: name one of at least two data sets: "
-                        f"{', '.join(by_name)}")
-    return by_name.pop(name), list(by_name.values())
-
-
 def transfer(args, datasets, strategies, run_dir):
-    """A shared model on a new data set at LABEL_SHARES of its labels: pretrained on the other data
-    sets, or from scratch. With few labels both train for a quarter of the steps, at least 40.
+    """A shared model on the last data set at LABEL_SHARES of its labels: pretrained on the others,
+    or from scratch. With few labels both train for a quarter of the steps, at least 40.
 
     Sources with the same classes let a pretrained model classify it without any label.
     """
-    data, sources = split_sources(args, datasets)
-    alike = [source.name for source in sources if source.classes == data.classes
-             and (source.target is None) == (data.target is None)]
+    *sources, data = datasets
+    alike = [source.name for source in sources if source.classes == data.classes]
+    longest = max(data.seq_len for data in datasets)
     few_steps = min(args.steps, max(40, args.steps // 4))
     records = []
     for seed in range(args.seed, args.seed + args.runs):
@@ -1598,22 +1510,20 @@ def transfer(args, datasets, strategies, run_dir):
             baselines, _ = baseline_records(part, seed, few=True)
             records += [record | {"share": share} for record in baselines]
         for strategy in strategies:
-            base = make_model(args, sources, strategy, True, seed, data.seq_len)
+            base = make_model(args, sources, strategy, True, seed, seq_len=longest)
             fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
-            if alike:
-                model = add_new_dataset(base, data, alike)
-                records.append(evaluate(model, data, strategy, "pretrained", seed, share=0.0))
-            for share, training in itertools.product(limited, ("pretrained", "scratch")):
+            for share, training in itertools.product(LABEL_SHARES, ("pretrained", "scratch")):
                 seed_everything(seed)
                 if training == "pretrained":
                     model = add_new_dataset(base, data, alike)
                 else:
                     model = make_model(args, [data], strategy, True, seed)
-                file = run_dir / f"models/{data.name}-{strategy}-{training}-{share:g}-{seed}.pt"
-                history = fit(model, [limited[share]], args, seed, file,
-                              steps=args.steps if share == 1 else few_steps)
-                records.append(evaluate(model, data, strategy, training, seed, history,
-                                        share=share))
+                if share:
+                    file = f"models/{data.name}-{strategy}-{training}-{share:g}-{seed}.pt"
+                    fit(model, [limited[share]], args, seed, run_dir / file,
+                        steps=args.steps if share == 1 else few_steps)
+                if share or (alike and training == "pretrained"):
+                    records.append(evaluate(model, data, strategy, training, seed, share=share))
     records = pd.DataFrame(records)
     plot_shares(records, "Shared model on a new data set", "share of its labels", "dataset",
                 run_dir / "transfer.png")
@@ -1658,8 +1568,7 @@ def choose_threads():
 def note_memory(datasets, args):
     """A note before a training that needs gigabytes."""
     longest = max(data.seq_len for data in datasets)
-    floats = longest / STRIDE * (2 * 2048 + 600)  # mostly the hidden units, before and after ReLU
-    gigabytes = args.batch_size * floats * 2 * 4 / 1e9  # 2 layers, 4 bytes
+    gigabytes = args.batch_size * longest * 4700 / 1e9  # bytes a step, mostly hidden units
     if gigabytes > 4:
         note(f"windows of {longest:,} steps need about {gigabytes:.0f} GB in training; a lower "
              "--batch-size needs less")
@@ -1675,25 +1584,22 @@ def run_experiment(args):
     experiments = []
     if args.nan_robustness:
         experiments.append(nan_robustness)
-    if args.transfer and not (args.quick and len(datasets) < 2):
-        split_sources(args, datasets)  # an error is told before anything is trained
+    if args.transfer and len(datasets) < 2:
+        note("--transfer is not run: it needs two data sets")
+    elif args.transfer:
         experiments.append(transfer)
     if args.quick or not experiments:
         experiments.append(benchmark)
     run_dir = next_run_dir(args)
     (run_dir / "models").mkdir(exist_ok=True)
-    results = {"data": {data.name: data.info for data in datasets}, "seconds": {}}
-    parts = []
-    for data in datasets:
-        columns = ", ".join(f"{name} ({words})" for name, words in data.info["columns"].items())
-        protocol = data.info.get("protocol", "holdout")
-        parts.append(f"{data.name}: {data.info['source']}, protocol {protocol}, "
-                     f"{len(data.series):,} rows, {columns}")
+    results = {"data": {data.name: data.info for data in datasets}}
+    parts = [f"{data.name}: {data.info['source']}, {len(data.series):,} rows, columns "
+             f"{', '.join(data.columns)}" for data in datasets]
     for experiment in experiments:
         name, start_time = experiment.__name__, time.perf_counter()
         records, tables, text = experiment(args, datasets, strategies, run_dir)
-        results[name] = {"records": records.to_dict("records"), "tables": tables, "note": text}
-        results["seconds"][name] = time.perf_counter() - start_time
+        results[name] = {"records": records.to_dict("records"), "tables": tables,
+                         "seconds": time.perf_counter() - start_time}
         for title, rows in tables.items():
             table = markdown_table(pd.DataFrame(rows).dropna(axis=1, how="all"))
             parts.append(f"## {name.replace('_', ' ')}: {title}\n\n{table}")
@@ -1765,41 +1671,34 @@ def restore_model(path, device):
     return model.to(device)
 
 
-def match_columns(wanted, found):
-    """{wanted name: found name or None}: the same name, or one of the same words, each once."""
-    free = {name_to_words(name): name for name in reversed(list(found)) if name not in wanted}
-    return {name: name if name in found else free.pop(name_to_words(name), None)
-            for name in wanted}
-
-
 def read_windows(path, datasets):
     """(windows of a CSV or archive file as a Dataset, a DataFrame that identifies them, names of
     missing columns).
 
-    The file is read as the one of `datasets` (metadata) of which it has most columns and, if there
-    are several such, with whose name its own begins.
+    The file is read as the one of `datasets` (metadata) with which it has most columns in common
+    and, of several such, with whose name its own begins.
     """
     is_archive = path.suffix.lower() in ARCHIVE_SUFFIXES
     if is_archive:
         cases, _ = read_archive_file(path)
-        found = [f"dim_{i}" for i in range(len(cases[0]))] if cases else []
+        found = [f"dim_{i}" for i in range(len(cases[0]))]
     else:
         numbers = read_csv(path)
         found = list(numbers)
 
     def suitability(metadata):
-        match = list(match_columns(metadata["columns"], found).values())
-        return -match.count(None) / len(match), path.stem.startswith(metadata["name"])
+        return len({*metadata["columns"]} & {*found}), path.stem.startswith(metadata["name"])
 
     metadata = max(datasets, key=suitability)
-    match, seq_len = match_columns(metadata["columns"], found), metadata["seq_len"]
-    missing = [name for name, found_name in match.items() if found_name is None]
-    if len(missing) == len(match):
-        raise UserError(f"{path}: none of the columns {', '.join(match)}, only {', '.join(found)}")
+    columns, seq_len = metadata["columns"], metadata["seq_len"]
+    missing = [name for name in columns if name not in found]
+    if len(missing) == len(columns):
+        raise UserError(f"{path}: none of the columns {', '.join(columns)}, only "
+                        f"{', '.join(found)}")
     if missing:
         note(f"{path}: no column {', '.join(missing)}; their values count as missing")
     if is_archive:
-        x = stack_cases(path, cases, seq_len)
+        x = stack_cases(cases, seq_len)
         numbers = pd.DataFrame(x.reshape(-1, len(found)), columns=found)
         starts = seq_len * np.arange(len(cases))
         about = pd.DataFrame({"case": np.arange(1, len(cases) + 1)})
@@ -1808,9 +1707,9 @@ def read_windows(path, datasets):
         about = numbers.index[seq_len - padding - 1 :].to_frame(index=False)  # of the last rows
         numbers = numbers.reset_index(drop=True).reindex(range(-padding, len(numbers)))
         starts = np.arange(len(about))
-    series = numbers.reindex(columns=list(match.values())).to_numpy(float)
+    series = numbers.reindex(columns=columns).to_numpy()
     series = standardize(series, metadata["mean"], metadata["std"])
-    data = Dataset(metadata["name"], list(match), series, starts, None, metadata["classes"],
+    data = Dataset(metadata["name"], columns, series, starts, None, metadata["classes"],
                    {"all": np.arange(len(starts))}, {}, seq_len)
     return data, about, missing
 
@@ -1824,10 +1723,10 @@ def predict_file(args):
     table["class"] = np.array(data.classes)[probabilities.argmax(1)]
     table[[f"p({name})" for name in data.classes]] = probabilities.round(4)
     table.to_csv(run_dir / "predictions.csv", index=False)
-    rows = table["class"].value_counts().reset_index(name="windows").to_dict("records")
-    summary = (f"{markdown_table(rows)}\n\n{args.predict}, read as {data.name}; each window is in "
-               "predictions.csv.\n")
-    results = {"dataset": data.name, "windows": len(table), "missing": missing, "classes": rows}
+    counts = table["class"].value_counts().to_dict()
+    summary = (f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; "
+               "each is in predictions.csv.\n")
+    results = {"dataset": data.name, "windows": len(table), "missing": missing, "classes": counts}
     return write_results(results, summary, args, run_dir)
 
 
@@ -1848,26 +1747,21 @@ def compare_columns(args):
     vectors = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
     similarity = pd.DataFrame(vectors @ vectors.T, names, names)
     run_dir = next_run_dir(args)
-    similarity.round(4).to_csv(run_dir / "column_similarity.csv")
     plot_similarity(similarity, run_dir / "columns.png")
-    rows = []
-    for name, row in similarity.items():
-        nearest = row.drop(name).nlargest(3)
-        rows.append({"column": name, "read as": name_to_words(name), "nearest": ", ".join(
-            f"{other} ({value:.2f})" for other, value in nearest.items())})
+    others = similarity - 2 * np.eye(len(names))
+    table = pd.DataFrame({"column": names, "read as": map(name_to_words, names),
+                          "nearest": others.idxmax(), "similarity": others.max().round(2)})
+    rows = table.to_dict("records")
     summary = f"{markdown_table(rows)}\n\nCosine similarity of the embeddings.\n"
     return write_results({"tables": {"nearest names": rows}}, summary, args, run_dir)
 
 
 def plot_similarity(similarity, path):
-    """Heatmap of the similarities, with near names beside each other."""
-    from scipy.cluster.hierarchy import leaves_list, linkage
-
-    order = leaves_list(linkage(similarity, "average")) if len(similarity) > 1 else [0]
-    names = similarity.columns[order]
+    """Heatmap of the similarities."""
+    names = list(similarity)
     size = 4 + 0.2 * len(names)
     fig, (axis,) = new_figure("Column names by their embedding", size=(size + 1, size))
-    image = axis.imshow(similarity.loc[names, names], cmap="Greys", vmax=1)
+    image = axis.imshow(similarity, cmap="Greys", vmax=1)
     fig.colorbar(image, ax=axis, label="cosine similarity", shrink=0.8)
     axis.set_yticks(range(len(names)), names)
     axis.set_xticks(range(len(names)), names, rotation=90)
