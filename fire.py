@@ -157,14 +157,14 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="small data, a short training: under a minute")
-    add("--data", nargs="+", metavar="PATH", help="CSV or Parquet files, or folders of them, "
+    add("--data", nargs="+", help="CSV or Parquet files, or folders of them, "
         "here or at s3://bucket/prefix; without it the embedded generator is used")
     add("--sample-per-area", type=positive, default=300_000, help="rows of each area to use")
     add("--label-column", help="label column; if unset, label or is_anomaly")
     add("--time-column", help="time column; if unset, timestamp, date or the like")
     add("--area-column", help="column that names the area or the device of a row")
-    add("--columns", nargs="+", metavar="NAME", help="sensor columns; if unset, all that remain")
-    add("--na-values", nargs="+", default=[], metavar="VALUE", help="values that mean missing")
+    add("--columns", nargs="+", help="sensor columns; if unset, all that remain")
+    add("--na-values", nargs="+", default=[], help="values that mean missing")
     add("--split", choices=["auto", "time", "runs", "files"], default="auto",
         help="how to split 70/15/15: by time within each area, within each run of one label, or "
         "by whole files; auto is time, unless a split would then lack a class")
@@ -195,13 +195,13 @@ def parse_args(argv=None):
     add("--runs", type=positive, default=1, help="number of seeds; reports mean and interval")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--output-dir", default="outputs", help="folder of all results")
-    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
+    add("--resume", nargs="?", const="newest", help="unfinished run to go on "
         "with; without a value, the newest")
-    add("--save-to", metavar="FOLDER", help="where to copy the models, as a new version")
-    add("--predict", metavar="FILE", help="new readings to classify with --checkpoint")
-    add("--checkpoint", metavar="FILE", help="transformer.pt of a run")
+    add("--save-to", help="where to copy the models, as a new version")
+    add("--predict", help="new readings to classify with --checkpoint")
+    add("--checkpoint", help="transformer.pt of a run")
     add("--area", help="area of the new readings; if unset, their file's name up to the first _")
-    add("--compare", nargs="+", metavar="FILE", help="results.json of runs to set side by side")
+    add("--compare", nargs="+", help="results.json of runs to set side by side")
     add("--price-per-hour", type=float, default=1.624, help="price of the machine [$], to compare")
     if "--quick" in (argv or []):
         parser.set_defaults(sample_per_area=30_000, epochs=4, batch_size=128, num_trees=30)
@@ -367,17 +367,17 @@ def read_csv(content, na_values):
                        encoding=encoding, na_values=na_values)
 
 
-def read_frame(address, args):
+def read_frame(address, na_values):
     """(DataFrame, sha256) of a CSV or Parquet file."""
     content = read_bytes(address)
     digest = hashlib.sha256(content).hexdigest()
     try:
-        if address.lower().endswith(".parquet"):
+        if address.endswith(".parquet"):
             table = pa.parquet.read_table(pa.BufferReader(content))
             return table.to_pandas(ignore_metadata=True), digest
-        if address.lower().endswith(".gz"):
+        if address.endswith(".gz"):
             content = pa.input_stream(content, "gzip").read_buffer()
-        return read_csv(content, args.na_values), digest
+        return read_csv(content, na_values), digest
     except (ValueError, OSError) as error:  # of pandas and pyarrow
         raise UserError(f"{address}: {error}") from None
 
@@ -393,8 +393,9 @@ def refuse(bad, column, problem):
     """Raise UserError with the first cell of a column where `bad` [rows] is true, if there is one.
     The index of the column is (file, row in it)."""
     if np.any(bad):
-        address, row = column.index[np.argmax(bad)]
-        cell = str(column[address, row])
+        first = np.argmax(bad)
+        address, row = column.index[first]
+        cell = str(column.iloc[first])
         raise UserError(f"{address}, row {row + 1}, column {column.name!r}: {cell!r} {problem}")
 
 
@@ -498,7 +499,7 @@ def file_areas(args):
     addresses = [file for address in args.data for file in list_files(address)]
     recordings, areas, files, labels = {}, {}, [], []
     for address, area in zip(addresses, name_areas(addresses, args.split)):
-        frame, digest = read_frame(address, args)
+        frame, digest = read_frame(address, args.na_values)
         files.append({"path": address, "rows": len(frame), "sha256": digest})
         check_columns(frame, [args.area_column], address)
         groups = [(area, frame)]
@@ -520,14 +521,6 @@ def file_areas(args):
 
 
 # --- Data: drift, split, sample, windows --------------------------------------------------------
-
-
-def embedded_areas(args):
-    """({area: Area}, no files) of the embedded generator."""
-    note("no --data: the sensors are synthetic, from the embedded generator")
-    rows = args.sample_per_area
-    return {name: Area(list(sensors), *generate_area(name, rows, args.seed))
-            for name, sensors in SENSORS.items()}, []
 
 
 def remove_drift(readings, rows):
@@ -568,7 +561,7 @@ def cut_rows(labels, start, stop, gap):
 
 
 def split_area(area, how, args):
-    """[(split, start, stop), …]: the unbroken stretches of one area that hold a window.
+    """{split: [(start, stop), …]}: the unbroken stretches of one area that hold a window.
 
     "time" cuts all rows. "runs" cuts each run of one label: all classes are in all splits, but
     parts of one incident are on both sides, which is optimistic. "files" deals whole recordings in
@@ -585,11 +578,12 @@ def split_area(area, how, args):
         order = np.random.default_rng(args.seed).permutation(bounds).tolist()
         order.sort(key=lambda bound: -labels[slice(*bound)].max())
         cuts = [(split, *bound) for split, bound in zip(cycle(DEAL), order)]
-    stretches = []
+    stretches = {split: [] for split in SPLITS}
     for split, start, stop in cuts:
         inside = [row for row in area.breaks if start < row < stop]
-        stretches += [(split, begin, end) for begin, end in pairwise([start, *inside, stop])
-                      if end - begin >= gap]
+        for begin, end in pairwise([start, *inside, stop]):
+            if end - begin >= gap:
+                stretches[split].append((begin, end))
     return stretches
 
 
@@ -612,26 +606,27 @@ def sample_blocks(stretches, labels, split, args, seed):
 
 
 def choose_split(areas, args):
-    """(name of the split, [(area number, split, start, stop), …] of its sampled rows).
+    """(name of the split, {split: [(start, stop), …]} of its sampled rows, all areas end to end).
 
     Raises UserError where a split is empty or the training part has one class only.
     """
     present = np.unique(np.concatenate([area.labels for area in areas]))
     candidates = []
     for how in ["time", "runs"] if args.split == "auto" else [args.split]:
-        blocks, counts = [], pd.DataFrame(0, CLASSES, SPLITS)
+        segments = {split: [] for split in SPLITS}
+        counts = pd.DataFrame(0, CLASSES, SPLITS)
+        offset = 0
         for number, area in enumerate(areas):
-            stretches = split_area(area, how, args)
-            for split in SPLITS:
-                bounds = [(start, stop) for name, start, stop in stretches if name == split]
-                seed = [args.seed, number]
-                for start, stop in sample_blocks(bounds, area.labels, split, args, seed):
-                    blocks.append((number, split, start, stop))
+            seed = [args.seed, number]
+            for split, stretches in split_area(area, how, args).items():
+                for start, stop in sample_blocks(stretches, area.labels, split, args, seed):
+                    segments[split].append((offset + start, offset + stop))
                     ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
                     counts[split] += np.bincount(ends, minlength=len(CLASSES))
+            offset += len(area.labels)
         few = counts.iloc[present].stack() < MIN_WINDOWS
-        candidates.append((few.sum(), how, blocks, counts, few))
-    _, how, blocks, counts, few = min(candidates, key=lambda candidate: candidate[0])
+        candidates.append((few.sum(), how, segments, counts, few))
+    _, how, segments, counts, few = min(candidates, key=lambda candidate: candidate[0])
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all "
              "scores are optimistic")
@@ -641,7 +636,7 @@ def choose_split(areas, args):
     if (counts["train"] > 0).sum() < 2 or not counts.any().all():
         raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
                         "or --stride, or another --split")
-    return how, blocks
+    return how, segments
 
 
 def choose_baseline(areas, how, args):
@@ -650,8 +645,7 @@ def choose_baseline(areas, how, args):
     if args.baseline_seconds is not None:
         return args.baseline_seconds
     incidents = [area.step * (np.bincount((area.labels[start:stop] == 0).cumsum()).max() - 1)
-                 for area in areas for split, start, stop in split_area(area, how, args)
-                 if split == "train"]
+                 for area in areas for start, stop in split_area(area, how, args)["train"]]
     if max(incidents) <= BASELINE_SECONDS:
         return BASELINE_SECONDS
     note(f"no drift compensation, since an incident lasts {max(incidents):,.0f} s")
@@ -705,28 +699,31 @@ class Data:
 def load_data(args):
     """(Data, info): read or generate the areas, split, take off drift, normalize. `info` describes
     them in results.json, and tells what a checkpoint needs for new readings."""
-    by_name, files = file_areas(args) if args.data else embedded_areas(args)
+    if args.data:
+        by_name, files = file_areas(args)
+    else:
+        note("no --data: the sensors are synthetic, from the embedded generator")
+        by_name, files = {}, []
+        for name, sensors in SENSORS.items():
+            generated = generate_area(name, args.sample_per_area, args.seed)
+            by_name[name] = Area(list(sensors), *generated)
     areas = list(by_name.values())
-    how, blocks = choose_split(areas, args)
+    how, segments = choose_split(areas, args)
     columns = pd.Series(assign_columns(areas))
     seconds = choose_baseline(areas, how, args)
-    info = {"source": "files" if args.data else "embedded", "files": files, "split": how,
-            "rows": sum(stop - start for _, _, start, stop in blocks), "baseline_seconds": seconds,
-            "columns": columns.index.to_series().groupby(columns).agg(" or ".join).tolist(),
-            "hash": joblib.hash([blocks, args.stride, *map(vars, areas)]), "areas": {}}
-    offset = 0
-    segments = {split: [] for split in SPLITS}
-    for number, (name, area) in enumerate(by_name.items()):
+    rows = sum(stop - start for bounds in segments.values() for start, stop in bounds)
+    digest = joblib.hash([segments, args.stride, *map(vars, areas)])
+    column_names = columns.index.to_series().groupby(columns).agg(" or ".join)
+    info = {"files": files, "rows": rows, "hash": digest, "split": how,
+            "baseline_seconds": seconds, "columns": column_names.tolist(), "areas": {}}
+    ends = np.cumsum([len(area.labels) for area in areas])
+    is_train = np.zeros(ends[-1], bool)
+    for start, stop in segments["train"]:
+        is_train[start:stop] = True
+    for (name, area), mask in zip(by_name.items(), np.split(is_train, ends)):
         for recording in np.split(area.readings, area.recordings[1:]):
             remove_drift(recording, seconds / area.step)
-        train = [area.readings[:0]]
-        for i, split, start, stop in blocks:
-            if i == number:
-                segments[split].append((offset + start, offset + stop))
-                if split == "train":
-                    train.append(area.readings[start:stop])
-        offset += len(area.labels)
-        train = pd.DataFrame(np.concatenate(train))
+        train = pd.DataFrame(area.readings[mask])
         mean, std = train.mean(), train.std(ddof=0)  # NaN for a sensor without any reading
         std = std.mask(std <= 1e-6 * mean.abs(), 1)  # 1 for a constant
         info["areas"][name] = {"sensors": area.sensors, "columns": columns[area.sensors].tolist(),
@@ -968,14 +965,12 @@ def autocast(device):
 def predict(model, data, starts):
     """(logits [windows, 3], risk [windows]) of the windows that begin at the rows `starts`."""
     model.eval()
-    logits, risk = [], []
+    outputs = []
     for batch in progress(starts.split(1024), "predicting"):
         readings, area, _ = data.windows(batch)
         with autocast(starts.device):
-            batch_logits, batch_risk = model(readings, area)
-        logits.append(batch_logits.float())
-        risk.append(batch_risk.float())
-    return torch.cat(logits), torch.cat(risk)
+            outputs.append(model(readings, area))
+    return [torch.cat(parts).float() for parts in zip(*outputs)]
 
 
 def new_state(args, info):
@@ -1102,22 +1097,23 @@ def score_answers(answers, labels, areas):
     [windows] are names."""
     from sklearn.metrics import classification_report, confusion_matrix
 
-    answered = answers >= 0
-    correct = answers.eq(labels, axis=0).astype(float).where(answered)
-    alarms = (answers == 2).astype(float).where(answered)
-    scores = {}
+    figures, by_area, scores = {}, {}, {}
     for name in answers:
-        true, answer = labels[answered[name]], answers[name][answered[name]]
+        answered = answers[name] >= 0
+        answer, true = answers[name][answered], labels[answered]
         present = np.unique(true)
         report = classification_report(true, answer, labels=present, output_dict=True,
                                        target_names=np.array(CLASSES)[present], zero_division=0)
+        correct = answer == true
+        figures[name] = {"accuracy %": correct.mean(),
+                         "macro F1 %": report["macro avg"]["f1-score"],
+                         "false alarms %": (answer[true < 2] == 2).mean(),
+                         "missed fire %": (answer[true == 2] < 2).mean()}
+        by_area[name] = correct.groupby(areas[answered]).mean()
         matrix = confusion_matrix(true, answer, labels=range(len(CLASSES)))
         scores[name] = report | {"confusion_matrix": matrix}
-    macro_f1 = pd.Series({name: score["macro avg"]["f1-score"] for name, score in scores.items()})
-    table = pd.DataFrame({"accuracy %": correct.mean(), "macro F1 %": macro_f1,
-                          "false alarms %": alarms[labels < 2].mean(),
-                          "missed fire %": 1 - alarms[labels == 2].mean()})
-    return 100 * table, 100 * correct.groupby(areas, sort=False).mean(), scores
+    table = pd.DataFrame(figures).T
+    return 100 * table, 100 * pd.DataFrame(by_area, pd.unique(areas)), scores
 
 
 def detection_delays(model, baselines, data, info):
@@ -1292,22 +1288,23 @@ def format_summary(results, table, by_area):
     data = results["data"]
     accuracy = table["accuracy %"]
     baseline = accuracy[BASELINES].idxmax()
+    areas = by_area.T.rename_axis("model").reset_index()
+    voters = ", ".join(VOTERS)
     return f"""Test accuracy by area [%]:
 
-{markdown_table(by_area.T.rename_axis("model").reset_index())}
+{markdown_table(areas)}
 
-Test part of {data["rows"]:,} rows in all ({data["source"]}), split by {data["split"]},
-seed {results["seed"]}:
+Test part of {data["rows"]:,} rows in all, split by {data["split"]}:
 
 {markdown_table([*results["table"], ORIGINAL_ROW])}
 
 False alarms: share of the other windows that are called fire. Missed fire: share of the windows of
 fire that are not. Delay: median seconds from the onset of the fires that are found. Ensemble: the
-majority of {", ".join(VOTERS)}. The rule counts only in areas with both sensors.
+majority of {voters}. The rule counts only in areas with both sensors.
 
-The transformer classifies {accuracy["transformer"]:.2f} % of the test windows correctly; the best
-baseline, {baseline}, {accuracy[baseline]:.2f} %; always naming the most frequent class,
-{accuracy["majority class"]:.2f} %.
+The transformer classifies {accuracy["transformer"]} % of the test windows correctly; the best
+baseline, {baseline}, {accuracy[baseline]} %; always naming the most frequent class,
+{accuracy["majority class"]} %.
 """
 
 
@@ -1353,8 +1350,8 @@ def run_experiment(args, run_dir=None):
     importance = feature_importance(baselines, features["val"], labels["val"], info, args.seed)
     add_stage(stages, "evaluation", start_time)
 
-    stage_seconds = sum_seconds(stages)
-    table["training s"] = pd.Series(seconds | {"transformer": stage_seconds["transformer"]})
+    seconds["transformer"] = sum_seconds(stages)["transformer"]
+    table["training s"] = pd.Series(seconds)
     counts = {split: np.bincount(labels[split], minlength=len(CLASSES)) for split in SPLITS}
     plot_data(counts, importance, run_dir)
     plot_training(state, run_dir)
@@ -1369,7 +1366,6 @@ def run_experiment(args, run_dir=None):
     results = {"seed": args.seed, "table": rows, "areas": by_area.to_dict("index"),
                "models": scores, "data": info | {"windows": counts},
                "importance": importance.to_dict(), "history": state["history"], "stages": stages,
-               "seconds": stage_seconds.to_dict(),
                "parameters": sum(weight.numel() for weight in model.parameters())}
     summary = format_summary(results, table, by_area)
     if args.save_to:
@@ -1380,9 +1376,9 @@ def run_experiment(args, run_dir=None):
 
 def join_processes(args):
     """Join the other processes of torchrun; returns the device of this one."""
-    if args.predict or args.compare or args.runs > 1 or args.batch_size % WORLD_SIZE:
-        raise UserError("torchrun trains one model, without --predict, --compare or --runs, and "
-                        "with a --batch-size that the processes can share evenly")
+    if args.runs > 1 or args.batch_size % WORLD_SIZE:
+        raise UserError("torchrun trains one model, without --runs, and with a --batch-size that "
+                        "the processes can share evenly")
     if args.device.type != "cuda":
         dist.init_process_group("gloo")
         return args.device
@@ -1449,8 +1445,7 @@ The transformer classifies {means["accuracy %"]["transformer"]} % of the test wi
 best baseline, {baseline}, {means["accuracy %"][baseline]} %. The difference, seed by seed, is
 {format_mean(difference)} points (paired t-test: p = {p:.2g}).
 """
-    return {"data": data, "seeds": list(accuracy.index), "table": rows,
-            "accuracy": accuracy.to_dict("list"), "p": p}, summary
+    return {"data": data, "table": rows, "p": p}, summary
 
 
 # --- Extras: versions in a folder or in S3 (--save-to) ------------------------------------------
@@ -1499,16 +1494,22 @@ def predict_file(args):
     if name not in info["areas"]:
         names = ", ".join(info["areas"])
         raise UserError(f"{args.predict}: --area takes {names}, not {name!r}")
-    frame, _ = read_frame(args.predict, args)
+    na_values = args.na_values or arguments["na_values"]
+    frame, _ = read_frame(args.predict, na_values)
     sensors = info["areas"][name]["sensors"]
     times = find_time_column(frame, args)
     check_columns(frame, [times, *sensors], args.predict)
-    na_values = args.na_values or arguments["na_values"]
+    if any(map(DEVICE_COLUMN.fullmatch, frame.columns.difference(sensors))):
+        raise UserError(f"{args.predict}: a column names devices or rooms; keep the rows of one of "
+                        "them, without that column")
     area = make_area({args.predict: frame}, sensors, times, na_values)
+    trained_step = info["areas"][name]["step"]
+    if area.step != trained_step:
+        note(f"{args.predict}: a row is {area.step:g} s, in training it was {trained_step:g} s")
     known = np.isfinite(area.readings).any(axis=1)
     remove_drift(area.readings, info["baseline_seconds"] / area.step)
     area.labels = np.zeros(len(frame), np.int8)
-    bounds = np.column_stack([area.breaks, [*area.breaks[1:], len(frame)]])
+    bounds = list(pairwise([*area.breaks, len(frame)]))
     data = make_data({name: area}, info, {"new": bounds}, seq_len, args.device)
     starts = data.starts("new", args.stride or arguments["stride"])
     if not len(starts):
@@ -1523,13 +1524,12 @@ def predict_file(args):
     table[CLASSES] = logits.softmax(1).cpu().numpy()
     table["class"] = table[CLASSES].idxmax(axis=1)
     table["risk"] = risk.cpu().numpy()
-    readings = pd.Series(known).rolling(seq_len).sum()[last]
-    table.loc[readings.to_numpy() == 0, ["class", *CLASSES, "risk"]] = None
+    known = pd.Series(known).rolling(seq_len).sum()[last]
+    table.loc[known.to_numpy() == 0, ["class", *CLASSES, "risk"]] = None
     run_dir = next_run_dir(args)
     with atomic_write(run_dir / "predictions.csv") as path:
         table.to_csv(path, index=False)
-    counts = table["class"].fillna("no class").value_counts()
-    counts = counts.reindex([*CLASSES, "no class"], fill_value=0).to_dict()
+    counts = table["class"].fillna("no class").value_counts().to_dict()
     summary = f"Windows of {seq_len} rows by class:\n\n{markdown_table([counts])}\n"
     return write_results({"windows": len(table), "counts": counts}, summary, args, run_dir)
 
@@ -1560,11 +1560,13 @@ def compare_runs(args):
     flags = flags.loc[:, flags.nunique() > 1]
     rows = []
     for i, address in enumerate(args.compare):
-        mark = "" if data[i]["hash"] == data[0]["hash"] else " (OTHER DATA)"
-        rows.append({"run": f"{i + 1}. {Path(address).parent.name}{mark}",
-                     "differs in": " ".join(flags.loc[i].index + " " + flags.loc[i]),
-                     "rows": f"{data[i]['rows']:,}", **models[i]["accuracy %"],
-                     "training h": models[i]["training s"].sum() / 3600,
+        name = f"{i + 1}. {Path(address).parent.name}"
+        if data[i]["hash"] != data[0]["hash"]:
+            name += " (OTHER DATA)"
+        differing = " ".join(flags.loc[i].index + " " + flags.loc[i])
+        hours = models[i]["training s"].sum() / 3600
+        rows.append({"run": name, "differs in": differing, "rows": f"{data[i]['rows']:,}",
+                     **models[i]["accuracy %"], "training h": hours,
                      "$ per h": args.price_per_hour})
     table = pd.DataFrame([*rows, ORIGINAL_RUN])
     table["cost $"] = table["training h"] * table["$ per h"]

@@ -152,7 +152,7 @@ def area_of(labels, breaks=(), recordings=(0,)):
 def test_splits_have_no_row_in_common_and_are_a_window_apart(how):
     labels = np.repeat([0, 1, 2, 0, 1, 0], [5000, 2000, 1500, 4000, 900, 3000])
     stretches = fire.split_area(area_of(labels), how, fire.parse_args([]))
-    ordered = sorted((start, stop, split) for split, start, stop in stretches)
+    ordered = sorted((start, stop, split) for split in stretches for start, stop in stretches[split])
     for (_, stop, split), (start, _, other) in pairwise(ordered):
         assert start >= stop + (60 if split != other else 0)
 
@@ -161,32 +161,32 @@ def test_label_runs_bring_every_class_into_every_split():
     labels = np.repeat([0, 1, 2, 0], [5000, 2000, 1500, 4000])
     stretches = fire.split_area(area_of(labels), "runs", fire.parse_args([]))
     for split in fire.SPLITS:
-        assert {labels[start] for name, start, _ in stretches if name == split} == {0, 1, 2}
+        assert {labels[start] for start, _ in stretches[split]} == {0, 1, 2}
 
 
 def test_a_cut_does_not_go_through_an_incident():
     labels = np.repeat([0, 1, 2, 1, 0], [65_000, 3000, 3000, 1500, 27_500])
     stretches = fire.split_area(area_of(labels), "time", fire.parse_args([]))
-    assert stretches[:2] == [("train", 0, 72_500), ("val", 72_560, 85_000)]
+    assert stretches["train"] == [(0, 72_500)]
+    assert stretches["val"] == [(72_560, 85_000)]
 
 
 def test_without_a_quiet_stretch_the_cut_stays():
     stretches = fire.split_area(area_of(np.ones(10_000)), "time", fire.parse_args([]))
-    assert stretches[0] == ("train", 0, 7000)
+    assert stretches["train"] == [(0, 7000)]
 
 
 def test_no_window_straddles_a_gap():
     stretches = fire.split_area(area_of(np.zeros(10_000), breaks=[3000, 3050]), "time", fire.parse_args([]))
-    assert stretches[:2] == [("train", 0, 3000), ("train", 3050, 7000)]  # 50 rows hold no window
+    assert stretches["train"] == [(0, 3000), (3050, 7000)]  # 50 rows hold no window
 
 
 def test_whole_recordings_are_on_one_side_and_each_split_has_fire():
     labels = np.tile(np.repeat([0, 2], [400, 100]), 16)
     area = area_of(labels, breaks=range(500, 8000, 500), recordings=range(0, 8000, 500))
     stretches = fire.split_area(area, "files", fire.parse_args([]))
-    names = [split for split, _, _ in stretches]
-    assert [names.count(split) for split in fire.SPLITS] == [11, 3, 2]
-    assert sorted(start for _, start, _ in stretches) == list(range(0, 8000, 500))
+    assert [len(stretches[split]) for split in fire.SPLITS] == [11, 3, 2]
+    assert sorted(start for bounds in stretches.values() for start, _ in bounds) == list(range(0, 8000, 500))
 
 
 def test_windows_of_sampled_rows_are_unbroken_and_never_on_two_sides(tmp_path):
@@ -210,7 +210,8 @@ def test_windows_of_sampled_rows_are_unbroken_and_never_on_two_sides(tmp_path):
 
 
 def test_random_windows_lie_in_one_segment_and_all_are_drawn():
-    data = fire.Data(torch.zeros(50, 1), torch.zeros(50), torch.zeros(50), {"train": torch.tensor([[3, 9], [20, 31]])}, 5)
+    segments = {"train": torch.tensor([[3, 9], [20, 31]])}
+    data = fire.Data(torch.zeros(50, 1), torch.zeros(50), torch.zeros(50), segments, seq_len=5)
     drawn = data.random_starts("train", 2000, torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {3, 4, *range(20, 27)}
 
@@ -441,7 +442,8 @@ def bad_inputs(tmp_path):
         "no header": (file("bare.csv", text.split("\n", 1)[1]), ["bare.csv", "no column ['label']", "0.5"]),
         "text cell": (file("text.csv", text.replace("\n1.5,1.25,", "\n1.5,oops,", 1)),
                       ["text.csv", "row 2", "'b'", "'oops'"]),
-        "ragged": (file("ragged.csv", text.replace("\n1.5,1.25,", "\n1.5,", 1)), ["ragged.csv", "Expected 3 columns, got 2"]),
+        "ragged": (file("ragged.csv", text.replace("\n1.5,1.25,", "\n1.5,", 1)),
+                   ["ragged.csv", "Expected 3 columns, got 2"]),
         "bad label": (file("label.csv", text.replace(",0\n", ",3\n", 1)),
                       ["row 1,", "'label'", "'3'", "no fire", "yes"]),
         "empty label": (file("nolabel.csv", text.replace(",0\n", ",\n", 1)), ["row 1,", "'label'"]),
@@ -577,8 +579,8 @@ def test_the_rule_finds_the_limits_of_smoke_times_co():
 def test_detection_delay_by_hand(monkeypatch):
     labels = np.zeros(600, np.int8)
     labels[20:40] = labels[100:150] = labels[300:350] = labels[570:] = 2  # at the start, two whole ones, cut off
-    data = fire.Data(None, torch.tensor(labels), torch.zeros(600, dtype=torch.int16), {"test": torch.tensor([[30, 590]])},
-                     20)
+    segments = {"test": torch.tensor([[30, 590]])}
+    data = fire.Data(None, torch.tensor(labels), torch.zeros(600, dtype=torch.int16), segments, seq_len=20)
 
     def classify(model, baselines, data, starts):
         rows = starts + 19
@@ -866,11 +868,21 @@ def test_a_window_without_any_reading_has_no_class_and_none_straddles_a_gap(fini
     assert not ((answers["first row"] <= 200) & (answers["last row"] > 200)).any()
 
 
+def test_new_readings_at_another_rate_are_noted(finished, tmp_path, capsys):
+    frame = area_frame(rows=100)
+    frame["timestamp"] = pd.date_range("2024-01-01", periods=100, freq="2s")
+    frame.to_csv(tmp_path / "basement.csv", index=False)
+    fire.main(["--predict", str(tmp_path / "basement.csv"), "--checkpoint", str(finished[0] / "transformer.pt"),
+               "--output-dir", str(tmp_path)])
+    assert "a row is 2 s, in training it was 1 s" in capsys.readouterr().err
+
+
 def test_prediction_errors(finished, tmp_path, error_line):
     checkpoint = finished[0] / "checkpoint.pt"
     good = "temperature_c,humidity_pct,co_ppm,smoke_pct_m,methane_ppm,co2_ppm\n" + "1,2,3,4,5,6\n" * 40
     texts = {"basement": good, "cellar": good, "basement_short": good[: 66 + 12 * 11],
-             "basement_less": good.replace("co_ppm", "co"), "basement_text": good[:-2] + "x\n"}
+             "basement_less": good.replace("co_ppm", "co"), "basement_text": good[:-2] + "x\n",
+             "basement_rooms": good.replace("\n", ",hall\n").replace("hall", "room", 1)}
     for name, text in texts.items():
         (tmp_path / f"{name}.csv").write_text(text)
     torch.save({"model": {}}, tmp_path / "foreign.pt")
@@ -878,6 +890,7 @@ def test_prediction_errors(finished, tmp_path, error_line):
     for name, ckpt, words in (("cellar.csv", checkpoint, ["'cellar'", "--area", "basement, voc"]),
                               ("basement_short.csv", checkpoint, ["30 rows"]),
                               ("basement_less.csv", checkpoint, ["co_ppm"]),
+                              ("basement_rooms.csv", checkpoint, ["devices or rooms"]),
                               ("basement_text.csv", checkpoint, ["row 40", "'co2_ppm'", "not a number"]),
                               ("nowhere.csv", checkpoint, ["nowhere.csv"]),
                               ("basement.csv", tmp_path / "nowhere.pt", ["nowhere.pt"]),
@@ -915,7 +928,7 @@ def test_two_processes_train_as_one_and_the_first_alone_writes(folder, tmp_path)
     done = subprocess.run([*TORCHRUN, *argv, "two"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Everything is in") == 1
-    assert done.stderr.count("epoch 2: training loss") == 1
+    assert done.stderr.count("epoch 2: train_loss") == 1
     assert [path.name for path in (tmp_path / "two/fire").iterdir()] == ["run-001"]
     two = json.loads((tmp_path / "two/fire/run-001/results.json").read_text())
     assert two["data"] == one["data"]
