@@ -58,7 +58,6 @@ import sys
 import tarfile
 import time
 import urllib.request
-import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -83,13 +82,20 @@ METRICS = {
     "vision": {"test_acc": "test accuracy [%]", "test_loss": "test loss",
                "train_acc": "accuracy on a part of the training samples [%]",
                "train_loss": "loss on a part of the training samples"},
-    "nlp": {"bits_per_byte": "validation [bits per byte]", "perplexity": "validation perplexity",
-            "test_loss": "validation loss", "train_loss": "loss on a part of the training samples"},
+    "nlp": {"bits_per_byte": "validation [bits per byte]", "test_acc": "validation accuracy [%]",
+            "train_acc": "accuracy on a part of the training samples [%]",
+            "train_loss": "loss on a part of the training samples"},
 }
 # The metric that decides: its name, 1 if more of it is better, and its unit.
 DECIDING = {"vision": ("test_acc", 1, "points"), "nlp": ("bits_per_byte", -1, "bits per byte")}
 MIN_RUNS = 3  # a paired t-test of two runs has one degree of freedom
 ALPHA = 0.05
+# As in the original: the share of a batch of smart and easy_first that is drawn from all samples;
+# the share of the samples, hardest or easiest, from which the rest is drawn; and the decay of the
+# tracked loss.
+EXPLORE = 0.5
+TOP = 0.2
+DECAY = 0.9
 WINDOW = 64  # bytes in a sample of text
 # Unless --benchmark-datasets names others, those of them that are already here are used.
 BENCHMARK = ["digits", "mnist", "fashion_mnist"]
@@ -123,7 +129,6 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add_source = parser.add_mutually_exclusive_group().add_argument
-    add_benchmark = parser.add_mutually_exclusive_group().add_argument
     names = [*DATASETS, *(f"{name}_csv" for name in DATASETS)]
     add("--quick", action="store_true", help="two small embedded data sets: under a minute")
     add("--task", choices=METRICS, default="vision", help="vision: classification; nlp: a "
@@ -132,14 +137,13 @@ def parse_args(argv=None):
                "--list-datasets; NAME_csv is converted to CSV once and then read from there; if "
                "unset, mnist, or digits if that cannot be downloaded")
     add_source("--data", metavar="PATH", help="CSV file of your own with a column `label` and "
-               "columns of numbers (p0, p1, … are the pixels of a square image); nlp: a text file "
-               "or a folder of them")
+               "columns of numbers (p0, p1, … from 0 to 255 are the pixels of a square image); "
+               "nlp: a text file or a folder of them")
     add("--drop", nargs="+", default=[], metavar="COLUMN", help="columns of --data to leave out")
     add("--data-dir", default="data", help="folder of the known data sets, one folder each")
-    add_benchmark("--benchmark-datasets", nargs="+", choices=names, metavar="NAME", help="further "
-                  "data sets beside --dataset; if unset, those of digits, mnist and fashion_mnist "
-                  "that are already here")
-    add_benchmark("--no-benchmark", action="store_true", help="no further data sets")
+    add("--benchmark-datasets", nargs="+", choices=names, metavar="NAME", help="further data sets "
+        "beside --dataset; if unset, those of digits, mnist and fashion_mnist that are here")
+    add("--no-benchmark", action="store_true", help="no further data sets")
     add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
         help="strategies to compare")
     add("--model", default="mlp", help="mlp or cnn; nlp: transformer")
@@ -155,18 +159,10 @@ def parse_args(argv=None):
     add("--seed", type=int, default=42, help="first seed")
     add("--batch-size", type=count, default=64, help="samples in a batch; nlp: 16")
     add("--learning-rate", type=positive, default=0.001, help="learning rate of Adam; nlp: 0.003")
-    add("--explore-frac", type=share, default=0.5, help="smart, easy_first: share of a batch that "
-        "is drawn from all samples")
-    add("--top-k-frac", type=share, default=0.2, help="smart, easy_first: share of the training "
-        "samples, the hardest or easiest, from which the rest of a batch is drawn")
-    add("--ema-decay", type=share, default=0.9, help="decay of the tracked loss; 0 keeps "
-        "the latest loss only")
     add("--smart-loss", choices=["per-sample", "batch-mean"], default="per-sample", help="tracked "
         "loss of a sample: its own, or, as in the original, the mean of its batch")
     add("--loss-threshold", type=float, default=0.5, help="the strategy loss_threshold trains on "
         "samples whose tracked loss is above it; nlp: 2")
-    add("--target", type=float, help="value of the metric until which samples and seconds are "
-        "counted; if unset, 1 %% short of what the first strategy reaches")
     add("--text-bytes", type=count, default=150_000, help="nlp: bytes of text to use")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--jobs", type=count, help="runs at a time, one thread each; if unset, one for each core, "
@@ -237,18 +233,16 @@ def random_until(learner, samples):
 
 
 def focus_batches(learner, hardest):
-    """Batches with --explore-frac from all samples, and the rest from the --top-k-frac hardest or
-    easiest ones, which are found anew for each batch, together with all that tie with the last."""
-    args, loss = learner.args, learner.loss
-    top = max(1, round(args.top_k_frac * len(loss)))
-    for batch, _ in in_batches(loss, args.batch_size):
-        if hardest:
-            focus = np.flatnonzero(loss >= np.partition(loss, -top)[-top])
-        else:
-            focus = np.flatnonzero(loss <= np.partition(loss, top - 1)[top - 1])
-        explored = learner.rng.choice(len(loss), round(args.explore_frac * len(batch)), False)
+    """Batches of which EXPLORE are from all samples, and the rest from the hardest or easiest TOP,
+    which are found anew for each batch, together with all that tie with the last of them."""
+    loss, rng = learner.loss, learner.rng
+    top = max(1, round(TOP * len(loss)))
+    for batch, _ in in_batches(loss, learner.args.batch_size):
+        hardness = loss if hardest else -loss
+        focus = np.flatnonzero(hardness >= np.partition(hardness, -top)[-top])
+        explored = rng.choice(len(loss), round(EXPLORE * len(batch)), replace=False)
         size = len(batch) - len(explored)
-        focused = learner.rng.choice(focus, size, replace=len(focus) < size)
+        focused = rng.choice(focus, size, replace=len(focus) < size)
         yield np.concatenate([explored, focused]), None
 
 
@@ -332,15 +326,15 @@ def infobatch(learner, ratio=0.5):
     and those that end in the last eighth of the training take every sample. arXiv:2303.04947.
     """
     loss = learner.last_loss
-    order = learner.rng.permutation(len(loss))
-    weights = np.ones(len(loss), np.float32)
     epochs = len(learner.history) - 1
-    if epochs and learner.progress() * (epochs + 1) / epochs <= 7 / 8:
-        is_easy = loss < loss.mean()
-        is_left_out = is_easy & (learner.rng.random(len(loss)) < ratio)
-        weights[is_easy] = 1 / (1 - ratio)
-        order = order[~is_left_out[order]]
-    return [(rows, weights[rows]) for rows, _ in in_batches(order, learner.args.batch_size)]
+    if epochs == 0 or learner.progress() * (epochs + 1) / epochs > 7 / 8:
+        return random_batches(learner)
+    order = learner.rng.permutation(len(loss))
+    is_easy = loss < loss.mean()
+    is_left_out = is_easy & (learner.rng.random(len(loss)) < ratio)
+    weights = np.where(is_easy, 1 / (1 - ratio), 1).astype(np.float32)
+    batches = in_batches(order[~is_left_out[order]], learner.args.batch_size)
+    return [(rows, weights[rows]) for rows, _ in batches]
 
 
 def importance(learner, pool=5):
@@ -435,13 +429,13 @@ class Data:
     x_test: np.ndarray
     y_test: np.ndarray
     num_classes: int
-    info: dict  # source, numbers of samples, classes, sha256, score of a simple baseline
+    info: dict  # source, numbers of samples, classes, score of a simple baseline, sha256
 
     def to(self, device):
         """The same as tensors on the device."""
-        arrays = {name: value for name, value in vars(self).items() if hasattr(value, "dtype")}
-        return replace(self, **{name: torch.tensor(array, device=device)
-                                for name, array in arrays.items()})
+        tensors = {name: torch.tensor(value, device=device) for name, value in vars(self).items()
+                   if isinstance(value, np.ndarray)}
+        return replace(self, **tensors)
 
     def training_samples(self, rows):
         """(x, y) of these rows; index_select is several times faster than x_train[rows]."""
@@ -457,7 +451,6 @@ class Dataset:
     about: str = ""
     url: str = ""  # of a file, whose name takes the place of {}
     files: dict = field(default_factory=dict)  # {name: published MD5}
-    source: str = "real"
 
 
 def read_idx(folder):
@@ -471,25 +464,24 @@ def read_idx(folder):
             raise UserError(f"{path} is a file of {owner}; move it to a folder {owner}")
         shape = np.frombuffer(content, ">i4", content[3], 4)
         value_type = {8: ">u1", 12: ">i4"}[content[2]]
-        values = np.frombuffer(content, value_type, offset=4 + 4 * len(shape))
-        arrays.append(values.reshape(shape))
-    x_test, y_test, x_train, y_train = arrays
-    return (x_train[:, None], y_train.reshape(len(y_train), -1)[:, 0],
-            x_test[:, None], y_test.reshape(len(y_test), -1)[:, 0])
+        array = np.frombuffer(content, value_type, offset=4 + 4 * len(shape)).reshape(shape)
+        if array.ndim > 1:
+            array = array[:, 0] if "labels" in path.name else array[:, None]
+        arrays.append(array)
+    return arrays[2:] + arrays[:2]  # the test part is first by name
 
 
 def read_cifar(folder):
     """CIFAR's binary archive: records that end with the (fine) label and the image."""
     (path,) = folder.glob("cifar-*-binary.tar.gz")
+    contents = {False: b"", True: b""}  # by whether it is the test part
     with tarfile.open(path) as archive:
-        contents = {member.name: archive.extractfile(member).read() for member in archive
-                    if member.name.endswith(".bin")}
-    size = 3074 if "100" in path.name else 3073
+        for name in sorted(archive.getnames()):
+            if name.endswith(".bin"):
+                contents["test" in name] += archive.extractfile(name).read()
     arrays = []
-    for is_test in (False, True):
-        names = [name for name in sorted(contents) if ("test" in name) == is_test]
-        content = b"".join(contents[name] for name in names)
-        records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    for content in contents.values():
+        records = np.frombuffer(content, np.uint8).reshape(-1, 3074 if "100" in path.name else 3073)
         arrays += [records[:, -3072:].reshape(-1, 3, 32, 32), records[:, -3073]]
     return arrays
 
@@ -505,13 +497,10 @@ def read_cinic(folder):
         shutil.unpack_archive(folder / "CINIC-10.tar.gz", folder / "part", filter="data")
         (folder / "part").rename(folder / "images")
     arrays = []
-    classes = sorted({path.parent.name for path in folder.rglob("train/*/*.png")})
     for split in ("train", "test"):
         paths = np.random.default_rng(0).permutation(sorted(folder.rglob(f"{split}/*/*.png")))
-        images = [np.asarray(Image.open(path).convert("RGB"))
-                  for path in progress(paths, f"CINIC-10, {split}")]
-        labels = [classes.index(path.parent.name) for path in paths]
-        arrays += [np.stack(images).transpose(0, 3, 1, 2), np.array(labels)]
+        images = [Image.open(path).convert("RGB") for path in progress(paths, f"CINIC-10, {split}")]
+        arrays += [np.stack(images).transpose(0, 3, 1, 2), [path.parent.name for path in paths]]
     return arrays
 
 
@@ -540,9 +529,8 @@ def split_samples(x, y):
 
 
 DATASETS = {
-    "digits": Dataset(read_digits, "10 classes, 1,797 samples, embedded", source="embedded"),
-    "breast_cancer": Dataset(read_breast_cancer, "2 classes, 569 samples, embedded",
-                             source="embedded"),
+    "digits": Dataset(read_digits, "10 classes, 1,797 samples, embedded"),
+    "breast_cancer": Dataset(read_breast_cancer, "2 classes, 569 samples, embedded"),
     "mnist": Dataset(
         read_idx, "10 classes, 70,000 samples, 12 MB",
         "https://ossci-datasets.s3.amazonaws.com/mnist/{}", {
@@ -583,24 +571,24 @@ SYSTEM_DIR = "/usr/share/datasets"  # of Debian's package dataset-fashion-mnist
 
 def find_folder(name, data_dir):
     """The folder with the files of a known data set; None when they are not here."""
-    files = DATASETS[name].files
     own_folder = Path(data_dir, name)
     for folder in (own_folder, Path(SYSTEM_DIR, name.replace("_", "-"))):
-        if all((folder / file).exists() for file in files):
+        if all((folder / file).exists() for file in DATASETS[name].files):
             return folder
     return own_folder if any(own_folder.rglob("train/*/*.png")) else None
 
 
 def download(name, data_dir):
-    """Download the missing files of a data set to data_dir/name, and check their MD5.
+    """Download the missing files of a data set and check their MD5; returns their folder.
 
     A server must answer within 3 s, and may then pause for up to a minute.
     """
-    dataset = DATASETS[name]
     folder = Path(data_dir, name)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in [file for file in dataset.files if not (folder / file).exists()]:
-        url = dataset.url.format(file)
+    for file, md5 in DATASETS[name].files.items():
+        if (folder / file).exists():
+            continue
+        url = DATASETS[name].url.format(file)
         try:
             with urllib.request.urlopen(url, timeout=3) as response:
                 response.fp.raw._sock.settimeout(60)
@@ -608,30 +596,28 @@ def download(name, data_dir):
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{name}: cannot download {url} ({error}); put {file} into {folder}, "
                             "or use --dataset digits") from None
-        if hashlib.md5(content).hexdigest() != dataset.files[file]:
+        if hashlib.md5(content).hexdigest() != md5:
             raise UserError(f"{url}: its MD5 is not the published one; try again")
         with atomic_write(folder / file) as path:
             path.write_bytes(content)
+    return folder
 
 
 def load_dataset(name, data_dir):
     """Data of a known data set, downloaded or converted to CSV where need be."""
     original_name = name.removesuffix("_csv")
     dataset = DATASETS[original_name]
-    tables = [Path(data_dir, name, f"{split}.csv") for split in ("train", "test")]
+    train, test = (Path(data_dir, name, f"{split}.csv") for split in ("train", "test"))
     try:
-        if name == original_name or not all(table.exists() for table in tables):
-            folder = find_folder(original_name, data_dir)
-            if folder is None:
-                download(original_name, data_dir)
-                folder = Path(data_dir, original_name)
+        if not test.exists():
+            folder = find_folder(original_name, data_dir) or download(original_name, data_dir)
             arrays = dataset.read(folder)
         if name != original_name:
-            if not all(table.exists() for table in tables):
-                write_csv(tables[0], *arrays[:2])
-                write_csv(tables[1], *arrays[2:])
-            arrays = [*read_csv(tables[0]), *read_csv(tables[1])]
-        return make_data(name, arrays, dataset.source)
+            if not test.exists():
+                write_csv(train, *arrays[:2])
+                write_csv(test, *arrays[2:])
+            arrays = [*split_columns(read_csv(train)), *split_columns(read_csv(test))]
+        return make_data(name, arrays, dataset.about or "own")
     except (ValueError, LookupError, EOFError, zlib.error, tarfile.TarError,
             gzip.BadGzipFile) as error:
         raise UserError(f"{name} in {data_dir}: a file is damaged or incomplete ({error}); delete "
@@ -646,24 +632,22 @@ def make_data(name, arrays, source):
 
     x_train, y_train = check_X_y(*arrays[:2], allow_nd=True)
     x_test, y_test = check_X_y(*arrays[2:], allow_nd=True)
-    digest = hashlib.sha256()
-    for x in (x_train, x_test):
-        digest.update(np.ascontiguousarray(x))
     encoder = LabelEncoder().fit(y_train)
     y_train, y_test = encoder.transform(y_train), encoder.transform(y_test)
-    for y in (y_train, y_test):
-        digest.update(y)
+    digest = hashlib.sha256()
+    for array in (x_train, y_train, x_test, y_test):
+        digest.update(np.ascontiguousarray(array))
     if x_train.ndim == 2:
-        scaler = StandardScaler().fit(x_train)  # float32 would lose small steps of large numbers
-        x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
+        # In float64: float32 would lose small steps of large numbers.
+        x_train, x_test = map(StandardScaler().fit(x_train).transform, (x_train, x_test))
     else:
         mean = float(x_train.mean(dtype=np.float64))
         std = float(x_train.std(dtype=np.float32)) or 1.0
         x_train, x_test = ((x.astype(np.float32) - mean) / std for x in (x_train, x_test))
     info = {"source": source, "train": len(y_train), "test": len(y_test),
-            "classes": encoder.classes_.tolist(), "sha256": digest.hexdigest(),
-            "baseline": "majority class",
-            "baseline_score": 100 * np.mean(y_test == np.bincount(y_train).argmax())}
+            "classes": ", ".join(map(str, encoder.classes_)),
+            "majority class [%]": round(100 * (y_test == np.bincount(y_train).argmax()).mean(), 2),
+            "sha256": digest.hexdigest()}
     return Data(name, x_train.astype(np.float32), y_train, x_test.astype(np.float32), y_test,
                 len(encoder.classes_), info)
 
@@ -672,72 +656,69 @@ def make_data(name, arrays, source):
 
 
 def write_csv(path, x, y):
-    """Write `label,p0,p1,…`, one sample a line; `label,f0,f1,…` for features that are no pixels."""
+    """Write `label,p0,p1,…`, a sample a line; `label,f0,f1,…` for features that are no pixels."""
     import pyarrow as pa
     from pyarrow import csv
 
-    letter = "f" if x.ndim == 2 else "p"
-    values = np.ascontiguousarray(x.reshape(len(x), -1).T)
-    columns = {f"{letter}{i}": column for i, column in enumerate(values)}
+    table = pd.DataFrame(x.reshape(len(x), -1)).add_prefix("f" if x.ndim == 2 else "p")
+    table.insert(0, "label", y)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part:
-        csv.write_csv(pa.table({"label": y} | columns), part)
+        csv.write_csv(pa.Table.from_pandas(table), part)
 
 
-def read_csv(path):
-    """(x, y) of a file that write_csv wrote; with pyarrow, which is faster than pandas."""
+def read_csv(path, **types):
+    """The table in a CSV file, by pyarrow, which is faster than pandas and insists on one number of
+    values in all rows."""
     from pyarrow import csv
 
-    types = dict.fromkeys((f"p{i}" for i in range(3 * 32 * 32)), "uint8")
-    table = csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=types))
-    label, *columns = (column.to_numpy() for column in table.columns)
-    return to_images(np.column_stack(columns), table.column_names[1:]), label
+    types |= dict.fromkeys((f"p{i}" for i in range(3 * 32 * 32)), "uint8")
+    options = csv.ConvertOptions(column_types=types, strings_can_be_null=True)
+    return csv.read_csv(path, convert_options=options).to_pandas()
 
 
-def to_images(x, names):
-    """x [n, channels, side, side] if the names of its columns are p0, p1, … and as many as the
-    pixels of a square image, RGB or grey; else x as it is."""
+def split_columns(table):
+    """(x, labels) of a table. x is [n, channels, side, side] if its columns are p0, p1, … and as
+    many as the pixels of a square image, RGB or grey; else [n, features]."""
+    frame = table.drop(columns="label")
+    x = frame.to_numpy()
     for channels in (3, 1):
-        side = math.isqrt(len(names) // channels)
-        if list(names) == [f"p{i}" for i in range(channels * side * side)]:
-            return x.reshape(-1, channels, side, side)
-    return x
+        side = math.isqrt(x.shape[1] // channels)
+        if list(frame) == [f"p{i}" for i in range(channels * side * side)]:
+            return x.reshape(-1, channels, side, side), table["label"].to_numpy()
+    return x, table["label"].to_numpy()
 
 
 def load_table(path, drop):
     """Data of one's own CSV file; a fixed fifth, stratified, is the test part."""
     try:
-        with warnings.catch_warnings(action="error"):  # pandas only warns of a value too many
-            frame = pd.read_csv(path, dtype={"label": str}, index_col=False, skipinitialspace=True,
-                                encoding="utf-8-sig").drop(columns=drop)
-        if "label" not in frame:
-            raise UserError(f"{path}: no column is called `label`, but {list(frame)[:5]}; has it a "
+        table = read_csv(path, label="string").drop(columns=drop)
+        if "label" not in table:
+            raise UserError(f"{path}: no column is called `label`, but {list(table)[:5]}; has it a "
                             "header, and commas?")
-        is_missing = frame.isna().any(axis=1)
+        is_missing = table.isna().any(axis=1)
         if is_missing.any():
             raise UserError(f"{path}: row {is_missing.argmax() + 1} has a missing value")
-        labels = frame.pop("label").str.strip()
-        numbers = frame.astype(float).assign(label=labels).drop_duplicates()
-        note_doubtful(numbers, len(frame), path)
-        labels = numbers.pop("label").to_numpy(object)
-        arrays = split_samples(to_images(numbers.to_numpy(), numbers.columns), labels)
-        return make_data(Path(path).stem, arrays, "real")
-    except (ValueError, KeyError, Warning) as error:
+        note_doubtful(table, path)
+        arrays = split_samples(*split_columns(table.drop_duplicates()))
+        return make_data(Path(path).stem, arrays, path)
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def note_doubtful(table, num_rows, path):
+def note_doubtful(table, path):
     """Note what makes the result of a table doubtful: repeated rows, ids, spellings of a class."""
-    if len(table) < num_rows:
-        note(f"{path}: {num_rows - len(table):,} of {num_rows:,} rows repeat an earlier one and "
-             "are left out, so that no row is in both parts")
-    for name in table.columns.drop("label"):
+    repeated = table.duplicated().sum()
+    if repeated:
+        note(f"{path}: {repeated:,} of {len(table):,} rows repeat an earlier one and are left out, "
+             "so that no row is in both parts")
+    for name in table.select_dtypes("number"):
         if table[name].is_unique and (table[name] % 1 == 0).all():
             note(f"{path}: column {name!r} seems to number the rows; if they are sorted by class, "
                  f"it gives the class away: --drop {name!r} leaves it out")
     classes = table["label"].unique()
-    if len({label.casefold() for label in classes}) < len(classes):
-        note(f"{path}: some labels differ in case only: {sorted(classes)}")
+    if len({label.strip().casefold() for label in classes}) < len(classes):
+        note(f"{path}: some labels differ in case or spaces only: {sorted(classes)}")
 
 
 def load_text(args):
@@ -750,27 +731,27 @@ def load_text(args):
     paths = sorted(path for path in paths if path.is_file()) or [root]
     paths = np.random.default_rng(0).permutation(paths)
     text = b"".join(path.read_bytes() for path in paths)[: args.text_bytes]
-    windows = (len(text) - 1) // WINDOW
-    if windows < 3:
-        raise UserError(f"{root}: {len(text):,} bytes are less than three windows of {WINDOW}")
-    bytes_in = np.frombuffer(text, np.uint8).astype(np.int64)
-    x, y = (bytes_in[i : i + windows * WINDOW].reshape(windows, WINDOW) for i in (0, 1))
-    cut = windows - max(1, windows // 10)
+    if len(text) <= 2 * WINDOW:
+        raise UserError(f"{root}: {len(text)} bytes are less than two windows of {WINDOW}")
+    values = np.frombuffer(text, np.uint8).astype(np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(values, WINDOW + 1)[::WINDOW]
+    x, y = windows[:, :-1], windows[:, 1:]
+    cut = 9 * len(x) // 10
     pairs = np.ones((256, 256))  # each pair of bytes once more than seen
     np.add.at(pairs, (x[:cut], y[:cut]), 1)
     bigram = -np.log2(pairs / pairs.sum(1, keepdims=True))[x[cut:], y[cut:]].mean()
-    info = {"source": "real" if args.data else "embedded", "train": cut, "test": windows - cut,
-            "classes": ["bytes"], "sha256": hashlib.sha256(text).hexdigest(),
-            "baseline": "pairs of bytes", "baseline_score": bigram}
-    name = root.resolve().stem if args.data else "python_stdlib"
+    name = root.stem if args.data else "python_stdlib"
+    info = {"source": args.data or "embedded", "train": cut, "test": len(x) - cut,
+            "pairs of bytes [bits per byte]": round(bigram, 2),
+            "sha256": hashlib.sha256(text).hexdigest()}
     return Data(name, x[:cut], y[:cut], x[cut:], y[cut:], 256, info)
 
 
 def load_all(args):
-    """({name: Data}, the arguments with the data sets that were found)."""
+    """{name: Data} of all data sets."""
     if args.task == "nlp" or args.data:
         data = load_text(args) if args.task == "nlp" else load_table(args.data, args.drop)
-        return {data.name: data}, args
+        return {data.name: data}
     try:
         data = load_dataset(args.dataset or "mnist", args.data_dir)
     except UserError as error:
@@ -778,13 +759,12 @@ def load_all(args):
             raise
         note(f"no mnist ({error}); scikit-learn's digits are used")
         data = load_dataset("digits", args.data_dir)
-    others = args.benchmark_datasets
-    if others is None:
-        others = [name for name in BENCHMARK if find_folder(name, args.data_dir)]
-    others = [] if args.no_benchmark else [name for name in others if name != data.name]
-    loaded = {data.name: data} | {name: load_dataset(name, args.data_dir) for name in others}
-    found = {"dataset": data.name, "benchmark_datasets": others or None, "no_benchmark": not others}
-    return loaded, argparse.Namespace(**vars(args) | found)
+    all_data = {data.name: data}
+    here = [name for name in BENCHMARK if find_folder(name, args.data_dir)]
+    for name in args.benchmark_datasets or here:
+        if name != data.name and not args.no_benchmark:
+            all_data[name] = load_dataset(name, args.data_dir)
+    return all_data
 
 
 # --- Models: model(shape of a sample, classes) ---------------------------------------------------
@@ -824,11 +804,11 @@ class TinyTransformer(nn.Module):
                                            batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(d_model),
                                             enable_nested_tensor=False)
-        self.mask = nn.Transformer.generate_square_subsequent_mask(shape[0])
 
     def forward(self, tokens):
         x = self.tokens(tokens) + self.positions
-        x = self.layers(x, self.mask.to(x.device), is_causal=True)
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], tokens.device)
+        x = self.layers(x, mask, is_causal=True)
         return self.tokens.weight @ x.mT  # input and output embedding are one
 
 
@@ -907,12 +887,12 @@ class Learner:
 
     def state(self):
         """All that --resume needs, in plain types and tensors."""
-        arrays = {name: torch.from_numpy(value) for name, value in vars(self).items()
-                  if isinstance(value, np.ndarray)}
-        numbers = {name: getattr(self, name) for name in NUMBERS}
+        attributes = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                      for name, value in vars(self).items()
+                      if isinstance(value, (np.ndarray, int, float, list))}
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
-                "arrays": arrays, "numbers": numbers}
+                "attributes": attributes}
 
     def load(self, state):
         """Go on from what state() returned."""
@@ -920,11 +900,8 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.bit_generator.state = state["rng"]
         torch.set_rng_state(state["torch_rng"])
-        vars(self).update(state["numbers"])
-        vars(self).update({name: array.numpy() for name, array in state["arrays"].items()})
-
-
-NUMBERS = ["samples", "steps", "epoch_steps", "seconds", "history"]
+        for name, value in state["attributes"].items():
+            setattr(self, name, value.numpy() if torch.is_tensor(value) else value)
 
 
 def train_epoch(learner, strategy):
@@ -937,8 +914,8 @@ def train_epoch(learner, strategy):
         learner.epoch_steps = len(batches)
     for rows, weights in batches:
         if args.schedule == "linear":
-            for group in learner.optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - learner.progress())
+            rate = args.learning_rate * (1 - learner.progress())
+            learner.optimizer.param_groups[0]["lr"] = rate
         losses, _ = sample_losses(learner.model, *learner.data.training_samples(rows))
         loss = losses.mean()
         if weights is not None:
@@ -953,9 +930,7 @@ def train_epoch(learner, strategy):
         if learner.is_done():
             break
     learner.seconds = time.perf_counter() - start_time
-    learner.epoch_steps = learner.steps - learner.history[-1]["steps"]
-    if not learner.epoch_steps:
-        raise UserError("the strategy has no batch for this epoch")
+    learner.epoch_steps = max(1, learner.steps - learner.history[-1]["steps"])
 
 
 def check_finite(loss):
@@ -970,23 +945,22 @@ def track_losses(learner, rows, losses):
     learner.last_loss[rows] = losses
     if learner.args.smart_loss == "batch-mean":
         losses = losses.mean()
-    decay = learner.args.ema_decay
     old = learner.loss[rows]
-    with np.errstate(invalid="ignore"):  # 0 x inf, with --ema-decay 0
-        average = decay * old + (1 - decay) * losses
+    average = DECAY * old + (1 - DECAY) * losses
     learner.loss[rows] = np.where(np.isinf(old), losses, average)
 
 
 @torch.inference_mode()
-def evaluate(model, x, y):
-    """(mean loss, accuracy in percent) over all samples."""
+def evaluate(model, x, y, split):
+    """Mean loss and accuracy in percent over all samples, named after the split."""
     total, correct = 0.0, 0.0
     model.eval()
     for x_part, y_part in zip(x.split(1000), y.split(1000)):
         losses, logits = sample_losses(model, x_part, y_part)
         total += losses.sum().item()
         correct += (logits.argmax(1) == y_part).sum().item()
-    return total / len(x), 100 * correct / y.numel()
+    check_finite(total)
+    return {f"{split}_loss": total / len(x), f"{split}_acc": 100 * correct / y.numel()}
 
 
 def measure(learner):
@@ -994,14 +968,12 @@ def measure(learner):
     as many as the test part has."""
     data, model = learner.data, learner.model
     stride = max(1, len(data.x_train) // len(data.x_test))
-    train_loss, train_acc = evaluate(model, data.x_train[::stride], data.y_train[::stride])
-    test_loss, test_acc = evaluate(model, data.x_test, data.y_test)
-    check_finite(train_loss + test_loss)
     metrics = {"epoch": len(learner.history), "steps": learner.steps, "samples": learner.samples,
-               "seconds": learner.seconds, "train_loss": train_loss, "train_acc": train_acc,
-               "test_loss": test_loss, "test_acc": test_acc}
+               "seconds": learner.seconds}
+    metrics |= evaluate(model, data.x_train[::stride], data.y_train[::stride], "train")
+    metrics |= evaluate(model, data.x_test, data.y_test, "test")
     if learner.args.task == "nlp":
-        metrics |= {"bits_per_byte": test_loss / math.log(2), "perplexity": math.exp(test_loss)}
+        metrics["bits_per_byte"] = metrics["test_loss"] / math.log(2)
     learner.history.append(metrics)
 
 
@@ -1038,19 +1010,21 @@ def train_with_control(data, noise, name, strategy, make_model, seed, args, fold
     torch.set_num_threads(1)  # alone as in parallel: the numbers are the same, and it is as fast
     # Other data are other files, so a run is never resumed with data that have changed.
     prefix = f"{data.name}-{data.info['sha256'][:8]}-noise-{noise}-seed-{seed}"
+    all_samples = args.epochs * len(data.x_train)
     if noise:
         noisy = add_label_noise(data.y_train, data.num_classes, noise, seed)
         data = replace(data, y_train=noisy)
     data = data.to(args.device)
     learner = Learner(data, make_model, seed, args)
-    records = train(learner, strategy, folder / f"{prefix}-{name}.pt").assign(control=False)
+    records = train(learner, strategy, folder / f"{prefix}-{name}-{all_samples}.pt")
+    records["control"] = False
     if name != BASELINE:
-        samples = learner.samples
-        control_name, control = BASELINE, random_batches
-        if not args.budget_seconds and samples != args.epochs * len(data.x_train):
-            control_name, control = f"{BASELINE}-{samples}", partial(random_until, samples=samples)
+        samples = all_samples if args.budget_seconds else learner.samples
+        control = partial(random_until, samples=samples)
+        if samples == all_samples:
+            control = random_batches
         learner = Learner(data, make_model, seed, args, samples / len(data.x_train))
-        history = train(learner, control, folder / f"{prefix}-{control_name}.pt")
+        history = train(learner, control, folder / f"{prefix}-{BASELINE}-{samples}.pt")
         records = pd.concat([records, history.assign(control=True)])
     return records.assign(dataset=data.name, noise=noise, strategy=name, seed=seed)
 
@@ -1068,9 +1042,9 @@ def train_all(all_data, args, run_dir):
                                          args, folder) for data, noise, seed, name in settings]
     client = dask_client(args.jobs) if args.backend == "dask" else contextlib.nullcontext()
     with client, parallel_config(args.backend, n_jobs=min(args.jobs, len(tasks))):
-        parallel = Parallel(return_as="generator")
         try:
-            return pd.concat(progress(parallel(tasks), "runs", len(tasks)), ignore_index=True)
+            finished = Parallel(return_as="generator")(tasks)
+            return pd.concat(progress(finished, "runs", len(tasks)), ignore_index=True)
         except BrokenProcessPool:
             raise UserError("a worker was killed, out of memory? Go on with --resume and fewer "
                             "--jobs") from None
@@ -1081,15 +1055,13 @@ def dask_client(jobs):
     from distributed import Client, LocalCluster
 
     address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-    if not address:
-        address = LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
-    client = Client(address, timeout=3)
+    client = Client(address or LocalCluster(n_workers=jobs, threads_per_worker=1), timeout=3)
     for module in {"common", __name__} - {"__main__"}:  # remote workers may not have them
         client.upload_file(sys.modules[module].__file__)
     return client
 
 
-# --- Evaluation: paired tests, samples to a target, tables ----------------------------------------
+# --- Evaluation: paired tests and tables ----------------------------------------------------------
 
 
 def holm(p_values):
@@ -1099,39 +1071,41 @@ def holm(p_values):
     return corrected[p_values.argsort().argsort()]
 
 
-def mean_text(values, form=".2f"):
-    """`mean ± interval` of the runs, or how many of them have a value."""
-    reached = np.isfinite(values).sum()
-    if reached < len(values):
-        return f"{reached} of {len(values)} runs"
+def mean_text(values, sign="", form=None):
+    """`mean ± interval` of the runs, without interval for a single one."""
+    form = form or (",.0f" if values.dtype == int else ".2f")
     mean, interval = mean_and_interval(values)
-    text = f"{mean:{form}}"
-    return text if np.isnan(interval) else f"{text} ± {interval:{form.strip('+')}}"
+    return f"{mean:{sign}{form}}" + (f" ± {interval:{form}}" if len(values) > 1 else "")
 
 
 def compare(records, args):
-    """Each strategy in one setting against its control, by a paired t-test over the seeds.
+    """The strategies of one setting, each against its control by a paired t-test over the seeds.
 
-    Returns a table with a row for each strategy that has a control: mean and interval (95 %, of
-    this pair alone) of the difference, as numbers and as text, the control's score as text, and p
-    after Holm's correction. Where the difference is the same for every seed, there is nothing to
-    test: p is NaN.
+    Returns a table with a row for each: mean and interval (95 %, of this pair alone) of the
+    difference and p after Holm's correction, as numbers, and what is printed, as text. Where the
+    difference is the same for every seed, there is nothing to test: p is NaN.
     """
     from scipy import stats
 
-    metric, _, _ = DECIDING[args.task]
-    finals = records.groupby(["control", "strategy", "seed"])[metric].last().unstack("seed")
-    controls = finals[finals.index.get_level_values("control")].droplevel("control")
-    differences = (finals.loc[False] - controls).reindex(args.strategy).dropna()
+    metric, _, unit = DECIDING[args.task]
+    last = records.groupby(["control", "strategy", "seed"])[metric].last().unstack("seed")
+    scores = last.loc[False].reindex(args.strategy)
+    controls = last[last.index.get_level_values("control")].droplevel("control")
+    differences = (scores - controls).reindex(args.strategy)
     mean, interval = mean_and_interval(differences.T)
-    table = pd.DataFrame({"mean": mean, "interval": interval}, differences.index)
-    table["difference"] = [mean_text(row, "+.2f") for row in differences.to_numpy()]
-    table["control"] = [mean_text(controls.loc[name]) for name in table.index]
+    table = pd.DataFrame({"mean": mean, "interval": interval}, scores.index)
     spread = differences.max(axis=1) - differences.min(axis=1)
     tested = differences[(spread > 1e-9) & (args.runs >= MIN_RUNS)]
-    p = stats.ttest_1samp(tested, 0, axis=1).pvalue if len(tested) else np.empty(0)
+    p = stats.ttest_1samp(tested, 0, axis=1).pvalue
     table["p"] = pd.Series(holm(p), tested.index)
-    return table
+    table[METRICS[args.task][metric]] = scores.apply(mean_text, axis=1)
+    texts = {name: mean_text(row, "+") + (" *" if table.loc[name, "p"] < ALPHA else "")
+             for name, row in differences.dropna().iterrows()}
+    table[f"difference [{unit}]"] = pd.Series(texts, dtype=object)
+    table["p (Holm)"] = table["p"].dropna().map("{:.2g}".format)
+    own = records[~records["control"]].groupby(["strategy", "seed"])
+    costs = own[["steps", "samples", "seconds"]].last()
+    return table.join(costs.groupby("strategy").agg(mean_text))
 
 
 def name_control(args):
@@ -1158,63 +1132,9 @@ def verdicts(comparison, args):
     return sentences
 
 
-def comparison_table(records, comparison, args):
-    """The rows that are printed for one setting, one for each strategy."""
-    metric, sign, unit = DECIDING[args.task]
-    runs = dict(list(records[~records["control"]].groupby("strategy")))
-    target = args.target
-    if target is None:
-        first = runs[args.strategy[0]].groupby("seed")[metric].last()
-        target = first.mean() * (1 - sign * 0.01)
-    rows = []
-    for name in args.strategy:
-        seeds = runs[name].groupby("seed")
-        last = seeds.last()
-        row = {"strategy": name, METRICS[args.task][metric]: mean_text(last[metric]),
-               name_control(args): None, f"difference [{unit}]": None, "p (Holm)": None}
-        if name in comparison.index:
-            tested = comparison.loc[name]
-            row[name_control(args)] = tested["control"]
-            row[f"difference [{unit}]"] = tested["difference"]
-            row["p (Holm)"] = f"{tested['p']:.2g}" if tested["p"] >= 0 else None
-        row["steps"] = f"{last['steps'].mean():,.0f}"
-        row["samples"] = f"{last['samples'].mean():,.0f}"
-        row["seconds"] = mean_text(last["seconds"])
-        for column, form in (("samples", ",.0f"), ("seconds", ".2f")):
-            # Linear between the epochs that were better than all before.
-            reached = [np.interp(sign * target, (sign * run[metric]).cummax(), run[column],
-                                 right=np.nan) for _, run in seeds]
-            row[f"{column} to {target:.2f}"] = mean_text(reached, form)
-        rows.append(row)
-    return rows
-
-
 def name_setting(dataset, noise):
     """The name of a setting in texts, files and folders."""
     return f"{dataset}-noise-{noise:g}" if noise else dataset
-
-
-def summarize_setting(title, table, comparison, info, args):
-    """Table and verdicts of one setting as text."""
-    classes = info["classes"]
-    names = ", ".join(map(str, classes[:12]))
-    length = f"{args.budget_seconds:g} s" if args.budget_seconds else f"{args.epochs} epochs"
-    sentences = "\n".join(f"- {sentence}" for sentence in verdicts(comparison, args))
-    return (f"## {title}\n\n{info['source'].capitalize()} data, {info['train']:,} training and "
-            f"{info['test']:,} test samples, classes: {len(classes)} ({names}); {args.model}, "
-            f"{length}, batches of {args.batch_size}, runs: {args.runs}; {info['baseline']}: "
-            f"{info['baseline_score']:.2f}.\n\n{markdown_table(table)}\n\n{sentences}")
-
-
-def noise_table(comparisons, dataset, args):
-    """Difference from the control by share of wrong labels, a row for each strategy, as text."""
-    columns = {"strategy": args.strategy}
-    for noise in args.label_noise:
-        table = comparisons[dataset, noise].reindex(args.strategy)
-        bold = table["difference"].where(~(table["p"] < ALPHA), "**" + table["difference"] + "**")
-        columns[f"{100 * noise:g} % wrong"] = bold.to_list()
-    return (f"## {dataset}: difference from {name_control(args)}, by share of wrong labels\n\n"
-            f"{markdown_table(columns)}\n\nBold: p below {ALPHA} after Holm.")
 
 
 # --- Pictures -----------------------------------------------------------------------------------
@@ -1226,61 +1146,50 @@ def pivot_runs(records, column):
     return trained.pivot(index="seed", columns="epoch", values=column).dropna(axis=1).to_numpy()
 
 
-def plot_comparison(records, comparison, title, args, path):
+def plot_comparison(runs, comparison, title, args, run_dir):
     """The metric by epoch, by samples trained on and by seconds; and the differences from the
     controls."""
     metric, _, _ = DECIDING[args.task]
     label = METRICS[args.task][metric]
     fig, axes = new_figure(f"{title}: {label}, mean of {args.runs} runs", 2, 2, (12, 9))
-    axis_labels = {"epoch": "epoch", "samples": "samples trained on",
-                   "seconds": "training time [s]"}
-    for ax, (column, axis_label) in zip(axes, axis_labels.items()):
+    for ax, column in zip(axes, ("epoch", "samples", "seconds")):
         for i, name in enumerate(args.strategy):
-            runs = records[(records["strategy"] == name) & ~records["control"]]
-            x = pivot_runs(runs, column).mean(axis=0)
-            plot_curve(ax, x, pivot_runs(runs, metric), name, i, MARKERS[i % 7])
-            if name == BASELINE:
-                ax.lines[-1].set(color="black", linewidth=2.5)
-        ax.set(xlabel=axis_label, ylabel=label)
-    epoch_axis(axes[0])
+            own_runs = runs[runs["strategy"] == name]
+            x = pivot_runs(own_runs, column).mean(axis=0)
+            plot_curve(ax, x, pivot_runs(own_runs, metric), name, i, MARKERS[i % 7])
+        ax.set(xlabel=f"{column} of training", ylabel=label)
     plot_differences(axes[3], {title: comparison}, args)
     legend_below(axes[0])
-    save_figure(fig, path)
+    save_figure(fig, run_dir / f"comparison_{title}.png")
 
 
 def plot_differences(ax, comparisons, args):
     """The differences from the controls: a row for each strategy, a marker for each setting."""
     _, sign, unit = DECIDING[args.task]
     names = [name for name in args.strategy if name != BASELINE]
-    tables = {title: table.reindex(names) for title, table in comparisons.items()}
-    labels = names
-    if len(tables) == 1:
-        (table,) = tables.values()
-        labels = [f"{name}\np = {p:.2g}" for name, p in table["p"].items()]
-    plot_dots(ax, labels, {title: table["mean"] for title, table in tables.items()},
+    tables = {title: table.loc[names] for title, table in comparisons.items()}
+    plot_dots(ax, names, {title: table["mean"] for title, table in tables.items()},
               errors={title: table["interval"] for title, table in tables.items()})
     ax.axvline(0, color="k", linewidth=0.8)
     direction = "more" if sign > 0 else "less"
     ax.set_xlabel(f"difference from {name_control(args)}\n[{unit}; {direction} is better]; bars: "
-                  "95 % interval of each alone,\nuncorrected; p: corrected after Holm for all")
+                  "95 % interval of each alone, uncorrected;\np in the table: corrected after Holm")
 
 
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def write_strategy_folder(records, parent, title, args):
-    """A new folder in `parent`, outputs/TASK/DATASET/STRATEGY: summary.txt and a picture of each
-    metric, its mean over the runs by epoch with the 95 % interval. Returns the folder."""
+def write_strategy_folder(runs, parent, args):
+    """A new folder of one strategy in `parent`: summary.txt and a picture of each metric, its mean
+    over the runs by epoch with the 95 % interval. Returns the folder."""
     folder = free_run_dir(parent)
     folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
-    last = records.groupby("seed").last()
-    lines = [f"{title}, runs: {args.runs}, after the last epoch; mean and 95 % interval",
-             f"samples: {mean_text(last['samples'], ',.0f')}",
-             f"seconds: {mean_text(last['seconds'])}"]
+    last = runs.groupby("seed").last()
+    lines = [f"{folder}, runs: {args.runs}, after the last epoch; mean and 95 % interval"]
     for metric, label in METRICS[args.task].items():
-        lines.append(f"{label}: {mean_text(last[metric], '.4f')}")
-        fig, (ax,) = new_figure(f"{title}, runs: {args.runs}", size=(7, 4))
-        values = pivot_runs(records, metric)
+        lines.append(f"{label}: {mean_text(last[metric], form='.4f')}")
+        fig, (ax,) = new_figure(f"{folder}, runs: {args.runs}", size=(7, 4))
+        values = pivot_runs(runs, metric)
         plot_curve(ax, np.arange(1, values.shape[1] + 1), values, label, marker="o")
         epoch_axis(ax)
         ax.set_ylabel(label)
@@ -1291,41 +1200,43 @@ def write_strategy_folder(records, parent, title, args):
 
 def run_experiment(args):
     """Train all strategies on all data sets with all seeds, then compare them."""
-    all_data, args = load_all(args)
+    all_data = load_all(args)
     run_dir = next_run_dir(args)
     records = train_all(all_data, args, run_dir)
-    comparisons, tables, texts, folders = {}, {}, [], []
+    comparisons, folders = {}, []
+    texts = [markdown_table([{"data set": data.name} | data.info for data in all_data.values()])]
     for (dataset, noise), setting in records.groupby(["dataset", "noise"], sort=False):
         title = name_setting(dataset, noise)
-        comparison = comparisons[dataset, noise] = compare(setting, args)
-        tables[title] = comparison_table(setting, comparison, args)
-        texts.append(summarize_setting(title, tables[title], comparison, all_data[dataset].info,
-                                       args))
-        plot_comparison(setting, comparison, title, args, run_dir / f"comparison_{title}.png")
-        runs = setting[~setting["control"] & (not args.quick)]
-        for strategy, own_runs in runs.groupby("strategy", sort=False):
-            parent = Path(args.output_dir, args.task, title, strategy)
-            folders.append(write_strategy_folder(own_runs, parent, f"{title}, {strategy}", args))
-    by_title = {name_setting(*setting): table for setting, table in comparisons.items()}
-    if len(by_title) > 1:
-        rows = len(by_title) * len(args.strategy)
+        comparisons[title] = compare(setting, args)
+        table = comparisons[title].drop(columns=["mean", "interval", "p"]).reset_index()
+        texts += [f"## {title}", markdown_table(table), *verdicts(comparisons[title], args)]
+        runs = setting[~setting["control"]]
+        plot_comparison(runs, comparisons[title], title, args, run_dir)
+        for name in args.strategy if not args.quick else ():
+            parent = Path(args.output_dir, args.task, title, name)
+            folders.append(write_strategy_folder(runs[runs["strategy"] == name], parent, args))
+    if len(comparisons) > 1:
+        rows = len(comparisons) * len(args.strategy)
         fig, (ax,) = new_figure(f"Mean of {args.runs} runs", size=(9, 2 + 0.25 * rows))
-        plot_differences(ax, by_title, args)
+        plot_differences(ax, comparisons, args)
         legend_below(ax, 3)
         save_figure(fig, run_dir / "benchmark.png")
-    if len(args.label_noise) > 1:
-        texts += [noise_table(comparisons, dataset, args) for dataset in all_data]
-    texts.append("±: half width of the 95 % interval over the seeds, of that figure alone. p: "
+    _, _, unit = DECIDING[args.task]
+    for dataset in all_data if len(args.label_noise) > 1 else ():
+        table = pd.DataFrame({f"{100 * noise:g} % wrong": comparisons[name_setting(dataset, noise)][
+            f"difference [{unit}]"] for noise in args.label_noise})
+        texts.append(f"## {dataset}: difference from {name_control(args)}, by share of wrong "
+                     f"labels\n\n{markdown_table(table.reset_index())}")
+    texts.append(f"±: half width of the 95 % interval over the seeds, of that figure alone. p: "
                  "paired t-test, after Holm's correction for all tests of a table; none where "
-                 "every seed has the same difference. Steps: batches; a control makes samples / "
-                 "batch size of them. Seconds: training and selection, without evaluation; runs "
-                 "side by side (--jobs) share the machine. The last two columns are until the "
-                 "metric reaches --target.")
+                 f"every seed has the same difference; * is p < {ALPHA}. Steps: batches; a control "
+                 "makes samples / batch size of them. Seconds: training and selection, without "
+                 "evaluation; runs side by side (--jobs) share the machine.")
     if folders:
         texts.append(f"Each strategy alone: {', '.join(folders)}")
-    results = {"data": {name: data.info for name, data in all_data.items()}, "tables": tables,
+    results = {"data": {name: data.info for name, data in all_data.items()},
                "comparisons": {title: table.reset_index().to_dict("records")
-                               for title, table in by_title.items()},
+                               for title, table in comparisons.items()},
                "records": records.to_dict("records"), "folders": folders}
     return write_results(results, "\n\n".join(texts), args, run_dir)
 
@@ -1353,8 +1264,7 @@ def list_datasets(args):
 
 def check_device():
     """Print what this machine computes with."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"auto: {detect_device()}; cuda: {gpus}; mps: {torch.backends.mps.is_available()}; "
+    print(f"auto: {detect_device()}; cuda devices: {torch.cuda.device_count()}; "
           f"cpu: {os.cpu_count()} cores; torch: {torch.__version__}")
 
 
