@@ -10,8 +10,9 @@ limits that vary from incident to incident as annotators do, so that even an ora
 intensity is right only 98 % of the time.
 
 Measured, five seeds: the transformer 95.80 ± 0.33 %, gradient boosting 95.80 ± 0.38, extra trees
-95.62 ± 0.18, logistic regression 94.48 ± 0.45, the oracle 98.17 ± 0.33, always "normal" 72.50 ± 1.85:
-the transformer is level with the best trees, not above them (`python fire.py --runs 5`).
+95.62 ± 0.18, logistic regression 94.48 ± 0.45, the oracle 98.17 ± 0.33, always "normal"
+72.50 ± 1.85: the transformer is level with the best trees, not above them
+(`python fire.py --runs 5`).
 
     python fire.py                                        # 1.5 M rows, about 5 minutes on 2 cores
     python fire.py --quick                                # small data, all outputs: under a minute
@@ -225,11 +226,11 @@ def parse_args(argv=None):
 # --- Data: the embedded generator ---------------------------------------------------------------
 
 
-def intensity(t, onset, growth, burn, decay, scale):
-    """Hidden intensity of an incident at `t` [s]: it grows quadratically, reaches `scale` after
-    `growth` seconds, keeps growing for `burn` seconds, then decays exponentially."""
-    grown = scale * (np.clip(t - onset, 0, growth + burn) / growth) ** 2
-    return grown * np.exp(-np.clip(t - onset - growth - burn, 0, None) / decay)
+def intensity(seconds, growth, burn, decay, scale):
+    """Hidden intensity of an incident `seconds` after its onset: it grows quadratically, reaches
+    `scale` after `growth` seconds, keeps growing for `burn` seconds, then decays exponentially."""
+    grown = scale * (np.clip(seconds, 0, growth + burn) / growth) ** 2
+    return grown * np.exp(-np.clip(seconds - growth - burn, 0, None) / decay)
 
 
 def lookalike(kind, t, start, length, rng):
@@ -263,8 +264,8 @@ def generate_block(area, block, seed):
     scale = 1.0
     if rng.random() >= 0.66:  # it smoulders and stays below the limit of fire
         scale = rng.uniform(0.35, 0.85) / (1 + burn / growth) ** 2
-    hidden = intensity(t, onset, growth, burn, decay, scale)
-    sensed = intensity(t, onset + lag, growth, burn, decay, scale)  # [sensors, time]
+    hidden = intensity(t - onset, growth, burn, decay, scale)
+    sensed = intensity(t - (onset + lag), growth, burn, decay, scale)  # [sensors, time]
     distance = 0.1 * rng.standard_normal() + 0.25 * rng.standard_normal((len(level), 1))
 
     x = level + swing * np.sin(2 * np.pi * (hours - 9) / 24)
@@ -444,8 +445,8 @@ def read_readings(frame, sensors, na_values):
 
 
 def read_labels(columns):
-    """Classes [rows] int8 of the label columns of all areas, end to end. A 1 is fire, unless a label
-    of any area is a 2, a warning or a fire."""
+    """Classes [rows] int8 of the label columns of all areas, end to end. A 1 is fire, unless a
+    label of any area is a 2, a warning or a fire."""
     column = pd.concat(columns)
     codes, labels = pd.factorize(column, use_na_sentinel=False)
     texts = pd.Series(labels).astype(str).str.strip().str.lower()
@@ -470,7 +471,7 @@ def find_columns(frame, address, args):
     times = find_time_column(frame, args)
     check_columns(frame, [label, times, *(args.columns or [])], address)
     if args.columns:
-        return args.columns, label, times
+        return [name for name in args.columns if name != label], label, times
     sensors, left_out = [], []
     for name in frame.columns.difference([label, times, args.area_column], sort=False):
         if DEVICE_COLUMN.fullmatch(name):
@@ -482,6 +483,8 @@ def find_columns(frame, address, args):
     if left_out:
         note(f"{address}: left out {left_out}, since a row index, a clock, a counter or a second "
              "label gives the answer away; --columns keeps them")
+    if not sensors:
+        raise UserError(f"{address}: no sensor column in {', '.join(frame)}")
     return sensors, label, times
 
 
@@ -545,9 +548,9 @@ def remove_drift(readings, rows):
 
 
 def cut_rows(labels, start, stop, gap):
-    """[(split, start, stop), …]: the rows from `start` to `stop` cut 70/15/15 % in order, with a gap
-    after each cut. If a stretch of `gap` normal rows begins within 5 % of the rows, the cut moves
-    to it, so that no incident is on both sides. Too few rows are for training."""
+    """[(split, start, stop), …]: the rows from `start` to `stop` cut 70/15/15 % in order, with a
+    gap after each cut. If a stretch of `gap` normal rows begins within 5 % of the rows, the cut
+    moves to it, so that no incident is on both sides. Too few rows are for training."""
     rows = stop - start
     if SPLITS["val"] * rows < 2 * gap:
         return [("train", start, stop)]
@@ -557,7 +560,8 @@ def cut_rows(labels, start, stop, gap):
         normal = labels[cut : cut + int(0.05 * rows) + gap] == 0
         quiet = np.convolve(normal, np.ones(gap), "valid") == gap
         cuts.append(cut + int(quiet.argmax()))
-    return [("train", start, cuts[0]), ("val", cuts[0] + gap, cuts[1]), ("test", cuts[1] + gap, stop)]
+    first, second = cuts
+    return [("train", start, first), ("val", first + gap, second), ("test", second + gap, stop)]
 
 
 def split_area(area, how, args):
@@ -735,8 +739,8 @@ def load_data(args):
 
 
 def make_data(areas, info, segments, seq_len, device):
-    """Data of `areas` {name: Area} as `info` describes them: normalized readings, each sensor in its
-    input column, and 0 in those for which an area has no sensor."""
+    """Data of `areas` {name: Area} as `info` describes them: normalized readings, each sensor in
+    its input column, and 0 in those for which an area has no sensor."""
     readings, labels, numbers = [], [], []
     for name, area in areas.items():
         described = info["areas"][name]
@@ -918,8 +922,8 @@ def smoke_times_co(features, labels, areas):
 
 
 def feature_importance(models, features, labels, info, seed):
-    """Table [features, tree models] of importances: the decrease of impurity; for boosting, the accuracy lost
-    by shuffling the feature in up to 2,000 of the windows [windows, features]."""
+    """Table [features, tree models] of importances: the decrease of impurity; for boosting, the
+    accuracy lost by shuffling the feature in up to 2,000 of the windows [windows, features]."""
     from sklearn.inspection import permutation_importance
 
     names = [f"{statistic} of {column}" for statistic in STATISTICS for column in info["columns"]]
@@ -988,8 +992,8 @@ def new_state(args, info):
 
 
 def is_finished(state, args):
-    """Whether all epochs are done, or the validation loss has not fallen for --patience epochs since
-    half of them."""
+    """Whether all epochs are done, or at least half of them, and the validation loss has not fallen
+    for --patience epochs."""
     epochs = len(state["history"])
     waited = epochs - max(state["best"]["epoch"], (args.epochs + 1) // 2)
     return epochs >= args.epochs or waited >= args.patience
@@ -1076,8 +1080,8 @@ def end_epoch(state, modules, args, run_dir):
 
 
 def classify(model, baselines, data, starts):
-    """Table [windows, models] of the classes that the transformer, the baselines, their vote and, if
-    there is one, the oracle answer."""
+    """Table [windows, models] of the classes that the transformer, the baselines, their vote and,
+    if there is one, the oracle answer."""
     from scipy.stats import mode
 
     logits, _ = predict(model, data, starts)
@@ -1124,7 +1128,7 @@ def detection_delays(model, baselines, data, info):
     rows = pd.Series(starts.cpu().numpy()) + data.seq_len - 1
     fires = rows.groupby((rows.diff() != 1).cumsum())
     onset, end = fires.transform("min"), fires.transform("max") + 1
-    labels = np.pad(data.labels.cpu(), (1, 1))  # one further on, so that the first has one before it
+    labels = np.pad(data.labels.cpu(), 1)  # labels[row + 1] is that of a row
     whole = (labels[onset] != 2) & (labels[end + 1] != 2)
     if not whole.any():
         return pd.DataFrame()
@@ -1273,7 +1277,7 @@ draw();
 
 
 def add_stage(stages, name, start_time):
-    """Append the time and the memory of a stage of the run, which ends now, to the list `stages`."""
+    """Append time and memory of a stage of the run, which ends now, to the list `stages`."""
     seconds = time.perf_counter() - start_time
     stages.append({"name": name, "seconds": seconds, "memory_mib": memory_mib()})
 

@@ -336,7 +336,8 @@ def test_columns_that_give_the_answer_away_are_left_out(tmp_path, capsys):
     areas = sensors_of(frame, tmp_path / "a.csv")
     assert areas["a"].sensors == list(fire.SENSORS["basement"])
     assert "left out ['Unnamed: 0', 'CNT', 'UTC']" in capsys.readouterr().err
-    assert sensors_of(frame, tmp_path / "a.csv", "--columns", "CNT", "co_ppm")["a"].sensors == ["CNT", "co_ppm"]
+    areas = sensors_of(frame, tmp_path / "a.csv", "--columns", "CNT", "co_ppm", "is_anomaly")
+    assert areas["a"].sensors == ["CNT", "co_ppm"]
 
 
 def test_any_number_of_sensors(tmp_path):
@@ -449,6 +450,7 @@ def bad_inputs(tmp_path):
         "empty label": (file("nolabel.csv", text.replace(",0\n", ",\n", 1)), ["row 1,", "'label'"]),
         "no label column": (file("none.csv", text.replace("label", "alarm")), ["'label'", "a, b, alarm"]),
         "misspelt label": (file("ok.csv", text, "--label-column", "labl"), ["'labl'", "a, b, label"]),
+        "no sensors": (file("few.csv", "label\n0\n2\n"), ["few.csv", "no sensor column"]),
         "few rows": (file("short.csv", text[: text.index("\n", 900)]), ["too few"]),
         "one class": (file("one.csv", "a,label\n" + "1,0\n2,0\n" * 1500), ["too few", "normal"]),
         "shuffled": (file("order.csv", stamped(times[::-1].to_numpy()).to_csv(index=False)),
@@ -956,6 +958,7 @@ def test_pasted_into_a_notebook_in_an_empty_folder(tmp_path):
     for default, small in (("300_000", "3_000"), ("128", "16"), ("100", "5")):
         assert f"default={default}," in script or f"default={default}, help" in script
         script = script.replace(f"default={default},", f"default={small},")  # main() is called as it is
+    script = script.replace("> 500_000 else 20)", "> 500_000 else 3)")  # epochs
     outputs = run_notebook(["%%writefile common.py\n" + (ROOT / "common.py").read_text(), script], tmp_path)
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 8  # the dashboard is redrawn in place
