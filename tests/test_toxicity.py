@@ -7,6 +7,7 @@ import json
 import os
 import pdb
 import pty
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 SMALL = ["--dataset", "embedded", "--from-scratch", "--sample-size", "400", "--max-length", "24", "--device", "cpu"]
 DENDRITES = [*SMALL, "--epochs", "4", "--switch-every", "2"]
 FILES = {"arguments.json", "results.json", "summary.md", "best_model.pt", "model_int8.pt", "learning_curves.png",
-         "pr_roc.png", "confusion_matrices.png", "deployments.png"}
+         "pr_roc.png"}
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +40,9 @@ def no_left_over_notes(monkeypatch):
 @pytest.fixture
 def fast(monkeypatch):
     """Runs without pictures and without a benchmark, where a test is about neither."""
-    speed = {"latency ms": 1.0, "p99 ms": 1.0, "texts/s": 1.0}
-    monkeypatch.setattr(toxicity, "benchmark", lambda classifier, texts: speed)
-    for name in ("plot_learning", "plot_curves", "plot_matrices", "plot_deployments"):
+    speed = {"MB": 1.0, "99 % latency [ms]": 1.0, "texts/s": 1}
+    monkeypatch.setattr(toxicity, "measure_speed", lambda classifier, texts: speed)
+    for name in ("plot_learning", "plot_curves"):
         monkeypatch.setattr(toxicity, name, lambda *arguments: None)
 
 
@@ -84,6 +85,14 @@ def plain(tmp_path_factory):
     return output, results
 
 
+@pytest.fixture(scope="session")
+def giant(plain, tmp_path_factory):
+    """A folder with a pretrained BERT."""
+    folder = tmp_path_factory.mktemp("giant") / "hf"
+    toxicity.main(["--export-hf", str(folder), "--output-dir", str(plain[0])])
+    return folder
+
+
 def model_of(run, name="best_model.pt"):
     return run[0] / "toxicity/run-001" / name
 
@@ -99,14 +108,6 @@ def write_csv(path, texts, labels):
 
 def load(*argv):
     return toxicity.load_data(toxicity.parse_args([str(word) for word in argv]))
-
-
-def random_tokens(count=37, seed=0):
-    """Tokens of texts of 3 to 30 random ids."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(3, 31, count)
-    ids = rng.integers(5, 30000, lengths.sum()).astype(np.int32)
-    return toxicity.Tokens(torch.from_numpy(ids), torch.from_numpy(np.cumsum([0, *lengths])))
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -168,7 +169,6 @@ def test_html_entities_are_characters(tmp_path):
 LABELS = [  # labels of a file that begins with them, further flags, what the labels then are
     (["0.6", "0.4"], [], [1, 0]),
     (["true", "False"], [], [1, 0]),
-    ([1.0, 0.0], ["--positive-label", "1"], [1, 0]),
     (["Toxic", "toxic ", "ok", "OK"], ["--positive-label", "toxic"], [1, 1, 0, 0]),
     (["none", "hate"], ["--positive-label", "hate"], [0, 1]),
     (["55", "3"], ["--label-threshold", "40"], [1, 0]),
@@ -188,10 +188,10 @@ REFUSED = [  # labels that cannot be placed, further flags, what the error names
     (["toxic", "", "ok"], ["--positive-label", "toxic"], "row 2"),
     (["1", "0", "-1"], [], "row 3"),
     (["1", "0", "-1"], ["--positive-label", "1"], "row 3"),
-    (["0", "80", "3"], [], "'80' is no number from 0 to 1"),
+    (["0", "80", "3"], [], "'80' is no label"),
     (["0", "1", "nan"], [], "row 3"),
-    (["good", "bad", "good"], [], "'good' 80"),
-    (["good", "bad", "good"], ["--positive-label", "worse"], "'bad' 40"),
+    (["good", "bad", "good"], [], "'good': 80"),
+    (["good", "bad", "good"], ["--positive-label", "worse"], "of one class only"),
 ]
 
 
@@ -211,7 +211,7 @@ def test_missing_labels_of_parquet_are_refused(tmp_path, error_line):
 def test_each_label_value_is_named_with_its_count(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], ["Toxic", "toxic ", "ok"] * 40)
     load("--data", path, "--positive-label", "toxic")
-    line = "labels: 'Toxic' is toxic (40), 'toxic ' is toxic (40), 'ok' is not toxic (40)"
+    line = "labels: toxic are {'Toxic': 40, 'toxic ': 40}, not toxic are {'ok': 40}"
     assert line in capsys.readouterr().err
 
 
@@ -227,7 +227,7 @@ def test_a_baseline_reads_all_classes_there_are(tmp_path):
     args = toxicity.parse_args(["--data", str(path), "--positive-label", "0"])
     data = toxicity.load_data(args)
     assert sorted(set(data.classes)) == [0, 1, 2]
-    scores = toxicity.fit_tfidf(data, args)(texts)
+    scores = toxicity.fit_baselines(data, args)["TF-IDF"][0](texts)
     assert scores[labels == 1].mean() > 2 * scores[labels == 0].mean()
 
 
@@ -238,17 +238,16 @@ def test_texts_without_spaces_have_a_baseline_too(tmp_path):
     texts = ["".join(rng.choice(letters[:-2], 9)) + ("白痴" if label else "") for label in labels]
     path = write_csv(tmp_path / "a.csv", texts, labels.astype(int))
     args = toxicity.parse_args(["--data", str(path)])
-    scores = toxicity.baseline_scores(toxicity.load_data(args), args)
-    assert set(scores) == {"TF-IDF", "majority class"}
+    assert set(toxicity.fit_baselines(toxicity.load_data(args), args)) == {"TF-IDF", "majority class"}
 
 
 def test_a_baseline_that_fails_is_noted(monkeypatch, capsys):
-    def fail(data, args):
+    def fail(model, data):
         raise ZeroDivisionError("no luck")
 
-    monkeypatch.setitem(toxicity.BASELINES, "TF-IDF", fail)
+    monkeypatch.setattr(toxicity, "fit_by_class", fail)
     args = toxicity.parse_args(SMALL)
-    assert list(toxicity.baseline_scores(toxicity.load_data(args), args)) == ["majority class"]
+    assert list(toxicity.fit_baselines(toxicity.load_data(args), args)) == ["majority class"]
     assert "TF-IDF left out: no luck" in capsys.readouterr().err
 
 
@@ -257,7 +256,7 @@ def test_civil_comments_are_streamed_once_and_kept(tmp_path, monkeypatch):
 
     asked = []
 
-    def load_dataset(name, split, streaming, cache_dir):
+    def load_dataset(name, split, streaming):
         asked.append((name, split, streaming))
         texts = ["shared text", *(f"{split} text {i}" for i in range(2000)), " "]
         rows = {"text": texts, "toxicity": [float(i % 10 == 0) / 2 for i in range(len(texts))], "x": texts}
@@ -268,7 +267,7 @@ def test_civil_comments_are_streamed_once_and_kept(tmp_path, monkeypatch):
     data = load("--sample-size", "500", "--data-dir", tmp_path)
     assert sorted(asked) == sorted(("google/civil_comments", split, True) for split in toxicity.SPLITS)
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 499, "validation": 99, "test": 100}
-    assert data.info["counts"]["test"].tolist() == [90, 10]
+    assert data.info["test"] == {"texts": 100, "toxic": 10}
     assert data.info["source"] == "civil_comments"
     again = load("--sample-size", "500", "--data-dir", tmp_path)
     assert len(asked) == 3
@@ -281,12 +280,11 @@ def test_without_a_hub_embedded_comments_are_used_and_never_for_a_named_dataset(
         raise OSError("no network here")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(name, "")  # restored after the test
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # restored after the test
     data = load("--sample-size", "200", "--data-dir", tmp_path)
     assert data.info["source"] == "embedded"
     assert "out of reach" in capsys.readouterr().err
-    assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
     argv = ["--dataset", "civil_comments", "--data-dir", tmp_path, "--output-dir", tmp_path]
     assert "out of reach" in error_line(toxicity, argv)
     assert "some/bert" in error_line(toxicity, [*SMALL[:2], "--model", "some/bert", "--output-dir", tmp_path])
@@ -296,15 +294,16 @@ def test_without_a_hub_embedded_comments_are_used_and_never_for_a_named_dataset(
 
 
 def test_buckets_give_the_logits_of_plain_padding():
-    tokens, model = random_tokens(), toxicity.build_bert(toxicity.TINY).eval()
+    rng, model = np.random.default_rng(0), toxicity.build_bert(toxicity.TINY).eval()
+    tokens = [torch.from_numpy(rng.integers(5, 30000, length)) for length in rng.integers(3, 31, 37)]
     bucketed = toxicity.predict_logits(model, tokens)
     ids = torch.zeros(37, 128, dtype=torch.long)
-    for i, (start, stop) in enumerate(zip(tokens.starts, tokens.starts[1:])):
-        ids[i, : stop - start] = tokens.ids[start:stop]
+    for i, row in enumerate(tokens):
+        ids[i, : len(row)] = row
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=(ids > 0).long()).logits
     torch.testing.assert_close(bucketed, whole, atol=2e-6, rtol=0)
-    seen = torch.cat(toxicity.bucket_batches(tokens.lengths, 5, shuffle=True))
+    seen = torch.cat(toxicity.bucket_batches(tokens, 5, shuffle=True))
     assert sorted(seen.tolist()) == list(range(37))
 
 
@@ -315,8 +314,7 @@ def test_the_vocabulary_is_the_same_in_every_run():
     assert first.to_str() == second.to_str()
     assert first.encode("You are a clown").tokens == ["[CLS]", "you", "are", "a", "clown", "[SEP]"]
     tokens = toxicity.tokenize(first, ["you are a clown " * 10, "you"], 8)
-    assert tokens.lengths.tolist() == [8, 3]
-    assert tokens.truncated == 0.5
+    assert [len(ids) for ids in tokens] == [8, 3]
 
 
 def test_the_share_of_texts_that_are_cut_is_noted(plain):
@@ -330,7 +328,8 @@ def test_the_share_of_texts_that_are_cut_is_noted(plain):
 
 def test_a_run_reports_parameters_and_switches(dendritic):
     output, results = dendritic
-    assert [epoch["parameters"] for epoch in results["history"]] == [4_386_178] * 2 + [4_800_902] * 2
+    model = results["models"]["BERT-Tiny from scratch" + " + dendrites" * (results["best_epoch"] > 2)]
+    assert model["parameters"] == (4_800_902 if results["best_epoch"] > 2 else 4_386_178)
     assert results["switches"] == [{"epoch": 2, "parameters": 4_800_902}]
     run = output / "toxicity/run-001"
     assert {path.name for path in run.iterdir()} == FILES
@@ -339,10 +338,10 @@ def test_a_run_reports_parameters_and_switches(dendritic):
 
 @pytest.fixture(scope="module")
 def perforated():
-    """(a model of perforatedai with two sets of random dendrites, the same in plain torch, a batch)."""
+    """(a model of perforatedai with random dendrites, the same in plain torch, a batch)."""
     torch.manual_seed(0)
     plain = toxicity.build_bert(toxicity.TINY | {"vocab_size": 200, "hidden_dropout_prob": 0.0})
-    model = toxicity.perforate(plain, 2, CPU)
+    model = toxicity.perforate(plain, CPU)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -350,9 +349,9 @@ def perforated():
     return model.eval(), toxicity.unpack_model(toxicity.pack_model(model)).eval(), batch
 
 
-def test_the_library_adds_dendrites_to_every_neuron(perforated):
+def test_the_library_adds_a_dendrite_to_every_neuron(perforated):
     wrapped = [module for module in perforated[0].modules() if hasattr(module, "dendrite_modules_added")]
-    assert [module.dendrite_modules_added for module in wrapped] == [2] * 14
+    assert [module.dendrite_modules_added for module in wrapped] == [1] * 14
     for module in wrapped:  # the neuron axis is the last one: the library saw 128, 512 or 2 neurons, not 9 tokens
         assert module.out_channels == module.main_module.out_features
         axes = [-1, 0] if module.name.endswith((".pooler.dense", ".classifier")) else [-1, -1, 0]
@@ -366,16 +365,15 @@ def test_plain_layers_compute_and_learn_what_the_library_does(perforated):
         network.zero_grad()
         logits = network(**batch).logits
         logits.square().sum().backward()
-        gradients.append((logits, {name: torch.cat([tensor.grad for tensor in tensors])
-                                   for name, tensors in toxicity.active_parameters(network).items()}))
+        gradients.append((logits, {name: weight.grad for name, weight in toxicity.live_weights(network).items()}))
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-    assert toxicity.count_active(model) == sum(weight.numel() for weight in plain.parameters())
+    assert toxicity.count_live(model) == sum(weight.numel() for weight in plain.parameters())
 
 
-def test_a_new_set_of_the_library_keeps_the_older_weights(perforated):
+def test_a_second_switch_keeps_the_dendrites(perforated):
     _, plain, batch = perforated
-    more = toxicity.perforate(plain, 3, CPU).eval()
-    torch.testing.assert_close(more(**batch).logits, plain(**batch).logits, atol=1e-5, rtol=1e-5)
+    again = toxicity.perforate(plain, CPU).eval()
+    torch.testing.assert_close(again(**batch).logits, plain(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_the_debugger_prompts_and_exits_of_the_library_become_errors():
@@ -387,14 +385,12 @@ def test_the_debugger_prompts_and_exits_of_the_library_become_errors():
     model = toxicity.build_bert(toxicity.TINY | {"vocab_size": 200})
     model.idle = nn.Linear(4, 4)  # a layer that forward leaves out: the library opens pdb
     with pytest.raises(toxicity.UserError, match="stopped"), toxicity.sandbox_perforatedai():
-        toxicity.add_by_library(model, 1, CPU)
+        toxicity.add_by_library(model, CPU)
     assert (Path.cwd(), pdb.set_trace) == before
 
 
 def test_without_perforatedai_one_line_says_what_to_install(tmp_path, monkeypatch, error_line):
-    find_spec = toxicity.importlib.util.find_spec
-    monkeypatch.setattr(toxicity.importlib.util, "find_spec",
-                        lambda name: None if name == "perforatedai" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "perforatedai", None)
     line = error_line(toxicity, [*DENDRITES, "--output-dir", tmp_path / "out"])
     assert "pip install perforatedai" in line
     assert not (tmp_path / "out").exists()
@@ -405,13 +401,15 @@ def test_a_wider_model_computes_the_same_and_has_the_size_of_the_dendrites():
     batch = {"input_ids": torch.randint(5, 999, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
     wide = toxicity.wider(model, None, None).eval()
     torch.testing.assert_close(wide(**batch).logits, model(**batch).logits)
-    assert abs(toxicity.count_active(wide) - 4_800_902) < 100
+    assert abs(toxicity.count_live(wide) - 4_800_902) < 100
 
 
 def test_dendrites_that_do_nothing_carry_nothing():
     tokenizer = toxicity.train_wordpiece(["you are a clown"] * 50)
     tokens = toxicity.tokenize(tokenizer, ["you are a clown", "are you a clown", "a clown", "you", "clown are"], 32)
-    grown = toxicity.grow_dendrites(toxicity.build_bert(toxicity.TINY | {"vocab_size": 3000}), 1).eval()
+    plain = toxicity.build_bert(toxicity.TINY | {"vocab_size": 3000}).eval()
+    assert toxicity.dendrite_share(plain, tokens) is None
+    grown = toxicity.replace_layers(plain, {nn.Linear: toxicity.DendriticLinear})
     assert toxicity.dendrite_share(grown, tokens) == 0
     for name, weight in grown.named_parameters():
         if "to_neuron" in name:
@@ -427,7 +425,7 @@ def test_switched_off_dendrites_leave_the_neurons(perforated):
             nn.init.zeros_(weight)
     off = toxicity.remove_dendrites(plain)
     torch.testing.assert_close(off(**batch).logits, silent(**batch).logits, atol=1e-5, rtol=1e-5)
-    assert toxicity.count_active(off) < toxicity.count_active(plain)
+    assert toxicity.count_live(off) < toxicity.count_live(plain)
 
 
 def test_an_arm_is_one_entry(fast, tmp_path, monkeypatch):
@@ -443,9 +441,20 @@ def test_an_arm_is_one_entry(fast, tmp_path, monkeypatch):
     results = toxicity.main(argv)
     assert [row["arm"] for row in results["table"]] == ["halve", "TF-IDF", "majority class", "plain"]
     assert results["seeds"] == [42, 43]
-    assert {"difference", "p"} <= set(results["table"][-1])
+    assert " ± " in results["table"][-1]["difference"]
     run = json.loads((tmp_path / "toxicity/run-001/seed-43-halve/results.json").read_text())
     assert run["switches"] == [{"epoch": 2, "parameters": 4_386_178}]
+
+
+def test_a_teacher_teaches_once_for_all_arms(fast, tmp_path, monkeypatch):
+    taught, teach = [], toxicity.teach
+    monkeypatch.setattr(toxicity, "ARMS", {"plain": None, "restart": toxicity.restart})
+    monkeypatch.setattr(toxicity, "DEFAULT_ARM", "plain")
+    monkeypatch.setattr(toxicity, "teach", lambda *given: taught.append(1) or teach(*given))
+    argv = [*DENDRITES, "--epochs", "1", "--sample-size", "200", "--compare-dendrites", "--distill", "tfidf",
+            "--output-dir", str(tmp_path)]
+    assert len(toxicity.main(argv)["table"]) == 4
+    assert len(taught) == 1
 
 
 def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch, error_line):
@@ -463,28 +472,27 @@ def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch,
     assert [row["arm"] for row in results["table"]] == ["plain", "TF-IDF", "majority class", "restart"]
 
 
-def test_a_teacher_has_not_seen_the_texts_that_it_scores(tmp_path, monkeypatch):
-    args = toxicity.parse_args([*SMALL, "--augment", "2"])
+def test_a_teacher_has_not_seen_the_texts_that_it_scores(monkeypatch):
+    args = toxicity.parse_args(SMALL)
     data = toxicity.load_data(args)
-    texts, _ = data.split("train")
+    data.splits["train"] = np.tile(data.splits["train"], 3)  # the same text is in one fold
+    asked = []
 
-    def fit(others):
+    def fit(model, others):
         seen = set(others.split("train")[0])
         assert len(seen) == pytest.approx(400 * 2 / 3, abs=2)
 
-        def answer(asked):
-            assert not seen & set(asked)
-            return np.tile([0.75, 0.25], (len(asked), 1))
+        def answer(texts):
+            assert not seen & set(texts)
+            asked.extend(texts)
+            return np.tile([0.75, 0.25], (len(texts), 1))
 
         return answer
 
-    monkeypatch.setattr(toxicity, "fit_tfidf_classes", fit)
-    lesson, probabilities = toxicity.teach(None, data, args, tmp_path)
-    assert lesson[:400] == texts
-    assert len(lesson) == 1200
-    np.testing.assert_allclose(probabilities, np.tile([0.75, 0.25], (1200, 1)), atol=1e-6)
-    assert np.mean([len(text.split()) for text in lesson[400:800]]) == pytest.approx(
-        0.8 * np.mean([len(text.split()) for text in texts]), rel=0.1)
+    monkeypatch.setattr(toxicity, "fit_by_class", fit)
+    lesson = toxicity.teach(None, data, args, None)
+    assert sorted(asked) == sorted(data.split("train")[0])
+    np.testing.assert_allclose(lesson, np.tile([0.75, 0.25], (1200, 1)), atol=1e-6)
 
 
 def test_a_student_learns_all_classes_from_tfidf(fast, tmp_path):
@@ -500,22 +508,22 @@ def test_a_student_learns_all_classes_from_tfidf(fast, tmp_path):
     student = load_model((tmp_path, None))
     examples = toxicity.make_examples(student.tokenizer, data, args, lesson)["train"]
     assert student.model.config.num_labels == 3
-    assert examples.epoch_size == len(data.splits["train"]) == len(examples.targets) / 5
+    assert len(data.splits["train"]) == len(examples.targets)
     assert examples.weights is None
     toxic = np.flatnonzero(student.toxic)
     labels = data.split("train")[1]
-    scores = examples.targets[: len(labels), toxic].sum(1).cpu().numpy()
+    scores = examples.targets[:, toxic].sum(1).cpu().numpy()
     assert scores[labels == 1].mean() > 1.5 * scores[labels == 0].mean()
     np.testing.assert_allclose(student.scores(texts[:9]), student.logits(texts[:9]).softmax(1)[:, toxic].sum(1))
 
 
-def test_a_student_learns_from_a_giant_that_was_trained(fast, tmp_path):
-    argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--distill", "giant", "--giant", "scratch",
-            "--giant-epochs", "1", "--augment", "1", "--sample-size", "200", "--output-dir", str(tmp_path)]
+def test_a_student_learns_from_a_giant_that_was_trained(fast, giant, tmp_path):
+    argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--distill", "giant", "--giant", str(giant),
+            "--giant-epochs", "1", "--sample-size", "200", "--output-dir", str(tmp_path)]
     results = toxicity.main(argv)
-    giant = load_model((tmp_path, None), "giant.pt").model
-    norms = [weight for name, weight in giant.named_parameters() if name.endswith("LayerNorm.weight")]
-    assert all((weight != 1).any() for weight in norms)  # 1 at first
+    weights = load_model((tmp_path, None), "giant.pt").model.state_dict()
+    before = toxicity.load_pretrained(str(giant), 2)[0].state_dict()
+    assert all((weights[name] != before[name]).any() for name in weights if name.endswith("LayerNorm.weight"))
     assert [row["criterion"].split()[0] for row in results["giant_killer"]] == ["F1", "speed", "size", "99"]
     assert "frozen encoder" in results["models"]
 
@@ -575,19 +583,16 @@ def test_training_texts_are_known_by_their_hashes(fast, tmp_path, error_line):
     path, out = write_csv(tmp_path / "a.csv", texts[:300], labels[:300]), ["--output-dir", tmp_path / "out"]
     flags = ["--from-scratch", "--arm", "plain", "--epochs", "1", "--max-length", "16"]
     toxicity.main([str(word) for word in ["--data", path, *flags, *out]])
-    copy = write_csv(tmp_path / "copy.csv", [f" {text.upper()}" for text in texts[300:] + texts[:300]],
-                     np.roll(labels, 300))
-    assert "were used to train" in error_line(toxicity, ["--evaluate", "--data", copy, *out])
-    results = toxicity.main(["--evaluate", "--output-dir", str(tmp_path / "out")])
-    assert results["data"]["rows"] == 300  # its own test part
-    new = sorted(set(texts[300:]) - set(texts[:300]))
-    other = write_csv(tmp_path / "other.csv", new, [labels[texts.index(text)] for text in new])
-    results = toxicity.main([str(word) for word in ["--evaluate", "--data", other, *out]])
-    assert np.sum(results["models"]["BERT-Tiny from scratch"]["confusion_matrix"]) == len(new)
-    write_csv(path, texts[:300][::-1], labels[:300][::-1])
-    toxicity.main(["--quantize", *map(str, out)])  # the split does not depend on the order of rows
-    write_csv(path, texts[:250], labels[:250])  # but on which there are
-    assert "were used to train" in error_line(toxicity, ["--quantize", *out])
+    copy = write_csv(tmp_path / "copy.csv", [f" {text.upper()}" for text in texts], labels)
+    results = toxicity.main([str(word) for word in ["--evaluate", "--data", copy, *out]])
+    hashes = load_model((tmp_path / "out", None)).hashes.tolist()
+    new = [text for text in texts if toxicity.hash_texts([text]).item() not in hashes]
+    assert 300 < len(new) < 400
+    left = len(texts) - len(new)
+    assert any(f"{left:,} of 600 texts were used to train" in line for line in results["notes"])
+    only = [text for text in texts[:300] if text not in new]
+    path = write_csv(tmp_path / "only.csv", only, np.arange(len(only)) % 2)
+    assert "not of both classes" in error_line(toxicity, ["--evaluate", "--data", path, *out])
 
 
 def test_foreign_and_truncated_files_are_refused(dendritic, tmp_path, error_line):
@@ -597,7 +602,7 @@ def test_foreign_and_truncated_files_are_refused(dendritic, tmp_path, error_line
     torch.save({"model": {}}, tmp_path / "other.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pt")  # a pickled class is not loaded
     state = torch.load(model_of(dendritic), weights_only=True)
-    state["model"]["dendrites"] = 1 - state["model"]["dendrites"]
+    state["model"]["config"]["hidden_size"] = 64
     torch.save(state, tmp_path / "layout.pt")
     for name in ("half", "text", "other", "pickle", "layout", "absent"):
         for mode in (["--evaluate", tmp_path / f"{name}.pt"],
@@ -629,13 +634,14 @@ def test_the_threshold_is_chosen_on_validation_alone():
     labels = (rng.random(600) < 0.3).astype(np.int64)
     scores = np.clip(labels * 0.3 + rng.random(600) * 0.7, 0, 1)
     splits = {split: np.arange(200 * i, 200 * i + 200) for i, split in enumerate(toxicity.SPLITS)}
-    data = toxicity.Data([""] * 600, labels, labels, splits, {})
+    texts = np.repeat(toxicity.SPLITS, 200).tolist()
+    data = toxicity.Data(texts, labels, labels, splits, {})
     thresholds = []
     for shift in (0.0, 0.25):  # other scores on the test part must not move the threshold
         rows = {"validation": scores[200:400], "test": (scores[400:] - shift).clip(0)}
-        metrics = toxicity.evaluate({"model": rows}, data, {})["model"]
-        low, high = metrics["f1_interval"]
-        assert low < metrics["f1"] < high
+        _, metrics = toxicity.evaluate(lambda texts, rows=rows: rows[texts[0]], data)
+        low, high = map(float, metrics["95 % interval"].split(" to "))
+        assert low < metrics["F1"] < high
         thresholds.append(metrics["threshold"])
     assert thresholds[0] == thresholds[1]
 
@@ -667,13 +673,12 @@ def test_the_calibration_error_of_its_definition():
 
 def test_int8_is_small_and_agrees_with_the_float_model(dendritic, tmp_path):
     results = toxicity.main(["--quantize", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
-    _, int8 = results["deployments"]
-    assert int8["MB"] < 6
+    assert results["models"]["BERT-Tiny from scratch" + " + dendrites" * (dendritic[1]["best_epoch"] > 2)
+                             + ", int8"]["MB"] < 6
     texts = toxicity.generate_comments(50, seed=9)[0]
     scores = [load_model(run, name).scores(texts) for run, name in
               ((dendritic, "best_model.pt"), ((tmp_path, None), "model_int8.pt"))]
     np.testing.assert_allclose(*scores, atol=0.005)
-    assert results["largest_logit_difference"] < 0.05
 
 
 def test_a_score_in_int8_does_not_depend_on_the_neighbours(dendritic):
@@ -687,27 +692,29 @@ def test_a_score_in_int8_does_not_depend_on_the_neighbours(dendritic):
 def test_onnx_agrees_with_the_float_model(dendritic, tmp_path):
     pytest.importorskip("onnxruntime")
     results = toxicity.main(["--export-onnx", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
-    full, onnx = results["deployments"]
-    assert results["largest_logit_difference"] < 1e-4
+    full, onnx = list(results["models"].values())[:2]
     assert onnx["F1"] == full["F1"]
+    classifier, texts = load_model(dendritic), toxicity.generate_comments(50, seed=9)[0]
+    exported = toxicity.replace(classifier, model=toxicity.OnnxModel(tmp_path / "toxicity/run-001/model.onnx"))
+    np.testing.assert_allclose(exported.scores(texts), classifier.scores(texts), atol=1e-5)
     assert (tmp_path / "toxicity/run-001/tokenizer.json").exists()
 
 
-def test_int8_is_not_made_of_int8(dendritic, error_line):
+def test_int8_is_not_exported(dendritic, error_line):
     path = model_of(dendritic, "model_int8.pt")
-    for flags in (["--quantize"], ["--export-hf", "x"]):
+    for flags in (["--export-onnx"], ["--export-hf", "x"]):
         assert "int8" in error_line(toxicity, [*flags, "--checkpoint", path])
 
 
 def test_speed_is_measured_beside_a_bert_base(plain, tmp_path, monkeypatch, error_line):
     argv = ["--checkpoint", str(model_of(plain)), "--output-dir", str(tmp_path)]
     results = toxicity.main(["--benchmark-only", *argv])
-    tiny, base = results["deployments"]
-    assert (tiny["parameters"], base["parameters"]) == (4_386_178, 109_483_778)
-    assert tiny["latency ms"] <= tiny["p99 ms"]
-    assert results["times_base"] > 5
-    monkeypatch.setattr(toxicity.importlib.util, "find_spec", lambda name: None)
-    assert "pip install onnx onnxruntime" in error_line(toxicity, ["--export-onnx", *argv])
+    tiny, base = list(results["models"].values())[:2]
+    assert base["MB"] == pytest.approx(4 * 109.483778)
+    assert tiny["median latency [ms]"] <= tiny["99 % latency [ms]"]
+    assert tiny["texts/s"] > 5 * base["texts/s"]
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert "pip install onnx" in error_line(toxicity, ["--export-onnx", *argv])
 
 
 def test_int8_layers_against_their_definition():
@@ -722,11 +729,10 @@ def test_int8_layers_against_their_definition():
     torch.testing.assert_close(toxicity.Int8Embedding(embedding)(ids), embedding(ids), atol=0.02, rtol=0)
 
 
-def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, tmp_path, error_line):
+def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, giant, tmp_path, error_line):
     from transformers import pipeline
 
-    folder = tmp_path / "hf"
-    toxicity.main(["--export-hf", str(folder), "--output-dir", str(plain[0])])
+    folder = shutil.copytree(giant, tmp_path / "hf")
     classify = pipeline("text-classification", str(folder), device="cpu")
     score = load_model(plain).scores(["You are a complete clown"])[0]
     answer = classify("You are a complete clown")[0]
@@ -736,8 +742,7 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
     argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--model", str(folder), "--output-dir", str(tmp_path)]
     argv.remove("--from-scratch")
     results = toxicity.main(argv)
-    assert results["parameters"] == 4_386_178
-    assert "hf" in results["models"]
+    assert results["models"]["hf"]["parameters"] == 4_386_178
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     assert "no BERT" in error_line(toxicity, argv)
     os.remove(folder / "model.safetensors")
@@ -745,7 +750,7 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
 
 
 def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matter(dendritic, tmp_path, error_line):
-    classifier = toxicity.replace(load_model(dendritic), model=toxicity.perforate(load_model(dendritic).model, 1, CPU))
+    classifier = toxicity.replace(load_model(dendritic), model=toxicity.perforate(load_model(dendritic).model, CPU))
     packed = toxicity.pack_model(classifier.model)
     idle = toxicity.replace(classifier, model=toxicity.unpack_model(packed).eval()).save(tmp_path / "idle.pt")
     toxicity.main(["--export-hf", str(tmp_path / "hf"), "--checkpoint", str(tmp_path / "idle.pt")])
@@ -756,19 +761,19 @@ def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matte
     torch.testing.assert_close(toxicity.predict_logits(plain, tokens), toxicity.predict_logits(idle.model, tokens),
                                atol=0.02, rtol=0)
     for name, weight in idle.model.named_parameters():
-        if "to_neuron" in name or ".linear.weight" in name:
+        if "to_neuron" in name or "dendrite" in name:
             nn.init.normal_(weight, std=0.5)
     idle.save(tmp_path / "busy.pt")
     line = error_line(toxicity, ["--export-hf", tmp_path / "hf2", "--checkpoint", tmp_path / "busy.pt"])
     assert "a score changes by" in line
 
 
-def test_a_giant_is_really_trained_before_it_is_compared(plain, tmp_path):
-    results = toxicity.main(["--compare-base", "--giant", "scratch", "--giant-epochs", "1", "--checkpoint",
+def test_a_giant_is_fine_tuned_and_compared(fast, plain, giant, tmp_path):
+    results = toxicity.main(["--compare-base", "--giant", str(giant), "--giant-epochs", "1", "--checkpoint",
                              str(model_of(plain)), "--output-dir", str(tmp_path)])
-    assert list(results["models"])[1] == "small giant from scratch"
+    assert list(results["models"])[1] == "giant hf"
     assert "frozen encoder" in results["models"]
-    assert results["giant_killer"][0]["asked"] == "at least 98 %"
+    assert results["giant_killer"][0]["asked"] == "at least 98"
 
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
@@ -777,7 +782,7 @@ def test_a_giant_is_really_trained_before_it_is_compared(plain, tmp_path):
 def test_texts_and_lines_are_scored(dendritic, monkeypatch, capsys):
     argv = ["--predict", "--format", "json", "--output-dir", str(dendritic[0])]
     monkeypatch.setattr(sys, "stdin", io.StringIO("you are a clown\n\n  \nthis joke killed me\n"))
-    assert toxicity.main(argv) == {"rows": [], "count": 2}  # a stream may be endless
+    assert toxicity.main(argv) == {"rows": []}  # a stream may be endless
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == ["you are a clown", "this joke killed me"]  # no empty line
     threshold = load_model(dendritic).threshold
@@ -789,22 +794,7 @@ def test_texts_and_lines_are_scored(dendritic, monkeypatch, capsys):
 
 def test_the_majority_class_calls_nothing_toxic(plain):
     row = plain[1]["models"]["majority class"]
-    assert (row["f1"], row["recall"]) == (0, 0)
-
-
-def test_the_same_text_is_in_one_fold_of_the_teachers(monkeypatch):
-    args = toxicity.parse_args([*SMALL, "--augment", "0", "--device", "cpu"])
-    data = toxicity.load_data(args)
-    data.splits["train"] = np.tile(data.splits["train"], 3)
-    taught = []
-
-    def record(data):
-        known = set(data.split("train")[0])
-        return lambda texts: taught.append(known & set(texts)) or np.full((len(texts), 2), 0.5)
-
-    monkeypatch.setattr(toxicity, "fit_tfidf_classes", record)
-    toxicity.teach(None, data, args, None)
-    assert taught == [set()] * toxicity.FOLDS
+    assert (row["F1"], row["recall"]) == (0, 0)
 
 
 def test_evaluate_scores_all_texts_of_another_file(plain, tmp_path):
@@ -813,20 +803,15 @@ def test_evaluate_scores_all_texts_of_another_file(plain, tmp_path):
     path.write_text("text,toxicity\n" + "\n".join(rows))
     results = toxicity.main(["--evaluate", "--checkpoint", str(model_of(plain)), "--data", str(path), "--sample-size",
                              "100", "--output-dir", str(tmp_path)])
-    assert results["data"]["rows"] == 700
+    assert sum(results["data"][split]["texts"] for split in toxicity.SPLITS) == 700
 
 
-@pytest.mark.parametrize("words", [["--learning-rate", "0"], ["--learning-rate", "-1"]])
-def test_a_learning_rate_must_be_above_zero(words, capsys):
-    with pytest.raises(SystemExit):
-        toxicity.parse_args(words)
-    assert "--learning-rate must be above 0" in capsys.readouterr().err
-
-
-def test_quick_takes_a_file_or_a_model_of_ones_own():
-    args = toxicity.parse_args(["--quick", "--data", "a.csv"])
-    assert (args.dataset, args.from_scratch) == (None, True)
-    assert not toxicity.parse_args(["--quick", "--model", "folder"]).from_scratch
+def test_quick_takes_a_file_or_a_model_of_ones_own(giant, tmp_path):
+    texts, labels = toxicity.generate_comments(300, seed=5)
+    path = write_csv(tmp_path / "a.csv", texts, labels)
+    assert load("--quick", "--data", path).info["source"] == "a.csv"
+    args = toxicity.parse_args(["--quick", "--model", str(giant)])
+    assert toxicity.make_model(args, texts, 2)[2] == "hf"
 
 
 def test_control_characters_are_escaped_in_the_table(dendritic, capsys):
@@ -836,8 +821,6 @@ def test_control_characters_are_escaped_in_the_table(dendritic, capsys):
 
 def test_predictions_need_texts_in_utf_8(dendritic, monkeypatch, error_line):
     argv = ["--predict", "--output-dir", dendritic[0]]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    assert "no text" in error_line(toxicity, argv)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("schön".encode("latin-1")), encoding="utf-8"))
     assert "not UTF-8" in error_line(toxicity, argv)
 
@@ -850,7 +833,7 @@ def test_lines_stream_and_a_reader_may_leave(dendritic, tmp_path):
     process.stdin.write(lines)
     process.stdin.flush()
     process.stdout.readline()
-    assert process.stdout.readline().endswith(b"you are a clown\n")  # an answer before the input ends
+    assert process.stdout.readline().endswith(b"'you are a clown'\n")  # an answer before the input ends
     process.stdout.close()
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(100 * lines)
@@ -878,7 +861,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
     contents = {
         "latin.csv": "text,toxicity\nschön,1\n".encode("latin-1"),
         "latin.jsonl": '{"text": "schön", "toxicity": 1}\n'.encode("latin-1"),
-        "empty.csv": b"", "head.csv": b"text,toxicity\n", "comments.xlsx": b"x",
+        "empty.csv": b"", "head.csv": b"text,toxicity\n", "comments.xlsx": b"PK\x03\x04\xff",
         "comma.csv": b"text,toxicity\ngood,0\nwell, well,1\n", "broken.json": b'[{"text": "a"',
         "nested.json": b'[{"text": ["a"], "toxicity": 1}]',
     }
@@ -888,14 +871,13 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         file.write(good.read_bytes())
     (tmp_path / "cut.csv.gz").write_bytes((tmp_path / "cut.csv.gz").read_bytes()[:500])
     cases = [
-        ([good, "--text-column", "comment"], "one column 'comment' is needed, there are text, toxicity"),
-        ([blank], "row 5 of the data, column 'text': ' ' is an empty text"),
-        ([one], "0 of them toxic"),
+        ([good, "--text-column", "comment"], "no column 'comment' among text, toxicity"),
+        ([blank], "row 5 of the data, column 'text': ' ' is no text"),
+        ([one], "of one class only"),
         ([tmp_path / "latin.csv"], "utf-8"), ([tmp_path / "latin.jsonl"], "utf-8"),
-        ([good, "--text-column", "toxicity"], "are the same"),
-        ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "no rows"),
-        ([tmp_path / "comments.xlsx"], ".csv, .tsv"), ([tmp_path / "absent.csv"], "absent.csv"),
-        ([tmp_path], ".csv, .tsv"), ([tmp_path / "comma.csv"], "Row #3: Expected 2 columns, got 3"),
+        ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "head.csv"),
+        ([tmp_path / "comments.xlsx"], "utf-8"), ([tmp_path / "absent.csv"], "absent.csv"),
+        ([tmp_path], str(tmp_path)), ([tmp_path / "comma.csv"], "Expected 2 fields in line 3, saw 3"),
         ([tmp_path / "broken.json"], "broken.json"), ([tmp_path / "nested.json"], "is no text"),
         ([tmp_path / "cut.csv.gz"], "cut.csv.gz"),
     ]
@@ -906,10 +888,10 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
 
 ARGUMENTS = [
     (["--epochs", "0"], "--epochs"), (["--nonsense"], "--nonsense"), (["--device", "tpu"], "--device"),
-    (["--epochs", "10"], "before the first switch"), (["--data", "x.csv", "--dataset", "embedded"], "different texts"),
-    (["--checkpoint", "x.pt"], "goes with"), (["--model", "x", "--from-scratch"], "exclude"),
+    (["--data", "x.csv", "--dataset", "embedded"], "not allowed with"), (["--learning-rate", "-1"], "too small"),
+    (["--model", "x", "--from-scratch"], "not allowed with"), (["--label-threshold", "0"], "too small"),
     (["--resume", "--seed", "1"], "--resume"), (["--quantize", "--predict", "hello"], "not allowed with"),
-    (["--sample-size", "7"], "at least 100"), (["--max-length", "600", *SMALL[:5]], "--max-length"),
+    (["--sample-size", "-7"], "too small"), (["--max-length", "600", *SMALL[:5]], "--max-length"),
     (["--evaluate"], "train first"), (["--predict", "hello"], "train first"),
     ([*DENDRITES, "--learning-rate", "1e9"], "not finite"), ([*SMALL[:2], "--model", "/tmp"], "no BERT"),
 ]
@@ -930,7 +912,7 @@ def test_a_giant_that_is_not_there_is_an_error_before_training(plain, tmp_path, 
 def test_real_tweets_are_read():
     data = load("--data", TWEETS, "--text-column", "tweet", "--label-column", "class", "--positive-label", "0",
                 "--sample-size", "0")
-    assert data.info["rows"] == 24_783
+    assert len(data.texts) == 24_783
     assert data.labels.sum() == 1_430
     assert len(data.splits["test"]) == pytest.approx(2_478, abs=3)
     assert not any("&amp;" in text for text in data.texts)
