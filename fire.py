@@ -593,12 +593,16 @@ def split_area(area, how, args):
 
 def sample_blocks(stretches, labels, split, args, seed):
     """Blocks [(start, stop), …] of `stretches` with about a split's share of --sample-per-area
-    rows; if there are at most 10 % more, all of them. They are drawn at random, but for training
-    those with incidents first, until they have INCIDENT_SHARE of the rows."""
-    rows = SPLITS[split] * args.sample_per_area
+    rows, drawn at random; if there are at most 10 % more, all of them.
+
+    Validation and test take few long blocks, which leave fires whole. Training takes many short
+    ones, those with incidents first, until they have INCIDENT_SHARE of the rows.
+    """
+    rows = int(SPLITS[split] * args.sample_per_area)
     if sum(stop - start for start, stop in stretches) <= 1.1 * rows:
         return stretches
-    block_rows = max(args.seq_len, args.sample_per_area // 100)
+    block_rows = min(50 * args.seq_len, rows // 10) if split == "train" else rows // 4
+    block_rows = max(args.seq_len, block_rows)
     blocks = [(begin, min(begin + block_rows, stop)) for start, stop in stretches
               for begin in range(start, stop - args.seq_len + 1, block_rows)]
     blocks = np.random.default_rng(seed).permutation(blocks)
