@@ -218,6 +218,10 @@ def parse_args(argv=None):
         parser.error("--patch-len must divide --seq-len, and --num-heads must divide --d-model")
     if not 0 <= args.dropout < 1:
         parser.error("--dropout must be at least 0 and below 1")
+    if args.seq_len < 2 or args.learning_rate <= 0:
+        parser.error("--seq-len must be at least 2, --learning-rate above 0")
+    if min(args.seed, args.gain_noise, args.baseline_seconds or 0) < 0:
+        parser.error("--seed, --gain-noise and --baseline-seconds must not be negative")
     if args.predict and not args.checkpoint:
         parser.error("--predict needs --checkpoint, the transformer.pt of a run")
     return args

@@ -56,7 +56,7 @@ def fire_training(repeats=5):
     args = fire.parse_args(["--sample-per-area", "50000", "--epochs", "1", "--steps-per-epoch", "40"])
     data, info = fire.load_data(args)
     data.segments["val"] = data.segments["test"] = torch.tensor([[0, 60]])  # training alone is timed
-    device, weights = args.device, torch.ones(3, device=args.device)
+    device = args.device
     model = fire.make_model(vars(args), info).to(device)
     starts = data.random_starts("train", args.steps_per_epoch * args.batch_size, torch.Generator().manual_seed(0))
     batches = [data.windows(rows) for rows in starts.split(args.batch_size)]
@@ -68,7 +68,7 @@ def fire_training(repeats=5):
         for x, area, label in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
                 logits, risk = model(x, area)
-            clipped_step(model, optimizer, fire.fire_loss(logits.float(), risk.float(), label, weights))
+            clipped_step(model, optimizer, fire.fire_loss(logits.float(), risk.float(), label))
 
     def ours():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):

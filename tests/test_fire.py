@@ -481,6 +481,8 @@ def test_every_error_is_one_line_with_exit_code_2(tmp_path, error_line):
     (["--epochs", "0"], ["--epochs: 0 is too small"]),
     (["--dropout", "x"], ["--dropout", "'x'"]),
     (["--dropout", "2"], ["--dropout must be"]),
+    (["--learning-rate", "-1"], ["--learning-rate above 0"]),
+    (["--seed", "-1"], ["--seed, --gain-noise"]),
     (["--epoch", "3"], ["--epoch"]),
     (["--device", "tpu"], ["'tpu'"]),
     (["--predict", "x.csv"], ["--checkpoint"]),
