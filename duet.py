@@ -53,6 +53,7 @@ import socket
 import subprocess
 import sys
 import time
+import timeit
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +71,9 @@ from common import (MARKERS, detect_device, has_bfloat16, in_notebook, legend_be
                     seed_everything)
 
 EXPERIMENT = "duet"
-SEQ_LEN, PATCH_LEN, STRIDE = 96, 16, 8
+SEQ_LEN = 96
+PATCH_LEN = 16
+STRIDE = 8
 D_MODEL = 64
 DROPOUT = 0.1
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
@@ -246,9 +249,9 @@ def name_to_words(name):
 
 
 def normalize_dataset(data):
-    """Scale the columns by the training part; returns `data`.
+    """Scale the columns by the training part, without those that do not vary there; returns `data`.
 
-    Raises UserError where a part lacks windows, or the training part a second class.
+    Raises UserError where no column varies, or a part lacks windows.
     """
     counts = {split: np.bincount(data.labels[windows], minlength=len(data.classes)).tolist()
               for split, windows in data.splits.items()}
@@ -260,16 +263,19 @@ def normalize_dataset(data):
     with warnings.catch_warnings(action="ignore"):  # the mean of an empty column, an overflow
         mean = np.nanmean(series[in_train], axis=0)
         std = np.nanstd(series[in_train], axis=0)
-    useless = np.isinf(std) | ~(std > 1e-12 * np.abs(mean))
-    if useless.any():
-        note(f"{data.name}: constant, empty or too large in the training part: "
-             f"{', '.join(itertools.compress(data.columns, useless))}")
-    std[useless] = 1
-    data.mean, data.std = mean.tolist(), std.tolist()
-    data.series = standardize(np.asfortranarray(series), mean, std)  # time lies together in memory
+    varies = np.isfinite(std) & (std > 1e-12 * np.abs(mean))
+    if not varies.all():
+        note(f"{data.name}: left out, constant, empty or too large in the training part: "
+             f"{', '.join(itertools.compress(data.columns, ~varies))}")
+    data.columns = list(itertools.compress(data.columns, varies))
+    if not data.columns or data.target not in [None, *data.columns]:
+        raise UserError(f"{data.name}: no column, or not --target, varies in the training part")
+    data.mean = mean[varies].tolist()
+    data.std = std[varies].tolist()
+    data.series = standardize(series[:, varies], data.mean, data.std)
     if data.target:  # rounded like the series, so that a value at a limit stays there
         target = data.columns.index(data.target)
-        data.limits = standardize(data.limits, mean[target], std[target]).tolist()
+        data.limits = standardize(data.limits, data.mean[target], data.std[target]).tolist()
     digest = hashlib.sha256(data.series.tobytes() + data.labels.tobytes())
     data.info |= {"sha256": digest.hexdigest(), "windows": counts, "classes": data.classes,
                   "missing": float(np.isnan(data.series).mean()), "columns": data.columns}
@@ -364,7 +370,8 @@ def original_dataset(name, seed):
     test; 5 % of the values are NaN, 3 % in user_metrics.
     """
     rng = np.random.default_rng(seed)
-    columns, windows = EMBEDDED[name][0], 1000
+    columns = EMBEDDED[name][0]
+    windows = 1000
     labels = rng.integers(3, size=windows)
     t = np.linspace(0, 1, SEQ_LEN)
     wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)[..., None]  # [windows, time, 1]
@@ -377,10 +384,11 @@ def original_dataset(name, seed):
 def synthetic_schema(number, windows):
     """Data set `number` of a family with the same classes, 3 to 12 columns and their own names."""
     rng = np.random.default_rng([1, number])
-    round_number = number // len(TEMPERATURES)  # from the second on, names begin with a place
-    coupled = [names[number % len(names)] for names in (TEMPERATURES, POWERS)]
+    round_number = number // 6  # from the second on, names begin with a place
+    coupled = [TEMPERATURES[number % 6], POWERS[number % 6]]
     if round_number:
-        coupled = [f"{SITES[(round_number - 1) % 8]}{round_number}_{name}" for name in coupled]
+        site = SITES[(round_number - 1) % 8]
+        coupled = [f"{site}{round_number}_{name}" for name in coupled]
     others = rng.permutation(OTHERS)[: rng.integers(1, 11)]
     names = rng.permutation([*coupled, *others]).tolist()
     columns = {name: (rng.uniform(-5, 50), rng.uniform(0.5, 20)) for name in names}
@@ -405,7 +413,8 @@ def read_csv(path):
     except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
     frame.index = pd.RangeIndex(2, len(frame) + 2, name="row")  # row 1 is the header
-    dates, numbers = [], {}
+    dates = []
+    numbers = {}
     for name, column in frame.items():
         values = parse_numbers(column)
         wrong = values.isna() & column.notna()
@@ -456,7 +465,8 @@ def sort_dates(path, text):
         return np.arange(len(times))
     order = np.argsort(times.to_numpy(), kind="stable")
     steps = times.iloc[order].diff()
-    falls, repeats = (np.diff(order) < 0).sum(), times.duplicated().sum()
+    falls = (np.diff(order) < 0).sum()
+    repeats = times.duplicated().sum()
     gaps = (steps > 1.5 * steps.median()).sum()
     if falls or repeats or gaps:
         note(f"{path}: {falls:,} dates out of order, {repeats:,} repeated, {gaps:,} after a gap; "
@@ -487,7 +497,8 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     if target not in numbers:
         raise UserError(f"{path}: --target {target!r} is not one of the numeric columns "
                         f"{', '.join(numbers)}")
-    series, values = numbers.to_numpy(copy=True), numbers[target].to_numpy()
+    series = numbers.to_numpy(copy=True)
+    values = numbers[target].to_numpy()
     starts = np.arange(len(series) - SEQ_LEN)
     first_test = int(0.8 * len(starts))
     if first_test < 10 * SEQ_LEN:
@@ -516,7 +527,8 @@ def read_archive_file(path):
     A .ts file has a header, and `?` for a missing value; a .tsv or .txt file has one case a line,
     the class first. A file without classes has `?` as labels.
     """
-    cases, labels = [], []
+    cases = []
+    labels = []
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if re.search(r"(?im)^@targetlabel\s+true", text):
@@ -549,7 +561,9 @@ def stack_cases(cases, seq_len):
 
 def archive_dataset(name, files):
     """The data set of one archive file, or of NAME_TRAIN and NAME_TEST together."""
-    cases, texts, is_test = [], [], []
+    cases = []
+    texts = []
+    is_test = []
     for file in files:
         file_cases, file_labels = read_archive_file(file)
         cases += file_cases
@@ -600,7 +614,8 @@ def group_files(paths):
 def load_datasets(args):
     """The data sets [Dataset] that the arguments name; if they name none, the embedded ones and
     ETTh1, if that can be had."""
-    datasets, names = [], args.dataset or []
+    datasets = []
+    names = args.dataset or []
     if not (names or args.data or args.synthetic_schemas):
         names = list(EMBEDDED)
         try:
@@ -611,7 +626,8 @@ def load_datasets(args):
             note(f"etth1 is left out: {error}")
     for number, name in enumerate(names):
         if name == "etth1":
-            path, protocol = fetch_etth1(args.data_dir), args.protocol or "original"
+            path = fetch_etth1(args.data_dir)
+            protocol = args.protocol or "original"
             missing = 0.05 if args.protocol == "original" else 0.0
             datasets.append(csv_dataset(path, "OT", 3, protocol, name, missing))
         elif args.protocol == "original":
@@ -626,10 +642,9 @@ def load_datasets(args):
             datasets.append(csv_dataset(path, args.target, args.num_classes, protocol))
     datasets += [synthetic_schema(number, args.windows) for number in range(args.synthetic_schemas)]
     names = ["shared", "sources", *(data.name for data in datasets)]  # of files in models/
-    if len(set(names)) < len(names):
-        raise UserError(f"two data sets have the same name: {', '.join(names)}")
-    if args.transfer not in (None, "last", *names[2:]):
-        raise UserError(f"--transfer {args.transfer}: not one of {', '.join(names[2:])}")
+    if len(set(names)) < len(names) or args.transfer not in (None, "last", *names):
+        raise UserError("the names of data sets must be different, and --transfer one of them: "
+                        f"{', '.join(names)}")
     return sorted(datasets, key=lambda data: data.name == args.transfer)  # it comes last
 
 
@@ -666,21 +681,21 @@ class ColumnEmbedder(nn.Module):
 
 
 class AutoExpandingEmbedder(ColumnEmbedder):
-    """A learned vocabulary of column names; its table doubles when it is full.
+    """A learned vocabulary of column names; its table of 1,000 names doubles when it is full.
 
     Names beyond the table's size must be added before an optimizer is made, or its next step
     raises RuntimeError.
     """
 
-    def __init__(self, target_dim=1, dim=16, initial_size=1000):
-        super().__init__(target_dim, dim)
-        self.embedding = nn.Embedding(initial_size, dim)  # in place of the table
+    def __init__(self, target_dim=1):
+        super().__init__(target_dim)
+        self.embedding = nn.Embedding(1000, 16)  # in place of the table
 
     def add(self, names):
         for name in names:
             self.rows.setdefault(name, len(self.rows))
-        while len(self.rows) > len(self.embedding.weight):
-            weight = self.embedding.weight
+        weight = self.embedding.weight
+        while len(self.rows) > len(weight):
             weight.data = torch.cat([weight.data, torch.randn_like(weight)])
 
     def embed(self, names):
@@ -727,8 +742,10 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
         dims = [len(vector) for vector in vectors.values()]
         dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
         super().__init__(target_dim, dim)
-        self.bert_model, self.tokenization = bert_model, tokenization
-        self.cache_path, self.vectors = path, vectors
+        self.bert_model = bert_model
+        self.tokenization = tokenization
+        self.cache_path = path
+        self.vectors = vectors
 
     def compute(self, names):
         new = [name for name in names if name not in self.vectors]
@@ -758,7 +775,7 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
-        size = self.cache_path.stat().st_size / 1e6 if self.vectors else 0
+        size = self.cache_path.stat().st_size / 1e6
         return {"cached_embeddings": len(self.vectors), "cache_size_mb": round(size, 3),
                 "bert_model": self.bert_model, "bert_dim": self.table.shape[1]}
 
@@ -882,7 +899,9 @@ class MultiDatasetPatchDuET(nn.Module):
         if strategy != "none":
             self.embedder = STRATEGIES[strategy](target_dim=D_MODEL if shared else 1, **bert)
         self.heads = nn.ModuleList()
-        self.head_numbers, self.column_names, self.datasets = {}, {}, {}
+        self.head_numbers = {}
+        self.column_names = {}
+        self.datasets = {}
 
     @classmethod
     def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None,
@@ -960,7 +979,8 @@ class ConvNet(nn.Module):
         super().__init__()
         self.settings = {"c_in": c_in, "num_classes": num_classes}
         self.datasets = {}
-        layers, channels = [], 3 * c_in
+        layers = []
+        channels = 3 * c_in
         for kernel, outputs in ((9, 128), (5, 128), (3, 64)):
             layers += [nn.Conv1d(channels, outputs, kernel, padding=kernel // 2, bias=False),
                        nn.BatchNorm1d(outputs), nn.ReLU()]
@@ -1068,7 +1088,11 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warm_up_then_cosine(step, steps))
     modules = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    state = load_state(file, modules)
+    state = {"history": [], "best": None, "modules": {}}
+    if file.exists():
+        state = load_checkpoint(file, file)
+    for name, saved in state["modules"].items():  # of an unfinished training
+        modules[name].load_state_dict(saved)
     evaluations = min(args.evaluations, args.steps)
     ends = [args.steps * number // evaluations for number in range(evaluations + 1)]
     for number in range(len(state["history"]), evaluations):
@@ -1102,16 +1126,6 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         end_evaluation(state, modules, keep, file, finished=number + 1 == evaluations)
     model.load_state_dict(state["best"])
     return state["history"]
-
-
-def load_state(file, modules):
-    """The training state in a checkpoint, to which `modules` are then set, or a new one."""
-    if not file.exists():
-        return {"history": [], "best": None, "modules": {}}
-    state = load_checkpoint(file, file)
-    for name, saved in state["modules"].items():
-        modules[name].load_state_dict(saved)
-    return state
 
 
 def end_evaluation(state, modules, keep, file, finished):
@@ -1202,7 +1216,7 @@ class Hydra:
     def transform(self, x):
         """Features [batch, features] of x [batch, columns, time] without NaN."""
         features = []
-        differences = F.pad(x.diff(dim=-1), (0, int(x.shape[-1] == 1)))
+        differences = x.diff(dim=-1) if x.shape[-1] > 1 else x
         for dilation, on_differences, weights, chosen in self.parts:
             source = differences if on_differences else x
             mixed = F.pad(source[:, chosen].sum(2), (4 * dilation, 4 * dilation))
@@ -1228,18 +1242,16 @@ def fit_hydra(data):
         features = torch.cat([hydra.transform(forward_fill(x).nan_to_num()) for x in batches])
         return features.clamp(min=0).sqrt()
 
-    def scale(features):
-        return ((features - mean) * (features != 0) / std).numpy()
-
-    windows = data.splits["train"]
-    windows = windows[:: math.ceil(len(windows) / 4000)]
-    features = transform(windows)
+    train = data.splits["train"]
+    train = train[:: math.ceil(len(train) / 4000)]
+    features = transform(train)
     mean = features.mean(0)
     # A rare count has hardly any spread: the more zeros, the more is added to it.
     std = features.std(0) + (features == 0).float().mean(0) ** 4 + 1e-8
-    ridge = RidgeClassifierCV(np.logspace(-3, 3, 10))
-    ridge.fit(scale(features), data.labels[windows])
-    outputs = ridge.decision_function(scale(transform(data.splits["test"])))  # about -1 or 1
+    x_train, x_test = [((values - mean) * (values != 0) / std).numpy()
+                       for values in (features, transform(data.splits["test"]))]
+    ridge = RidgeClassifierCV(np.logspace(-3, 3, 10)).fit(x_train, data.labels[train])
+    outputs = ridge.decision_function(x_test)  # about -1 or 1
     if outputs.ndim == 1:  # two classes
         outputs = np.stack([-outputs, outputs], axis=1)
     probabilities = np.zeros((len(outputs), len(data.classes)))
@@ -1267,26 +1279,25 @@ def baseline_records(data, seed, few=False):
     from sklearn.preprocessing import StandardScaler
 
     data = with_validation(data)
-    x_train, x_test = window_features(data, "train"), window_features(data, "test")
+    x_train = window_features(data, "train")
+    x_test = window_features(data, "test")
     y_train = data.labels[data.splits["train"]]
     leaf = int(np.clip(len(y_train) // 20, 1, 20))  # with 20, no tree can split 30 windows
     boosting = HistGradientBoostingClassifier(early_stopping=False, min_samples_leaf=leaf,
                                               random_state=0)
-    models = {
-        "majority class": DummyClassifier(),
-        "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
-        "gradient boosting": boosting}
-    records = []
-    if data.target and not few:
-        last_value = x_test[:, data.columns.index(data.target)]  # of the first features
-        predicted = np.digitize(last_value, data.limits)
-        records.append(make_record(data, "persistence", predicted, seed))
-    for name in ["gradient boosting"] if few else models:
-        predicted = models[name].fit(x_train, y_train).predict(x_test)
-        records.append(make_record(data, name, predicted, seed))
+    logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    models = {"gradient boosting": boosting}
+    predicted = {}
+    if not few:
+        models = {"majority class": DummyClassifier(), "logistic regression": logistic} | models
+        if data.target:
+            last_value = x_test[:, data.columns.index(data.target)]  # of the first features
+            predicted["persistence"] = np.digitize(last_value, data.limits)
+    for name, model in models.items():
+        predicted[name] = model.fit(x_train, y_train).predict(x_test)
     hydra = fit_hydra(data)
-    records.append(make_record(data, "hydra", hydra.argmax(1), seed))
-    return records, hydra
+    predicted["hydra"] = hydra.argmax(1)
+    return [make_record(data, name, values, seed) for name, values in predicted.items()], hydra
 
 
 # --- Evaluation: tables -------------------------------------------------------------------------
@@ -1364,10 +1375,10 @@ def plot_benchmark(records, path):
     runs = records.groupby(["model", "dataset"])["accuracy"]
     means = 100 * runs.mean().unstack()[names]
     widths = 100 * runs.agg(lambda values: mean_and_interval(values)[1]).unstack()[names]
-    plot_dots(axis, names, means.T[models], errors=widths.T[models])
+    plot_dots(axis, names, means.T[models].to_dict("list"), errors=widths.T[models].to_dict("list"))
     for row, chance in enumerate(records.groupby("dataset")["chance"].first()[names]):
         label = None if row else "chance"
-        axis.plot([100 * chance] * 2, [row - 0.4, row + 0.4], "--", color="0.4", label=label)
+        axis.vlines(100 * chance, row - 0.4, row + 0.4, "0.4", "--", label=label)
     axis.set(xlabel="accuracy [%]", xlim=(0, 101))
     legend_below(axis, 5)
     save_figure(fig, path)
@@ -1412,8 +1423,7 @@ def make_model(args, datasets, strategy, shared, seed, **options):
 
 def bert_options(args):
     """The arguments that FrozenBERTColumnEmbedder needs."""
-    return {"bert_model": args.bert_model,
-            "cache_dir": str(Path(args.data_dir) / "column_embeddings")}
+    return {"bert_model": args.bert_model, "cache_dir": f"{args.data_dir}/column_embeddings"}
 
 
 def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
@@ -1430,15 +1440,16 @@ def train_convolutions(args, data, hydra, seed, run_dir):
 
     They train on training and validation windows, for twice the steps, and choose nothing.
     """
-    whole, probabilities = with_validation(data), []
+    whole = with_validation(data)
+    probabilities = []
     for member in range(3):
         member_seed = seed + 1000 * member
         seed_everything(member_seed)
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
         model.add_dataset(data.metadata())
-        fit(model, [whole], args, member_seed,
-            run_dir / f"models/{data.name}-conv-{seed}-{member}.pt", keep="last",
-            steps=2 * args.steps, batch_size=min(args.batch_size, 32))
+        file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
+        fit(model, [whole], args, member_seed, file, keep="last", steps=2 * args.steps,
+            batch_size=min(args.batch_size, 32))
         probabilities.append(predict(model, data, "test"))
     conv = np.mean(probabilities, axis=0)
     return [make_record(data, "conv", conv.argmax(1), seed),
@@ -1448,7 +1459,8 @@ def train_convolutions(args, data, hydra, seed, run_dir):
 def benchmark(args, datasets, strategies, run_dir):
     """Baselines, convolutions for files of the archives, and every strategy: a model for each data
     set and, with --shared, one for all."""
-    records, seeds = [], range(args.seed, args.seed + args.runs)
+    records = []
+    seeds = range(args.seed, args.seed + args.runs)
     for data in progress(datasets, "baselines"):
         baselines, hydra = baseline_records(data, args.seed)
         records += baselines
@@ -1476,9 +1488,11 @@ def benchmark(args, datasets, strategies, run_dir):
 
 def with_labels(data, share, seed):
     """The data set with a share of its training and validation labels, at least one a class."""
-    few = {split: windows[choose_windows(data.labels[windows], share, seed, at_least=1)]
-           for split, windows in data.splits.items() if split != "test"}
-    return replace(data, splits=data.splits | few)
+    splits = dict(data.splits)
+    for split in ("train", "val"):
+        windows = splits[split]
+        splits[split] = windows[choose_windows(data.labels[windows], share, seed, 1)]
+    return replace(data, splits=splits)
 
 
 def add_new_dataset(model, data, alike):
@@ -1537,17 +1551,18 @@ def transfer(args, datasets, strategies, run_dir):
 
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out with a note if its encoder cannot be had."""
-    strategies = args.strategies or [name for name in STRATEGIES
-                                     if name != "frozen_bert" or not args.quick]
-    if "frozen_bert" in strategies:
-        try:
-            embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-            embedder.add([name for data in datasets for name in data.columns])
-        except (UserError, ModuleNotFoundError) as error:
-            if strategies == ["frozen_bert"]:
-                raise
-            note(f"frozen_bert is not run: {error}")
-            return [name for name in strategies if name != "frozen_bert"]
+    strategies = args.strategies or list(STRATEGIES)
+    others = [name for name in strategies if name != "frozen_bert"]
+    if others == strategies or (args.quick and not args.strategies):
+        return others
+    try:
+        embedder = FrozenBERTColumnEmbedder(**bert_options(args))
+        embedder.add([name for data in datasets for name in data.columns])
+    except (UserError, ModuleNotFoundError) as error:
+        if not others:
+            raise
+        note(f"frozen_bert is not run: {error}")
+        return others
     return strategies
 
 
@@ -1558,10 +1573,7 @@ def choose_threads():
     seconds = {}
     for threads in (2, 2, 1):  # the first time warms up
         torch.set_num_threads(threads)
-        start_time = time.perf_counter()
-        for _ in range(40):
-            x @ x
-        seconds[threads] = time.perf_counter() - start_time
+        seconds[threads] = timeit.timeit(lambda: x @ x, number=40)
     return 2 if seconds[2] < 0.9 * seconds[1] else 1
 
 
@@ -1593,10 +1605,11 @@ def run_experiment(args):
     run_dir = next_run_dir(args)
     (run_dir / "models").mkdir(exist_ok=True)
     results = {"data": {data.name: data.info for data in datasets}}
-    parts = [f"{data.name}: {data.info['source']}, {len(data.series):,} rows, columns "
-             f"{', '.join(data.columns)}" for data in datasets]
+    parts = [f"{data.name}: {data.info['source']}, {len(data.labels):,} windows of "
+             f"{len(data.columns)} columns" for data in datasets]
     for experiment in experiments:
-        name, start_time = experiment.__name__, time.perf_counter()
+        name = experiment.__name__
+        start_time = time.perf_counter()
         records, tables, text = experiment(args, datasets, strategies, run_dir)
         results[name] = {"records": records.to_dict("records"), "tables": tables,
                          "seconds": time.perf_counter() - start_time}
@@ -1690,7 +1703,8 @@ def read_windows(path, datasets):
         return len({*metadata["columns"]} & {*found}), path.stem.startswith(metadata["name"])
 
     metadata = max(datasets, key=suitability)
-    columns, seq_len = metadata["columns"], metadata["seq_len"]
+    columns = metadata["columns"]
+    seq_len = metadata["seq_len"]
     missing = [name for name in columns if name not in found]
     if len(missing) == len(columns):
         raise UserError(f"{path}: none of the columns {', '.join(columns)}, only "

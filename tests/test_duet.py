@@ -31,6 +31,16 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_hydra(monkeypatch):
+    """Hydra takes the most of the time, and these tests are not about it."""
+
+    def chance(data):
+        return np.full((len(data.splits["test"]), len(data.classes)), 1 / len(data.classes))
+
+    monkeypatch.setattr(duet, "fit_hydra", chance)
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
     """A random BERT of 32 dimensions in a local folder."""
@@ -202,7 +212,7 @@ def test_a_table_that_grows_after_the_optimizer_was_made_is_an_error():
         optimizer.step()
 
 
-def test_a_strategy_is_one_entry(tmp_path, monkeypatch):
+def test_a_strategy_is_one_entry(tmp_path, monkeypatch, no_hydra):
     class LengthEmbedder(duet.ColumnEmbedder):
         def __init__(self, target_dim=1):
             super().__init__(target_dim, 1)
@@ -306,7 +316,7 @@ def test_the_encoder_is_loaded_only_for_uncached_names_and_freed(encoder, tmp_pa
     assert not torch.allclose(raw[0], vectors[1])
 
 
-def test_without_an_encoder_the_row_is_not_run_and_alone_it_is_an_error(tmp_path, monkeypatch, capsys, error_line):
+def test_without_an_encoder_the_row_is_not_run(tmp_path, monkeypatch, capsys, error_line, no_hydra):
     monkeypatch.setattr(duet, "hub_in_reach", lambda: False)
     common = ["--dataset", "user_metrics", "--data-dir", tmp_path, "--output-dir", tmp_path / "out",
               "--bert-model", "no/such-encoder", *TINY]
@@ -369,17 +379,17 @@ def test_blocks_never_share_rows():
 
 def test_a_csv_is_prepared_and_its_classes_are_quantiles_of_the_next_value(small_csv, capsys):
     data = duet.csv_dataset(small_csv, "load", 4, "original")
-    assert data.columns == ["fixed", "tempC", "load", "noise"] and data.target == "load"
+    assert data.columns == ["tempC", "load", "noise"] and data.target == "load"
     said = capsys.readouterr().err
     assert "column 'site' left out, empty, not numeric" in said
-    assert "constant, empty or too large in the training part: fixed" in said
+    assert "left out, constant, empty or too large in the training part: fixed" in said
     load = np.genfromtxt(small_csv, delimiter=",", skip_header=1, usecols=4)
     wanted = np.digitize(load[96:], np.percentile(load, (25, 50, 75)))
     assert np.array_equal(data.labels, wanted)
     train = np.zeros(1600, bool)
     for start in data.splits["train"]:
         train[start : start + 96] = True
-    np.testing.assert_allclose(data.mean[2], load[train].mean(), rtol=1e-5)  # the scaling knows the training part alone
+    np.testing.assert_allclose(data.mean[1], load[train].mean(), rtol=1e-5)  # the scaling knows the training part alone
     held = duet.csv_dataset(small_csv, "load", 4, "holdout")
     first_test = held.splits["test"].min()
     assert held.splits["train"].max() + 97 <= first_test
@@ -397,7 +407,7 @@ def test_columns_that_are_no_numbers_are_left_out(tmp_path, capsys):
     assert numbers["big"].dtype == np.float64
 
 
-def test_a_target_of_few_values_is_the_classes(tmp_path):
+def test_a_target_of_few_values_is_the_classes(tmp_path, no_hydra):
     labels = np.random.default_rng(0).integers(0, 3, 2000)
     (tmp_path / "c.csv").write_text("a,x\n" + "\n".join(f"0.{label + 1},{i}.5" for i, label in enumerate(labels)))
     assert duet.csv_dataset(tmp_path / "c.csv", "a", 4, "holdout").classes == ["0.1", "0.2", "0.3"]
@@ -620,7 +630,7 @@ def test_a_run_leaves_everything_and_pairs_the_seeds(finished):
     wanted = duet.percent(frame["auto_expanding"] - frame["none"], "+")
     assert rows["plant", "auto_expanding"]["minus none"] == wanted
     assert "±" in wanted
-    assert rows["mean of all", "none, shared"]["minus own"] and rows["plant", "none"]["parameters"] == "571,459"
+    assert rows["mean of all", "none, shared"]["minus own"] and rows["plant", "none"]["parameters"] == "569,411"
     assert "| plant | persistence |" in (run_dir / "summary.md").read_text()
 
 
@@ -642,7 +652,7 @@ def test_the_test_part_is_never_used_for_a_choice(small_csv, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_killed_run_goes_on_to_the_same_weights(shared, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_to_the_same_weights(shared, tmp_path, monkeypatch, no_hydra):
     arguments = ["--dataset", *duet.EMBEDDED, "--strategies", "auto_expanding", *TINY,
                  *["--shared"] * shared]
     whole = duet.main([*arguments, "--output-dir", str(tmp_path / "whole")])
@@ -669,7 +679,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(shared, tmp_path, monkeypatch)
         assert all(torch.equal(one[key], other[key]) for key in one if "extra" not in key)
 
 
-def test_transfer_and_missing_values(tmp_path, monkeypatch):
+def test_transfer_and_missing_values(tmp_path, monkeypatch, no_hydra):
     results = duet.main(["--transfer", "--synthetic-schemas", "3", "--strategies", "none", "auto_expanding", *TINY,
                          "--windows", "400", "--output-dir", str(tmp_path)])
     assert (tmp_path / "duet/run-001/transfer.png").exists()
@@ -699,14 +709,10 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch):
     assert len(table) == 12 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
 
 
-def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch):
+def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch, no_hydra):
     monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("the network was asked"))
-
-    def chance(data):
-        return np.full((len(data.splits["test"]), 3), 1 / 3)
-
-    monkeypatch.setattr(duet, "fit_hydra", chance)  # Hydra takes the most of the time
+    monkeypatch.setattr(duet, "MISSING_SHARES", [0.0, 0.5])
     results = duet.main(["--quick", "--steps", "2", "--batch-size", "8", "--data-dir", str(tmp_path),
                          "--output-dir", str(tmp_path)])
     assert {"nan_robustness", "transfer", "benchmark"} <= set(results)
@@ -872,6 +878,16 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     assert all(torch.equal(value, states[1][name]) for name, value in model.state_dict().items())
 
 
+def test_the_picture_shows_each_model_on_each_data_set_and_on_average(tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(duet, "plot_dots", lambda axis, names, series, errors: shown.update(series, names=list(names)))
+    records = duet.pd.DataFrame({"dataset": ["a", "b"], "model": "none", "strategy": "none", "training": "own",
+                                 "seed": 1, "accuracy": [0.5, 0.6], "chance": [0.5, 0.25]})
+    duet.plot_benchmark(duet.add_means(records), tmp_path / "benchmark.png")
+    assert shown["names"] == ["a", "b", "mean of all"]
+    assert shown["none"] == pytest.approx([50, 60, 55])
+
+
 def test_differences_are_paired_by_seed():
     records = duet.pd.DataFrame({"training": ["pretrained", "pretrained", "scratch", "scratch"], "strategy": "none",
                                  "seed": [1, 2, 1, 2], "share": 0.1, "accuracy": [0.9, 0.8, 0.5, 0.6]})
@@ -902,7 +918,7 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--data", "HEADER", "--target", "a"], "no numbers in its columns a"),
     (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
     (["--data", "SEMICOLON", "--target", "a"], "1 rows, at least 1296 are needed"),
-    (["--transfer", "x", "--data", "HUGE", "--target", "a"], "--transfer x: not one of HUGE"),
+    (["--transfer", "x", "--data", "HUGE", "--target", "a"], "--transfer one of them: shared, sources, HUGE"),
     (["--target", "load"], "--target is for the CSV files of --data"),
     (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
@@ -911,11 +927,11 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--predict", "CSV", "--checkpoint", "TENSOR"], "not a model of this duet.py"),
     (["--predict", "CSV", "--checkpoint", "FOREIGN"], "not a model of this duet.py"),
     (["--predict", "CSV", "--checkpoint", "CARDLESS"], "not a model of this duet.py"),
-    (["--predict", "SHORT", "--checkpoint", "MODEL"], "none of the columns fixed, tempC, load, noise, only a"),
+    (["--predict", "SHORT", "--checkpoint", "MODEL"], "none of the columns tempC, load, noise, only a"),
     (["--predict", "no.csv", "--checkpoint", "MODEL"], "no.csv"),
     (["--columns", "--checkpoint", "MODEL"], "a model without column embeddings"),
     (["--transfer", "nothing", "--dataset", "user_metrics", "--strategies", "none"],
-     "--transfer nothing: not one of user_metrics"),
+     "--transfer one of them: shared, sources, user_metrics"),
     (["--steps", "0"], "invalid positive value: '0'"),
     (["--device", "tpu"], "unknown device 'tpu'"),
     (["--resume"], "no unfinished run"),
@@ -943,7 +959,7 @@ def test_errors_are_one_line(arguments, message, finished, small_csv, tmp_path, 
     assert not (tmp_path / "out").exists()  # no empty run is left behind
 
 
-def test_a_loss_that_is_not_finite_is_one_line(tmp_path, error_line):
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path, error_line, no_hydra):
     arguments = ["--dataset", "user_metrics", "--strategies", "none", *TINY, "--output-dir", tmp_path]
     assert "the loss is not finite" in error_line(duet, [*arguments, "--learning-rate", "1e30"])
 
@@ -960,7 +976,7 @@ def test_a_model_made_by_hand_is_fitted_saved_and_read(tmp_path):
         new(5).add_dataset(duet.synthetic_schema(1, 60).metadata())
 
 
-def test_figures_carry_their_interval_and_the_originals_stand_beside_its_protocol(tmp_path):
+def test_figures_carry_their_interval_and_the_originals_stand_beside_its_protocol(tmp_path, no_hydra):
     assert duet.percent([0.01, 0.02, 0.03], "+") == "+2.00 ± 2.48" and duet.percent([0.9]) == "90.00"
     assert duet.percent([0.01, 0.011, 0.012], "+") == "+1.10 ± 0.25 *" and "*" not in duet.percent([0.9, 0.91])
     command = ["--dataset", "user_metrics", "--strategies", "none", *TINY, "--output-dir", str(tmp_path)]
@@ -975,14 +991,13 @@ def test_figures_carry_their_interval_and_the_originals_stand_beside_its_protoco
     assert table[-1]["dataset"] == "mean of all"
 
 
-def test_a_damaged_checkpoint_is_told(small_csv, tmp_path, capsys, monkeypatch, error_line):
+def test_a_damaged_checkpoint_is_told(small_csv, tmp_path, capsys, monkeypatch, error_line, no_hydra):
     arguments = ["--data", str(small_csv), "--target", "load", "--strategies", "none", *TINY]
     arguments += ["--output-dir", str(tmp_path)]
-    monkeypatch.setattr(duet, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(duet, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         duet.main(arguments)
     assert "python duet.py --resume --output-dir" in capsys.readouterr().err
-    monkeypatch.undo()
     model = tmp_path / "duet/run-001/models/plant-none-42.pt"
     model.write_bytes(b"PK torn")
     assert "damaged" in error_line(duet, ["--resume", "--output-dir", tmp_path])
