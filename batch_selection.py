@@ -161,8 +161,6 @@ def parse_args(argv=None):
     add("--learning-rate", type=positive, default=0.001, help="learning rate of Adam; nlp: 0.003")
     add("--smart-loss", choices=["per-sample", "batch-mean"], default="per-sample", help="tracked "
         "loss of a sample: its own, or, as in the original, the mean of its batch")
-    add("--loss-threshold", type=float, default=0.5, help="the strategy loss_threshold trains on "
-        "samples whose tracked loss is above it; nlp: 2")
     add("--text-bytes", type=count, default=150_000, help="nlp: bytes of text to use")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--jobs", type=count, help="runs at a time, one thread each; if unset, one for each core, "
@@ -178,8 +176,7 @@ def parse_args(argv=None):
     add("--check-device", action="store_true", help="show what this machine computes with and exit")
     args = parser.parse_args(argv)
     if args.task == "nlp":
-        parser.set_defaults(model="transformer", batch_size=16, learning_rate=0.003,
-                            loss_threshold=2.0)
+        parser.set_defaults(model="transformer", batch_size=16, learning_rate=0.003)
     if args.quick:
         parser.set_defaults(runs=3, jobs=1, text_bytes=15_000, dataset="digits",
                             benchmark_datasets=["breast_cancer"])
@@ -289,14 +286,14 @@ def self_paced(learner, limit=2):
     return accepted_batches(learner, lambda losses: losses < highest)
 
 
-def loss_threshold(learner):
-    """The samples whose tracked loss is above --loss-threshold, in random order.
+def loss_threshold(learner, threshold=0.5):
+    """The samples whose tracked loss is above a threshold, in random order.
 
     If they are less than a batch, the hardest are taken. The original's strategy for language. A
     sample that has once fallen below is not seen again, so its tracked loss stays as it was.
     """
     size = learner.args.batch_size
-    rows = np.flatnonzero(learner.loss > learner.args.loss_threshold)
+    rows = np.flatnonzero(learner.loss > threshold)
     if len(rows) < size:
         rows = np.argsort(-learner.loss, kind="stable")[:size]
     return in_batches(learner.rng.permutation(rows), size)
@@ -1087,7 +1084,7 @@ def compare(records, args):
     """
     from scipy import stats
 
-    metric, _, unit = DECIDING[args.task]
+    metric, _, _ = DECIDING[args.task]
     last = records.groupby(["control", "strategy", "seed"])[metric].last().unstack("seed")
     scores = last.loc[False].reindex(args.strategy)
     controls = last[last.index.get_level_values("control")].droplevel("control")
@@ -1101,7 +1098,7 @@ def compare(records, args):
     table[METRICS[args.task][metric]] = scores.apply(mean_text, axis=1)
     texts = {name: mean_text(row, "+") + (" *" if table.loc[name, "p"] < ALPHA else "")
              for name, row in differences.dropna().iterrows()}
-    table[f"difference [{unit}]"] = pd.Series(texts, dtype=object)
+    table["difference"] = pd.Series(texts, dtype=object)
     table["p (Holm)"] = table["p"].dropna().map("{:.2g}".format)
     own = records[~records["control"]].groupby(["strategy", "seed"])
     costs = own[["steps", "samples", "seconds"]].last()
@@ -1158,18 +1155,24 @@ def plot_comparison(runs, comparison, title, args, run_dir):
             x = pivot_runs(own_runs, column).mean(axis=0)
             plot_curve(ax, x, pivot_runs(own_runs, metric), name, i, MARKERS[i % 7])
         ax.set(xlabel=f"{column} of training", ylabel=label)
+    epoch_axis(axes[0])
     plot_differences(axes[3], {title: comparison}, args)
     legend_below(axes[0])
     save_figure(fig, run_dir / f"comparison_{title}.png")
+
+
+def by_setting(comparisons, column):
+    """{setting: a column of its comparison}, for all strategies that have a control."""
+    return {title: table.loc[table.index != BASELINE, column]
+            for title, table in comparisons.items()}
 
 
 def plot_differences(ax, comparisons, args):
     """The differences from the controls: a row for each strategy, a marker for each setting."""
     _, sign, unit = DECIDING[args.task]
     names = [name for name in args.strategy if name != BASELINE]
-    tables = {title: table.loc[names] for title, table in comparisons.items()}
-    plot_dots(ax, names, {title: table["mean"] for title, table in tables.items()},
-              errors={title: table["interval"] for title, table in tables.items()})
+    plot_dots(ax, names, by_setting(comparisons, "mean"),
+              errors=by_setting(comparisons, "interval"))
     ax.axvline(0, color="k", linewidth=0.8)
     direction = "more" if sign > 0 else "less"
     ax.set_xlabel(f"difference from {name_control(args)}\n[{unit}; {direction} is better]; bars: "
@@ -1203,12 +1206,14 @@ def run_experiment(args):
     all_data = load_all(args)
     run_dir = next_run_dir(args)
     records = train_all(all_data, args, run_dir)
+    _, _, unit = DECIDING[args.task]
     comparisons, folders = {}, []
     texts = [markdown_table([{"data set": data.name} | data.info for data in all_data.values()])]
     for (dataset, noise), setting in records.groupby(["dataset", "noise"], sort=False):
         title = name_setting(dataset, noise)
         comparisons[title] = compare(setting, args)
         table = comparisons[title].drop(columns=["mean", "interval", "p"]).reset_index()
+        table = table.rename(columns={"difference": f"difference [{unit}]"})
         texts += [f"## {title}", markdown_table(table), *verdicts(comparisons[title], args)]
         runs = setting[~setting["control"]]
         plot_comparison(runs, comparisons[title], title, args, run_dir)
@@ -1216,17 +1221,12 @@ def run_experiment(args):
             parent = Path(args.output_dir, args.task, title, name)
             folders.append(write_strategy_folder(runs[runs["strategy"] == name], parent, args))
     if len(comparisons) > 1:
-        rows = len(comparisons) * len(args.strategy)
-        fig, (ax,) = new_figure(f"Mean of {args.runs} runs", size=(9, 2 + 0.25 * rows))
+        table = pd.DataFrame(by_setting(comparisons, "difference"))
+        texts += [f"## Differences from {name_control(args)}", markdown_table(table.reset_index())]
+        fig, (ax,) = new_figure(f"Mean of {args.runs} runs", size=(9, 2 + table.size / 4))
         plot_differences(ax, comparisons, args)
         legend_below(ax, 3)
         save_figure(fig, run_dir / "benchmark.png")
-    _, _, unit = DECIDING[args.task]
-    for dataset in all_data if len(args.label_noise) > 1 else ():
-        table = pd.DataFrame({f"{100 * noise:g} % wrong": comparisons[name_setting(dataset, noise)][
-            f"difference [{unit}]"] for noise in args.label_noise})
-        texts.append(f"## {dataset}: difference from {name_control(args)}, by share of wrong "
-                     f"labels\n\n{markdown_table(table.reset_index())}")
     texts.append(f"±: half width of the 95 % interval over the seeds, of that figure alone. p: "
                  "paired t-test, after Holm's correction for all tests of a table; none where "
                  f"every seed has the same difference; * is p < {ALPHA}. Steps: batches; a control "
