@@ -182,12 +182,13 @@ def parse_args(argv=None):
         ("--block-size", 512, "positions of the attention models"),
         ("--epochs", 50, "passes over the windows"),
         ("--batch-size", 64, "windows in a step"),
-        ("--seed", 42, "random seed of weights and order; the original's split always has 42"),
         ("--runs", 1, "number of seeds; reports mean and interval"),
         ("--jobs", os.cpu_count(), "runs at a time, one thread each"),
         ("--predict-steps", None, "values to forecast after the end of the series of --checkpoint"),
     ]:
         add(flag, type=positive, default=default, metavar="N", help=description)
+    add("--seed", type=int, default=42, help="random seed of weights and order; the original's "
+        "split always has 42")
     add("--checkpoint", metavar="FILE", help="file in runs/ of a sweep, for --predict-steps")
     add("--backend", choices=["loky", "dask"], default="loky", help="joblib's backend: this "
         "machine, or a dask cluster at DASK_SCHEDULER_ADDRESS")
@@ -261,7 +262,9 @@ def find_column(frame, name):
 
 def select_series(frame, args):
     """The rows of --series. Raises ValueError where a column seems to name several series."""
-    if args.series or args.series_column not in (None, "none"):
+    if args.series_column == "none":
+        return frame
+    if args.series_column or args.series:
         names = frame[find_column(frame, args.series_column)].astype(str)
         if args.series not in set(names):
             raise ValueError(f"no series {args.series!r}, only {', '.join(names.unique()[:10])}")
@@ -269,7 +272,7 @@ def select_series(frame, args):
     others = frame.drop(columns=[args.column, args.time_column], errors="ignore")
     counts = others.filter(regex=SERIES_COLUMN).nunique()
     several = counts[counts.between(2, len(frame) / 2)]
-    if len(several) and args.series_column != "none":
+    if len(several):
         raise ValueError(f"column {several.index[0]!r} seems to name several series; choose one "
                          "with --series-column and --series, or take all rows with "
                          "--series-column none")
@@ -284,28 +287,39 @@ def read_times(column):
     if texts.str.match(r"\s*T?\d{1,2}:\d\d").any():
         raise ValueError("times of day need a date; without --time-column the rows are taken as "
                          "equally spaced")
-    candidates = [pd.to_datetime(texts, format="mixed", errors="coerce", dayfirst=day_first)
-                  for day_first in (False, True)]
-    # The right order of day and month leaves the fewest invalid times and the most even steps.
-    return min(candidates, key=lambda times: (times.isna().sum(), times.sort_values().diff().std()))
+    offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False)
+    changes = offsets.notna().all() and offsets.nunique() > 1  # as summer time begins
+    candidates = [pd.to_datetime(texts, format="mixed", errors="coerce", dayfirst=day_first,
+                                 utc=changes) for day_first in (False, True)]
+    # The right order of day and month leaves the fewest invalid and missing times.
+    return min(candidates, key=lambda times: (times.isna().sum(), span_in_steps(times)))
 
 
-def even_grid(times):
-    """(grid, places): all equally spaced times from the first to the last of the increasing
-    `times`, and the places of `times` in it; the spacing is a number or a step of the calendar."""
+def span_in_steps(times):
+    """The time from the first to the last of times in any order, in median steps."""
+    steps = times.drop_duplicates().sort_values().diff()
+    return steps.sum() / steps.median()
+
+
+def space_evenly(frame):
+    """The frame, indexed by increasing times, with rows of NaN where times are missing between
+    equal steps; a step is a number, or one of the calendar."""
+    times = frame.index
     step = times.to_series().diff().median()
     if isinstance(times, pd.DatetimeIndex):
         tolerance = pd.Timedelta(0)
-        grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *CALENDAR]]
+        steps = [step, *CALENDAR]
+        grids = [pd.date_range(times[0], times[-1], freq=step) for step in steps]
     else:
         steps = np.diff(times)
         step = steps[np.abs(steps / step - 1) < 0.1].mean()
         tolerance = 0.1 * step
-        grids = [times[0] + step * pd.RangeIndex(round((times[-1] - times[0]) / step) + 1)]
+        count = round((times[-1] - times[0]) / step) + 1
+        grids = [times[0] + step * pd.RangeIndex(count)]
     for grid in sorted(grids, key=len):
         places = grid.get_indexer(times, method="nearest", tolerance=tolerance)
         if places.min() >= 0 and len(set(places)) == len(places):
-            return grid, places
+            return frame.set_index(grid[places]).reindex(grid)
     raise ValueError("the times are not equally spaced; resample them, or leave out --time-column "
                      "to take the rows as equally spaced")
 
@@ -313,16 +327,17 @@ def even_grid(times):
 def sort_by_time(frame, time_column):
     """The frame by time, in order and at equal steps; missing rows hold NaN."""
     times = read_times(frame[time_column])
-    for is_bad, problem in ((times.isna(), "is not a time"), (times.duplicated(), "occurs twice; "
-                            "choose one series with --series-column and --series")):
-        if is_bad.any():
-            line = is_bad.idxmax()
-            raise ValueError(f"line {line}: {frame[time_column][line]} {problem}")
+    is_bad = times.isna() | times.duplicated()
+    if is_bad.any():
+        line = is_bad.idxmax()
+        raise ValueError(f"line {line}: {frame[time_column][line]} is not a time or occurs twice; "
+                         "--series-column and --series choose one of several series")
+    if len(times) < 3:
+        raise ValueError("at least three rows are needed")
     if not times.is_monotonic_increasing:
         note("the rows are not in order and are sorted by time")
     frame = frame.set_index(pd.Index(times)).sort_index()
-    grid, places = even_grid(frame.index)
-    return frame.set_index(grid[places]).reindex(grid).rename_axis(time_column)
+    return space_evenly(frame).rename_axis(time_column)
 
 
 def read_series(args):
@@ -392,7 +407,7 @@ def load_series(args):
 
 def digest(values):
     """sha256 of values [rows] float64."""
-    return hashlib.sha256(values.tobytes()).hexdigest()
+    return hashlib.sha256(np.asarray(values).tobytes()).hexdigest()
 
 
 # --- Models: each reads [batch, time] normalized values -----------------------------------------
@@ -435,7 +450,8 @@ class LinearForecaster(Network):
         self.register_buffer("bias", torch.as_tensor(bias, dtype=torch.float32))  # [period]
 
     def predict(self, windows, rows):
-        return (windows @ self.weights + self.bias[rows % len(self.bias)]).unsqueeze(1)
+        phases = rows % len(self.bias)
+        return (windows @ self.weights + self.bias[phases]).unsqueeze(1)
 
 
 def find_period(z):
@@ -446,13 +462,20 @@ def find_period(z):
 
     residuals = signal.detrend(z)
     residuals /= residuals.std() + 1e-9 * np.ptp(z) + 1e-300  # a straight line has no period
-    correlation = signal.correlate(residuals, residuals)[len(z) - 1 :] / np.arange(len(z), 0, -1)
-    peaks, found = signal.find_peaks(correlation[: min(MAX_PERIOD, len(z) // 3)], height=0.2)
+    correlation = signal.correlate(residuals, residuals)[len(z) - 1 :]
+    correlation /= np.arange(len(z), 0, -1)
+    longest = min(MAX_PERIOD, len(z) // 3)
+    peaks, found = signal.find_peaks(correlation[:longest], height=0.2)
     heights = found["peak_heights"]
     peaks = peaks[heights > 0.8 * heights.max(initial=0)]
+    if len(peaks) == 0:
+        return 1
     start = len(z) * 3 // 4
-    errors = [np.mean((z[start:] - z[start - peak : len(z) - peak]) ** 2) for peak in peaks]
-    return next((int(peak) for peak, error in zip(peaks, errors) if error <= 1.1 * min(errors)), 1)
+    errors = []
+    for peak in peaks:
+        naive = z[start - peak : -peak]
+        errors.append(np.mean((z[start:] - naive) ** 2))
+    return int(peaks[errors <= 1.1 * np.min(errors)][0])
 
 
 def fit_mean(z, time_steps):
@@ -498,7 +521,8 @@ def fit_theta(z, time_steps):
     period = find_period(z)
     rows = np.arange(len(z))
     slope, level = np.polyfit(rows, z, 1)
-    season = pd.Series(z - level - slope * rows).groupby(rows % period).mean().to_numpy()
+    detrended = pd.Series(z - level - slope * rows)
+    season = detrended.groupby(rows % period).mean().to_numpy()
     drift = slope / 2
     remainder = pd.Series(z - season[rows % period] - drift * rows)
 
@@ -557,24 +581,24 @@ class Positions(nn.Module):
         super().__init__()
         self.kind = kind
         frequencies = 10000 ** (-torch.arange(0, width, 2) / width)
-        angles = torch.arange(block_size).unsqueeze(1) * frequencies  # [block_size, width / 2]
-        sin, cos = angles.sin(), angles.cos()
+        angles = torch.arange(block_size).unsqueeze(1) * frequencies
+        waves = torch.stack([angles.sin(), angles.cos()], -1)  # [block_size, width / 2, 2]
+        self.register_buffer("waves", waves, persistent=False)
         if kind == "randpe":
             self.table = nn.Parameter(torch.randn(block_size, width))
-        if kind == "sinpe":
-            waves = torch.stack([sin, cos], -1).flatten(1)[:, :width]
-            self.register_buffer("table", waves, persistent=False)
-        if kind == "rope":
-            turns = torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)])
-            self.register_buffer("table", turns, persistent=False)
 
     def forward(self, x, first=0):
-        if self.kind == "none":
-            return x
-        rows = self.table[..., first : first + x.shape[-2], :]
+        rows = slice(first, first + x.shape[-2])
+        if self.kind == "randpe":
+            x = x + self.table[rows]
+        if self.kind == "sinpe":
+            x = x + self.waves[rows].flatten(1)
         if self.kind == "rope":
-            return x * rows[0] + x.roll(x.shape[-1] // 2, -1) * rows[1]
-        return x + rows
+            sin, cos = self.waves[rows].unbind(-1)
+            left, right = x.chunk(2, -1)
+            turned = [left * cos - right * sin, right * cos + left * sin]
+            x = torch.cat(turned, -1)
+        return x
 
 
 class Attention(Network):
@@ -608,6 +632,7 @@ class Attention(Network):
                            vocab_size=args.vocab_size, block_size=block_size)
         flag_names = [f"is_{flag}".replace("norm", "n") for flag in self.flags]
         self.name = "-".join([name, *flag_names, pe]).removesuffix("-none")
+        self.causal = "causal" in self.flags
         self.norm_pe = "norm_pe" in self.flags
         self.width = run.d_model // heads
         self.fc_in = nn.Linear(1, run.d_model)
@@ -642,20 +667,20 @@ class Attention(Network):
         if self.has_codebook:
             k = v = self.codebook.expand(len(x), -1, -1, -1)
         else:
-            k, v = self.split_heads(self.fc_k(hidden)), self.split_heads(self.fc_v(hidden))
+            k = self.split_heads(self.fc_k(hidden))
+            v = self.split_heads(self.fc_v(hidden))
         k = self.ln_k(k)
         if self.norm_pe:
             q = self.position(q, first)
             k = k if self.has_codebook else self.position(k)
         # The query heads that share a key head become more queries of it (grouped queries).
-        batch, heads, queries, width = q.shape
-        group = heads // k.shape[1]
+        groups = q.unflatten(1, (k.shape[1], -1))  # [batch, key heads, group, time, width]
         mask = None
-        if "causal" in self.flags:
-            mask = torch.ones(queries, k.shape[2], dtype=torch.bool, device=x.device).tril(first)
-            mask = mask.repeat(group, 1)
-        q = q.reshape(batch, heads // group, group * queries, width)
-        out = F.scaled_dot_product_attention(q, k, v, mask).reshape(batch, heads, queries, width)
+        if self.causal:
+            mask = x.new_ones(q.shape[2], k.shape[2]).bool().tril(first)
+            mask = mask.repeat(groups.shape[2], 1)
+        out = F.scaled_dot_product_attention(groups.flatten(2, 3), k, v, mask)
+        out = out.unflatten(2, groups.shape[2:4]).flatten(1, 2)  # [batch, heads, time, width]
         return self.fc_out(out.transpose(1, 2).flatten(2)).squeeze(-1)
 
 
@@ -715,7 +740,8 @@ class CodebookAR(Network):
         weights = (query @ self.keys).softmax(-1)  # [members, batch, vocab_size]
         inputs = torch.cat([lags, level, torch.ones_like(level)], 1)
         mixed = (weights.unsqueeze(-1) * inputs.unsqueeze(1)).flatten(2)
-        return last + (x - last) @ self.ridge + self.intercept + mixed @ self.values
+        correction = mixed @ self.values
+        return last + (x - last) @ self.ridge + self.intercept + correction
 
     def loss(self, windows, align_target):
         """Huber loss over the horizon: otherwise a few steep rises would outweigh the rest."""
@@ -756,7 +782,8 @@ class Run:
 
 def warm_up_then_cosine(step, steps):
     """Factor of the learning rate: up over the first 5 % of the steps, then a cosine to 0."""
-    return min((step + 1) / (0.05 * steps), 1) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    warm_up = min((step + 1) / (0.05 * steps), 1)
+    return warm_up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def original_split(count):
@@ -817,15 +844,18 @@ class Fitted:
 
     def denormalize(self, z):
         """Values of z; a model that has diverged to NaN has an infinite error."""
-        return z.masked_fill(z.isnan(), math.inf).double().numpy() * self.std + self.mean
+        z = z.masked_fill(z.isnan(), math.inf)
+        return z.double().numpy() * self.std + self.mean
 
     @torch.inference_mode()
     def one_step(self, values, start, stop):
         """Forecasts [stop - start] of the rows, each from the true values before it."""
         z = self.normalize(values)
-        return self.denormalize(torch.cat([
-            self.model.predict(windows_before(z, rows, self.lookback), rows)[:, 0]
-            for rows in torch.arange(start, stop).split(256)]))
+        forecasts = []
+        for rows in torch.arange(start, stop).split(256):
+            windows = windows_before(z, rows, self.lookback)
+            forecasts.append(self.model.predict(windows, rows)[:, 0])
+        return self.denormalize(torch.cat(forecasts))
 
     @torch.inference_mode()
     def free_run(self, values, origins, steps):
@@ -836,7 +866,8 @@ class Fitted:
         path = torch.cat([known, known.new_zeros(len(rows), steps + horizon)], 1)
         for step in range(0, steps, horizon):
             end = self.lookback + step
-            path[:, end : end + horizon] = self.model.predict(path[:, step:end], rows + step)
+            ahead = self.model.predict(path[:, step:end], rows + step)
+            path[:, end : end + horizon] = ahead
         return self.denormalize(path[:, self.lookback :][:, :steps])
 
 
@@ -847,20 +878,21 @@ def windows_before(z, rows, lookback):
     return padded.unfold(0, lookback, 1)[rows]
 
 
-def fit(run, args, models, values, stop, val_stop=0, original=False):
-    """Fit the model of a run to values[:stop] and validate it on the rows up to `val_stop`; with
-    `original` on a random 80 and 20 % of the windows. `models` holds BASELINES and MODELS, since
-    workers do not see what was added to these."""
-    mean, std = float(values[:stop].mean()), float(values[:stop].std()) or 1.0
-    if run.model in models["baselines"]:
-        z = (values[:stop] - mean) / std
-        weights, bias = models["baselines"][run.model](z, run.time_steps)
+def fit(run, args, values, stop, original=False):
+    """Fit the model of a run to values[:stop], with losses on the rows from there to the test part
+    for the learning curves; with `original` to a random 80 % of the windows, with losses on the
+    others."""
+    past = values[:stop]
+    mean = float(past.mean())
+    std = float(past.std()) or 1.0
+    if run.model in BASELINES:
+        weights, bias = BASELINES[run.model]((past - mean) / std, run.time_steps)
         return Fitted(run, LinearForecaster(weights, bias), len(weights), mean, std, [])
     torch.manual_seed(run.seed)
-    model = models["networks"][run.model](run, args).to(args.device)
+    model = MODELS[run.model](run, args).to(args.device)
     fitted = Fitted(run, model, run.time_steps, mean, std, [])
     count = stop - run.time_steps - model.horizon + 1  # windows that end before `stop`
-    val_count = max(0, val_stop - stop - model.horizon + 1)
+    val_count = max(0, int(TEST_START * len(values)) - stop - model.horizon + 1)
     starts = [torch.arange(count), stop - run.time_steps + torch.arange(val_count)]
     if original:
         starts = [part[part < count] for part in original_split(stop - run.time_steps)]
@@ -880,16 +912,9 @@ def forecast_errors(fitted, values, start, stop, origins):
     firsts = np.linspace(start, stop, origins, endpoint=False).astype(int)
     padded = np.append(values[:stop], np.full(stop - start, np.nan))
     truth = padded[firsts[:, None] + np.arange(stop - start)]
-    return {"one step": fitted.one_step(values, start, stop) - values[start:stop],
-            "free run": fitted.free_run(values, firsts, stop - start) - truth}
-
-
-def original_errors(run, args, models, values):
-    """Errors in the original's protocol, over the whole series: ([forecast_errors], [Fitted],
-    history)."""
-    fitted = fit(run, args, models, values, len(values), original=True)
-    errors = forecast_errors(fitted, values, run.time_steps, len(values), 1)
-    return [errors], [fitted], fitted.history
+    one_step = fitted.one_step(values, start, stop)
+    free_run = fitted.free_run(values, firsts, stop - start)
+    return {"one step": one_step - values[start:stop], "free run": free_run - truth}
 
 
 def holdout_parts(rows):
@@ -900,52 +925,58 @@ def holdout_parts(rows):
     return [*validation, (int(TEST_START * rows), rows, 1)]
 
 
-def holdout_errors(run, args, models, values):
+def holdout_errors(run, args, values):
     """Fit a run to the rows before each part of the hold-out. Returns ([forecast_errors of each
     part], [Fitted of the test part], history of the last fold)."""
     if run.model == "combined":
-        return combined_errors(run, args, models, values)
-    parts, fits = [], []
+        return combined_errors(run, args, values)
+    parts, histories = [], []
     for start, stop, origins in holdout_parts(len(values)):
-        fits.append(fit(run, args, models, values, start, min(stop, int(TEST_START * len(values)))))
-        parts.append(forecast_errors(fits[-1], values, start, stop, origins))
-    return parts, fits[-1:], fits[-2].history
+        fitted = fit(run, args, values, start)
+        histories.append(fitted.history)
+        parts.append(forecast_errors(fitted, values, start, stop, origins))
+    return parts, [fitted], histories[-2]
 
 
-def combined_members(run, models):
+def combined_members(run):
     """The runs of which `combined` takes the first, vq_ar, and the best of the others."""
     quarter = max(2, run.time_steps // 4)
-    members = [replace(run, model=model) for model in ["vq_ar", *models["baselines"]]]
+    members = [replace(run, model=model) for model in ["vq_ar", *BASELINES]]
     return members + [replace(run, model=model, time_steps=quarter)
                       for model in ("vq_ar", "ridge", "nlinear")]
 
 
-def combined_errors(run, args, models, values):
+def combined_errors(run, args, values):
     """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error,
     chosen for one step and for the free run separately. Returns what holdout_errors does."""
-    network, *others = [holdout_errors(member, args, models, values)
-                        for member in combined_members(run, models)]
+    network, *others = [holdout_errors(member, args, values)
+                        for member in combined_members(run)]
     best = {kind: min(others, key=lambda other: validation_score(other[0], kind))
             for kind in KINDS}
     parts = []
     for i, part in enumerate(network[0]):
-        parts.append({kind: (part[kind] + best[kind][0][i][kind]) / 2 for kind in KINDS})
+        mean = {}
+        for kind in KINDS:
+            mean[kind] = (part[kind] + best[kind][0][i][kind]) / 2
+        parts.append(mean)
     return parts, network[1] + best["free run"][1], []
 
 
 def validation_score(parts, kind):
     """The geometric mean of the squared errors on validation: of the free run from each origin,
     or of one step in the block from it to the next, so that no block dominates."""
-    errors = [np.nanmean(block**2) for part in parts[:-1]
-              for block in np.array_split(part[kind], ORIGINS)]
+    errors = []
+    for part in parts[:-1]:
+        blocks = np.array_split(part[kind], ORIGINS)
+        errors += [np.nanmean(block**2) for block in blocks]
     return np.exp(np.mean(np.log(np.maximum(errors, 1e-300))))
 
 
 def interval_widths(parts):
     """Half widths of split-conformal intervals (Vovk et al. 2005) from the validation parts:
     [1] for one step, and [horizon] for the free run, pooled over similar horizons."""
-    one_step, free_run = (np.abs(np.concatenate([part[kind] for part in parts[:-1]]))
-                          for kind in ("one step", "free run"))
+    one_step = np.abs(np.concatenate([part["one step"] for part in parts[:-1]]))
+    free_run = np.abs(np.concatenate([part["free run"] for part in parts[:-1]]))
     edges = np.unique(np.geomspace(1, free_run.shape[1] + 1, 9).astype(int)) - 1
     pools = np.split(free_run, edges[1:-1], axis=1)
     widths = np.repeat([conformal_quantile(pool) for pool in pools], np.diff(edges))
@@ -955,9 +986,9 @@ def interval_widths(parts):
 
 def conformal_quantile(residuals):
     """The quantile of residuals that covers a new one with probability COVERAGE."""
-    residuals = residuals[~np.isnan(residuals)]
-    share = min(1, math.ceil((residuals.size + 1) * COVERAGE) / residuals.size)
-    return float(np.quantile(residuals, share, method="higher"))
+    residuals = np.sort(residuals[~np.isnan(residuals)])
+    rank = math.ceil((len(residuals) + 1) * COVERAGE)
+    return float(residuals[min(rank, len(residuals) - 1)])
 
 
 def extend(widths, count):
@@ -970,34 +1001,40 @@ def holdout_scores(parts, widths, values):
     forecast in training."""
     start = int(TEST_START * len(values))
     period = find_period(values[:start])
-    seasonal_error = np.abs(values[period:start] - values[: start - period]).mean() or math.nan
+    seasonal_errors = values[period:start] - values[: start - period]
+    scale = np.abs(seasonal_errors).mean() or math.nan
     scores = {}
     for kind in KINDS:
         errors = np.abs(parts[-1][kind].ravel())
-        scores |= {
-            f"validation {kind}": validation_score(parts, kind),
-            f"test {kind}": np.mean(errors**2),
-            f"MASE {kind}": errors.mean() / seasonal_error,
-            f"coverage {kind}": np.mean(errors <= extend(widths[kind], len(errors))),
-        }
+        scores[f"validation {kind}"] = validation_score(parts, kind)
+        scores[f"test {kind}"] = np.mean(errors**2)
+        scores[f"MASE {kind}"] = errors.mean() / scale
+        is_covered = errors <= extend(widths[kind], len(errors))
+        scores[f"coverage {kind}"] = np.mean(is_covered)
     return scores
 
 
-def execute(run, args, models, values):
+def execute(run, args, values, models):
     """Fit and score one run: (run, its checkpoint or {"error"}), so that other runs go on. What
-    the checkpoint holds beside the scores is of the hold-out, if that was run."""
+    the checkpoint holds beside the scores is of the hold-out, if that was run. `models` has the
+    BASELINES and MODELS of the parent, to which a user may have added."""
+    BASELINES.update(models[0])
+    MODELS.update(models[1])
     torch.set_num_threads(1)
     start_time = time.perf_counter()
     scores, widths = {}, {}
     try:
         if args.protocol != "holdout" and run.model != "combined":
-            parts, members, history = original_errors(run, args, models, values)
+            fitted = fit(run, args, values, len(values), original=True)
+            errors = forecast_errors(fitted, values, run.time_steps, len(values), 1)
+            members, history = [fitted], fitted.history
             for kind in KINDS:
-                scores[f"original {kind}"] = np.mean(parts[0][kind] ** 2)
+                scores[f"original {kind}"] = np.mean(errors[kind] ** 2)
             for last_epoch in history[-1:]:
                 scores |= last_epoch
         if args.protocol != "original":
-            parts, members, history = holdout_errors(run, args, models, values)
+            parts, members, history = holdout_errors(run, args, values)
+            errors = parts[-1]
             widths = interval_widths(parts)
             scores |= holdout_scores(parts, widths, values)
     except Exception as error:
@@ -1006,7 +1043,7 @@ def execute(run, args, models, values):
     row["name"] = getattr(members[0].model, "name", run.model)
     row |= {name: float(score) for name, score in scores.items()}
     row["seconds"] = time.perf_counter() - start_time
-    errors = {kind: parts[-1][kind].ravel().tolist() for kind in KINDS}
+    errors = {kind: errors[kind].ravel().tolist() for kind in KINDS}
     members = [vars(fitted) | {"run": asdict(fitted.run), "model": fitted.model.state_dict()}
                for fitted in members]
     return run, {"row": row, "arguments": plain_arguments(args), "rows": len(values),
@@ -1036,12 +1073,13 @@ def make_runs(args, series):
         needed = math.ceil((time_steps + 24) / (1 if args.protocol == "original" else FOLDS[0]))
         if len(values) < needed:
             note(f"{name} is left out with --time-steps {time_steps}, which needs {needed} values, "
-                 f"{needed - len(values)} more")
+                 f"{needed - len(values)} more; take shorter windows")
             continue
         seeds = range(args.seed, args.seed + args.runs)
-        for model, rate, width, pe, seed in itertools.product(
-                [*BASELINES, *args.model], args.learning_rate, args.d_model, args.pe, seeds):
-            run = Run(model, name, time_steps, rate, width, pe, seed)
+        models = [*BASELINES, *args.model]
+        combinations = itertools.product(models, args.learning_rate, args.d_model, args.pe, seeds)
+        for model, rate, d_model, pe, seed in combinations:
+            run = Run(model, name, time_steps, rate, d_model, pe, seed)
             if model not in ATTENTION:
                 run = replace(run, d_model=None, pe=None)
             if model == "combined":
@@ -1071,8 +1109,8 @@ def execute_all(runs, args, series):
 
         local = {"n_workers": args.jobs, "threads_per_worker": 1, "dashboard_address": None}
         client = Client(**({} if os.environ.get("DASK_SCHEDULER_ADDRESS") else local))
-    models = {"baselines": BASELINES, "networks": MODELS}
-    tasks = [delayed(execute)(run, args, models, series[run.dataset].to_numpy()) for run in runs]
+    models = [BASELINES, MODELS]
+    tasks = [delayed(execute)(run, args, series[run.dataset].to_numpy(), models) for run in runs]
     with client, parallel_config(args.backend, n_jobs=min(args.jobs, len(runs) or 1)):
         yield from Parallel(return_as="generator_unordered", batch_size=1,
                             pre_dispatch="all")(tasks)
@@ -1116,25 +1154,23 @@ def original_table(means, texts):
 def holdout_table(means, texts):
     """One row for each model: its settings are those with the least validation error, chosen for
     the free run and for one step separately."""
-    columns = []
+    tables = []
     for kind in KINDS:
         best = means.sort_values(f"validation {kind}").drop_duplicates("model")
         best = best.sort_values(f"test {kind}")
         table = texts.loc[best.index].set_index("model")
-        columns.append(pd.DataFrame({
-            f"{kind}: settings": table["settings"],
-            f"{kind} MSE": table[f"test {kind}"],
-            f"{kind} MASE": table[f"MASE {kind}"],
-            f"{kind} in 80 % interval": table[f"coverage {kind}"],
-        }))
-    return markdown_table(pd.concat(columns, axis=1).reset_index())
+        table = table[["settings", f"test {kind}", f"MASE {kind}", f"coverage {kind}"]]
+        names = ["settings", "MSE", "MASE", "in 80 % interval"]
+        tables.append(table.set_axis([f"{kind} {name}" for name in names], axis=1))
+    return markdown_table(pd.concat(tables, axis=1).reset_index())
 
 
 def summarize(name, values, rows, args):
     """The tables of a series as Markdown."""
     means, texts = over_seeds(rows)
-    text = [f"## {name}: {len(values)} values of {values.name}, mean of {args.runs} seeds from "
-            f"{args.seed} on, ± 95 % interval (Student's t)"]
+    text = [f"## {name}: {len(values)} values of {values.name}"]
+    if args.runs > 1:
+        text.append(f"Mean ± 95 % interval (Student's t) of {args.runs} seeds.")
     if args.protocol != "holdout":
         text += ["The original's protocol, squared errors: networks are trained on 80 % of the "
                  "windows at random, baselines fitted to all, errors over the whole series, so "
@@ -1148,19 +1184,15 @@ def summarize(name, values, rows, args):
 
 # --- Pictures: of the best run of each model ----------------------------------------------------
 
-PROTOCOLS = {"original": "original's protocol (in-sample)", "holdout": "hold-out",
-             "both": "hold-out"}
-RANKED_BY = {"original": "original free run", "holdout": "validation free run",
-             "both": "validation free run"}
-
 
 def draw_pictures(name, series, rows, checkpoints, args, run_dir):
     """The pictures of a series. The best run of a model is chosen by validation of the free run,
     or by its error in the original's protocol where only that was run."""
-    column = RANKED_BY[args.protocol]
+    column, title = "validation free run", f"{name}, hold-out: "
+    if args.protocol == "original":
+        column, title = "original free run", f"{name}, original's protocol (in-sample): "
     rows = rows.dropna(subset=column).sort_values(column)
     best = rows.drop_duplicates("model").set_index("model")["id"].map(checkpoints)
-    title = f"{name}, {PROTOCOLS[args.protocol]}: "
     plot_forecasts(series, best, title, run_dir / f"forecasts_{name}.png")
     plot_curves(series, best, title, run_dir / f"curves_{name}.png")
     table = rows.replace(np.inf, np.nan).pivot_table(
@@ -1176,8 +1208,9 @@ def plot_free_run(ax, series, times, forecast, widths):
     ax.plot(times, forecast, "--", color=COLORS[3], linewidth=1.5, label="free run")
     if widths:
         width = extend(widths["free run"], len(forecast))
-        ax.fill_between(times, forecast - width, forecast + width, color=COLORS[3], alpha=0.15,
-                        linewidth=0, label="80 % interval")
+        low, high = forecast - width, forecast + width
+        ax.fill_between(times, low, high, color=COLORS[3], alpha=0.15, linewidth=0,
+                        label="80 % interval")
     ax.set(xlabel=series.index.name, ylabel=series.name)
 
 
@@ -1189,8 +1222,10 @@ def plot_forecasts(series, best, title, path):
         ax.set_axis_off()
     for ax, (model, checkpoint) in zip(axes, best.items()):
         count = len(checkpoint["errors"]["free run"])
-        shown, truth = series.iloc[-2 * count :], series.iloc[-count:]
-        one_step, free_run = (truth + checkpoint["errors"][kind] for kind in ("one step", "free run"))
+        shown = series.iloc[-2 * count :]
+        truth = series.iloc[-count:]
+        one_step = truth + checkpoint["errors"]["one step"]
+        free_run = truth + checkpoint["errors"]["free run"]
         plot_free_run(ax, shown, truth.index, free_run, checkpoint["widths"])
         ax.plot(truth.index, one_step, color=COLORS[0], linewidth=0.9, label="one step")
         margin = 0.3 * np.ptp(shown)
@@ -1203,7 +1238,8 @@ def plot_forecasts(series, best, title, path):
 def plot_curves(series, best, title, path):
     """Losses of the networks over the epochs, and the error of the free run by its length."""
     fig, axes = new_figure(title + "training and errors", 1, 3, (16, 5))
-    labels = [("training loss, mean of an epoch", "epoch"), ("validation loss", "epoch"),
+    labels = [("training loss, mean of an epoch (vq_ar: Huber, others: MSE)", "epoch"),
+              ("validation loss, after an epoch", "epoch"),
               (f"RMSE up to the horizon [{series.name}]", "horizon [values]")]
     for i, (model, checkpoint) in enumerate(best.items()):
         history = pd.DataFrame(checkpoint["history"], columns=["train_loss", "val_loss"])
@@ -1226,7 +1262,8 @@ def plot_sweep(table, title, path):
     for (i, j), error in np.ndenumerate(table):
         ax.text(j, i, f"{error:.5g}", ha="center", va="center", fontsize=8)
     ax.set_xticks(range(table.shape[1]), table.columns)
-    ax.set_yticks(range(len(table)), [f"{model}, {rate:g}" for model, rate in table.index])
+    labels = [f"{model}, {rate:g}" for model, rate in table.index]
+    ax.set_yticks(range(len(table)), labels)
     ax.set(xlabel="time steps", ylabel="model, learning rate")
     ax.grid(visible=False)
     save_figure(fig, path)
@@ -1242,9 +1279,11 @@ def run_experiment(args):
     run_dir = next_run_dir(args)
     (run_dir / "runs").mkdir(exist_ok=True)
     files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
-    data = {name: {"source": "embedded" if name == "synthetic" else "real", "rows": len(values),
-                   "column": values.name, "sha256 of values": digest(values.to_numpy())}
-            for name, values in series.items()}
+    data = {}
+    for name, values in series.items():
+        source = "embedded" if name == "synthetic" else "real"
+        data[name] = {"source": source, "rows": len(values), "column": values.name,
+                      "sha256 of values": digest(values)}
     checkpoints, failed = {}, {}
     for run, file in files.items():
         if file.exists():
@@ -1283,11 +1322,12 @@ def predict_steps(args):
     grown since, with --data for a file that has moved: forecast.csv with 80 % intervals, and
     forecast.png. The weights are those of the hold-out, fitted on the first 80 %."""
     checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
+    row = checkpoint["row"]
     arguments = argparse.Namespace(**checkpoint["arguments"])
     arguments.data_dir = args.data_dir
     arguments.data = args.data or arguments.data
     arguments.fill = args.fill or arguments.fill
-    arguments.dataset = [checkpoint["row"]["dataset"]]
+    arguments.dataset = [row["dataset"]]
     ((name, series),) = load_series(arguments).items()
     values = series.to_numpy()
     known = checkpoint["rows"]
@@ -1301,16 +1341,17 @@ def predict_steps(args):
     table = pd.DataFrame({series.index.name: times, series.name: forecast})
     if checkpoint["widths"]:
         width = extend(checkpoint["widths"]["free run"], len(forecast))
-        table["low"], table["high"] = forecast - width, forecast + width
+        table["low"] = forecast - width
+        table["high"] = forecast + width
     run_dir = next_run_dir(args)
     with atomic_write(run_dir / "forecast.csv") as path:
         table.to_csv(path, index=False)
-    fig, (ax,) = new_figure(f"{name}: {len(forecast)} values by {checkpoint['row']['name']}")
+    fig, (ax,) = new_figure(f"{name}: {args.predict_steps} values by {row['name']}")
     plot_free_run(ax, series, times, forecast, checkpoint["widths"])
     legend_below(ax)
     save_figure(fig, run_dir / "forecast.png")
-    summary = (f"{name}: {len(forecast)} values by {checkpoint['row']['name']} ({args.checkpoint}), "
-               f"trained with {known} of its {len(values)} values, in forecast.csv and forecast.png.")
+    summary = (f"{name}: {args.predict_steps} values by {row['name']}, trained with {known} of its "
+               f"{len(values)} values, in forecast.csv and forecast.png.")
     return write_results({"forecast": forecast}, summary, args, run_dir)
 
 
@@ -1318,7 +1359,8 @@ def next_times(times, count):
     """The times that follow, at the same step or calendar frequency."""
     if isinstance(times, pd.DatetimeIndex):
         return pd.date_range(times[-1], periods=count + 1, freq=times.freq)[1:]
-    return times[-1] + np.median(np.diff(times)) * np.arange(1, count + 1)
+    step = np.median(np.diff(times))
+    return times[-1] + step * np.arange(1, count + 1)
 
 
 # --- Plumbing: nothing below is about the experiment --------------------------------------------

@@ -26,7 +26,6 @@ import forecast
 from forecast import Run
 
 SMALL = ["--epochs", "1", "--time-steps", "16", "--learning-rate", "1e-3", "--jobs", "1", "--device", "cpu"]
-ALL = {"baselines": forecast.BASELINES, "networks": forecast.MODELS}
 HOURS = pd.date_range("2024-01-01", periods=400, freq="h")
 WAVE = np.sin(np.arange(400) / 5).round(4)
 
@@ -57,12 +56,12 @@ def network(model, *argv, time_steps=112):
 def fit(model, values, *argv, time_steps=16, stop=None):
     args = forecast.parse_args(["--epochs", "1", "--device", "cpu", *argv])
     run = Run(model, "synthetic", time_steps, 1e-3, 64)
-    return forecast.fit(run, args, ALL, values, stop or len(values))
+    return forecast.fit(run, args, values, stop or len(values))
 
 
 def score_holdout(run, args, values):
     """(scores, errors of the test part, widths of the intervals) of a run in the hold-out."""
-    parts, _, _ = forecast.holdout_errors(run, args, ALL, values)
+    parts, _, _ = forecast.holdout_errors(run, args, values)
     widths = forecast.interval_widths(parts)
     return forecast.holdout_scores(parts, widths, values), parts[-1], widths
 
@@ -161,9 +160,14 @@ def season_and_trend(rows, noise=0.1):
     return np.tile([0, 3, 1, -2], rows)[:rows] + 0.02 * t + noise * np.random.default_rng(0).standard_normal(rows)
 
 
+def one_step(fitted, values):
+    """Forecasts of rows 150 to 200, each from the true values before it."""
+    return fitted.free_run(values, np.arange(150, 200), 1)[:, 0]
+
+
 def test_each_baseline_forecasts_what_it_says():
     values = season_and_trend(200)
-    forecasts = {model: fit(model, values).one_step(values, 150, 200) for model in forecast.BASELINES}
+    forecasts = {model: one_step(fit(model, values), values) for model in forecast.BASELINES}
     np.testing.assert_allclose(forecasts["mean"], values.mean(), rtol=1e-5)
     np.testing.assert_allclose(forecasts["last"], values[149:199], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(forecasts["seasonal"], values[146:196], rtol=1e-4, atol=1e-5)
@@ -177,7 +181,7 @@ def test_each_baseline_forecasts_what_it_says():
 def test_nlinear_follows_a_shift_of_the_level():
     values = season_and_trend(200)
     fitted = fit("nlinear", values)
-    before, after = (fitted.one_step(series, 150, 200) for series in (values, values + 50))
+    before, after = (one_step(fitted, series) for series in (values, values + 50))
     np.testing.assert_allclose(after, before + 50, rtol=1e-4)
 
 
@@ -201,13 +205,13 @@ def test_the_period_of_noise_is_one():
 def test_a_free_run_feeds_its_forecasts_back(model):
     values = forecast.generate_series(300)
     fitted = fit(model, values, stop=250)
-    path = list(fitted.normalize(values[:250]))
-    rows = torch.tensor([250])
-    while len(path) < 290:
-        window = forecast.windows_before(torch.stack(path), rows, fitted.lookback)
+    z = fitted.normalize(values[:250])
+    path = [*z[:1].expand(fitted.lookback), *z]
+    while len(path) - fitted.lookback < 290:
+        rows = torch.tensor([len(path) - fitted.lookback])
         with torch.no_grad():
-            path += list(fitted.model.predict(window, rows)[0])
-        rows = torch.tensor([len(path)])
+            path += list(fitted.model.predict(torch.stack(path[-fitted.lookback:])[None], rows)[0])
+    path = path[fitted.lookback :]
     expected = torch.stack(path[250:290]).double().numpy() * fitted.std + fitted.mean
     with torch.no_grad():
         np.testing.assert_allclose(fitted.free_run(values, [250], 40)[0], expected, rtol=1e-4)
@@ -253,9 +257,9 @@ def test_combined_is_the_mean_of_vq_ar_and_the_best_on_validation():
     args = forecast.parse_args(["--epochs", "1", "--protocol", "holdout", "--device", "cpu"])
     values = season_and_trend(300)
     run = Run("combined", "synthetic", 16, 1e-3)
-    parts, members, _ = forecast.holdout_errors(run, args, ALL, values)
-    candidates = forecast.combined_members(run, ALL)[1:]
-    scores = [forecast.validation_score(forecast.holdout_errors(member, args, ALL, values)[0], "free run")
+    parts, members, _ = forecast.holdout_errors(run, args, values)
+    candidates = forecast.combined_members(run)[1:]
+    scores = [forecast.validation_score(forecast.holdout_errors(member, args, values)[0], "free run")
               for member in candidates]
     assert [member.run for member in members] == [forecast.replace(run, model="vq_ar"), candidates[np.argmin(scores)]]
     paths = [fitted.free_run(values, [240], 60)[0] for fitted in members]
@@ -279,7 +283,7 @@ def test_combined_chooses_for_one_step_and_for_the_free_run_separately(monkeypat
         return errors, [member], []
 
     monkeypatch.setattr(forecast, "holdout_errors", errors_of)
-    combined, members, _ = forecast.combined_errors(run, args, ALL, values)
+    combined, members, _ = forecast.combined_errors(run, args, values)
     assert combined[-1]["one step"][0] == 4.0 / 2
     assert combined[-1]["free run"][0, 0] == 0.2 / 2
     assert [member.model for member in members] == ["vq_ar", "mean"]
@@ -319,7 +323,7 @@ def test_the_original_trains_on_its_split_in_a_fixed_order(monkeypatch):
     monkeypatch.setattr(forecast.LSTM, "loss", spy)
     values = forecast.generate_series(200)
     args = forecast.parse_args(["--epochs", "1", "--device", "cpu"])
-    fitted = forecast.fit(Run("lstm", "synthetic", 16, 1e-3), args, ALL, values, 200, original=True)
+    fitted = forecast.fit(Run("lstm", "synthetic", 16, 1e-3), args, values, 200, original=True)
     train, val = forecast.original_split(184)
     torch.testing.assert_close(torch.cat(seen), fitted.normalize(values)[torch.cat([train, val])])
 
@@ -404,7 +408,7 @@ def test_the_published_figures_are_those_of_models_of_the_original():
 
 def test_windows_that_do_not_fit_are_left_out_with_what_they_need(capsys):
     results = run_small("--model", "vq", "--time-steps", "16", "1024", "--protocol", "original")
-    reason = "synthetic is left out with --time-steps 1024, which needs 1048 values, 328 more"
+    reason = "synthetic is left out with --time-steps 1024, which needs 1048 values, 328 more; take shorter windows"
     assert reason in capsys.readouterr().err
     assert results["notes"] == [reason]
 
@@ -540,7 +544,7 @@ def test_a_network_forecasts_from_its_checkpoint():
     np.testing.assert_allclose(table["time [h]"], (720 + np.arange(7)) / 30)
     values = forecast.generate_series()
     args = forecast.parse_args(SMALL)
-    fitted = forecast.fit(Run("lstm", "synthetic", 16, 1e-3, None, None, 42), args, ALL, values, 720,
+    fitted = forecast.fit(Run("lstm", "synthetic", 16, 1e-3, None, None, 42), args, values, 720,
                           original=True)
     with torch.no_grad():
         np.testing.assert_allclose(results["forecast"], fitted.free_run(values, [720], 7)[0], rtol=1e-5)
@@ -548,6 +552,9 @@ def test_a_network_forecasts_from_its_checkpoint():
 
 @pytest.mark.parametrize(("times", "following"), [
     (pd.bdate_range("2024-01-01", periods=60), ["2024-03-25", "2024-03-26"]),  # after a Friday
+    ([f"{day:%d.%m.%Y}" for day in pd.bdate_range("2022-01-03", periods=60)], ["2022-03-28", "2022-03-29"]),
+    ([day.isoformat() for day in pd.date_range("2024-03-30", periods=60, freq="h", tz="Europe/Berlin")],
+     ["2024-04-01 11:00:00+00:00", "2024-04-01 12:00:00+00:00"]),
     (pd.date_range("1990-01-01", periods=60, freq="MS"), ["1995-01-01", "1995-02-01"]),
     (pd.date_range("1990-01-31", periods=60, freq="ME"), ["1995-01-31", "1995-02-28"]),
     (pd.date_range("2024-01-01", periods=60, tz="Etc/GMT-2", freq="h"),
@@ -588,6 +595,19 @@ def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(cont
     series = read(content, encoding=encoding)
     np.testing.assert_array_equal(series.values, [50.5 + i % 9 for i in range(40)])
     assert series.name == "wert"
+
+
+def test_holidays_do_not_turn_days_into_months():
+    days = pd.bdate_range("2022-01-03", periods=520).delete([30, 31, 100])
+    write_csv("own.csv", days.strftime("%d.%m.%Y"), np.arange(517))
+    options = ["--data", "own.csv", "--time-column", "date", "--fill", "linear"]
+    series = forecast.read_series(forecast.parse_args(options))
+    assert len(series) == 520
+    assert series.index[-1] == days[-1]
+
+
+def test_the_seed_may_be_zero():
+    assert forecast.parse_args(["--seed", "0"]).seed == 0
 
 
 def test_rows_are_sorted_by_time_and_that_is_noted():
@@ -646,6 +666,7 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("1.5e-05\n2.5e-05\n", [], "names the columns"),
     ("sep=;\n" + SEMICOLON, [], "Unable to parse string"),
     ("", [], "No columns to parse"),
+    ("t,a\n", ["--time-column", "t"], "at least three rows"),
     ("PK\x03\x04\x00\x00", [], "names the columns"),
     ("t,a\n" + LONG, ["--time-steps", "16", "--protocol", "original"], "needs 40 values, 20 more"),
     ("t,a\n00:00:00,1\n00:01:00,2\n", ["--time-column", "t"], "times of day need a date"),
@@ -659,8 +680,8 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "no series 'C', only A, B"),
     ("u,y\nA,1\nB,2\n", ["--series-column", "u"], "no series None, only A, B"),
     ("u,y\nA,1\nB,2\n", ["--series", "A"], "no column None, only u, y"),
-    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "line 3: never is not a time"),
-    ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"], "line 4: 2024-01-02 occurs twice"),
+    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "line 3: never is not a time or occurs twice"),
+    ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"], "occurs twice; --series-column"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "4 values are missing, the first at t 5"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
 ])
