@@ -146,8 +146,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--quick", action="store_true", help="embedded series, one rate: under a minute")
     source = parser.add_mutually_exclusive_group().add_argument
-    source("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded to "
-        "--data-dir, or the embedded one; if unset, y_w, or synthetic if that cannot be downloaded")
+    source("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded "
+           "to --data-dir, or the embedded one; if unset, y_w, or synthetic if that cannot be "
+           "downloaded")
     source("--data", type=os.path.abspath, metavar="FILE", help="CSV file of your own series")
     add("--column", default="-1", metavar="NAME", help="column of values, or its index; -1 is the "
         "last")
