@@ -202,6 +202,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
+    if args.seed < 0 or args.learning_rate <= 0:
+        parser.error("--seed must not be negative, --learning-rate must be above 0")
     if args.predict and not args.checkpoint:
         parser.error("--predict needs --checkpoint, a file in models/ of a finished run")
     return args
@@ -589,6 +591,8 @@ def fetch_etth1(data_dir):
             torch.hub.download_url_to_file(ETTH1_URL, path, ETTH1_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{ETTH1_URL}: {error}; put the file at {path}") from None
+        finally:
+            socket.setdefaulttimeout(None)
     if hashlib.sha256(path.read_bytes()).hexdigest() != ETTH1_SHA256:
         raise UserError(f"{path}: its checksum is wrong; delete it or put the right file there")
     return path
@@ -1088,9 +1092,12 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warm_up_then_cosine(step, steps))
     modules = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    state = {"history": [], "best": None, "modules": {}}
+    hashes = [data.info["sha256"] for data in datasets]
+    state = {"history": [], "best": None, "modules": {}, "hashes": hashes}
     if file.exists():
         state = load_checkpoint(file, file)
+        if state["hashes"] != hashes:
+            raise UserError(f"{file}: the run began with other data; start a new run")
     for name, saved in state["modules"].items():  # of an unfinished training
         modules[name].load_state_dict(saved)
     evaluations = min(args.evaluations, args.steps)

@@ -74,7 +74,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import (detect_device, epoch_axis, in_notebook, legend_below,
+from common import (detect_device, epoch_axis, has_bfloat16, in_notebook, legend_below,
                     mean_and_interval, new_figure, plot_curve, save_figure, seed_everything)
 
 EXPERIMENT = "toxicity"
@@ -495,11 +495,16 @@ def load_data(args):
 # --- Tokens -------------------------------------------------------------------------------------
 
 
-def make_batch(tokens, rows, device):
+def text_lengths(tokens):
+    """Tokens of each text."""
+    return (tokens > 0).sum(1).cpu()  # 0 is [PAD]
+
+
+def make_batch(tokens, rows):
     """Arguments of a BERT for the texts `rows`, each [batch, longest of these]."""
-    ids = [tokens[row] for row in rows.tolist()]
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device).long()
-    return {"input_ids": ids, "attention_mask": (ids > 0).long()}  # 0 is [PAD]
+    ids = tokens[rows]
+    ids = ids[:, : text_lengths(ids).max()].long()
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
 def train_wordpiece(texts):
@@ -520,17 +525,19 @@ def train_wordpiece(texts):
 
 
 def tokenize(tokenizer, texts, max_length):
-    """Token ids of each text, cut to `max_length` with its [CLS] and [SEP]: a list of tensors."""
+    """Token ids [texts, longest] int32 of texts, each cut to `max_length` with its [CLS] and
+    [SEP], and filled up with 0."""
     tokenizer.enable_truncation(max_length)
     tokenizer.no_padding()
     encoded = tokenizer.encode_batch_fast(texts)
-    return [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in encoded]
+    ids = [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in encoded]
+    return nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
 
 def bucket_batches(tokens, batch_size, shuffle):
     """Rows of each batch, texts of like lengths together. With `shuffle`, texts are shuffled,
     sorted within runs of 50 batches, and the batches shuffled."""
-    lengths = torch.tensor([len(ids) for ids in tokens])
+    lengths = text_lengths(tokens)
     if not shuffle:
         return lengths.argsort().split(batch_size)
     runs = torch.randperm(len(lengths)).split(50 * batch_size)
@@ -543,8 +550,9 @@ def bucket_batches(tokens, batch_size, shuffle):
 def run_in_buckets(function, tokens, device):
     """What a function of the arguments of a BERT says about each text [texts, …], in their order,
     computed in batches of texts of like lengths."""
+    tokens = tokens.to(device)
     batches = bucket_batches(tokens, INFERENCE_BATCH, shuffle=False)
-    outputs = [function(**make_batch(tokens, rows, device)).float() for rows in batches]
+    outputs = [function(**make_batch(tokens, rows)).float() for rows in batches]
     return torch.cat(outputs)[torch.cat(batches).argsort()]
 
 
@@ -671,7 +679,7 @@ def remove_dendrites(model, constant=0.0):
 def dendrite_share(model, tokens):
     """Share [%] of the output of the dendritic layers that the dendrites carry: their standard
     deviation over texts and tokens over the sum of theirs and the neurons' own, on average."""
-    batch = make_batch(tokens, torch.arange(len(tokens)), model.device)
+    batch = make_batch(tokens.to(model.device), slice(None))
     shares = []
 
     def measure(layer, inputs, output):
@@ -805,7 +813,7 @@ def resume_model(packed, device):
 class Examples:
     """Tokenized texts and the answers to them."""
 
-    tokens: list  # of tensors with the ids of a text
+    tokens: torch.Tensor  # ids [texts, longest] int32
     targets: torch.Tensor  # classes [texts] int64, or a teacher's probabilities [texts, classes]
     weights: torch.Tensor | None  # [classes] in the loss
 
@@ -829,12 +837,12 @@ def make_examples(tokenizer, data, args, lesson=None):
         if split == "train" and lesson is not None:
             targets = lesson
         tokens = tokenize(tokenizer, texts, args.max_length)
-        full = np.mean([len(ids) == args.max_length for ids in tokens])
+        full = (text_lengths(tokens) == args.max_length).float().mean()
         if full:
             note(f"{full:.2%} of the {split} texts fill --max-length {args.max_length}; what "
                  "follows is not read")
         targets = torch.as_tensor(targets, device=args.device)
-        examples[split] = Examples(tokens, targets, weights)
+        examples[split] = Examples(tokens.to(args.device), targets, weights)
     return examples
 
 
@@ -882,6 +890,8 @@ def train_model(state, examples, toxic, args, rate, path):
     cycle = (args.switch_every or max(1, args.epochs // 2)) if switch else args.epochs
     steps_per_epoch = math.ceil(len(train.tokens) / args.batch_size)
     model = resume_model(state["model"], args.device)
+    # A giant gains from bfloat16; for BERT-Tiny the casts cost more than they save.
+    half = has_bfloat16(args.device) and model.config.hidden_size > 256
     optimizer = make_optimizer(model, rate)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
@@ -896,8 +906,9 @@ def train_model(state, examples, toxic, args, rate, path):
         for step, rows in enumerate(bar, (epoch - 1) % cycle * steps_per_epoch):
             share = warm_up_then_decay(step, cycle * steps_per_epoch)
             optimizer.param_groups[0]["lr"] = rate * share
-            logits = model(**make_batch(train.tokens, rows, args.device)).logits
-            loss = train.loss(logits, rows)
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
+                logits = model(**make_batch(train.tokens, rows)).logits
+            loss = train.loss(logits.float(), rows)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -219,14 +219,15 @@ def selection_training(repeats=5):
 
 def selection_csv():
     """Rows per second of the conversion of 60,000 x 784 to CSV, and back; of pyarrow.csv alone."""
-    data = selection_data()
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(0, high, shape).astype(np.uint8) for high, shape in ((256, (60_000, 1, 28, 28)), (10, 60_000)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.csv"
-        write = seconds(lambda: batch_selection.write_csv(path, data.x_train, data.y_train))
+        write = seconds(lambda: batch_selection.write_csv(path, x, y))
         read = seconds(lambda: batch_selection.read_csv(path))
         alone = seconds(lambda: pa.csv.read_csv(path))
-    report("CSV written", "rows/s", len(data.x_train), write, "pyarrow reads", alone)
-    report("CSV read", "rows/s", len(data.x_train), read, "pyarrow reads", alone)
+    report("CSV written", "rows/s", len(x), write, "pyarrow reads", alone)
+    report("CSV read", "rows/s", len(x), read, "pyarrow reads", alone)
     print(f"{'':16} written in {write:.2f} s, read back in {read:.2f} s")
 
 
@@ -282,8 +283,8 @@ def toxicity_training(repeats=5):
     examples = toxicity.make_examples(tokenizer, data, args)
     train, device = examples["train"], args.device
     model = model.to(device)
-    batches = [(rows, train.tokens.batch(rows))
-               for rows in toxicity.bucket_batches(train.tokens.lengths, args.batch_size, shuffle=True)]
+    batches = [(rows, toxicity.make_batch(train.tokens, rows))
+               for rows in toxicity.bucket_batches(train.tokens, args.batch_size, shuffle=True)]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
     def bare():
@@ -296,23 +297,22 @@ def toxicity_training(repeats=5):
     def ours():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
             state = toxicity.new_state(model, [])
-            toxicity.train_model(state, examples, [False, True], args, "plain", 1e-4, Path(folder) / "checkpoint.pt")
+            toxicity.train_model(state, examples, [False, True], args, 1e-4, Path(folder) / "checkpoint.pt")
             return state["history"][0]["seconds"]
 
     mine, reference = median_pair(ours, bare, repeats)
-    report("toxicity training", "texts/s", train.epoch_size, mine, "bare loop", reference)
+    report("toxicity training", "texts/s", len(train.tokens), mine, "bare loop", reference)
 
 
 def toxicity_scoring():
     """Texts per second from text to score in length buckets, and with every text padded to --max-length."""
     args, data, model, tokenizer = toxicity_data()
     texts, _ = data.split("train")
-    classifier = toxicity.Classifier(model.eval(), tokenizer, "", vars(args), [False, True], torch.zeros(0), 0)
+    classifier = toxicity.Classifier(model.eval(), tokenizer, "", vars(args), [False, True], torch.zeros(0))
 
     @torch.inference_mode()
     def padded():
-        tokens = classifier.tokens(texts)
-        rows = torch.nn.utils.rnn.pad_sequence(tokens.ids.split(tokens.lengths.tolist()), batch_first=True)
+        rows = classifier.tokens(texts)
         rows = F.pad(rows, (0, args.max_length - rows.shape[1])).long()
         for ids in rows.split(toxicity.INFERENCE_BATCH):
             model(input_ids=ids, attention_mask=(ids > 0).long()).logits.softmax(1)

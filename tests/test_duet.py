@@ -923,6 +923,7 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
     (["--predict", "CSV", "--checkpoint", "no.pt"], "no.pt"),
+    (["--seed", "-1"], "--seed must not be negative"),
     (["--predict", "CSV", "--checkpoint", "CSV"], "damaged, or not a checkpoint of duet.py"),
     (["--predict", "CSV", "--checkpoint", "TENSOR"], "not a model of this duet.py"),
     (["--predict", "CSV", "--checkpoint", "FOREIGN"], "not a model of this duet.py"),
@@ -991,13 +992,17 @@ def test_figures_carry_their_interval_and_the_originals_stand_beside_its_protoco
     assert table[-1]["dataset"] == "mean of all"
 
 
-def test_a_damaged_checkpoint_is_told(small_csv, tmp_path, capsys, monkeypatch, error_line, no_hydra):
+def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsys, monkeypatch, error_line, no_hydra):
     arguments = ["--data", str(small_csv), "--target", "load", "--strategies", "none", *TINY]
     arguments += ["--output-dir", str(tmp_path)]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(duet, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         duet.main(arguments)
     assert "python duet.py --resume --output-dir" in capsys.readouterr().err
+    text = small_csv.read_text()
+    small_csv.write_text(text.replace("north,7", "north,7", 1) + "2024-01-02,north,7,1,1,1\n")
+    assert "the run began with other data" in error_line(duet, ["--resume", "--output-dir", tmp_path])
+    small_csv.write_text(text)
     model = tmp_path / "duet/run-001/models/plant-none-42.pt"
     model.write_bytes(b"PK torn")
     assert "damaged" in error_line(duet, ["--resume", "--output-dir", tmp_path])

@@ -295,15 +295,13 @@ def test_without_a_hub_embedded_comments_are_used_and_never_for_a_named_dataset(
 
 def test_buckets_give_the_logits_of_plain_padding():
     rng, model = np.random.default_rng(0), toxicity.build_bert(toxicity.TINY).eval()
-    tokens = [torch.from_numpy(rng.integers(5, 30000, length)) for length in rng.integers(3, 31, 37)]
-    bucketed = toxicity.predict_logits(model, tokens)
-    ids = torch.zeros(37, 128, dtype=torch.long)
-    for i, row in enumerate(tokens):
-        ids[i, : len(row)] = row
+    ids = torch.from_numpy(rng.integers(5, 30000, (37, 128)))
+    ids[torch.arange(128) >= torch.from_numpy(rng.integers(3, 31, (37, 1)))] = 0
+    bucketed = toxicity.predict_logits(model, ids)
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=(ids > 0).long()).logits
     torch.testing.assert_close(bucketed, whole, atol=2e-6, rtol=0)
-    seen = torch.cat(toxicity.bucket_batches(tokens, 5, shuffle=True))
+    seen = torch.cat(toxicity.bucket_batches(ids, 5, shuffle=True))
     assert sorted(seen.tolist()) == list(range(37))
 
 
@@ -314,7 +312,7 @@ def test_the_vocabulary_is_the_same_in_every_run():
     assert first.to_str() == second.to_str()
     assert first.encode("You are a clown").tokens == ["[CLS]", "you", "are", "a", "clown", "[SEP]"]
     tokens = toxicity.tokenize(first, ["you are a clown " * 10, "you"], 8)
-    assert [len(ids) for ids in tokens] == [8, 3]
+    assert toxicity.text_lengths(tokens).tolist() == [8, 3]
 
 
 def test_the_share_of_texts_that_are_cut_is_noted(plain):
