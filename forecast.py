@@ -163,8 +163,8 @@ def parse_args(argv=None):
     add("--model", nargs="*", choices=[*MODELS, "combined"], default=[*MODELS, "combined"],
         help="models to run beside the baselines; combined needs the hold-out; without a value, "
         "the baselines only")
-    add("--time-steps", nargs="+", type=positive, default=[ORIGINAL_TIME_STEPS],
-        help="values in a window")
+    add("--time-steps", nargs="+", type=positive, help="values in a window; if unset, the "
+        f"original's {ORIGINAL_TIME_STEPS}, or fewer for a short series")
     add("--learning-rate", nargs="+", type=float, default=ORIGINAL_RATES, help="learning rates")
     add("--d-model", nargs="+", type=positive, default=[64], help="widths of the attention models")
     add("--pe", nargs="+", choices=["none", "randpe", "sinpe", "rope"], default=[None],
@@ -203,6 +203,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.predict_steps is None) != (args.checkpoint is None):
         parser.error("--predict-steps and --checkpoint go together")
+    if args.seed < 0 or min(args.learning_rate) <= 0:
+        parser.error("--seed must not be negative, --learning-rate must be above 0")
     return args
 
 
@@ -1069,7 +1071,11 @@ def unpack(member, args):
 def make_runs(args, series):
     """All runs of the sweep, the longest first."""
     runs = {}
-    for (name, values), time_steps in itertools.product(series.items(), args.time_steps):
+    windows = []
+    for name, values in series.items():
+        longest = min(ORIGINAL_TIME_STEPS, len(values) // 6, int(FOLDS[0] * len(values)) - 24)
+        windows += [(name, values, steps) for steps in args.time_steps or [max(2, longest)]]
+    for name, values, time_steps in windows:
         # A window, the horizon of vq_ar and seven windows more, in the shortest training part.
         needed = math.ceil((time_steps + 24) / (1 if args.protocol == "original" else FOLDS[0]))
         if len(values) < needed:
@@ -1366,7 +1372,10 @@ def next_times(times, count):
 
 # --- Plumbing: nothing below is about the experiment --------------------------------------------
 
+PACKAGES = ["torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets",
+            "perforatedai"]
 NOTES = []
+PIP_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 class UserError(Exception):
@@ -1410,8 +1419,7 @@ def atomic_write(path):
     except RuntimeError as error:  # torch.save raises this on a full disk
         raise UserError(f"{path} cannot be written; is the disk full? ({error})") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(file, name):
@@ -1430,9 +1438,9 @@ def plain_arguments(args):
 
 
 def changed_arguments(args):
-    """{flag: value} of the arguments that differ from their defaults."""
+    """{name: value} of the arguments that differ from their defaults."""
     defaults = plain_arguments(parse_args([]))
-    return {f"--{name.replace('_', '-')}": value for name, value in plain_arguments(args).items()
+    return {name: value for name, value in plain_arguments(args).items()
             if value is not None and value != defaults[name]}
 
 
@@ -1458,42 +1466,36 @@ def resume_arguments(args):
     files = [Path(args.resume, "arguments.json")]
     if args.resume == "newest":
         files = sorted(Path(args.output_dir, EXPERIMENT).glob("run-*/arguments.json"))
-    unfinished = [file for file in files
-                  if file.exists() and not file.with_name("results.json").exists()]
-    if not unfinished:
+    files = [file for file in files
+             if file.exists() and not file.with_name("results.json").exists()]
+    if not files:
         raise UserError(f"--resume {args.resume}: no unfinished run; see --output-dir")
-    free = {"--resume", "--output-dir", "--data-dir", "--device", "--jobs", "--backend"}
-    changed = set(changed_arguments(args))
-    if changed - free:
-        raise UserError("--resume keeps a run's arguments; leave out "
-                        f"{', '.join(sorted(changed - free))}")
-    arguments = vars(parse_args([])) | json.loads(unfinished[-1].read_text())
-    arguments |= {name: value for name, value in vars(args).items()
-                  if f"--{name.replace('_', '-')}" in changed | {"--device"}}
-    return argparse.Namespace(**arguments | {"resume": str(unfinished[-1].parent)})
+    changed = changed_arguments(args)
+    refused = changed.keys() - {"resume", "output_dir", "data_dir", "device", "jobs", "backend"}
+    if refused:
+        flags = " --".join(sorted(refused)).replace("_", "-")
+        raise UserError(f"--resume keeps a run's arguments; leave out --{flags}")
+    arguments = json.loads(files[-1].read_text()) | changed
+    arguments |= {"device": args.device, "resume": str(files[-1].parent)}
+    return argparse.Namespace(**arguments)
 
 
 def describe_run(args):
     """What made the results: arguments, script, versions, device and peak memory."""
     script = Path(globals().get("__file__", "pasted into a notebook")).resolve()
     digest = hashlib.sha256(script.read_bytes()).hexdigest() if script.exists() else None
-    commit = None
-    with contextlib.suppress(OSError):
-        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40",
-                   "--exclude=*"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    packages = ("torch", "numpy", "pandas", "pyarrow", "sklearn", "transformers", "datasets",
-                "perforatedai")
+    git = f'git -C "{script.parent}" describe --always --dirty --abbrev=40 --exclude="*"'
+    failed, commit = subprocess.getstatusoutput(git)
     versions = {name: getattr(sys.modules[name], "__version__", None)
-                for name in packages if name in sys.modules}
+                for name in PACKAGES if name in sys.modules}
     device = args.device
     return {
         "experiment": EXPERIMENT,
         "arguments": plain_arguments(args),
         "changed_arguments": changed_arguments(args),
         "script_sha256": digest,
-        "git_commit": commit,
-        "git_clean": commit and not commit.endswith("-dirty"),
+        "git_commit": None if failed else commit,
+        "git_clean": None if failed else not commit.endswith("-dirty"),
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "peak_memory_mib": memory_mib("VmHWM"),
@@ -1511,10 +1513,8 @@ def write_results(results, summary, args, run_dir):
     """Write and print summary.md, then write results.json, with which a run is finished; returns
     the results as they are read back."""
     results = describe_run(args) | results
-    title = f"# {EXPERIMENT}.py"
-    for flag, value in results["changed_arguments"].items():
-        values = value if isinstance(value, list) else [value]
-        title += " ".join(["", flag, *(str(item) for item in values if item is not True)])
+    arguments = [f"{name}={value}" for name, value in results["changed_arguments"].items()]
+    title = f"# {EXPERIMENT}.py {', '.join(arguments)}"
     text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
     (run_dir / "summary.md").write_text(text, encoding="utf-8")
     with atomic_write(run_dir / "results.json") as path:
@@ -1526,7 +1526,7 @@ def write_results(results, summary, args, run_dir):
     else:
         print(text)
     print(f"Everything is in {run_dir}")
-    return json.loads((run_dir / "results.json").read_text())
+    return json.loads(to_json(results))
 
 
 def markdown_table(rows):
@@ -1549,17 +1549,16 @@ def main(argv=None):
     try:
         return run(resume_arguments(args) if args.resume else args)
     except KeyboardInterrupt:
-        text = ("interrupted; to go on with a run that had begun: "
-                f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}")
+        command = f"python {EXPERIMENT}.py --resume --output-dir {args.output_dir}"
+        command = 'main(["--resume"])' if in_notebook() else command
+        text = f"interrupted; to go on with a run that had begun: {command}"
         code = 130
-    except ModuleNotFoundError as error:
-        name = error.name.split(".")[0]
-        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(name, name)
-        text = f"error: {error}; pip install {package}"
-        code = 2
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
         text = f"error: {' '.join(str(error).split())}"
         code = 2
+        if isinstance(error, ModuleNotFoundError):
+            package = error.name.split(".")[0]
+            text += f"; pip install {PIP_NAMES.get(package, package)}"
     print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
     if not in_notebook():
         raise SystemExit(code)

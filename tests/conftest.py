@@ -8,9 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"  # real files, where they lie beside the checkout
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """After each test the number of threads is what it was, since the last digits of the next depend on it."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -23,14 +23,6 @@ new = duet.MultiDatasetPatchDuET.create_for_dataset
 NAMES = ["indoor_temp", "outdoor_temp", "humidity", "pressure", "wind", "rain", "sun"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """The number of threads is again what it was, so that other scripts' last digits are, too."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def no_hydra(monkeypatch):
     """Hydra takes the most of the time, and these tests are not about it."""

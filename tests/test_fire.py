@@ -631,17 +631,17 @@ def test_results_agree_with_themselves(finished):
 
 def test_results_say_what_made_them(finished):
     _, results = finished
-    assert results["changed_arguments"]["--seq-len"] == 30
-    assert "--learning-rate" not in results["changed_arguments"]
+    assert results["changed_arguments"]["seq_len"] == 30
+    assert "learning_rate" not in results["changed_arguments"]
     assert len(results["script_sha256"]) == 64
     assert results["git_clean"] in (True, False, None)
 
 
-def test_the_summary_has_flags_notes_tables_and_the_answer(finished):
+def test_the_summary_has_arguments_notes_tables_and_the_answer(finished):
     run_dir, results = finished
     summary = (run_dir / "summary.md").read_text()
     assert summary.startswith("# fire.py ")
-    assert "--seq-len 30" in summary.splitlines()[0]
+    assert "seq_len=30" in summary.splitlines()[0]
     assert all(f"Note: {note}" in summary for note in results["notes"])
     assert all(name in summary for name in results["models"])
     assert "The transformer classifies" in summary

@@ -36,9 +36,7 @@ def empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "URL", "http://127.0.0.1:9/")
     with unittest.mock.patch.dict(os.environ):  # dask sets OMP_NUM_THREADS here, too
-        threads = torch.get_num_threads()
         yield
-        torch.set_num_threads(threads)
 
 
 def run_small(*argv):
@@ -413,6 +411,13 @@ def test_windows_that_do_not_fit_are_left_out_with_what_they_need(capsys):
     assert results["notes"] == [reason]
 
 
+def test_a_short_series_gets_shorter_windows():
+    Path("own.csv").write_text("a\n" + "".join(f"{i % 7}\n" for i in range(150)))
+    results = forecast.main(["--data", "own.csv", "--model", "vq_ar", "--learning-rate", "1e-3", "--epochs", "1",
+                             "--jobs", "1", "--protocol", "holdout", "--device", "cpu"])
+    assert {row["time_steps"] for row in results["rows"]} == {25}
+
+
 def exact(value):
     """A value of a checkpoint with each tensor as its bytes."""
     if isinstance(value, dict):
@@ -674,7 +679,7 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n2024-01-01T00:00+02:00,1\n2024-01-01T01:00,2\n", ["--time-column", "t"], "Mixed timezones"),
     ("t,a\n0,1\n1,1\n2,1\n2.05,4\n3,2\n", ["--time-column", "t"], "not equally spaced"),
     ("v,t\n" + LONG, ["--time-column", "t"], "'t' is the time column"),
-    ("t,a\n" + LONG, [], "needs 340 values, 320 more"),
+    ("t,a\n" + LONG, [], "needs 65 values, 45 more"),
     ("unique_id,y\nA,1\nB,2\nA,3\nB,4\n", [], "'unique_id' seems to name several series"),
     ("region,y\nA,1\nB,2\nA,3\nB,4\n", [], "--series-column and --series"),
     ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "no series 'C', only A, B"),
