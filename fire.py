@@ -218,10 +218,11 @@ def parse_args(argv=None):
         parser.error("--patch-len must divide --seq-len, and --num-heads must divide --d-model")
     if not 0 <= args.dropout < 1:
         parser.error("--dropout must be at least 0 and below 1")
-    if args.seq_len < 2 or args.learning_rate <= 0:
+    if args.seq_len < 2 or not args.learning_rate > 0:
         parser.error("--seq-len must be at least 2, --learning-rate above 0")
-    if min(args.seed, args.gain_noise, args.baseline_seconds or 0) < 0:
-        parser.error("--seed, --gain-noise and --baseline-seconds must not be negative")
+    if args.seed >= 2**32 or min(args.seed, args.gain_noise, args.baseline_seconds or 0) < 0:
+        parser.error("--seed, --gain-noise and --baseline-seconds must not be negative, and --seed "
+                     "must be below 2**32")
     if args.predict and not args.checkpoint:
         parser.error("--predict needs --checkpoint, the transformer.pt of a run")
     return args
@@ -347,7 +348,7 @@ def list_files(address):
 
 def name_areas(files, split):
     """The area of each file: what follows area= in its path, or its name up to the first _, or all
-    of its name. With the split "files" they are recordings of one area, "all"."""
+    of its name, or its path. With the split "files" all are recordings of one area, "all"."""
     files = pd.Series(files)
     folders = files.str.extract("(?:^|/)area=([^/]*)", expand=False)
     if folders.notna().all():
@@ -356,14 +357,16 @@ def name_areas(files, split):
         return ["all"] * len(files)
     stems = files.str.extract(r"([^/.]*)[^/]*$", expand=False)
     beginnings = stems.str.split("_").str[0]
-    return beginnings if beginnings.is_unique else stems
+    if beginnings.is_unique:
+        return beginnings
+    return stems if stems.is_unique else files
 
 
 def read_csv(content, na_values):
     """DataFrame of a CSV file with any usual delimiter and decimal point, in UTF-8 or Latin-1."""
     head = bytes(content[:65536]).decode(errors="replace")
     encoding = "latin-1" if "\ufffd" in head[:-1] else "utf-8"  # the end may be cut in two
-    header, row = [*head.split("\n", 2), ""][:2]
+    header, row = [*re.sub('"[^"]*"', "", head).split("\n", 2), ""][:2]
     delimiter = max(",;\t|", key=header.count)
     decimal = "," if delimiter != "," and re.search(r"\d,\d", head) else "."
     if row.count(delimiter) == header.count(delimiter) + 1:  # R leaves out the name of the index
@@ -376,15 +379,20 @@ def read_frame(address, na_values):
     """(DataFrame, sha256) of a CSV or Parquet file."""
     content = read_bytes(address)
     digest = hashlib.sha256(content).hexdigest()
+    kind = Path(address).suffix.lower()
     try:
-        if address.endswith(".parquet"):
+        if kind == ".parquet":
             table = pa.parquet.read_table(pa.BufferReader(content))
-            return table.to_pandas(ignore_metadata=True), digest
-        if address.endswith(".gz"):
-            content = pa.input_stream(content, "gzip").read_buffer()
-        return read_csv(content, na_values), digest
+            frame = table.to_pandas(ignore_metadata=True)
+        else:
+            if kind == ".gz":
+                content = pa.input_stream(content, "gzip").read_buffer()
+            frame = read_csv(content, na_values)
     except (ValueError, OSError) as error:  # of pandas and pyarrow
         raise UserError(f"{address}: {error}") from None
+    if frame.empty:
+        raise UserError(f"{address}: no rows, only the header {', '.join(frame)}")
+    return frame, digest
 
 
 def check_columns(frame, names, address):
@@ -454,13 +462,13 @@ def read_labels(columns):
     column = pd.concat(columns)
     codes, labels = pd.factorize(column, use_na_sentinel=False)
     texts = pd.Series(labels).astype(str).str.strip().str.lower()
-    texts = texts.str.replace("_", " ").str.removesuffix(".0")
+    texts = texts.str.replace("[_-]", " ", regex=True).str.removesuffix(".0")
     three_classes = texts.isin(["2", "warning", "fire"]).any()
     classes = texts.map(LABELS if three_classes else LABELS | {"1": 2})
     refuse(classes.isna()[codes], column, f"is no label; labels are {', '.join(LABELS)}")
     classes = classes.astype(np.int8)
     meanings = texts + " is " + np.array(CLASSES)[classes]
-    note(f"labels: {', '.join(sorted(meanings))}")
+    note(f"labels: {', '.join(sorted(set(meanings)))}")
     return classes.to_numpy()[codes]
 
 
@@ -487,8 +495,6 @@ def find_columns(frame, address, args):
     if left_out:
         note(f"{address}: left out {left_out}, since a row index, a clock, a counter or a second "
              "label gives the answer away; --columns keeps them")
-    if not sensors:
-        raise UserError(f"{address}: no sensor column in {', '.join(frame)}")
     return sensors, label, times
 
 
@@ -517,6 +523,8 @@ def file_areas(args):
     for name, frames in recordings.items():
         first = next(iter(frames))
         sensors, label, times = find_columns(frames[first], first, args)
+        if not sensors:
+            raise UserError(f"{first}: no sensor column in {', '.join(frames[first])}")
         for address, frame in frames.items():
             check_columns(frame, frames[first], address)
         areas[name] = make_area(frames, sensors, times, args.na_values)
@@ -726,7 +734,7 @@ def load_data(args):
     rows = sum(stop - start for bounds in segments.values() for start, stop in bounds)
     digest = joblib.hash([segments, args.stride, *map(vars, areas)])
     column_names = columns.index.to_series().groupby(columns).agg(" or ".join)
-    info = {"files": files, "rows": rows, "hash": digest, "split": how,
+    info = {"files": files, "rows": int(rows), "hash": digest, "split": how,
             "baseline_seconds": seconds, "columns": column_names.tolist(), "areas": {}}
     ends = np.cumsum([len(area.labels) for area in areas])
     is_train = np.zeros(ends[-1], bool)
@@ -1208,7 +1216,9 @@ def plot_training(state, run_dir):
     fig, axes = new_figure("Time, and memory at the end of each stage and epoch", 1, 3, (15, 4))
     plot_bars(axes[0], seconds.index, {"time": seconds})
     axes[0].set_ylabel("time [s]")
-    axes[1].pie(seconds, labels=seconds.index, autopct="%.0f %%", counterclock=False, startangle=90)
+    shares = seconds.index + (100 * seconds / seconds.sum()).map(", {:.0f} %".format)
+    axes[1].pie(seconds, counterclock=False, startangle=90)
+    axes[1].legend(shares, loc="center left", bbox_to_anchor=(1, 0.5))
     table = pd.DataFrame(state["stages"])
     table["end"] = table["seconds"].cumsum()
     for marker, (name, rows) in zip(MARKERS, table.groupby("name", sort=False)):

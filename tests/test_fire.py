@@ -47,10 +47,12 @@ def load(*argv):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Two areas as a user has them: a CSV and a Parquet file."""
+    """Two areas as a user has them: a CSV and a Parquet file, the latter with a gap."""
     folder = tmp_path_factory.mktemp("areas")
     area_frame().to_csv(folder / "basement_data_cleaned.csv", index=False)
-    area_frame("voc").to_parquet(folder / "voc_data_cleaned.parquet")
+    frame = area_frame("voc")
+    frame.loc[3000:, "timestamp"] += pd.Timedelta("2h")
+    frame.to_parquet(folder / "voc_data_cleaned.parquet")
     return folder
 
 
@@ -302,7 +304,7 @@ def test_the_same_sensor_has_the_same_column_in_all_areas():
     ({0: 0, 1: 0, 2: 1}, {0, 2}),
     ({0: False, 1: False, 2: True}, {0, 2}),
     ({0: "No Fire", 1: "No Fire", 2: "Fire"}, {0, 2}),
-    ({0: "no_fire", 1: "no_fire", 2: "fire"}, {0, 2}),
+    ({0: "no_fire", 1: "No-Fire", 2: "fire"}, {0, 2}),
     ({0: "no", 1: "no", 2: "yes"}, {0, 2}),
     ({0: "off", 1: "off", 2: "On"}, {0, 2}),
 ])
@@ -366,11 +368,14 @@ CLEAN = pd.DataFrame({"a": np.arange(3000) % 7 + 0.5, "b": np.arange(3000) % 5 +
     "a header one cell short": CLEAN.to_csv().lstrip(",").encode(),
     "latin-1": CLEAN.assign(**{"é [°C]": 1}).to_csv(index=False).encode("latin-1"),
     "compressed": gzip.compress(CLEAN.to_csv(index=False).encode()),
+    "PARQUET": CLEAN.to_parquet(),
+    "a delimiter in a cell": CLEAN.assign(note="x, y").to_csv(index=False).encode(),
 }.items())
 def test_csv_files_as_people_have_them(tmp_path, name, content):
-    path = tmp_path / ("x.csv.gz" if name == "compressed" else "x.csv")
+    path = tmp_path / {"compressed": "x.CSV.gz", "PARQUET": "x.PARQUET"}.get(name, "x.csv")
     path.write_bytes(content)
-    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path)]))
+    argv = ["--columns", "a", "b"] if "cell" in name else []
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path), *argv]))
     np.testing.assert_allclose(areas["x"].readings[:, :2], CLEAN[["a", "b"]], rtol=1e-6)
 
 
@@ -382,6 +387,14 @@ def test_hidden_files_are_no_data_and_folders_can_name_areas(tmp_path):
         (tmp_path / name).write_bytes(b"\0")
     areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path)]))
     assert set(areas) == {"hall", "attic"}
+
+
+def test_files_of_the_same_name_are_areas_of_their_own(tmp_path):
+    for room in ("hall", "attic"):
+        (tmp_path / room).mkdir()
+        CLEAN.to_csv(tmp_path / room / "log.csv", index=False)
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path)]))
+    assert set(areas) == {f"{tmp_path}/attic/log.csv", f"{tmp_path}/hall/log.csv"}
 
 
 def test_files_in_the_split_by_files_are_recordings_of_one_area(tmp_path):
@@ -439,7 +452,7 @@ def bad_inputs(tmp_path):
         "missing": (["--data", tmp_path / "nowhere.csv"], ["nowhere.csv", "no such file"]),
         "empty folder": (["--data", tmp_path / "empty_folder"], ["empty_folder", "no .csv"]),
         "empty file": (file("empty.csv", ""), ["empty.csv"]),
-        "header only": (file("header.csv", "a,b,label\n"), ["too few windows"]),
+        "header only": (file("header.csv", "time,a,label\n"), ["header.csv", "no rows", "time, a, label"]),
         "no header": (file("bare.csv", text.split("\n", 1)[1]), ["bare.csv", "no column ['label']", "0.5"]),
         "text cell": (file("text.csv", text.replace("\n1.5,1.25,", "\n1.5,oops,", 1)),
                       ["text.csv", "row 2", "'b'", "'oops'"]),
@@ -451,6 +464,7 @@ def bad_inputs(tmp_path):
         "no label column": (file("none.csv", text.replace("label", "alarm")), ["'label'", "a, b, alarm"]),
         "misspelt label": (file("ok.csv", text, "--label-column", "labl"), ["'labl'", "a, b, label"]),
         "no sensors": (file("few.csv", "label\n0\n2\n"), ["few.csv", "no sensor column"]),
+        "no sensor chosen": (file("fine.csv", text, "--columns", "label"), ["fine.csv", "no sensor column"]),
         "few rows": (file("short.csv", text[: text.index("\n", 900)]), ["too few"]),
         "one class": (file("one.csv", "a,label\n" + "1,0\n2,0\n" * 1500), ["too few", "normal"]),
         "shuffled": (file("order.csv", stamped(times[::-1].to_numpy()).to_csv(index=False)),
@@ -481,8 +495,9 @@ def test_every_error_is_one_line_with_exit_code_2(tmp_path, error_line):
     (["--epochs", "0"], ["--epochs: 0 is too small"]),
     (["--dropout", "x"], ["--dropout", "'x'"]),
     (["--dropout", "2"], ["--dropout must be"]),
-    (["--learning-rate", "-1"], ["--learning-rate above 0"]),
+    (["--learning-rate", "nan"], ["--learning-rate above 0"]),
     (["--seed", "-1"], ["--seed, --gain-noise"]),
+    (["--seed", str(2**32)], ["--seed must be below 2**32"]),
     (["--epoch", "3"], ["--epoch"]),
     (["--device", "tpu"], ["'tpu'"]),
     (["--predict", "x.csv"], ["--checkpoint"]),
