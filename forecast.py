@@ -41,7 +41,6 @@ et al. 2023 (grouped queries), Su et al. 2021 (rotary positions), van den Oord e
 # ///
 
 import argparse
-import codecs
 import contextlib
 import csv
 import gzip
@@ -58,6 +57,7 @@ import sys
 import time
 import urllib.request
 import warnings
+import zlib
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
@@ -135,7 +135,8 @@ RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
     r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
-CALENDAR = ["B", "MS", "ME", "BME", "3MS", "3ME", "12MS", "12ME"]  # pandas' names of steps
+# pandas' names of steps of the calendar.
+CALENDAR = ["B", "MS", "ME", "BMS", "BME", "3MS", "3ME", "6MS", "6ME", "12MS", "12ME"]
 
 
 def parse_args(argv=None):
@@ -219,9 +220,9 @@ def positive(text):
 # --- Data: pandas Series of values, indexed by their times --------------------------------------
 
 
-def generate_series(rows=720, seed=0):
+def generate_series(rows=720):
     """The embedded series [rows]: two peaks in each cycle of 120 rows, a slow drift and noise."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     t = np.arange(rows)
     cycle, phase = t // 120, (t % 120) / 120
     heights = rng.uniform(0.85, 1.15, (rows // 120 + 1, 2))[cycle]  # no two cycles are alike
@@ -233,18 +234,22 @@ def generate_series(rows=720, seed=0):
 
 
 def read_frame(path):
-    """DataFrame of a CSV file, by line, whatever its encoding, delimiter and decimal point."""
+    """DataFrame of a CSV file, indexed by the lines of the file, whatever its encoding, delimiter
+    and decimal point."""
     content = Path(path).read_bytes()
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace")
+    is_utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
     text = text.rstrip()
     header = next(iter(text.splitlines()), "")
     delimiter = next((mark for mark in ";\t|," if mark in header), "\t")
     decimal = "," if delimiter != "," and re.search(r"\d,\d", text) else "."
-    names = next(csv.reader([header], delimiter=delimiter), [])
-    numbers = [name for name in names if re.fullmatch(r"[-+]?\d[-+\d.,e]*", name)]
+    names = next(csv.reader([header], delimiter=delimiter))
+    numbers = [name for name in names if re.fullmatch(r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*", name)]
     if "\0" in text or numbers or len(set(names)) < len(names):
         raise ValueError("not a CSV file whose first line names the columns, each once")
     with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
@@ -284,9 +289,13 @@ def select_series(frame, args):
 
 def read_times(column):
     """The times of a column: numbers, or dates with their time zone."""
-    if column.dtype.kind in "iuf" and not column.between(19000101, 21001231).all():
-        return column
     texts = column.astype(str)
+    for digits in ("%Y%m%d", "%Y%m"):
+        dates = pd.to_datetime(texts, format=digits, errors="coerce")
+        if dates.between("1900", "2101").all():
+            return dates
+    if column.dtype.kind in "iuf":
+        return column
     if texts.str.match(r"\s*T?\d{1,2}:\d\d").any():
         raise ValueError("times of day need a date; without --time-column the rows are taken as "
                          "equally spaced")
@@ -311,12 +320,13 @@ def space_evenly(frame):
     step = times.to_series().diff().median()
     if isinstance(times, pd.DatetimeIndex):
         tolerance = pd.Timedelta(0)
-        steps = [step, *CALENDAR]
-        grids = [pd.date_range(times[0], times[-1], freq=step) for step in steps]
+        grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *CALENDAR]]
     else:
         steps = np.diff(times)
         step = steps[np.abs(steps / step - 1) < 0.1].mean()
         tolerance = 0.1 * step
+        if step.is_integer():
+            step = int(step)  # so that whole numbers remain whole
         count = round((times[-1] - times[0]) / step) + 1
         grids = [times[0] + step * pd.RangeIndex(count)]
     for grid in sorted(grids, key=len):
@@ -337,9 +347,11 @@ def sort_by_time(frame, time_column):
                          "--series-column and --series choose one of several series")
     if len(times) < 3:
         raise ValueError("at least three rows are needed")
+    if span_in_steps(times) > 10 * len(times):
+        raise ValueError("at the usual step most times are missing; is one of them wrong?")
     if not times.is_monotonic_increasing:
         note("the rows are not in order and are sorted by time")
-    frame = frame.set_index(pd.Index(times)).sort_index()
+    frame = frame.set_index(times).sort_index()
     return space_evenly(frame).rename_axis(time_column)
 
 
@@ -355,16 +367,18 @@ def read_series(args):
             frame = sort_by_time(frame, time_column)
         values = pd.to_numeric(frame[column]).astype(float).where(np.isfinite)
         if args.fill:
+            note(f"missing values, now filled: {values.isna().sum()}")
             values = values.ffill() if args.fill == "forward" else values.interpolate()
         missing = values.isna()
         if missing.any():
-            raise ValueError(f"{missing.sum()} values are missing, the first at "
-                             f"{values.index.name} {missing.idxmax()}; --fill linear or --fill "
-                             "forward fills all but the first")
+            raise ValueError(f"missing values: {missing.sum()}, the first at {values.index.name} "
+                             f"{missing.idxmax()}; --fill linear or --fill forward fills them, "
+                             "but not the first value of all")
         if not 1e-100 < np.ptp(values) < 1e100:
-            raise ValueError(f"{column!r} is constant, or too large or small; rescale it")
+            raise ValueError(f"{column!r} is empty, constant, or too large or small")
         return values
-    except (ValueError, EOFError, pd.errors.ParserWarning) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error,
+            pd.errors.ParserWarning) as error:
         raise UserError(f"{args.data}: {error}") from None
 
 
@@ -474,10 +488,7 @@ def find_period(z):
     if len(peaks) == 0:
         return 1
     start = len(z) * 3 // 4
-    errors = []
-    for peak in peaks:
-        naive = z[start - peak : -peak]
-        errors.append(np.mean((z[start:] - naive) ** 2))
+    errors = [np.mean((z[start:] - z[start - peak : -peak]) ** 2) for peak in peaks]
     return int(peaks[errors <= 1.1 * np.min(errors)][0])
 
 
@@ -599,8 +610,7 @@ class Positions(nn.Module):
         if self.kind == "rope":
             sin, cos = self.waves[rows].unbind(-1)
             left, right = x.chunk(2, -1)
-            turned = [left * cos - right * sin, right * cos + left * sin]
-            x = torch.cat(turned, -1)
+            x = torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
         return x
 
 
@@ -625,8 +635,10 @@ class Attention(Network):
             choice = getattr(args, flag)
             if choice or (choice is None and flag in flags):
                 self.flags.append(flag)
+        self.causal = "causal" in self.flags
+        self.norm_pe = "norm_pe" in self.flags
         self.has_codebook = run.model.startswith("vq")
-        if not (self.has_codebook or "causal" in self.flags or args.align_target is False):
+        if not (self.has_codebook or self.causal or args.align_target is False):
             raise UserError(f"{run.model} would see its own targets; add --no-align-target or "
                             "--causal")
         pe = run.pe or pe
@@ -635,8 +647,6 @@ class Attention(Network):
                            vocab_size=args.vocab_size, block_size=block_size)
         flag_names = [f"is_{flag}".replace("norm", "n") for flag in self.flags]
         self.name = "-".join([name, *flag_names, pe]).removesuffix("-none")
-        self.causal = "causal" in self.flags
-        self.norm_pe = "norm_pe" in self.flags
         self.width = run.d_model // heads
         self.fc_in = nn.Linear(1, run.d_model)
         self.position = Positions(pe, self.width if self.norm_pe else run.d_model, block_size)
@@ -792,7 +802,7 @@ def warm_up_then_cosine(step, steps):
 def original_split(count):
     """(training, validation) windows of `count`, 80/20 at random, in the original's order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(42))
-    return order[: int(0.8 * count)], order[int(0.8 * count) :]
+    return order.tensor_split([int(0.8 * count)])
 
 
 def train(model, z, train_starts, val_starts, run, args, shuffle):
@@ -847,8 +857,7 @@ class Fitted:
 
     def denormalize(self, z):
         """Values of z; a model that has diverged to NaN has an infinite error."""
-        z = z.masked_fill(z.isnan(), math.inf)
-        return z.double().numpy() * self.std + self.mean
+        return z.masked_fill(z.isnan(), math.inf).double().numpy() * self.std + self.mean
 
     @torch.inference_mode()
     def one_step(self, values, start, stop):
@@ -978,8 +987,8 @@ def validation_score(parts, kind):
 def interval_widths(parts):
     """Half widths of split-conformal intervals (Vovk et al. 2005) from the validation parts:
     [1] for one step, and [horizon] for the free run, pooled over similar horizons."""
-    one_step = np.abs(np.concatenate([part["one step"] for part in parts[:-1]]))
-    free_run = np.abs(np.concatenate([part["free run"] for part in parts[:-1]]))
+    one_step = np.concatenate([part["one step"] for part in parts[:-1]])
+    free_run = np.concatenate([part["free run"] for part in parts[:-1]])
     edges = np.unique(np.geomspace(1, free_run.shape[1] + 1, 9).astype(int)) - 1
     pools = np.split(free_run, edges[1:-1], axis=1)
     widths = np.repeat([conformal_quantile(pool) for pool in pools], np.diff(edges))
@@ -988,8 +997,8 @@ def interval_widths(parts):
 
 
 def conformal_quantile(residuals):
-    """The quantile of residuals that covers a new one with probability COVERAGE."""
-    residuals = np.sort(residuals[~np.isnan(residuals)])
+    """The quantile of absolute residuals that covers a new one with probability COVERAGE."""
+    residuals = np.sort(np.abs(residuals[~np.isnan(residuals)]))
     rank = math.ceil((len(residuals) + 1) * COVERAGE)
     return float(residuals[min(rank, len(residuals) - 1)])
 
@@ -1042,10 +1051,10 @@ def execute(run, args, values, models):
             scores |= holdout_scores(parts, widths, values)
     except Exception as error:
         return run, {"error": f"{type(error).__name__}: {error}"}
-    row = asdict(run) | {"id": run.id, "settings": run.settings}
-    row["name"] = getattr(members[0].model, "name", run.model)
+    row = asdict(run) | {"id": run.id, "settings": run.settings,
+                         "name": getattr(members[0].model, "name", run.model),
+                         "seconds": time.perf_counter() - start_time}
     row |= {name: float(score) for name, score in scores.items()}
-    row["seconds"] = time.perf_counter() - start_time
     errors = {kind: errors[kind].ravel().tolist() for kind in KINDS}
     members = [vars(fitted) | {"run": asdict(fitted.run), "model": fitted.model.state_dict()}
                for fitted in members]
@@ -1071,21 +1080,20 @@ def unpack(member, args):
 def make_runs(args, series):
     """All runs of the sweep, the longest first."""
     runs = {}
-    windows = []
+    seeds = range(args.seed, args.seed + args.runs)
+    models = [*BASELINES, *args.model]
     for name, values in series.items():
         longest = min(ORIGINAL_TIME_STEPS, len(values) // 6, int(FOLDS[0] * len(values)) - 24)
-        windows += [(name, values, steps) for steps in args.time_steps or [max(2, longest)]]
-    for name, values, time_steps in windows:
-        # A window, the horizon of vq_ar and seven windows more, in the shortest training part.
-        needed = math.ceil((time_steps + 24) / (1 if args.protocol == "original" else FOLDS[0]))
-        if len(values) < needed:
-            note(f"{name} is left out with --time-steps {time_steps}, which needs {needed} values, "
-                 f"{needed - len(values)} more; take shorter windows")
-            continue
-        seeds = range(args.seed, args.seed + args.runs)
-        models = [*BASELINES, *args.model]
-        combinations = itertools.product(models, args.learning_rate, args.d_model, args.pe, seeds)
-        for model, rate, d_model, pe, seed in combinations:
+        for model, time_steps, rate, d_model, pe, seed in itertools.product(
+                models, args.time_steps or [max(2, longest)], args.learning_rate, args.d_model,
+                args.pe, seeds):
+            # A window, the horizon of vq_ar and seven windows more, in the shortest training part.
+            share = 1 if args.protocol == "original" else FOLDS[0]
+            needed = math.ceil((time_steps + 24) / share)
+            if len(values) < needed:
+                note(f"{name} is left out with --time-steps {time_steps}, which needs {needed} "
+                     f"values, {needed - len(values)} more; take shorter windows")
+                continue
             run = Run(model, name, time_steps, rate, d_model, pe, seed)
             if model not in ATTENTION:
                 run = replace(run, d_model=None, pe=None)
@@ -1141,8 +1149,8 @@ def over_seeds(rows):
     """(means, texts): two DataFrames with a row for each combination of settings."""
     groups = rows.groupby(SETTINGS, dropna=False, sort=False)
     means = groups.mean(numeric_only=True).reset_index()
-    scores = means.filter(regex="loss$|free run$|one step$").columns
-    return means, groups[list(scores)].agg(show).reset_index()
+    scores = list(means.filter(regex="loss$|free run$|one step$"))
+    return means, groups[scores].agg(show).reset_index()
 
 
 def original_table(means, texts):
@@ -1215,9 +1223,8 @@ def plot_free_run(ax, series, times, forecast, widths):
     ax.plot(times, forecast, "--", color=COLORS[3], linewidth=1.5, label="free run")
     if widths:
         width = extend(widths["free run"], len(forecast))
-        low, high = forecast - width, forecast + width
-        ax.fill_between(times, low, high, color=COLORS[3], alpha=0.15, linewidth=0,
-                        label="80 % interval")
+        ax.fill_between(times, forecast - width, forecast + width, color=COLORS[3], alpha=0.15,
+                        linewidth=0, label="80 % interval")
     ax.set(xlabel=series.index.name, ylabel=series.name)
 
 
@@ -1244,8 +1251,9 @@ def plot_forecasts(series, best, title, path):
 
 def plot_curves(series, best, title, path):
     """Losses of the networks over the epochs, and the error of the free run by its length."""
-    fig, axes = new_figure(title + "training and errors", 1, 3, (16, 5))
-    labels = [("training loss, mean of an epoch (vq_ar: Huber, others: MSE)", "epoch"),
+    title += "training (loss of vq_ar: Huber, of the others: squared error) and errors"
+    fig, axes = new_figure(title, 1, 3, (16, 5))
+    labels = [("training loss, mean of an epoch", "epoch"),
               ("validation loss, after an epoch", "epoch"),
               (f"RMSE up to the horizon [{series.name}]", "horizon [values]")]
     for i, (model, checkpoint) in enumerate(best.items()):
@@ -1312,8 +1320,8 @@ def run_experiment(args):
     for name, group in frame.groupby("dataset"):
         summary.append(summarize(name, series[name], group, args))
         draw_pictures(name, series[name], group, checkpoints, args, run_dir)
-    results = {"data": data, "rows": rows, "failed": failed}
-    return write_results(results, "\n\n".join(summary), args, run_dir)
+    return write_results({"data": data, "rows": rows, "failed": failed}, "\n\n".join(summary),
+                         args, run_dir)
 
 
 def run(args):
@@ -1329,6 +1337,8 @@ def predict_steps(args):
     grown since, with --data for a file that has moved: forecast.csv with 80 % intervals, and
     forecast.png. The weights are those of the hold-out, fitted on the first 80 %."""
     checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
+    if "digest" not in checkpoint:
+        raise UserError(f"{args.checkpoint}: not a checkpoint of forecast.py")
     row = checkpoint["row"]
     arguments = argparse.Namespace(**checkpoint["arguments"])
     arguments.data_dir = args.data_dir
@@ -1367,7 +1377,7 @@ def next_times(times, count):
     if isinstance(times, pd.DatetimeIndex):
         return pd.date_range(times[-1], periods=count + 1, freq=times.freq)[1:]
     step = np.median(np.diff(times))
-    return times[-1] + step * np.arange(1, count + 1)
+    return (times[-1] + step * np.arange(1, count + 1)).astype(times.dtype)
 
 
 # --- Plumbing: nothing below is about the experiment --------------------------------------------

@@ -568,6 +568,8 @@ def test_a_network_forecasts_from_its_checkpoint():
     (np.round(np.arange(60) / 30, 3), ["2.0", "2.033"]),
     ([f"{day:%d/%m/%Y}" for day in pd.date_range("2024-01-01", periods=60)], ["2024-03-01", "2024-03-02"]),
     ([f"{day:%m/%d/%Y}" for day in pd.date_range("1990-01-01", periods=60, freq="MS")], ["1995-01-01", "1995-02-01"]),
+    ([f"{day:%Y%m}" for day in pd.date_range("1990-01-01", periods=60, freq="MS")], ["1995-01-01", "1995-02-01"]),
+    (pd.date_range("1990-01-01", periods=60, freq="BMS"), ["1995-01-02", "1995-02-01"]),
     ([f"{day:%Y%m%d}" for day in pd.date_range("1958-03-29", periods=60, freq="W-SAT")], ["1959-05-23", "1959-05-30"]),
 ])
 def test_the_calendar_step_and_the_zone_are_kept(times, following):
@@ -593,13 +595,28 @@ POINT = "t,wert\n" + "".join(f"{i},{50 + i % 9}.5\n" for i in range(40))
 @pytest.mark.parametrize(("content", "encoding"), [
     (POINT, "utf-8"), (SEMICOLON, "utf-8"), (POINT.replace(",", "\t"), "utf-8"), (POINT, "utf-16"),
     ("\ufeff" + POINT, "utf-8"), (POINT.replace("t,", "µ,", 1), "latin-1"),
+    (POINT.replace("wert", "Größe", 1), "latin-1"),
     (POINT.replace("\n", "\r"), "utf-8"), (gzip.compress(POINT.encode()), ""), (COMMA_ONLY, "utf-8"),
     (SEMICOLON.replace("t;", "T, out;", 1), "utf-8"),
 ])
 def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(content, encoding):
     series = read(content, encoding=encoding)
     np.testing.assert_array_equal(series.values, [50.5 + i % 9 for i in range(40)])
-    assert series.name == "wert"
+    assert series.name in ("wert", "Größe")
+
+
+def test_whole_numbers_remain_whole():
+    write_csv("own.csv", range(1900, 1960), WAVE[:60])
+    series = forecast.read_series(forecast.parse_args(["--data", "own.csv", "--time-column", "date"]))
+    assert [str(year) for year in forecast.next_times(series.index, 2)] == ["1960", "1961"]
+
+
+@pytest.mark.parametrize("place", range(20, 60, 5))
+def test_a_damaged_archive_is_one_line(error_line, place):
+    content = bytearray(gzip.compress("".join(f"{i},{i * i % 97}\n" for i in range(300)).encode()))
+    content[place] ^= 255
+    Path("own.csv.gz").write_bytes(content)
+    assert "own.csv.gz: " in error_line(forecast, ["--data", "own.csv.gz"])
 
 
 def test_holidays_do_not_turn_days_into_months():
@@ -630,6 +647,7 @@ def test_missing_rows_and_values_are_filled_on_demand():
     forward = forecast.read_series(forecast.parse_args([*options, "forward"]))
     np.testing.assert_array_equal(linear.values[:8], [0, 1, 2, 3, 4, 5, 6, 7])
     np.testing.assert_array_equal(forward.values[:8], [0, 1, 2, 2, 2, 2, 6, 7])
+    assert "missing values, now filled: 3" in forecast.NOTES
 
 
 def test_one_of_several_series_is_taken():
@@ -657,10 +675,10 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
 
 @pytest.mark.parametrize(("text", "options", "message"), [
     ("t,a\n0,1\n1,x\n2,3\n", [], "Unable to parse string"),
-    ("t,a\n0,1\n1,\n2,3\n", [], "1 values are missing, the first at line 3; --fill linear"),
+    ("t,a\n0,1\n1,\n2,3\n", [], "missing values: 1, the first at line 3; --fill linear"),
     ("t,a\n0,inf\n1,1\n2,3\n", ["--fill", "linear"], "the first at line 2"),
     ("a\n1\n\n2\n", [], "the first at line 3"),
-    ("t,a\n0,5\n1,5\n2,5\n", [], "'a' is constant"),
+    ("t,a\n0,5\n1,5\n2,5\n", [], "'a' is empty, constant"),
     ("t,a\n0,1e200\n1,2e200\n", [], "too large"),
     ("t,a\n0,1\n1,2\n", ["--column", "b"], "no column 'b', only t, a"),
     ("t,a\n0,1\n1,2\n", ["--time-column", "b"], "no column 'b', only t, a"),
@@ -668,7 +686,9 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n0,50,13\n1,50,14\n", [], "Length of header or names does not match"),
     ("a,a\n0,1\n1,2\n", [], "names the columns, each once"),
     ("50,13\n50,14\n51,13\n", [], "names the columns"),
-    ("1.5e-05\n2.5e-05\n", [], "names the columns"),
+    ("1.5E-05\n2.5E-05\n", [], "names the columns"),
+    ("2024-01-01 00:00, 50.13\n2024-01-02 00:00, 51.13\n", [], "names the columns"),
+    (".5\n.7\n.6\n", [], "names the columns"),
     ("sep=;\n" + SEMICOLON, [], "Unable to parse string"),
     ("", [], "No columns to parse"),
     ("t,a\n", ["--time-column", "t"], "at least three rows"),
@@ -687,8 +707,11 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("u,y\nA,1\nB,2\n", ["--series", "A"], "no column None, only u, y"),
     ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "line 3: never is not a time or occurs twice"),
     ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"], "occurs twice; --series-column"),
-    ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "4 values are missing, the first at t 5"),
+    ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "missing values: 4, the first at t 5"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
+    ("t,a\n0,1\n1700000000,1\n1700000001,4\n1700000002,4\n", ["--time-column", "t"], "is one of them wrong?"),
+    ("t,a\n1970-01-01,1\n" + "".join(f"2024-05-01 00:00:0{i},{i}\n" for i in range(9)), ["--time-column", "t"],
+     "most times are missing"),
 ])
 def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, text, options, message):
     Path("own.csv").write_text(text)
