@@ -1021,8 +1021,7 @@ def holdout_scores(parts, widths, values):
         scores[f"validation {kind}"] = validation_score(parts, kind)
         scores[f"test {kind}"] = np.mean(errors**2)
         scores[f"MASE {kind}"] = errors.mean() / scale
-        is_covered = errors <= extend(widths[kind], len(errors))
-        scores[f"coverage {kind}"] = np.mean(is_covered)
+        scores[f"coverage {kind}"] = np.mean(errors <= extend(widths[kind], len(errors)))
     return scores
 
 
@@ -1277,8 +1276,7 @@ def plot_sweep(table, title, path):
     for (i, j), error in np.ndenumerate(table):
         ax.text(j, i, f"{error:.5g}", ha="center", va="center", fontsize=8)
     ax.set_xticks(range(table.shape[1]), table.columns)
-    labels = [f"{model}, {rate:g}" for model, rate in table.index]
-    ax.set_yticks(range(len(table)), labels)
+    ax.set_yticks(range(len(table)), [f"{model}, {rate:g}" for model, rate in table.index])
     ax.set(xlabel="time steps", ylabel="model, learning rate")
     ax.grid(visible=False)
     save_figure(fig, path)

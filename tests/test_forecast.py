@@ -541,6 +541,12 @@ def test_a_checkpoint_forecasts_from_the_newest_rows_of_a_series_that_has_grown(
         forecast, ["--predict-steps", "3", "--checkpoint", checkpoint])
 
 
+def test_a_checkpoint_of_another_script_is_one_line(error_line):
+    torch.save({"model": {}}, "fire.pt")
+    assert "fire.pt: not a checkpoint of forecast.py" in error_line(
+        forecast, ["--predict-steps", "3", "--checkpoint", "fire.pt"])
+
+
 def test_a_network_forecasts_from_its_checkpoint():
     run_small("--model", "lstm", "--protocol", "original")
     checkpoint = next(Path("outputs/forecast/run-001/runs").glob("lstm*.pt"))
