@@ -185,6 +185,10 @@ def parse_args(argv=None):
         parser.error(f"--model {args.model}: --task {args.task} has {', '.join(MODELS[args.task])}")
     if args.task == "nlp" and any(args.label_noise):
         parser.error("--label-noise is for --task vision")
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+    args.strategy = list(dict.fromkeys(args.strategy))
+    args.label_noise = list(dict.fromkeys(args.label_noise))
     if args.jobs is None:
         alone = args.device.type != "cpu" or args.budget_seconds
         args.jobs = 1 if alone else os.cpu_count()
@@ -266,8 +270,8 @@ def accepted_batches(learner, accept):
     size = learner.args.batch_size
     waiting = np.empty(0, int)
     for candidates, _ in random_batches(learner):
-        is_accepted = accept(learner.score(candidates))
-        waiting = np.concatenate([waiting, candidates[is_accepted]])
+        accepted = candidates[accept(learner.score(candidates))]
+        waiting = np.concatenate([waiting, accepted])
         if len(waiting) >= size:
             yield waiting[:size], None
             waiting = waiting[size:]
@@ -275,15 +279,15 @@ def accepted_batches(learner, accept):
         yield waiting, None
 
 
-def self_paced(learner, limit=2):
+def self_paced(learner):
     """The samples whose present loss is below a limit (Kumar et al. 2010, self-paced learning).
 
-    The limit is `limit` times the loss of chance, the logarithm of the number of classes: a sample
-    waits while its label is that unlikely, as a wrong one is. The limit is fixed instead of
-    growing, and 2 was chosen on 10,000 of Fashion-MNIST's training images.
+    The limit is twice the loss of chance, the logarithm of the number of classes: a sample waits
+    while its label is that unlikely, as a wrong one is. The limit is fixed instead of growing, and
+    twice was chosen on 10,000 of Fashion-MNIST's training images.
     """
-    highest = limit * math.log(learner.data.num_classes)
-    return accepted_batches(learner, lambda losses: losses < highest)
+    limit = 2 * math.log(learner.data.num_classes)
+    return accepted_batches(learner, lambda losses: losses < limit)
 
 
 def loss_threshold(learner, threshold=0.5):
@@ -677,25 +681,29 @@ def read_csv(path, **types):
 def split_columns(table):
     """(x, labels) of a table. x is [n, channels, side, side] if its columns are p0, p1, … and as
     many as the pixels of a square image, RGB or grey; else [n, features]."""
+    labels = table["label"].to_numpy()
     frame = table.drop(columns="label")
     x = frame.to_numpy()
     for channels in (3, 1):
         side = math.isqrt(x.shape[1] // channels)
         if list(frame) == [f"p{i}" for i in range(channels * side * side)]:
-            return x.reshape(-1, channels, side, side), table["label"].to_numpy()
-    return x, table["label"].to_numpy()
+            return x.reshape(-1, channels, side, side), labels
+    return x, labels
 
 
 def load_table(path, drop):
     """Data of one's own CSV file; a fixed fifth, stratified, is the test part."""
     try:
         table = read_csv(path, label="string").drop(columns=drop)
-        if "label" not in table:
-            raise UserError(f"{path}: no column is called `label`, but {list(table)[:5]}; has it a "
-                            "header, and commas?")
+        if list(table).count("label") != 1:
+            raise UserError(f"{path}: one column must be called `label`; the columns are "
+                            f"{list(table)[:5]}; has it a header, and commas?")
         is_missing = table.isna().any(axis=1)
         if is_missing.any():
             raise UserError(f"{path}: row {is_missing.argmax() + 1} has a missing value")
+        others = table.drop(columns="label").select_dtypes(exclude=["number", "bool"])
+        if others.size:
+            raise UserError(f"{path}: columns {list(others)} are not numbers alone; see --drop")
         note_doubtful(table, path)
         arrays = split_samples(*split_columns(table.drop_duplicates()))
         return make_data(Path(path).stem, arrays, path)
@@ -709,8 +717,8 @@ def note_doubtful(table, path):
     if repeated:
         note(f"{path}: {repeated:,} of {len(table):,} rows repeat an earlier one and are left out, "
              "so that no row is in both parts")
-    for name in table.select_dtypes("number"):
-        if table[name].is_unique and (table[name] % 1 == 0).all():
+    for name, column in table.drop_duplicates().select_dtypes("number").items():
+        if column.is_unique and (column % 1 == 0).all():
             note(f"{path}: column {name!r} seems to number the rows; if they are sorted by class, "
                  f"it gives the class away: --drop {name!r} leaves it out")
     classes = table["label"].unique()
@@ -752,7 +760,7 @@ def load_all(args):
     try:
         data = load_dataset(args.dataset or "mnist", args.data_dir)
     except UserError as error:
-        if args.dataset:
+        if args.dataset or find_folder("mnist", args.data_dir):
             raise
         note(f"no mnist ({error}); scikit-learn's digits are used")
         data = load_dataset("digits", args.data_dir)
@@ -1246,7 +1254,9 @@ def run_experiment(args):
                  "paired t-test, after Holm's correction for all tests of a table; none where "
                  f"every seed has the same difference; * is p < {ALPHA}. Steps: batches; a control "
                  "makes samples / batch size of them. Seconds: training and selection, without "
-                 "evaluation; runs side by side (--jobs) share the machine.")
+                 "evaluation; runs side by side (--jobs) share the machine. The last two columns: "
+                 f"until a strategy first has what {BASELINE}, or else the first strategy, has in "
+                 "the end, short of 1 %.")
     if folders:
         texts.append(f"Each strategy alone: {', '.join(folders)}")
     results = {"data": {name: data.info for name, data in all_data.items()},

@@ -156,8 +156,8 @@ def parse_args(argv=None):
         "original's have 1,000")
     add("--protocol", choices=["original", "holdout"], help="class limits of series from all rows "
         "(original) or from those before the test part (holdout); if unset, original for etth1 "
-        "and holdout for --data; original also takes the original's synthetic data in place of "
-        "the embedded ones, and removes 5 %% of ETTh1")
+        "and with --quick, holdout for --data; original also takes the original's synthetic data "
+        "in place of the embedded ones, and removes 5 %% of ETTh1")
     add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="strategies for column "
         f"names: {', '.join(STRATEGIES)}; if unset, all; --quick then leaves out frozen_bert, and "
         "--nan-robustness uses none")
@@ -202,8 +202,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
-    if args.seed < 0 or args.learning_rate <= 0:
-        parser.error("--seed must not be negative, --learning-rate must be above 0")
+    if min(args.seed, args.threads, args.synthetic_schemas) < 0 or args.learning_rate <= 0:
+        parser.error("--seed, --threads and --synthetic-schemas must not be negative, "
+                     "--learning-rate must be above 0")
     if args.predict and not args.checkpoint:
         parser.error("--predict needs --checkpoint, a file in models/ of a finished run")
     return args
@@ -421,7 +422,7 @@ def read_csv(path):
         values = parse_numbers(column)
         wrong = values.isna() & column.notna()
         if name.lower() in ("date", "time", "datetime", "timestamp") or (
-                wrong.all() and column.str.fullmatch(r"\d+([-/:]\d+)+([ T].*)?").all()):
+                wrong.all() and column.str.fullmatch(r"\d+([-/:.]\d+)+([ T].*)?").all()):
             dates.append(column.astype(str))
         elif 0 < wrong.mean() < 0.5:
             row = wrong.idxmax()
@@ -536,7 +537,7 @@ def read_archive_file(path):
         if re.search(r"(?im)^@targetlabel\s+true", text):
             raise ValueError("@targetlabel true: a regression file, which has no classes")
         has_label = not re.search(r"(?im)^@classlabel\s+false", text)
-        for line in re.findall(r"(?m)^ *([^#%@\s].*)", text):
+        for line in re.findall(r"(?m)^ *([^#%@\s].*?)\s*$", text):
             if Path(path).suffix.lower() == ".ts":
                 *dimensions, label = (line if has_label else f"{line}:?").split(":")
             else:
@@ -647,8 +648,8 @@ def load_datasets(args):
     datasets += [synthetic_schema(number, args.windows) for number in range(args.synthetic_schemas)]
     names = ["shared", "sources", *(data.name for data in datasets)]  # of files in models/
     if len(set(names)) < len(names) or args.transfer not in (None, "last", *names):
-        raise UserError("the names of data sets must be different, and --transfer one of them: "
-                        f"{', '.join(names)}")
+        raise UserError("data sets must have different names, neither shared nor sources, and "
+                        f"--transfer one of them: {', '.join(names[2:])}")
     return sorted(datasets, key=lambda data: data.name == args.transfer)  # it comes last
 
 
@@ -730,24 +731,22 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
     square of 1.
 
     The encoder is loaded only for names that the cache lacks, and freed at once. The cache is one
-    safetensors file for each encoder and tokenization; delete it if the encoder's weights have
-    changed. bert_model: a name on the Hugging Face hub, or a folder. tokenization: `words` reads a
-    name through name_to_words(), `raw` as it is. Raises UserError where the encoder cannot be
+    safetensors file for each encoder; delete it if the encoder's weights have changed. bert_model:
+    a name on the Hugging Face hub, or a folder. Raises UserError where the encoder cannot be
     loaded.
     """
 
     def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings",
-                 target_dim=1, tokenization="words"):
+                 target_dim=1):
         from safetensors.torch import load_file
 
-        file = re.sub(r"[^a-zA-Z0-9.-]+", "_", f"{bert_model} {tokenization}")
+        file = re.sub(r"[^a-zA-Z0-9.-]+", "_", str(bert_model))
         path = Path(cache_dir) / f"{file}.safetensors"
         vectors = load_file(path) if path.exists() else {}
         dims = [len(vector) for vector in vectors.values()]
         dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
         super().__init__(target_dim, dim)
         self.bert_model = bert_model
-        self.tokenization = tokenization
         self.cache_path = path
         self.vectors = vectors
 
@@ -764,8 +763,7 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
         tokenizer, encoder = load_encoder(self.bert_model)
         vectors = {}
         for name in names:
-            text = name_to_words(name) if self.tokenization == "words" else name
-            tokens = tokenizer(text, return_tensors="pt", truncation=True)
+            tokens = tokenizer(name_to_words(name), return_tensors="pt", truncation=True)
             vector = encoder(**tokens).last_hidden_state[0].mean(0)
             vectors[name] = vector * len(vector) ** 0.5 / vector.norm()
         return vectors
@@ -1147,7 +1145,7 @@ def end_evaluation(state, modules, keep, file, finished):
     with atomic_write(file) as path:
         torch.save(state | {"class": type(model).__name__, "settings": model.settings,
                             "datasets": model.datasets}, path)
-    if finished:
+    if finished and keep == "best":
         log(f"{file.stem}: best validation accuracy {max(accuracies):.2%}")
 
 

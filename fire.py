@@ -366,7 +366,7 @@ def read_csv(content, na_values):
     """DataFrame of a CSV file with any usual delimiter and decimal point, in UTF-8 or Latin-1."""
     head = bytes(content[:65536]).decode(errors="replace")
     encoding = "latin-1" if "\ufffd" in head[:-1] else "utf-8"  # the end may be cut in two
-    header, row = [*re.sub('"[^"]*"', "", head).split("\n", 2), ""][:2]
+    header, row = re.sub('"[^"]*"', "", head + "\n").split("\n", 2)[:2]
     delimiter = max(",;\t|", key=header.count)
     decimal = "," if delimiter != "," and re.search(r"\d,\d", head) else "."
     if row.count(delimiter) == header.count(delimiter) + 1:  # R leaves out the name of the index
@@ -381,12 +381,12 @@ def read_frame(address, na_values):
     digest = hashlib.sha256(content).hexdigest()
     kind = Path(address).suffix.lower()
     try:
+        if kind == ".gz":
+            content = pa.input_stream(content, "gzip").read_buffer()
         if kind == ".parquet":
             table = pa.parquet.read_table(pa.BufferReader(content))
             frame = table.to_pandas(ignore_metadata=True)
         else:
-            if kind == ".gz":
-                content = pa.input_stream(content, "gzip").read_buffer()
             frame = read_csv(content, na_values)
     except (ValueError, OSError) as error:  # of pandas and pyarrow
         raise UserError(f"{address}: {error}") from None
@@ -562,7 +562,7 @@ def remove_drift(readings, rows):
 def cut_rows(labels, start, stop, gap):
     """[(split, start, stop), …]: the rows from `start` to `stop` cut 70/15/15 % in order, with a
     gap after each cut. If a stretch of `gap` normal rows begins within 5 % of the rows, the cut
-    moves to it, so that no incident is on both sides. Too few rows are for training."""
+    moves to it, so that no incident is on both sides. Too few rows to cut are all for training."""
     rows = stop - start
     if SPLITS["val"] * rows < 2 * gap:
         return [("train", start, stop)]
@@ -1213,18 +1213,16 @@ def plot_training(state, run_dir):
     plt.close(fig)
 
     seconds = sum_seconds(state["stages"])
-    fig, axes = new_figure("Time, and memory at the end of each stage and epoch", 1, 3, (15, 4))
-    plot_bars(axes[0], seconds.index, {"time": seconds})
-    axes[0].set_ylabel("time [s]")
-    shares = seconds.index + (100 * seconds / seconds.sum()).map(", {:.0f} %".format)
-    axes[1].pie(seconds, counterclock=False, startangle=90)
-    axes[1].legend(shares, loc="center left", bbox_to_anchor=(1, 0.5))
+    fig, axes = new_figure("Time, and memory at the end of each stage and epoch", 1, 2)
+    axes[0].pie(seconds, counterclock=False, startangle=90)
+    labels = [f"{name}, {value} s" for name, value in seconds.items()]
+    axes[0].legend(labels, title="clockwise", loc="center left", bbox_to_anchor=(1, 0.5))
     table = pd.DataFrame(state["stages"])
     table["end"] = table["seconds"].cumsum()
     for marker, (name, rows) in zip(MARKERS, table.groupby("name", sort=False)):
-        axes[2].plot(rows["end"], rows["memory_mib"], marker, label=name, clip_on=False)
-    axes[2].set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
-    axes[2].legend()
+        axes[1].plot(rows["end"], rows["memory_mib"], marker, label=name, clip_on=False)
+    axes[1].set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
+    axes[1].legend()
     save_figure(fig, run_dir / "resources.png")
 
 
@@ -1526,7 +1524,7 @@ def predict_file(args):
                         "them, without that column")
     area = make_area({args.predict: frame}, sensors, times, na_values)
     trained_step = info["areas"][name]["step"]
-    if area.step != trained_step:
+    if not math.isclose(area.step, trained_step, rel_tol=0.01):
         note(f"{args.predict}: a row is {area.step:g} s, in training it was {trained_step:g} s")
     known = np.isfinite(area.readings).any(axis=1)
     remove_drift(area.readings, info["baseline_seconds"] / area.step)
@@ -1551,7 +1549,8 @@ def predict_file(args):
     run_dir = next_run_dir(args)
     with atomic_write(run_dir / "predictions.csv") as path:
         table.to_csv(path, index=False)
-    counts = table["class"].fillna("no class").value_counts().to_dict()
+    counts = table["class"].value_counts().reindex(CLASSES, fill_value=0).to_dict()
+    counts["no class"] = len(table) - sum(counts.values())
     summary = f"Windows of {seq_len} rows by class:\n\n{markdown_table([counts])}\n"
     return write_results({"windows": len(table), "counts": counts}, summary, args, run_dir)
 

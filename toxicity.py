@@ -331,8 +331,11 @@ def read_table(path):
         return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
     header = text.partition("\n")[0]
     escaped = re.search(r'\\"[^",;\t\r\n]', text)
-    return pd.read_csv(io.StringIO(text), sep=max(",;\t|", key=header.count), dtype=str,
-                       keep_default_na=False, escapechar="\\" if escaped else None)
+    frame = pd.read_csv(io.StringIO(text), sep=max(",;\t|", key=header.count), dtype=str,
+                        keep_default_na=False, escapechar="\\" if escaped else None)
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first cells for an index
+        raise UserError("the rows have more cells than the first line has columns")
+    return frame
 
 
 def refuse_row(bad, column, problem):
@@ -340,7 +343,7 @@ def refuse_row(bad, column, problem):
     if bad.any():
         row = int(np.argmax(bad))
         raise UserError(f"row {row + 1} of the data, column {column.name!r}: "
-                        f"{str(column.iloc[row])!r} {problem} ({bad.sum():,} such rows)")
+                        f"{str(column.iloc[row])!r} {problem} (such rows: {bad.sum():,})")
 
 
 def read_labels(column, positive_label, threshold):
@@ -360,7 +363,8 @@ def read_labels(column, positive_label, threshold):
     refuse_row(unknown, column, "is no label; without --positive-label a label is a number from 0 "
                "to 1, with --label-threshold 1 or more any number from 0 on; there are "
                f"{counts[False] | counts[True]}")
-    note(f"labels: toxic are {counts[True]}, not toxic are {counts[False]}")
+    note(f"labels, at most {MAX_CLASSES} values each: toxic are {counts[True]}, not toxic are "
+         f"{counts[False]}")
     classes = values.nunique() <= MAX_CLASSES
     labels = labels.to_numpy(np.int64)
     return labels, pd.factorize(values)[0] if classes else labels
@@ -471,16 +475,18 @@ def read_source(args):
     return texts, labels, labels, None, "embedded"
 
 
-def load_data(args):
-    """Data of --data, --dataset, or what is in reach."""
+def load_data(args, only_test=False):
+    """Data of --data, --dataset, or what is in reach; with `only_test` all of it is the test part."""
     try:
         texts, labels, classes, splits, source = read_source(args)
+        if only_test:
+            splits = {"test": np.arange(len(texts))}
         splits = splits or split_texts(texts, labels, args.sample_size, args.seed)
     except (UserError, ValueError, OSError) as error:
         raise UserError(f"{args.data or args.dataset}: {error}") from None
     data = Data(texts, labels, classes, splits, {"source": source})
     digest = hashlib.sha256()
-    for split in SPLITS:
+    for split in splits:
         part, toxic = data.split(split)
         if len(set(toxic)) < 2:
             raise UserError(f"{source}: the {split} texts are of one class only; see "
@@ -1087,9 +1093,11 @@ def choose_threshold(labels, scores):
     smooth calibration curve (beta calibration, Kull et al. 2017), since the one with the highest F1
     on these texts would fit their noise."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
 
-    clipped = scores.clip(1e-6, 1 - 1e-6)
+    clipped = scores.astype(float).clip(1e-6, 1 - 1e-6)
     features = np.stack([np.log(clipped), -np.log1p(-clipped)], axis=1)
+    features = StandardScaler().fit_transform(features)  # the scores may be close together
     calibrated = LogisticRegression(C=1000).fit(features, labels).predict_proba(features)[:, 1]
     order = np.argsort(-scores)
     called = np.arange(1, len(scores) + 1)
@@ -1097,10 +1105,10 @@ def choose_threshold(labels, scores):
     return float(scores[order][expected_f1.argmax()])
 
 
-def calibration_error(labels, scores, bins=10):
-    """Expected calibration error: the gap between score and share of toxic texts, by bins of the
-    score, weighed by their texts."""
-    places = (scores * bins).astype(int).clip(max=bins - 1)
+def calibration_error(labels, scores):
+    """Expected calibration error: the gap between score and share of toxic texts, in ten bins of
+    the score, weighed by their texts."""
+    places = (scores * 10).astype(int).clip(max=9)
     return np.abs(np.bincount(places, scores - labels)).sum() / len(labels)
 
 
@@ -1221,9 +1229,11 @@ def plot_learning(state, name, path):
     """Loss and PR AUC over the epochs; dotted lines are switches."""
     history = pd.DataFrame(state["history"], range(1, 1 + len(state["history"])))
     fig, axes = new_figure(f"Training of {name}", 1, 2, (11, 4.2))
-    for ax, columns in zip(axes, [["train_loss", "validation_loss"], ["validation_pr_auc"]]):
+    shown = {"loss": ["train_loss", "validation_loss"], "PR AUC": ["validation_pr_auc"]}
+    for ax, (label, columns) in zip(axes, shown.items()):
         for i, column in enumerate(columns):
-            plot_curve(ax, history.index, history[column], column.replace("_", " "), i, "os"[i])
+            plot_curve(ax, history.index, history[column], column.split("_")[0], i, "os"[i])
+        ax.set_ylabel(label)
         for switch in state["switches"]:
             ax.axvline(switch["epoch"], linestyle=":", color="0.3")
         epoch_axis(ax, "epoch (dotted: a switch, after which the learning rate starts again)")
@@ -1238,6 +1248,7 @@ def plot_curves(scores, metrics, labels, path):
     fig, axes = new_figure("Toxic texts of the test part", 1, 2, (11, 5.2))
     for i, (name, row) in enumerate(metrics.items()):
         precision, recall, _ = precision_recall_curve(labels, scores[name])
+        precision[-1] = precision[-2]  # scikit-learn lets every curve end at 1
         false_alarms, found, _ = roc_curve(labels, scores[name])
         label = f"{name}: {row['PR AUC']:.3f}, {row['ROC AUC']:.3f}"
         plot_curve(axes[0], recall, precision, label, i)
@@ -1256,7 +1267,7 @@ def rounded(frame):
     """Rows [{column: value}] of a table with three digits behind the point, unless these are 0."""
 
     def show(value):
-        if not isinstance(value, int | float) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             return value
         return f"{value:,.3f}".removesuffix(".000")
 
@@ -1272,8 +1283,8 @@ def format_summary(results):
 {markdown_table(rounded(models))}
 
 PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on the
-validation texts of the training; the interval is that of F1 on these test texts. Speed is that of
-{torch.get_num_threads()} threads of the CPU.
+validation texts of the training; the interval is that of F1 on these test texts. Speed is
+measured on the CPU (threads: {torch.get_num_threads()}).
 """
     if "giant_killer" in results:
         killer = pd.DataFrame(results["giant_killer"])
@@ -1287,8 +1298,9 @@ def format_answer(models):
     best = max((other for other in others if not other.startswith(name)),
                key=lambda other: models[other]["PR AUC"])
     shown = [name, *(other for other in others if SWITCHED_OFF in other), best]
-    return "On the test part, the best of the others last: " + "; ".join(
-        f"{row} PR AUC {models[row]['PR AUC']:.3f}, F1 {models[row]['F1']:.3f}" for row in shown)
+    figures = [f"{row} has PR AUC {models[row]['PR AUC']:.3f} and F1 {models[row]['F1']:.3f}"
+               for row in shown]
+    return f"On the test part, {'; '.join(figures)} (the best of the others)."
 
 
 def giant_killer(tiny, giant):
@@ -1331,7 +1343,7 @@ def report(classifiers, data, args, run_dir, giant=None, **results):
         results["giant_killer"] = giant_killer(models[classifier.name], models[fitted.name])
     plot_curves(scores, models, labels, run_dir / "pr_roc.png")
     results = write_results(results, format_summary(results), args, run_dir)
-    for path in run_dir.glob("checkpoint*.pt"):  # only an unfinished run needs them
+    for path in run_dir.glob("checkpoint*"):  # only an unfinished run needs them
         path.unlink()
     return results
 
@@ -1486,17 +1498,17 @@ def open_checkpoint(args):
     foreign = args.data or args.dataset
     if foreign and args.compare_base:
         raise UserError("--compare-base takes the texts of the checkpoint, not --data or --dataset")
-    arguments = {"sample_size": 0} if foreign else classifier.arguments
-    args = argparse.Namespace(**vars(args) | arguments)
-    data = load_data(args)
-    if foreign:
-        data.splits = {"test": np.concatenate(list(data.splits.values()))}
+    if not foreign:
+        args = argparse.Namespace(**vars(args) | classifier.arguments)
+    data = load_data(args, only_test=bool(foreign))
     texts, labels = data.split("test")
     seen = torch.isin(hash_texts(texts), classifier.hashes).numpy()
     if seen.any():
         note(f"{seen.sum():,} of {len(seen):,} texts were used to train the model and are left out")
         data.splits["test"] = data.splits["test"][~seen]
-    if len(set(labels[~seen])) < 2:
+        labels = labels[~seen]
+        data.info["test"] = {"texts": len(labels), "toxic": int(labels.sum())}
+    if len(set(labels)) < 2:
         raise UserError("the texts to be evaluated on are not of both classes")
     return classifier, data, args
 
@@ -1602,8 +1614,8 @@ def predict(args):
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UnicodeDecodeError as error:
-        raise UserError(f"--predict: stdin is not UTF-8: {error}") from None
+    except UnicodeError as error:
+        raise UserError(f"--predict: a text is not UTF-8: {error}") from None
     return {"rows": rows}
 
 

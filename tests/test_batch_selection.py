@@ -508,6 +508,7 @@ def test_a_broken_file_is_an_error(name, content, words, error_line):
     line = error_line(bs, ["--dataset", "mnist", "--no-benchmark"])
     assert words in line
     assert "mnist" in line
+    assert error_line(bs, []) == line, "not the digits, and the same error later"
     assert not Path("outputs").exists()
 
 
@@ -652,8 +653,15 @@ def test_an_id_that_follows_the_class_is_noted_and_can_be_dropped():
     frame = pd.DataFrame({"number": range(200), "a": rng.normal(size=200), "label": np.arange(200) // 100})
     results = run_table(frame.sample(frac=1, random_state=0))
     assert "column 'number' seems to number the rows" in results["notes"][0]
+    results = run_table(pd.concat([frame] * 2))
+    assert "column 'number' seems to number the rows" in results["notes"][1]
     results = run_table(frame, "--drop", "number")
     assert results["notes"] == []
+
+
+def test_two_columns_of_one_name_are_features(capsys):
+    frame = write_pets().rename(columns={"c": "a"})
+    assert run_table(frame)["notes"] == []
 
 
 def test_a_named_id_with_gaps_is_noted():
@@ -687,8 +695,9 @@ def rows(value):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("a,b\n1,2\n", "no column is called `label`, but ['a', 'b']"),
-    ("0,0,3,1.5\n1,0,2,0.5\n", "has it a header, and commas?"), (rows("x"), "'x'"),
+    ("a,b\n1,2\n", "called `label`; the columns are ['a', 'b']"),
+    ("0,0,3,1.5\n1,0,2,0.5\n", "has it a header, and commas?"), (rows("x"), "['a'] are not numbers alone"),
+    ("label,a,day\n0,1,2024-05-01\n1,2,2024-05-02\n", "['day'] are not numbers"), ("label,label\n0,1\n", "one column"),
     ("label,a\n0,1\n1,\n", "row 2 has a missing value"), (rows("inf"), "infinity"), ("", "Empty CSV"),
     ("label,a\n0,1\n0,2\n1,3\n", "only 1 member"), ("label,a\n0,1\n,2\n1,3\n", "row 2 has a missing value"),
     ("label,a\ncat,1\nNaN,2\n1,3\n", "row 2 has a missing value"), ("label,a\n0,1,7\n1,2,8\n", "Expected 2 columns"),
@@ -1033,7 +1042,8 @@ def test_a_killed_worker_is_one_line(monkeypatch, error_line):
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    ("--dataset minst", "--dataset"), ("--strategy clever", "--strategy"), ("--epochs 0", "--epochs: invalid count"),
+    ("--dataset minst", "--dataset"), ("--seed -1", "--seed must not"),
+    ("--strategy clever", "--strategy"), ("--epochs 0", "--epochs: invalid count"),
     ("--label-noise 2", "--label-noise: invalid share value: '2'"), ("--batch-size x", "--batch-size"),
     ("--label-noise nan", "invalid share value"), ("--budget-seconds 0", "invalid positive value"),
     ("--device quantum", "unknown device 'quantum'"), ("--model transformer", "--task vision has mlp, cnn"),
@@ -1060,6 +1070,12 @@ def test_a_full_disk_is_one_line(monkeypatch, error_line):
     line = error_line(bs, ["--dataset", "digits", "--no-benchmark", "--strategy", "random", "--jobs", "1"])
     assert "-random-7185.pt cannot be written; is the disk full?" in line
     assert not list(Path("outputs").rglob("*.part"))
+
+
+def test_a_strategy_or_a_share_that_is_named_twice_is_trained_once():
+    args = bs.parse_args(["--strategy", "smart", "random", "smart", "--label-noise", "0.1", "0.1"])
+    assert args.strategy == ["smart", "random"]
+    assert args.label_noise == [0.1]
 
 
 def test_quick_keeps_what_is_asked_for():

@@ -882,6 +882,7 @@ def test_a_window_without_any_reading_has_no_class_and_none_straddles_a_gap(fini
     answers = pd.read_csv(tmp_path / "fire/run-001/predictions.csv")
     empty = answers["first row"] > 100
     assert results["counts"]["no class"] == empty.sum()
+    assert list(results["counts"]) == [*fire.CLASSES, "no class"]
     assert answers.loc[empty, ["class", "normal", "risk"]].isna().all(axis=None)
     assert answers.loc[~empty, ["class", "normal", "risk"]].notna().all(axis=None)
     assert not ((answers["first row"] <= 200) & (answers["last row"] > 200)).any()

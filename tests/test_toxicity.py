@@ -211,7 +211,7 @@ def test_missing_labels_of_parquet_are_refused(tmp_path, error_line):
 def test_each_label_value_is_named_with_its_count(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], ["Toxic", "toxic ", "ok"] * 40)
     load("--data", path, "--positive-label", "toxic")
-    line = "labels: toxic are {'Toxic': 40, 'toxic ': 40}, not toxic are {'ok': 40}"
+    line = "toxic are {'Toxic': 40, 'toxic ': 40}, not toxic are {'ok': 40}"
     assert line in capsys.readouterr().err
 
 
@@ -588,6 +588,7 @@ def test_training_texts_are_known_by_their_hashes(fast, tmp_path, error_line):
     assert 300 < len(new) < 400
     left = len(texts) - len(new)
     assert any(f"{left:,} of 600 texts were used to train" in line for line in results["notes"])
+    assert results["data"]["test"]["texts"] == len(new)  # what the summary says
     only = [text for text in texts[:300] if text not in new]
     path = write_csv(tmp_path / "only.csv", only, np.arange(len(only)) % 2)
     assert "not of both classes" in error_line(toxicity, ["--evaluate", "--data", path, *out])
@@ -661,6 +662,13 @@ def test_the_threshold_is_better_elsewhere_than_one_half_and_than_the_best_f1_of
         best = thresholds[(precision * recall / (precision + recall + 1e-9))[:-1].argmax()]
         f1.append([f1_score(true, scores >= t) for t in (toxicity.choose_threshold(labels, few), best, 0.5)])
     assert np.argmax(np.mean(f1, axis=0)) == 0
+
+
+def test_a_threshold_tells_scores_apart_that_are_all_alike():
+    labels = np.arange(60) % 4 == 0
+    scores = np.float32(0.157) + np.float32(0.001) * labels + np.linspace(0, 1e-4, 60, dtype=np.float32)
+    called = scores >= toxicity.choose_threshold(labels, scores)
+    assert called.tolist() == labels.tolist()
 
 
 def test_the_calibration_error_of_its_definition():
@@ -801,7 +809,7 @@ def test_evaluate_scores_all_texts_of_another_file(plain, tmp_path):
     path.write_text("text,toxicity\n" + "\n".join(rows))
     results = toxicity.main(["--evaluate", "--checkpoint", str(model_of(plain)), "--data", str(path), "--sample-size",
                              "100", "--output-dir", str(tmp_path)])
-    assert sum(results["data"][split]["texts"] for split in toxicity.SPLITS) == 700
+    assert results["data"]["test"] == {"texts": 700, "toxic": 100}
 
 
 def test_quick_takes_a_file_or_a_model_of_ones_own(giant, tmp_path):
@@ -821,6 +829,7 @@ def test_predictions_need_texts_in_utf_8(dendritic, monkeypatch, error_line):
     argv = ["--predict", "--output-dir", dendritic[0]]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("schön".encode("latin-1")), encoding="utf-8"))
     assert "not UTF-8" in error_line(toxicity, argv)
+    assert "not UTF-8" in error_line(toxicity, [*argv, "sch\udcf6n"])  # a byte that the shell passed on
 
 
 def test_lines_stream_and_a_reader_may_leave(dendritic, tmp_path):
@@ -862,6 +871,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         "empty.csv": b"", "head.csv": b"text,toxicity\n", "comments.xlsx": b"PK\x03\x04\xff",
         "comma.csv": b"text,toxicity\ngood,0\nwell, well,1\n", "broken.json": b'[{"text": "a"',
         "nested.json": b'[{"text": ["a"], "toxicity": 1}]',
+        "shifted.csv": b"text,toxicity\nwell, good,0\nwell, bad,1\n",
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -877,7 +887,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         ([tmp_path / "comments.xlsx"], "utf-8"), ([tmp_path / "absent.csv"], "absent.csv"),
         ([tmp_path], str(tmp_path)), ([tmp_path / "comma.csv"], "Expected 2 fields in line 3, saw 3"),
         ([tmp_path / "broken.json"], "broken.json"), ([tmp_path / "nested.json"], "is no text"),
-        ([tmp_path / "cut.csv.gz"], "cut.csv.gz"),
+        ([tmp_path / "cut.csv.gz"], "cut.csv.gz"), ([tmp_path / "shifted.csv"], "more cells than"),
     ]
     for argv, expected in cases:
         assert expected in error_line(toxicity, ["--data", *argv, "--output-dir", tmp_path / "out"])
