@@ -924,7 +924,7 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--data", "HEADER", "--target", "a"], "no numbers in its columns a"),
     (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
     (["--data", "SEMICOLON", "--target", "a"], "1 rows, at least 1296 are needed"),
-    (["--transfer", "x", "--data", "HUGE", "--target", "a"], "--transfer one of them: shared, sources, HUGE"),
+    (["--transfer", "x", "--data", "HUGE", "--target", "a"], "--transfer one of them: HUGE"),
     (["--target", "load"], "--target is for the CSV files of --data"),
     (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
