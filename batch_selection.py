@@ -1199,7 +1199,7 @@ def plot_differences(ax, comparisons, args):
     ax.axvline(0, color="k", linewidth=0.8)
     direction = "more" if sign > 0 else "less"
     ax.set_xlabel(f"difference from {name_control(args)}\n[{unit}; {direction} is better]; bars: "
-                  "95 % interval of each alone, uncorrected;\np in the table: corrected after Holm")
+                  "95 % interval\nof each alone, uncorrected; p in the table: corrected after Holm")
 
 
 # --- The experiment -----------------------------------------------------------------------------
