@@ -136,8 +136,8 @@ def parse_args(argv=None):
     add_source("--dataset", choices=names, metavar="NAME", help="known data set, see "
                "--list-datasets; NAME_csv is converted to CSV once and then read from there; if "
                "unset, mnist, or digits if that cannot be downloaded")
-    add_source("--data", metavar="PATH", help="CSV file of your own with a column `label` and "
-               "columns of numbers (p0, p1, … from 0 to 255 are the pixels of a square image); "
+    add_source("--data", type=os.path.abspath, metavar="PATH", help="CSV file of your own with a "
+               "column `label` and columns of numbers (p0, p1, … are the pixels of a square image); "
                "nlp: a text file or a folder of them")
     add("--drop", nargs="+", default=[], metavar="COLUMN", help="columns of --data to leave out")
     add("--data-dir", default="data", help="folder of the known data sets, one folder each")
@@ -164,7 +164,7 @@ def parse_args(argv=None):
     add("--text-bytes", type=count, default=150_000, help="nlp: bytes of text to use")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--jobs", type=count, help="runs at a time, one thread each; if unset, one for each core, "
-        "or 1 on a GPU, with --quick and with --budget-seconds")
+        "or 1 on a GPU, with --quick or with --budget-seconds")
     add("--backend", choices=["loky", "dask"], default="loky", help="joblib's backend: this "
         "machine, or a dask cluster at DASK_SCHEDULER_ADDRESS that shares the folders")
     add("--output-dir", default="outputs", help="folder of all results")
@@ -617,7 +617,9 @@ def load_dataset(name, data_dir):
             if not test.exists():
                 write_csv(train, *arrays[:2])
                 write_csv(test, *arrays[2:])
-            arrays = [*split_columns(read_csv(train)), *split_columns(read_csv(test))]
+            pixels = dict.fromkeys((f"p{i}" for i in range(3 * 32 * 32)), "uint8")
+            arrays = [array for path in (train, test)
+                      for array in split_columns(read_csv(path, pixels))]
         return make_data(name, arrays, dataset.about or "own")
     except (ValueError, LookupError, EOFError, zlib.error, tarfile.TarError,
             gzip.BadGzipFile) as error:
@@ -668,12 +670,11 @@ def write_csv(path, x, y):
         csv.write_csv(pa.Table.from_pandas(table), part)
 
 
-def read_csv(path, **types):
+def read_csv(path, types):
     """The table in a CSV file, by pyarrow, which is faster than pandas and insists on one number of
-    values in all rows."""
+    values in all rows. `types` are those of some columns."""
     from pyarrow import csv
 
-    types |= dict.fromkeys((f"p{i}" for i in range(3 * 32 * 32)), "uint8")
     options = csv.ConvertOptions(column_types=types, strings_can_be_null=True)
     return csv.read_csv(path, convert_options=options).to_pandas()
 
@@ -694,7 +695,7 @@ def split_columns(table):
 def load_table(path, drop):
     """Data of one's own CSV file; a fixed fifth, stratified, is the test part."""
     try:
-        table = read_csv(path, label="string").drop(columns=drop)
+        table = read_csv(path, {"label": "string"}).drop(columns=drop)
         if list(table).count("label") != 1:
             raise UserError(f"{path}: one column must be called `label`; the columns are "
                             f"{list(table)[:5]}; has it a header, and commas?")
@@ -722,6 +723,8 @@ def note_doubtful(table, path):
             note(f"{path}: column {name!r} seems to number the rows; if they are sorted by class, "
                  f"it gives the class away: --drop {name!r} leaves it out")
     classes = table["label"].unique()
+    if len(classes) < 2:
+        raise UserError(f"{path}: the column `label` has fewer than two classes")
     if len({label.strip().casefold() for label in classes}) < len(classes):
         note(f"{path}: some labels differ in case or spaces only: {sorted(classes)}")
 

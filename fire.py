@@ -491,7 +491,8 @@ def find_columns(frame, address, args):
                             "with --area-column, or list the sensors with --columns")
         known = frame[name].dropna()
         rises = known.is_monotonic_increasing and known.nunique() > len(known) / 4
-        (left_out if rises or name in LABEL_COLUMNS else sensors).append(name)
+        is_label = name in LABEL_COLUMNS or name == f"{label}.1"  # as pandas calls a second one
+        (left_out if rises or is_label else sensors).append(name)
     if left_out:
         note(f"{address}: left out {left_out}, since a row index, a clock, a counter or a second "
              "label gives the answer away; --columns keeps them")

@@ -594,7 +594,7 @@ def test_csv_round_trip_is_equal_and_converted_once(error_line):
     data = load("mnist_csv")
     assert Path("data/mnist_csv/train.csv").read_text().splitlines()[0].startswith('"label","p0","p1"')
     for split, expected in (("train", (x[:, None], y)), ("test", (x_test[:, None], y_test))):
-        for array, values in zip(bs.split_columns(bs.read_csv(Path(f"data/mnist_csv/{split}.csv"))), expected):
+        for array, values in zip(bs.split_columns(bs.read_csv(Path(f"data/mnist_csv/{split}.csv"), {})), expected):
             assert (array == values).all()
     assert data.info["sha256"] == load("mnist").info["sha256"]
     assert load("breast_cancer_csv").info["sha256"] == load("breast_cancer").info["sha256"]
@@ -684,6 +684,11 @@ def test_repeated_rows_are_left_out_with_a_note():
     assert results["data"]["table"]["train"] + results["data"]["table"]["test"] == 60
 
 
+def test_pixels_of_ones_own_may_be_fractions():
+    frame = bs.pd.DataFrame(np.random.default_rng(0).random((40, 4)), columns=["p0", "p1", "p2", "p3"])
+    assert run_table(frame.assign(label=np.arange(40) % 2))["data"]["table"]["train"] == 32
+
+
 def test_labels_that_differ_in_case_are_noted():
     frame = write_pets()
     frame.loc[:9, "label"] = frame["label"].str.capitalize()
@@ -701,7 +706,7 @@ def rows(value):
     ("label,a\n0,1\n1,\n", "row 2 has a missing value"), (rows("inf"), "infinity"), ("", "Empty CSV"),
     ("label,a\n0,1\n0,2\n1,3\n", "only 1 member"), ("label,a\n0,1\n,2\n1,3\n", "row 2 has a missing value"),
     ("label,a\ncat,1\nNaN,2\n1,3\n", "row 2 has a missing value"), ("label,a\n0,1,7\n1,2,8\n", "Expected 2 columns"),
-    ("label,a\n", "n_samples=0"), ("label,a\n0,1\n\xff,2\n", "UTF8"),
+    ("label,a\n", "fewer than two classes"), ("label,a\n1,2\n1,3\n1,5\n", "fewer than two classes"), ("label,a\n0,1\n\xff,2\n", "UTF8"),
     ("label,a\n0,1\n1,2,8\n", "Expected 2 columns, got 3"), ("label;a\n0;1\n", "['label;a']")])
 def test_a_bad_table_is_one_line(text, words, error_line):
     Path("bad.csv").write_bytes(text.encode("latin-1"))
