@@ -96,6 +96,7 @@ SWITCHED_OFF = "dendrites switched off"
 NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
 MAX_CLASSES = 20  # a column with more label values holds a scale
 FOLDS = 3  # of the training texts for --distill
+COPIES = 4  # altered copies of each text for --distill
 TFIDF_TEXTS = 100_000  # a baseline is fitted on so many texts at most
 # The arguments that decide which texts there are and how they are read. Jobs on a checkpoint take
 # those of its training, and its arm.
@@ -540,13 +541,13 @@ def tokenize(tokenizer, texts, max_length):
     return nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
 
-def bucket_batches(tokens, batch_size, shuffle):
-    """Rows of each batch, texts of like lengths together. With `shuffle`, texts are shuffled,
-    sorted within runs of 50 batches, and the batches shuffled."""
+def bucket_batches(tokens, batch_size, shuffled=None):
+    """Rows of each batch, texts of like lengths together. With `shuffled`, a number, so many texts
+    are drawn and sorted within runs of 50 batches, and the batches shuffled."""
     lengths = text_lengths(tokens)
-    if not shuffle:
+    if shuffled is None:
         return lengths.argsort().split(batch_size)
-    runs = torch.randperm(len(lengths)).split(50 * batch_size)
+    runs = torch.randperm(len(lengths))[:shuffled].split(50 * batch_size)
     batches = [batch for run in runs
                for batch in run[lengths[run].argsort(stable=True)].split(batch_size)]
     return [batches[i] for i in torch.randperm(len(batches))]
@@ -557,7 +558,7 @@ def run_in_buckets(function, tokens, device):
     """What a function of the arguments of a BERT says about each text [texts, …], in their order,
     computed in batches of texts of like lengths."""
     tokens = tokens.to(device)
-    batches = bucket_batches(tokens, INFERENCE_BATCH, shuffle=False)
+    batches = bucket_batches(tokens, INFERENCE_BATCH)
     outputs = [function(**make_batch(tokens, rows)).float() for rows in batches]
     return torch.cat(outputs)[torch.cat(batches).argsort()]
 
@@ -822,6 +823,7 @@ class Examples:
     tokens: torch.Tensor  # ids [texts, longest] int32
     targets: torch.Tensor  # classes [texts] int64, or a teacher's probabilities [texts, classes]
     weights: torch.Tensor | None  # [classes] in the loss
+    epoch_texts: int  # texts in an epoch, drawn at random where there are more
 
     def loss(self, logits, rows=slice(None)):
         """Cross-entropy of the logits [batch, classes] of the texts `rows`."""
@@ -830,8 +832,8 @@ class Examples:
 
 def make_examples(tokenizer, data, args, lesson=None):
     """{split: Examples} for training and validation. Targets are the labels, with weights that
-    balance them; with a teacher's `lesson`, probabilities [training texts, classes], all classes of
-    the data count as they are."""
+    balance them; with a teacher's `lesson` (texts, probabilities [texts, classes]), which takes the
+    place of the training texts, all classes of the data count as they are."""
     counts = np.bincount(data.split("train")[1])
     weights = torch.tensor(counts.sum() / (2 * counts), dtype=torch.float32, device=args.device)
     answers = data.labels
@@ -840,15 +842,16 @@ def make_examples(tokenizer, data, args, lesson=None):
     examples = {}
     for split in ("train", "validation"):
         texts, targets = data.split(split)[0], answers[data.splits[split]]
+        epoch_texts = len(texts)
         if split == "train" and lesson is not None:
-            targets = lesson
+            texts, targets = lesson
         tokens = tokenize(tokenizer, texts, args.max_length)
         full = (text_lengths(tokens) == args.max_length).float().mean()
         if full:
             note(f"{full:.2%} of the {split} texts fill --max-length {args.max_length}; what "
                  "follows is not read")
         targets = torch.as_tensor(targets, device=args.device)
-        examples[split] = Examples(tokens.to(args.device), targets, weights)
+        examples[split] = Examples(tokens.to(args.device), targets, weights, epoch_texts)
     return examples
 
 
@@ -894,7 +897,7 @@ def train_model(state, examples, toxic, args, rate, path):
     """
     train, switch = examples["train"], ARMS[args.arm]
     cycle = (args.switch_every or max(1, args.epochs // 2)) if switch else args.epochs
-    steps_per_epoch = math.ceil(len(train.tokens) / args.batch_size)
+    steps_per_epoch = math.ceil(train.epoch_texts / args.batch_size)
     model = resume_model(state["model"], args.device)
     # A giant gains from bfloat16; for BERT-Tiny the casts cost more than they save.
     half = has_bfloat16(args.device) and model.config.hidden_size > 256
@@ -907,7 +910,7 @@ def train_model(state, examples, toxic, args, rate, path):
         torch.manual_seed(1000 * args.seed + epoch)
         model.train()
         losses = []
-        batches = bucket_batches(train.tokens, args.batch_size, shuffle=True)
+        batches = bucket_batches(train.tokens, args.batch_size, train.epoch_texts)
         bar = progress(batches, f"{args.arm}, epoch {epoch} of {args.epochs}")
         for step, rows in enumerate(bar, (epoch - 1) % cycle * steps_per_epoch):
             share = warm_up_then_decay(step, cycle * steps_per_epoch)
@@ -982,7 +985,7 @@ def fit_giant(loaded, data, args, path):
     changed = {"arm": "plain", "epochs": args.giant_epochs, "batch_size": 32,
                "learning_rate": None}
     classes = torch.from_numpy(data.classes[data.splits["train"]])
-    lesson = F.one_hot(classes, len(data.toxic)).float()
+    lesson = data.split("train")[0], F.one_hot(classes, len(data.toxic)).float()
     args = argparse.Namespace(**vars(args) | changed)
     giant, _ = fit_classifier(loaded, data, args, path, lesson)
     return replace(giant, name=f"giant {giant.name}")
@@ -1393,26 +1396,45 @@ def run(args):
 # --- Extras: learning from a teacher (--distill) --------------------------------------------------
 
 
+def altered_copies(texts, rng):
+    """COPIES altered versions of each text, in turn with a fifth of its words left out and with the
+    end of another text."""
+    copies = []
+    for number in range(COPIES):
+        for text, other in zip(texts, rng.permutation(texts).tolist()):
+            words, others = text.split(), other.split()
+            if number % 2:
+                head, tail = rng.uniform(0.3, 0.8, 2)
+                words = words[: 1 + int(head * len(words))] + others[int(tail * len(others)) :]
+            else:
+                words = [word for word in words if rng.random() > 0.2] or words
+            copies.append(" ".join(words))
+    return copies
+
+
 def teach(giant, data, args, run_dir):
-    """The lesson of a teacher: the geometric mean of the probabilities [texts, classes] that TF-IDF
-    and the giant, if any, give the training texts. Each text is answered by teachers that were
-    trained without its fold; the same text is in one fold."""
+    """The lesson (texts, probabilities [texts, classes]) of a teacher: the geometric mean of what
+    TF-IDF and the giant, if any, say about the training texts and altered copies of them. Each is
+    answered by teachers that were trained without its fold; the same text is in one fold."""
     from sklearn.model_selection import GroupKFold
 
     rows = data.splits["train"]
     texts, _ = data.split("train")
+    rng = np.random.default_rng(args.seed)
     folds = GroupKFold(FOLDS, shuffle=True, random_state=args.seed)
-    lesson = torch.zeros(len(rows), len(data.toxic))
-    for rest, inside in folds.split(rows, groups=[same_text(text) for text in texts]):
+    lesson_texts, lesson = [], []
+    for fold, (rest, inside) in enumerate(
+            folds.split(rows, groups=[same_text(text) for text in texts])):
         others = replace(data, splits=data.splits | {"train": rows[rest]})
         asked = [texts[i] for i in inside]
+        asked += altered_copies(asked, rng)
         answers = torch.tensor(fit_by_class(make_tfidf(), others)(asked).clip(1e-6)).log()
         if giant:
-            checkpoint = run_dir / f"checkpoint_teacher_{inside[0]}.pt"
-            teacher = fit_giant(giant, others, args, checkpoint)
+            teacher = fit_giant(giant, others, args, run_dir / f"checkpoint_teacher_{fold}.pt")
             answers = (answers + teacher.logits(asked).log_softmax(1)) / 2
-        lesson[inside] = answers.softmax(1).float()
-    return lesson
+        lesson_texts += asked
+        lesson.append(answers.softmax(1).float())
+    return lesson_texts, torch.cat(lesson)
 
 
 # --- Extras: arms and seeds (--compare-dendrites, --runs) -----------------------------------------

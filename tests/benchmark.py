@@ -284,7 +284,7 @@ def toxicity_training(repeats=5):
     train, device = examples["train"], args.device
     model = model.to(device)
     batches = [(rows, toxicity.make_batch(train.tokens, rows))
-               for rows in toxicity.bucket_batches(train.tokens, args.batch_size, shuffle=True)]
+               for rows in toxicity.bucket_batches(train.tokens, args.batch_size, len(train.tokens))]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
     def bare():

@@ -301,7 +301,7 @@ def test_buckets_give_the_logits_of_plain_padding():
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=(ids > 0).long()).logits
     torch.testing.assert_close(bucketed, whole, atol=2e-6, rtol=0)
-    seen = torch.cat(toxicity.bucket_batches(ids, 5, shuffle=True))
+    seen = torch.cat(toxicity.bucket_batches(ids, 5, shuffled=37))
     assert sorted(seen.tolist()) == list(range(37))
 
 
@@ -481,16 +481,28 @@ def test_a_teacher_has_not_seen_the_texts_that_it_scores(monkeypatch):
         assert len(seen) == pytest.approx(400 * 2 / 3, abs=2)
 
         def answer(texts):
-            assert not seen & set(texts)
-            asked.extend(texts)
+            originals = texts[: len(texts) // (1 + toxicity.COPIES)]
+            assert not seen & set(originals)
+            asked.extend(originals)
             return np.tile([0.75, 0.25], (len(texts), 1))
 
         return answer
 
     monkeypatch.setattr(toxicity, "fit_by_class", fit)
-    lesson = toxicity.teach(None, data, args, None)
+    texts, lesson = toxicity.teach(None, data, args, None)
     assert sorted(asked) == sorted(data.split("train")[0])
-    np.testing.assert_allclose(lesson, np.tile([0.75, 0.25], (1200, 1)), atol=1e-6)
+    assert len(texts) == 5 * 1200
+    np.testing.assert_allclose(lesson, np.tile([0.75, 0.25], (6000, 1)), atol=1e-6)
+
+
+def test_altered_copies_leave_out_words_or_have_the_end_of_another_text():
+    rng = np.random.default_rng(0)
+    copies = toxicity.altered_copies(["a b c d e f g h i j", "k l m n o p q r s t"] * 50, rng)
+    assert len(copies) == 400
+    dropped = [copy.split() for copy in copies[:100]]
+    assert np.mean([len(words) for words in dropped]) == pytest.approx(8, abs=0.5)
+    assert all(words == sorted(words) for words in dropped)
+    assert any({"a", "t"} <= set(copy.split()) for copy in copies[100:200])
 
 
 def test_a_student_learns_all_classes_from_tfidf(fast, tmp_path):
@@ -506,11 +518,13 @@ def test_a_student_learns_all_classes_from_tfidf(fast, tmp_path):
     student = load_model((tmp_path, None))
     examples = toxicity.make_examples(student.tokenizer, data, args, lesson)["train"]
     assert student.model.config.num_labels == 3
-    assert len(data.splits["train"]) == len(examples.targets)
+    assert len(examples.targets) == 5 * len(data.splits["train"])
+    assert examples.epoch_texts == len(data.splits["train"])
     assert examples.weights is None
     toxic = np.flatnonzero(student.toxic)
-    labels = data.split("train")[1]
-    scores = examples.targets[:, toxic].sum(1).cpu().numpy()
+    label_of = dict(zip(*data.split("train")))
+    scores, labels = np.array([(score, label_of[text]) for text, score in zip(
+        lesson[0], examples.targets[:, toxic].sum(1).tolist()) if text in label_of]).T
     assert scores[labels == 1].mean() > 1.5 * scores[labels == 0].mean()
     np.testing.assert_allclose(student.scores(texts[:9]), student.logits(texts[:9]).softmax(1)[:, toxic].sum(1))
 
