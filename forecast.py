@@ -1230,7 +1230,8 @@ def plot_free_run(ax, series, times, forecast, widths):
 def plot_forecasts(series, best, title, path):
     """One step, free run and 80 % intervals."""
     rows = math.ceil(len(best) / 3)
-    fig, axes = new_figure(title + "forecasts of the best runs", rows, 3, (16, 1.9 * rows + 0.8))
+    title += "forecasts of the best runs (time steps, learning rate, width)"
+    fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 0.8))
     for ax in axes[len(best) :]:
         ax.set_axis_off()
     for ax, (model, checkpoint) in zip(axes, best.items()):
