@@ -23,8 +23,8 @@ summary.md, pictures of the comparison, and runs/*.pt for --resume. As in the or
 outputs/vision/DATASET/STRATEGY/run-001/ has summary.txt and four pictures of each strategy.
 
 A strategy, a data set and a model of your own are one line each, in a notebook before main([...]);
-other changes need an edit of this file, or --jobs 1, since workers import it anew:
-    STRATEGIES["sorted"] = lambda run: in_batches(run.loss.argsort(), 64)
+other changes from a notebook need --jobs 1, since workers import this file anew:
+    STRATEGIES["sorted"] = lambda learner: in_batches(learner.loss.argsort(), 64)
     DATASETS["mine"] = Dataset(read_mine)  # read_mine(folder): x_train, y_train, x_test, y_test
     MODELS["vision"]["wide"] = lambda shape, classes: SimpleMLP(shape, classes, hidden=1024)
 
@@ -1118,17 +1118,18 @@ def compare(records, args):
 
 
 def costs_to_target(records, args):
-    """Samples and seconds until a strategy first has what random, or else the first strategy, has
-    in the end, short of 1 %; a table with a row for each strategy that gets there in all runs."""
+    """Samples and seconds of training until the mean of a strategy's runs first comes within 1 % of
+    what random, or else the first strategy, has in the end; a table with a row for each strategy
+    that gets there."""
     metric, sign, _ = DECIDING[args.task]
     reference = BASELINE if BASELINE in args.strategy else args.strategy[0]
     final = records[records["strategy"] == reference].groupby("seed")[metric].last()
     target = (1 - 0.01 * sign) * final.mean()
-    reached = records[sign * records[metric] >= sign * target]
-    costs = reached.groupby(["strategy", "seed"])[["samples", "seconds"]].first()
-    by_strategy = costs.groupby("strategy")
-    table = by_strategy.agg(mean_text)[by_strategy.size() == args.runs]
-    return table.add_suffix(f" to {target:.2f}")
+    means = records.groupby(["strategy", "epoch"])[[metric, "samples", "seconds"]].mean()
+    reached = means[sign * means[metric] >= sign * target]
+    costs = reached.groupby("strategy")[["samples", "seconds"]].first()
+    costs["samples"] = costs["samples"].map("{:,.0f}".format)
+    return costs.round(2).add_suffix(f" to {target:.2f}")
 
 
 def name_control(args):
@@ -1258,8 +1259,8 @@ def run_experiment(args):
                  f"every seed has the same difference; * is p < {ALPHA}. Steps: batches; a control "
                  "makes samples / batch size of them. Seconds: training and selection, without "
                  "evaluation; runs side by side (--jobs) share the machine. The last two columns: "
-                 f"until a strategy first has what {BASELINE}, or else the first strategy, has in "
-                 "the end, short of 1 %.")
+                 f"until the mean of the runs first comes within 1 % of what {BASELINE}, or else "
+                 "the first strategy, has in the end.")
     if folders:
         texts.append(f"Each strategy alone: {', '.join(folders)}")
     results = {"data": {name: data.info for name, data in all_data.items()},

@@ -659,8 +659,9 @@ def load_datasets(args):
 class ColumnEmbedder(nn.Module):
     """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
-    A strategy is a subclass that computes the vectors [names, dim] of new names in compute(names).
-    Only the Linear is trained.
+    A strategy is a subclass that computes fixed vectors [names, dim] of new names in
+    compute(names), with dim = self.table.shape[1]; only the Linear is trained. One that learns its
+    vectors overrides add() and embed() instead.
     """
 
     def __init__(self, target_dim=1, dim=16):

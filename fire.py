@@ -794,7 +794,7 @@ def window_statistics(x):
 
 class LastTokenLayer(nn.TransformerEncoderLayer):
     """A pre-norm encoder layer that computes its last token alone: [batch, tokens, d_model] to
-    [batch, d_model]. The same numbers as the whole layer gives, and faster."""
+    [batch, d_model]. It gives the same numbers as the whole layer, faster."""
 
     def forward(self, x):
         keys = self.norm1(x)
@@ -1020,7 +1020,7 @@ def train_transformer(model, data, args, state, run_dir):
     """Train with early stopping by the validation loss; the model ends with its best weights.
 
     An epoch is --steps-per-epoch steps on windows that begin at random rows of the training part,
-    whatever the size of the data. All that is random in it follows from --seed and its number, so a
+    whatever the size of the data. All that is random in it follows from --seed and the epoch, so a
     resumed run needs no random state; under torchrun all processes draw the same windows, and each
     takes its share. `state` is that of new_state or of a checkpoint, and is kept up to date.
     """

@@ -1190,7 +1190,7 @@ def summarize(name, values, rows, args):
                  "windows at random, baselines fitted to all, errors over the whole series, so "
                  "in-sample.", original_table(means, texts)]
     if args.protocol != "original":
-        text += ["The hold-out, errors on the last 20 %, which nothing has seen. MASE is the "
+        text += ["The hold-out: errors on the last 20 %, which no model has seen. MASE is the "
                  "absolute error relative to the seasonal naive forecast in training. Settings are "
                  "time steps, learning rate, d_model and encoding.", holdout_table(means, texts)]
     return "\n\n".join(text)

@@ -892,7 +892,7 @@ def train_model(state, examples, toxic, args, rate, path):
     """Train the model of `state`, which is kept up to date, for what remains of --epochs. `toxic`
     [classes] says which of its classes are.
 
-    All that is random in an epoch follows from --seed and its number. At a switch the best model
+    All that is random in an epoch follows from --seed and the epoch's number. At a switch the best model
     so far goes through the function of the arm and begins a new cycle of the learning rate.
     """
     train, switch = examples["train"], ARMS[args.arm]

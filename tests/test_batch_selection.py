@@ -706,7 +706,8 @@ def rows(value):
     ("label,a\n0,1\n1,\n", "row 2 has a missing value"), (rows("inf"), "infinity"), ("", "Empty CSV"),
     ("label,a\n0,1\n0,2\n1,3\n", "only 1 member"), ("label,a\n0,1\n,2\n1,3\n", "row 2 has a missing value"),
     ("label,a\ncat,1\nNaN,2\n1,3\n", "row 2 has a missing value"), ("label,a\n0,1,7\n1,2,8\n", "Expected 2 columns"),
-    ("label,a\n", "fewer than two classes"), ("label,a\n1,2\n1,3\n1,5\n", "fewer than two classes"), ("label,a\n0,1\n\xff,2\n", "UTF8"),
+    ("label,a\n", "fewer than two classes"), ("label,a\n1,2\n1,3\n1,5\n", "fewer than two classes"),
+    ("label,a\n0,1\n\xff,2\n", "UTF8"),
     ("label,a\n0,1\n1,2,8\n", "Expected 2 columns, got 3"), ("label;a\n0;1\n", "['label;a']")])
 def test_a_bad_table_is_one_line(text, words, error_line):
     Path("bad.csv").write_bytes(text.encode("latin-1"))
