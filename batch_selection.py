@@ -1150,7 +1150,7 @@ def verdicts(comparison, args):
         word = "better" if sign * row["mean"] > 0 else "worse"
         sentences.append(f"{name} is {abs(row['mean']):.2f} ± {row['interval']:.2f} {unit} {word} "
                          f"than {control}, p = {row['p']:.2g}.")
-    others = comparison.index[comparison["p"] >= ALPHA]
+    others = comparison.index[~(comparison["p"] < ALPHA) & comparison["mean"].notna()]
     if len(others):
         sentences.append(f"No difference from {control} is shown for {', '.join(others)}.")
     return sentences
