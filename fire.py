@@ -713,8 +713,11 @@ class Data:
 
     def random_starts(self, split, count, generator):
         """First rows [count] of windows at random rows of a split, all equally likely."""
-        starts = self.starts(split, 1)
-        return starts[torch.randint(len(starts), (count,), generator=generator)]
+        first, stop = self.segments[split].T
+        windows = (stop - first - self.seq_len + 1).cumsum(0)  # of all segments up to each
+        drawn = torch.randint(int(windows[-1]), (count,), generator=generator)
+        segment = torch.searchsorted(windows, drawn, right=True)
+        return (stop[segment] - self.seq_len + 1 - windows[segment] + drawn).to(self.labels.device)
 
 
 def load_data(args):
@@ -1757,8 +1760,9 @@ def write_results(results, summary, args, run_dir):
     title = f"# {EXPERIMENT}.py {', '.join(arguments)}"
     text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
     (run_dir / "summary.md").write_text(text, encoding="utf-8")
+    content = to_json(results)
     with atomic_write(run_dir / "results.json") as path:
-        path.write_text(to_json(results))
+        path.write_text(content)
     if in_notebook():
         from IPython.display import Markdown, display
 
@@ -1766,7 +1770,7 @@ def write_results(results, summary, args, run_dir):
     else:
         print(text)
     print(f"Everything is in {run_dir}")
-    return json.loads(to_json(results))
+    return json.loads(content)
 
 
 def markdown_table(rows):

@@ -1526,8 +1526,9 @@ def write_results(results, summary, args, run_dir):
     title = f"# {EXPERIMENT}.py {', '.join(arguments)}"
     text = "\n\n".join([title, *(f"Note: {text}" for text in NOTES), summary])
     (run_dir / "summary.md").write_text(text, encoding="utf-8")
+    content = to_json(results)
     with atomic_write(run_dir / "results.json") as path:
-        path.write_text(to_json(results))
+        path.write_text(content)
     if in_notebook():
         from IPython.display import Markdown, display
 
@@ -1535,7 +1536,7 @@ def write_results(results, summary, args, run_dir):
     else:
         print(text)
     print(f"Everything is in {run_dir}")
-    return json.loads(to_json(results))
+    return json.loads(content)
 
 
 def markdown_table(rows):
