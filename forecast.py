@@ -42,10 +42,8 @@ et al. 2023 (grouped queries), Su et al. 2021 (rotary positions), van den Oord e
 
 import argparse
 import contextlib
-import csv
 import gzip
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -55,11 +53,11 @@ import re
 import subprocess
 import sys
 import time
-import urllib.request
-import warnings
 import zlib
 from dataclasses import asdict, astuple, dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pandas as pd
@@ -131,12 +129,14 @@ COMBINED_RATE = 1e-3  # learning rate of vq_ar in `combined`
 KINDS = ["free run", "one step"]
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
+# A number in place of the name of a column.
+NUMBER = r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*"
 # Names of columns that tell series apart.
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
     r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
 # pandas' names of steps of the calendar.
-CALENDAR = ["B", "MS", "ME", "BMS", "BME", "3MS", "3ME", "6MS", "6ME", "12MS", "12ME"]
+CALENDAR = ["B", "MS", "ME", "BMS", "BME", "3MS", "3ME", "12MS", "12ME"]
 
 
 def parse_args(argv=None):
@@ -224,13 +224,11 @@ def generate_series(rows=720):
     """The embedded series [rows]: two peaks in each cycle of 120 rows, a slow drift and noise."""
     rng = np.random.default_rng(0)
     t = np.arange(rows)
-    cycle, phase = t // 120, (t % 120) / 120
-    heights = rng.uniform(0.85, 1.15, (rows // 120 + 1, 2))[cycle]  # no two cycles are alike
-    first = np.exp(-(((phase - 0.25) / 0.07) ** 2))
-    second = np.exp(-(((phase - 0.60) / 0.12) ** 2))
+    phase = t[:, None] % 120 / 120
+    heights = rng.uniform(0.85, 1.15, (rows // 120 + 1, 2))[t // 120]  # no two cycles are alike
+    peaks = [300, 170] * heights * np.exp(-(((phase - [0.25, 0.60]) / [0.07, 0.12]) ** 2))
     level = 120 + 15 * np.sin(2 * np.pi * t / 1000)
-    peaks = 300 * heights[:, 0] * first + 170 * heights[:, 1] * second
-    return level + peaks + 12 * rng.standard_normal(rows)
+    return level + peaks.sum(1) + 12 * rng.standard_normal(rows)
 
 
 def read_frame(path):
@@ -239,23 +237,21 @@ def read_frame(path):
     content = Path(path).read_bytes()
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
-    is_utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = content.decode("latin-1")
+        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = content.decode("utf-16" if is_utf16 else "latin-1")
     text = text.rstrip()
-    header = next(iter(text.splitlines()), "")
+    header = re.split("[\r\n]", text)[0]
     delimiter = next((mark for mark in ";\t|," if mark in header), "\t")
     decimal = "," if delimiter != "," and re.search(r"\d,\d", text) else "."
-    names = next(csv.reader([header], delimiter=delimiter))
-    numbers = [name for name in names if re.fullmatch(r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*", name)]
-    if "\0" in text or numbers or len(set(names)) < len(names):
-        raise ValueError("not a CSV file whose first line names the columns, each once")
-    with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-        frame = pd.read_csv(io.StringIO(text), sep=delimiter, decimal=decimal, index_col=False,
-                            skip_blank_lines=False)
-    return frame.set_index(pd.RangeIndex(2, len(frame) + 2, name="line"))
+    frame = pd.read_csv(io.StringIO(text), sep=delimiter, decimal=decimal, skip_blank_lines=False)
+    numbers = [name for name in frame if re.fullmatch(NUMBER, name)]
+    if "\0" in text or numbers or not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError("not a CSV file whose first line names the columns")
+    frame.index = pd.RangeIndex(2, len(frame) + 2, name="line")
+    return frame
 
 
 def find_column(frame, name):
@@ -277,34 +273,29 @@ def select_series(frame, args):
         if args.series not in set(names):
             raise ValueError(f"no series {args.series!r}, only {', '.join(names.unique()[:10])}")
         return frame[names == args.series]
-    others = frame.drop(columns=[args.column, args.time_column], errors="ignore")
-    counts = others.filter(regex=SERIES_COLUMN).nunique()
-    several = counts[counts.between(2, len(frame) / 2)]
-    if len(several):
-        raise ValueError(f"column {several.index[0]!r} seems to name several series; choose one "
-                         "with --series-column and --series, or take all rows with "
-                         "--series-column none")
+    for name, count in frame.filter(regex=SERIES_COLUMN).nunique().items():
+        if 2 <= count <= len(frame) / 2:
+            raise ValueError(f"column {name!r} seems to name several series; choose one with "
+                             "--series-column and --series, or all rows with --series-column none")
     return frame
 
 
 def read_times(column):
-    """The times of a column: numbers, or dates with their time zone."""
+    """The times of a column as numbers, or as dates with their time zone: of all ways to read
+    them, such as day or month first, the one with the fewest invalid and missing times."""
     texts = column.astype(str)
-    for digits in ("%Y%m%d", "%Y%m"):
-        dates = pd.to_datetime(texts, format=digits, errors="coerce")
-        if dates.between("1900", "2101").all():
-            return dates
-    if column.dtype.kind in "iuf":
-        return column
     if texts.str.match(r"\s*T?\d{1,2}:\d\d").any():
-        raise ValueError("times of day need a date; without --time-column the rows are taken as "
-                         "equally spaced")
-    offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False)
-    changes = offsets.notna().all() and offsets.nunique() > 1  # as summer time begins
-    candidates = [pd.to_datetime(texts, format="mixed", errors="coerce", dayfirst=day_first,
-                                 utc=changes) for day_first in (False, True)]
-    # The right order of day and month leaves the fewest invalid and missing times.
-    return min(candidates, key=lambda times: (times.isna().sum(), span_in_steps(times)))
+        raise ValueError("times of day need a date; or leave out --time-column")
+    readings = [pd.to_datetime(texts, format=digits, errors="coerce")
+                for digits in ("%Y%m%d", "%Y%m")]
+    if column.dtype.kind in "iuf":
+        readings.append(column)
+    else:
+        offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$")
+        has_summer_time = offsets.nunique().item() > 1
+        readings += [pd.to_datetime(texts, format="mixed", errors="coerce", dayfirst=day_first,
+                                    utc=has_summer_time) for day_first in (False, True)]
+    return min(readings, key=lambda times: (times.isna().sum(), span_in_steps(times)))
 
 
 def span_in_steps(times):
@@ -313,46 +304,32 @@ def span_in_steps(times):
     return steps.sum() / steps.median()
 
 
-def space_evenly(frame):
-    """The frame, indexed by increasing times, with rows of NaN where times are missing between
-    equal steps; a step is a number, or one of the calendar."""
-    times = frame.index
-    step = times.to_series().diff().median()
-    if isinstance(times, pd.DatetimeIndex):
-        tolerance = pd.Timedelta(0)
-        grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *CALENDAR]]
-    else:
-        steps = np.diff(times)
-        step = steps[np.abs(steps / step - 1) < 0.1].mean()
-        tolerance = 0.1 * step
-        if step.is_integer():
-            step = int(step)  # so that whole numbers remain whole
-        count = round((times[-1] - times[0]) / step) + 1
-        grids = [times[0] + step * pd.RangeIndex(count)]
-    for grid in sorted(grids, key=len):
-        places = grid.get_indexer(times, method="nearest", tolerance=tolerance)
-        if places.min() >= 0 and len(set(places)) == len(places):
-            return frame.set_index(grid[places]).reindex(grid)
-    raise ValueError("the times are not equally spaced; resample them, or leave out --time-column "
-                     "to take the rows as equally spaced")
-
-
-def sort_by_time(frame, time_column):
-    """The frame by time, in order and at equal steps; missing rows hold NaN."""
+def index_by_time(frame, time_column):
+    """The frame by increasing times, with rows of NaN where times are missing between equal steps,
+    which are a number or a step of the calendar."""
     times = read_times(frame[time_column])
     is_bad = times.isna() | times.duplicated()
     if is_bad.any():
-        line = is_bad.idxmax()
-        raise ValueError(f"line {line}: {frame[time_column][line]} is not a time or occurs twice; "
+        raise ValueError(f"line {is_bad.idxmax()}: the time is invalid or occurs twice; "
                          "--series-column and --series choose one of several series")
-    if len(times) < 3:
-        raise ValueError("at least three rows are needed")
-    if span_in_steps(times) > 10 * len(times):
-        raise ValueError("at the usual step most times are missing; is one of them wrong?")
-    if not times.is_monotonic_increasing:
-        note("the rows are not in order and are sorted by time")
+    if not span_in_steps(times) <= 10 * len(times):
+        raise ValueError("most times are missing; is one of them wrong?")
     frame = frame.set_index(times).sort_index()
-    return space_evenly(frame).rename_axis(time_column)
+    times = frame.index
+    steps = times.to_series().diff()
+    step = steps.quantile(interpolation="lower")
+    tolerance = 0 * step
+    if isinstance(times, pd.DatetimeIndex):
+        grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *CALENDAR]]
+    else:
+        step = steps[(steps / step - 1).abs() < 0.1].mean()
+        tolerance = 0.1 * step
+        grids = [pd.Index(np.arange(times[0], times[-1] + tolerance, step)).astype(times.dtype)]
+    for grid in sorted(grids, key=len):
+        places = grid.get_indexer(times, method="nearest", tolerance=tolerance)
+        if places.min() >= 0 and grid[places].is_unique:
+            return frame.set_index(grid[places]).reindex(grid).rename_axis(time_column)
+    raise ValueError("the times are not equally spaced; resample them, or leave out --time-column")
 
 
 def read_series(args):
@@ -364,49 +341,43 @@ def read_series(args):
             time_column = find_column(frame, args.time_column)
             if column == time_column:
                 raise ValueError(f"{column!r} is the time column; choose another --column")
-            frame = sort_by_time(frame, time_column)
+            frame = index_by_time(frame, time_column)
         values = pd.to_numeric(frame[column]).astype(float).where(np.isfinite)
         if args.fill:
             note(f"missing values, now filled: {values.isna().sum()}")
             values = values.ffill() if args.fill == "forward" else values.interpolate()
-        missing = values.isna()
-        if missing.any():
+        if values.hasnans:
+            missing = values.isna()
             raise ValueError(f"missing values: {missing.sum()}, the first at {values.index.name} "
                              f"{missing.idxmax()}; --fill linear or --fill forward fills them, "
                              "but not the first value of all")
         if not 1e-100 < np.ptp(values) < 1e100:
             raise ValueError(f"{column!r} is empty, constant, or too large or small")
         return values
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error,
-            pd.errors.ParserWarning) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{args.data}: {error}") from None
 
 
 def load_known(name, data_dir):
     """The embedded series, or a known one from `data_dir`, downloaded if absent."""
     if name == "synthetic":
-        values = generate_series()
-        times = pd.Index(np.arange(len(values)) / 30, name="time [h]")
-        return pd.Series(values, times, name="signal")
+        times = pd.Index(np.arange(720) / 30, name="time [h]")
+        return pd.Series(generate_series(), times, name="signal")
     file, sha256 = FILES[name]
     path = Path(data_dir, file)
-    if path.exists():
-        content = path.read_bytes()
-    else:
-        try:
-            with urllib.request.urlopen(URL + file, timeout=3) as response:
-                content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{URL}{file}: {error}; put it into --data-dir, or use --dataset "
-                            "synthetic") from None
+    is_new = not path.exists()
+    try:
+        content = urlopen(URL + file, timeout=3).read() if is_new else path.read_bytes()
+    except (OSError, HTTPException) as error:
+        raise UserError(f"{URL}{file}: {error}; put it into --data-dir, or use --dataset "
+                        "synthetic") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{path}: another sha256 than expected")
-    if not path.exists():
+    if is_new:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             part.write_bytes(content)
-    frame = read_frame(path)
-    return frame.set_index(frame.columns[0]).squeeze()
+    return pd.read_csv(path, index_col=0).squeeze()
 
 
 def load_series(args):
