@@ -53,6 +53,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import asdict, astuple, dataclass, replace
 from http.client import HTTPException
@@ -246,9 +247,11 @@ def read_frame(path):
     header = re.split("[\r\n]", text)[0]
     delimiter = next((mark for mark in ";\t|," if mark in header), "\t")
     decimal = "," if delimiter != "," and re.search(r"\d,\d", text) else "."
-    frame = pd.read_csv(io.StringIO(text), sep=delimiter, decimal=decimal, skip_blank_lines=False)
+    with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+        frame = pd.read_csv(io.StringIO(text), sep=delimiter, decimal=decimal, index_col=False,
+                            skip_blank_lines=False)
     numbers = [name for name in frame if re.fullmatch(NUMBER, name)]
-    if "\0" in text or numbers or not isinstance(frame.index, pd.RangeIndex):
+    if "\0" in text or numbers:
         raise ValueError("not a CSV file whose first line names the columns")
     frame.index = pd.RangeIndex(2, len(frame) + 2, name="line")
     return frame
@@ -354,7 +357,8 @@ def read_series(args):
         if not 1e-100 < np.ptp(values) < 1e100:
             raise ValueError(f"{column!r} is empty, constant, or too large or small")
         return values
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error,
+            pd.errors.ParserWarning) as error:
         raise UserError(f"{args.data}: {error}") from None
 
 

@@ -692,7 +692,7 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n0,1\n1,2\n", ["--column", "b"], "no column 'b', only t, a"),
     ("t,a\n0,1\n1,2\n", ["--time-column", "b"], "no column 'b', only t, a"),
     ("t,a\n0,1\n1,2,3\n", [], "Expected 2 fields in line 3, saw 3"),
-    ("t,a\n0,50,13\n1,50,14\n", [], "names the columns"),
+    ("t,a\n0,50,13\n1,50,14\n", [], "Length of header or names does not match"),
     ("50,13\n50,14\n51,13\n", [], "names the columns"),
     ("1.5E-05\n2.5E-05\n", [], "names the columns"),
     ("2024-01-01 00:00, 50.13\n2024-01-02 00:00, 51.13\n", [], "names the columns"),
