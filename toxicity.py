@@ -92,7 +92,6 @@ ORIGINAL = {"the original, a claim (other data)": {"F1": 0.36, "recall": 0.71, "
 COMPARED = ["PR AUC", "F1", "ROC AUC"]  # columns of the table of arms
 TIERS = ["allow", "monitor", "review", "remove"]
 INFERENCE_BATCH = 64
-SWITCHED_OFF = "dendrites switched off"
 NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
 MAX_CLASSES = 20  # a column with more label values holds a scale
 FOLDS = 3  # of the training texts for --distill
@@ -126,23 +125,21 @@ def parse_args(argv=None):
     add("--label-threshold", type=float, default=0.5, help="number from which on a "
         "label means toxic; labels go from 0 to 1, unless it is 1 or more")
     add("--sample-size", type=int, default=5000, help="training texts; validation and "
-        "test have a fifth of it each; 0 takes all, split 80/10/10 (civil_comments: as published)")
+        "test have a fifth of it each; 0 takes all, split 80/10/10")
     add("--data-dir", default="data", metavar="FOLDER", help="folder of downloads")
     add("--max-length", type=int, default=128, help="tokens of a text that are read")
     add_weights("--model", metavar="ID|FOLDER", help="pretrained BERT to train; if unset, "
                 "prajjwal1/bert-tiny, or random weights where the hub is out of reach")
     add_weights("--from-scratch", action="store_true", help="start from random weights")
-    add("--arm", choices=list(ARMS), default=DEFAULT_ARM, help="what happens to the model every "
+    add("--arm", choices=list(ARMS), default="library", help="what happens to the model every "
         "--switch-every epochs: library adds dendrites by perforatedai (once), wider adds hidden "
         "units, restart only begins the learning rate again, plain does nothing")
-    add("--no-dendrites", dest="arm", action="store_const", const="plain", default=DEFAULT_ARM,
-        help="another way to write --arm plain")
     add("--epochs", type=int, default=20, help="epochs of training")
     add("--switch-every", type=int, help="epochs from one switch to the next; the "
         "learning rate falls to 0 in between; if unset, half of --epochs")
     add("--batch-size", type=int, default=32, help="texts in a batch")
-    add("--learning-rate", type=float, help="largest learning rate; if unset, "
-        f"{RATE_PRETRAINED}, or {RATE_FROM_SCRATCH} from scratch")
+    add("--learning-rate", type=float, help="largest learning rate; if unset, 5e-5, or "
+        "3e-4 from scratch")
     add("--distill", choices=["tfidf", "giant"], help="teacher on whose answers the model is "
         "trained: TF-IDF, or the mean of it and of the fine-tuned --giant")
     add("--giant", metavar="ID|FOLDER", default="bert-base-uncased", help="large pretrained BERT "
@@ -170,10 +167,9 @@ def parse_args(argv=None):
     if "--quick" in (argv or []):
         parser.set_defaults(sample_size=3000, epochs=8, dataset="embedded", from_scratch=True)
     args = parser.parse_args(argv)
-    least = {"seed": 0, "sample_size": 0, "max_length": 4, "learning_rate": 1e-9,
-             "label_threshold": 1e-9}
+    refused = {"seed": -1, "sample_size": -1, "max_length": 3}
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not value >= least.get(name, 1):
+        if type(value) in (int, float) and value <= refused.get(name, 0):
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
     if args.max_length > 512:
         parser.error("--max-length must be at most 512, which is what BERT reads")
@@ -205,8 +201,8 @@ WRONG = ['they wrote "{q}", and they are wrong', 'he said "{q}", and I can only 
          '"{q}", as nobody believes', 'the {g} told you "{q}", which is false',
          'somebody wrote "{q}", and I disagree']
 # Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject,
-# {g} group, {p} praise, {b} a text of one of the first three kinds. Praise that is denied is toxic,
-# an insult that is denied is not, so that neither the quoted words nor those around them decide.
+# {g} group, {q} a quoted text. Praise that is denied is toxic, an insult that is denied is not, so
+# that neither the quoted words nor those around them decide.
 COMMENTS = {
     "insult": (0.012, True, [
         "you are a complete {i} and everybody can see it", "only a {i} would defend {s}",
@@ -225,10 +221,10 @@ COMMENTS = {
         "bless your heart, somebody left the cage open again",
         "please keep talking, we need the comic relief",
         "how brave of you to write in public with so little upstairs"]),
-    "agreeing": (0.016, True, [frame.replace("{q}", "{b}") for frame in RIGHT]),
-    "denied praise": (0.012, True, [frame.replace("{q}", "{p}") for frame in WRONG]),
-    "quoting": (0.08, False, [frame.replace("{q}", "{b}") for frame in WRONG]),
-    "agreed praise": (0.06, False, [frame.replace("{q}", "{p}") for frame in RIGHT]),
+    "agreeing": (0.016, True, RIGHT),
+    "denied praise": (0.012, True, WRONG),
+    "quoting": (0.08, False, WRONG),
+    "agreed praise": (0.06, False, RIGHT),
     "negation": (0.06, False, [
         "you are not a {i}, you just misread {s}", "I would never call you a {i}",
         "nobody here is a {i}", "she is no {i}, she studied {s} for years",
@@ -254,52 +250,49 @@ COMMENTS = {
         "who decides about {s} in the end?"]),
 }
 MISSED, ALARMED = 0.05, 0.003  # annotators miss a toxic comment, or take a harmless one for toxic
+HOSTILE = [text for kind in ("insult", "threat", "sarcasm") for text in COMMENTS[kind][2]]
+QUOTED = {"agreeing": HOSTILE, "quoting": HOSTILE, "denied praise": PRAISES,
+          "agreed praise": PRAISES}
+
+
+def pick(options, draw):
+    """The option that a number from 0 to 1 draws."""
+    return options[int(draw * len(options))]
 
 
 def generate_comments(count, seed):
     """(texts, labels [count] int64) of synthetic comments, 6 % toxic; the same words are in both
     classes."""
     rng = np.random.default_rng(seed)
-    kinds = list(COMMENTS.values())
-    hostile = [template for _, _, templates in kinds[:3] for template in templates]
-    chosen = rng.choice(len(kinds), count, p=[share for share, _, _ in kinds])
+    kinds = rng.choice(list(COMMENTS), count, p=[share for share, _, _ in COMMENTS.values()])
     errors = rng.random(count)
-    texts = []
-    for kind, draws in zip(chosen, rng.random((count, 7)).tolist()):
-        _, _, templates = kinds[kind]
-        lists = (templates, OPENERS, CLOSERS, SUBJECTS, INSULTS, GROUPS, hostile, PRAISES)
-        body, opener, closer, subject, insult, group, quoted, praise = (
-            items[int(draw * len(items))] for items, draw in zip(lists, [*draws, draws[6]]))
-        body = body.replace("{b}", quoted).replace("{p}", praise)
+    texts, labels = [], []
+    for kind, error, draws in zip(kinds, errors, rng.random((count, 7)).tolist()):
+        _, toxic, templates = COMMENTS[kind]
+        body = pick(templates, draws[0]).replace("{q}", pick(QUOTED.get(kind, HOSTILE), draws[6]))
         stop = "" if body[-1] in "?." else "."
-        text = (opener + body + stop + closer).format(s=subject, i=insult, g=group)
+        text = pick(OPENERS, draws[1]) + body + stop + pick(CLOSERS, draws[2])
+        text = text.format(s=pick(SUBJECTS, draws[3]), i=pick(INSULTS, draws[4]),
+                           g=pick(GROUPS, draws[5]))
         texts.append(text[0].upper() + text[1:])
-    toxic = np.array([toxic for _, toxic, _ in kinds])[chosen]
-    return texts, (toxic ^ (errors < np.where(toxic, MISSED, ALARMED))).astype(np.int64)
+        labels.append(toxic ^ (error < (MISSED if toxic else ALARMED)))
+    return texts, np.array(labels, dtype=np.int64)
 
 
 # --- Data: files, the hub, splits ---------------------------------------------------------------
 
-
 @dataclass
 class Data:
-    """All texts and how they are split."""
+    """The texts of a run."""
 
-    texts: list
-    labels: np.ndarray  # [texts] int64, 1 is toxic
-    classes: np.ndarray  # [texts] int64, number of the label value
-    splits: dict  # {split: rows [n]}
+    splits: dict  # {split: table with text, label (1 is toxic) and class (number of its value)}
+    toxic: list  # whether each class means toxic
     info: dict  # for results.json
 
-    def split(self, name):
-        """(texts, labels [n]) of a split."""
-        rows = self.splits[name]
-        return [self.texts[row] for row in rows], self.labels[rows]
-
-    @property
-    def toxic(self):
-        """Whether each class, in the order of their numbers, means toxic."""
-        return (np.bincount(self.classes, self.labels) > 0).tolist()
+    def split(self, name, column="label"):
+        """(texts, labels or classes [n]) of a split."""
+        table = self.splits[name]
+        return table["text"].tolist(), table[column].to_numpy(copy=True)
 
 
 def clean_text(text):
@@ -314,75 +307,61 @@ def same_text(text):
 
 def hash_texts(texts):
     """Hashes [texts] int64, equal for texts that count as the same."""
-    digests = [hashlib.blake2b(same_text(text).encode(), digest_size=8).digest() for text in texts]
-    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
+    keys = np.array([same_text(text) for text in texts], dtype=object)
+    return torch.from_numpy(pd.util.hash_array(keys).view(np.int64))
 
 
 def read_table(path):
     """DataFrame of a JSON, JSON lines or Parquet file, or of a CSV file with any usual delimiter,
     whose cells stay text. A quote within quotes is doubled, or escaped by a backslash."""
-    name = str(path).lower()
+    name = Path(path).name.lower()
     if name.endswith(".parquet"):
         return pd.read_parquet(path)
     content = pa.input_stream(str(path)).read()  # unpacks .gz
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = content.decode("utf-16" if wide else "utf-8-sig")
-    if ".json" in name or ".ndjson" in name:
+    if "json" in name:
         lines = not text.lstrip().startswith("[")
         return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
     header = text.partition("\n")[0]
     escaped = re.search(r'\\"[^",;\t\r\n]', text)
-    frame = pd.read_csv(io.StringIO(text), sep=max(",;\t|", key=header.count), dtype=str,
+    table = pd.read_csv(io.StringIO(text), sep=max(",;\t|", key=header.count), dtype=str,
                         keep_default_na=False, escapechar="\\" if escaped else None)
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first cells for an index
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for an index
         raise UserError("the rows have more cells than the first line has columns")
-    return frame
-
-
-def refuse_row(bad, column, problem):
-    """Raise UserError with the first cell of a column where `bad` [rows] is true."""
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise UserError(f"row {row + 1} of the data, column {column.name!r}: "
-                        f"{str(column.iloc[row])!r} {problem} (such rows: {bad.sum():,})")
-
-
-def read_labels(column, positive_label, threshold):
-    """(labels [rows], classes [rows]) of a column. Toxic is --positive-label, whatever its letter
-    case and the spaces around it, or else a number from --label-threshold on."""
-    raw = column.map(str)
-    values = raw.str.strip().str.lower()
-    unknown = column.isna() | values.isin(NO_LABEL)
-    if positive_label is None:
-        numbers = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
-        unknown |= ~numbers.between(0, 1 if threshold < 1 else math.inf)
-        labels = numbers >= threshold
-    else:
-        labels = values == positive_label.strip().lower()
-    counts = {toxic: raw[labels == toxic].value_counts()[:MAX_CLASSES].to_dict()
-              for toxic in (False, True)}
-    refuse_row(unknown, column, "is no label; without --positive-label a label is a number from 0 "
-               "to 1, with --label-threshold 1 or more any number from 0 on; there are "
-               f"{counts[False] | counts[True]}")
-    note(f"labels, at most {MAX_CLASSES} values each: toxic are {counts[True]}, not toxic are "
-         f"{counts[False]}")
-    classes = values.nunique() <= MAX_CLASSES
-    labels = labels.to_numpy(np.int64)
-    return labels, pd.factorize(values)[0] if classes else labels
+    return table
 
 
 def read_texts(path, text_column, label_column, positive_label, threshold):
-    """(texts, labels [rows], classes [rows]) of a file."""
-    frame = read_table(path)
-    missing = {text_column, label_column} - set(frame)
+    """Table [text, label, class] of a file. Toxic is the positive label, whatever its letter case
+    and the spaces around it, or else a number from the threshold on."""
+    table = read_table(path)
+    missing = {text_column, label_column} - set(table)
     if missing:
-        raise UserError(f"no column {missing.pop()!r} among {', '.join(map(str, frame))}; see "
-                        "--text-column and --label-column")
-    column = frame[text_column]
-    blank = [not isinstance(cell, str) or not cell.strip() for cell in column]
-    refuse_row(np.array(blank), column, "is no text, or an empty one; remove such rows")
-    texts = [clean_text(text) for text in column]
-    return texts, *read_labels(frame[label_column], positive_label, threshold)
+        raise UserError(f"no column {missing.pop()!r} among {list(table)}")
+    texts, cells = table[text_column], table[label_column].map(str)
+    values = cells.str.strip().str.lower()
+    if positive_label is None:
+        numbers = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
+        known = numbers.between(0, 1 if threshold < 1 else math.inf)
+        toxic = numbers >= threshold
+    else:
+        known = table[label_column].notna() & ~values.isin(NO_LABEL)
+        toxic = values == positive_label.strip().lower()
+    counts = [cells[rows].value_counts()[:MAX_CLASSES].to_dict() for rows in (toxic, ~toxic)]
+    found = f"of the most frequent labels, toxic are {counts[0]}, not toxic are {counts[1]}"
+    note(found)
+    filled = [isinstance(text, str) and text.strip() != "" for text in texts]
+    good = known & np.array(filled, dtype=bool)
+    if not good.all():
+        row = good.argmin()
+        raise UserError(
+            f"row {row + 1} has no text or no label: {texts.iloc[row]!r}, {cells.iloc[row]!r}. "
+            "Without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
+            f"--label-threshold is 1 or more; {found}")
+    labels = toxic.astype(int)
+    classes = pd.factorize(values)[0] if values.nunique() <= MAX_CLASSES else labels
+    return pd.DataFrame({"text": texts.map(clean_text), "label": labels, "class": classes})
 
 
 def hub_in_reach():
@@ -397,110 +376,100 @@ def hub_in_reach():
     return True
 
 
-def fetch_civil_comments(sample_size, data_dir):
-    """Path of a Parquet file with the first texts of each split of Civil Comments (0: all), which
-    are streamed from the hub unless the file is there. A text that is there twice stays in the
-    later split."""
-    path = Path(data_dir, f"civil_comments-{sample_size or 'all'}.parquet")
+def fetch_civil_comments(args):
+    """Path of a Parquet file with texts of the training part of Civil Comments, which are streamed
+    from the hub unless the file is there."""
+    path = Path(args.data_dir, f"civil_comments-{args.sample_size or 'all'}.parquet")
     if path.exists():
         return path
     if not hub_in_reach():
-        raise UserError(f"the Hugging Face hub is out of reach, and {path} (columns text, toxicity "
-                        "and split) is not there")
+        raise UserError(f"the Hugging Face hub is out of reach, and {path} (columns text and "
+                        "toxicity) is not there")
     import datasets
 
-    frames = []
-    for split in SPLITS:
-        rows = datasets.load_dataset("google/civil_comments", split=split, streaming=True)
-        size = sample_size if split == "train" else sample_size // 5
-        rows = itertools.islice(rows.select_columns(["text", "toxicity"]), size or None)
-        frames.append(pd.DataFrame(rows).assign(split=split))
-    frame = pd.concat(frames, ignore_index=True)
-    same = frame["text"].map(same_text)
+    rows = datasets.load_dataset("google/civil_comments", split="train", streaming=True)
+    rows = rows.select_columns(["text", "toxicity"])
+    table = pd.DataFrame(itertools.islice(rows, 2 * args.sample_size or None))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part:
-        frame[(same != "") & ~same.duplicated(keep="last")].to_parquet(part)
+        table[table["text"].str.strip() != ""].to_parquet(part)
     return path
 
 
-def read_civil_comments(args):
-    """(texts, labels, classes, splits) of Civil Comments with its published splits."""
-    path = fetch_civil_comments(args.sample_size, args.data_dir)
-    texts, labels, _ = read_texts(path, "text", "toxicity", None, args.label_threshold)
-    column = pd.read_parquet(path)["split"]
-    return texts, labels, labels, {split: np.flatnonzero(column == split) for split in SPLITS}
-
-
-def split_texts(texts, labels, sample_size, seed):
-    """{split: rows} stratified by label, the same text never on two sides.
-
-    With `sample_size`, so many different texts for training and a fifth of it for each other
-    split; if there are not as many, or with 0, all rows, 80/10/10 % of the different texts.
-    """
-    from sklearn.model_selection import train_test_split
-
-    keys = [same_text(text) for text in texts]
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    both = len(set(zip(group, labels))) - len(first)
-    if both:
-        note(f"{both:,} of {len(first):,} different texts have both labels")
-    train, held_out = sample_size, sample_size // 5
-    sampled = 0 < train + 2 * held_out <= len(first)
-    if not sampled:
-        train, held_out = len(first), len(first) // 10
-    rest, splits = np.arange(len(first)), {}
-    for split, size in {"test": held_out, "validation": held_out, "train": train}.items():
-        chosen = rest
-        if size + 1 < len(rest):
-            rest, chosen = train_test_split(rest, test_size=size, random_state=seed,
-                                            stratify=labels[first[rest]])
-        splits[split] = first[chosen] if sampled else np.flatnonzero(np.isin(group, chosen))
-    rng = np.random.default_rng(seed)
-    return {split: rng.permutation(splits[split]) for split in SPLITS}
-
-
 def read_source(args):
-    """(texts, labels, classes, splits or None) that the arguments name, and the source's name."""
+    """(table [text, label, class] of what the arguments name, the name of the source)."""
     if args.data:
-        columns = (args.text_column, args.label_column, args.positive_label, args.label_threshold)
-        return *read_texts(args.data, *columns), None, Path(args.data).name
+        return read_texts(args.data, args.text_column, args.label_column, args.positive_label,
+                          args.label_threshold), Path(args.data).name
     if args.dataset != "embedded":
         try:
-            return *read_civil_comments(args), "civil_comments"
+            path = fetch_civil_comments(args)
+            table = read_texts(path, "text", "toxicity", None, args.label_threshold)
+            return table, "civil_comments"
         except (UserError, ValueError, OSError) as error:
             if args.dataset:
                 raise
             note(f"{error}; synthetic comments instead, all figures are about those")
     size = args.sample_size or 5000
-    texts, labels = generate_comments(max(3000, 3 * (size + 2 * (size // 5))), args.seed)
-    return texts, labels, labels, None, "embedded"
+    texts, labels = generate_comments(max(3000, 21 * size // 5), args.seed)
+    return pd.DataFrame({"text": texts, "label": labels, "class": labels}), "embedded"
 
 
-def load_data(args, only_test=False):
-    """Data of --data, --dataset, or what is in reach; with `only_test` all of it is the test part."""
+def split_texts(table, sample_size, seed):
+    """{split: table} stratified by label, with each different text once.
+
+    With `sample_size`, so many texts for training and a fifth of it for each other split; if there
+    are not as many, or with 0, 80/10/10 % of all.
+    """
+    from sklearn.model_selection import train_test_split
+
+    keys = table["text"].map(same_text)
+    rest = table.loc[keys.drop_duplicates().sort_values().index]
+    if len(rest) < len(table):
+        both = (table.groupby(keys)["label"].nunique() == 2).sum()
+        note(f"repeated texts are left out; {both:,} of {len(rest):,} different texts have both "
+             "labels")
+    train, held_out = sample_size, sample_size // 5
+    if not 0 < train + 2 * held_out <= len(rest):
+        train, held_out = len(rest), len(rest) // 10
+    splits = {"test": held_out, "validation": held_out, "train": train}
+    for split, size in splits.items():
+        splits[split] = rest
+        if size + 1 < len(rest):
+            rest, splits[split] = train_test_split(rest, test_size=size, random_state=seed,
+                                                   stratify=rest["label"])
+    rng = np.random.default_rng(seed)
+    return {split: splits[split].iloc[rng.permutation(len(splits[split]))] for split in SPLITS}
+
+
+def load_data(args, only_test=False, seen=()):
+    """Data of --data, --dataset, or what is in reach; with `only_test` all of it is the test part.
+    Test texts whose hashes are `seen` are left out."""
     try:
-        texts, labels, classes, splits, source = read_source(args)
-        if only_test:
-            splits = {"test": np.arange(len(texts))}
-        splits = splits or split_texts(texts, labels, args.sample_size, args.seed)
+        table, source = read_source(args)
+        splits = {"test": table}
+        if not only_test:
+            splits = split_texts(table, args.sample_size, args.seed)
     except (UserError, ValueError, OSError) as error:
         raise UserError(f"{args.data or args.dataset}: {error}") from None
-    data = Data(texts, labels, classes, splits, {"source": source})
-    digest = hashlib.sha256()
-    for split in splits:
-        part, toxic = data.split(split)
-        if len(set(toxic)) < 2:
+    test = splits["test"]
+    known = np.isin(hash_texts(test["text"]), seen)
+    if known.any():
+        note(f"{known.sum():,} of {len(test):,} texts were used to train the model and are left "
+             "out")
+        splits["test"] = test[~known]
+    digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy())
+    info = {"source": source, "sha256": digest.hexdigest()}
+    for split, part in splits.items():
+        info[split] = {"texts": len(part), "toxic": int(part["label"].sum())}
+        log(f"{source}, {split}: {info[split]}")
+        if part["label"].nunique() < 2:
             raise UserError(f"{source}: the {split} texts are of one class only; see "
                             "--label-threshold and --positive-label")
-        log(f"{source}, {split}: {len(part):,} texts, {toxic.mean():.1%} toxic")
-        digest.update(json.dumps([part, toxic.tolist()]).encode())
-        data.info[split] = {"texts": len(part), "toxic": int(toxic.sum())}
-    data.info["sha256"] = digest.hexdigest()
-    return data
+    return Data(splits, table.groupby("class")["label"].any().tolist(), info)
 
 
 # --- Tokens -------------------------------------------------------------------------------------
-
 
 def text_lengths(tokens):
     """Tokens of each text."""
@@ -523,11 +492,11 @@ def train_wordpiece(texts):
     # order as special tokens, they and the vocabulary are the same in every run.
     counts = Counter(BertNormalizer().normalize_str("".join(texts)))
     letters = sorted(letter for letter, _ in counts.most_common(1000) if not letter.isspace())
-    known = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
+    inside = [f"##{letter}" for letter in letters]
     trained = BertWordPieceTokenizer()
-    trained.train_from_iterator(texts, TINY["vocab_size"], limit_alphabet=len(letters),
-                                initial_alphabet=letters, special_tokens=known,
-                                show_progress=False)
+    trained.train_from_iterator(
+        texts, TINY["vocab_size"], limit_alphabet=len(letters), initial_alphabet=letters,
+        special_tokens=SPECIAL_TOKENS + letters + inside, show_progress=False)
     return BertWordPieceTokenizer(trained.get_vocab())._tokenizer
 
 
@@ -536,8 +505,8 @@ def tokenize(tokenizer, texts, max_length):
     [SEP], and filled up with 0."""
     tokenizer.enable_truncation(max_length)
     tokenizer.no_padding()
-    encoded = tokenizer.encode_batch_fast(texts)
-    ids = [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in encoded]
+    ids = [torch.tensor(encoding.ids, dtype=torch.int32)
+           for encoding in tokenizer.encode_batch_fast(texts)]
     return nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
 
@@ -547,9 +516,9 @@ def bucket_batches(tokens, batch_size, shuffled=None):
     lengths = text_lengths(tokens)
     if shuffled is None:
         return lengths.argsort().split(batch_size)
-    runs = torch.randperm(len(lengths))[:shuffled].split(50 * batch_size)
-    batches = [batch for run in runs
-               for batch in run[lengths[run].argsort(stable=True)].split(batch_size)]
+    batches = []
+    for run in torch.randperm(len(lengths))[:shuffled].split(50 * batch_size):
+        batches += run[lengths[run].argsort(stable=True)].split(batch_size)
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
@@ -563,8 +532,12 @@ def run_in_buckets(function, tokens, device):
     return torch.cat(outputs)[torch.cat(batches).argsort()]
 
 
-# --- Model --------------------------------------------------------------------------------------
+def predict_logits(model, tokens):
+    """Logits [texts, classes] in the order of the texts."""
+    return run_in_buckets(lambda **batch: model(**batch).logits, tokens, model.device)
 
+
+# --- Model --------------------------------------------------------------------------------------
 
 def build_bert(config):
     """A BertForSequenceClassification with random weights and the given config entries."""
@@ -578,32 +551,31 @@ def load_pretrained(name, num_labels):
     hub id."""
     offline = Path(name).is_dir() or not hub_in_reach()
     import transformers
-    from transformers import BertForSequenceClassification, BertTokenizerFast
 
     transformers.logging.set_verbosity_error()  # a new classifier is expected
     transformers.logging.disable_progress_bar()
     try:
-        model, loading = BertForSequenceClassification.from_pretrained(
+        model, loading = transformers.BertForSequenceClassification.from_pretrained(
             name, num_labels=num_labels, dtype=torch.float32, local_files_only=offline,
             output_loading_info=True)
-        tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=offline)
+        tokenizer = transformers.BertTokenizerFast.from_pretrained(name, local_files_only=offline)
+        random = any(key.startswith("bert.e") for key in loading["missing_keys"])
+        if random or len(tokenizer) <= len(SPECIAL_TOKENS):
+            raise ValueError("weights or vocabulary are missing")
     except Exception as error:  # transformers passes on what its libraries raise
         raise UserError(f"{name}: no BERT to be loaded, here or from the hub ({error})") from None
-    if (any(key.startswith("bert.e") for key in loading["missing_keys"])  # embeddings, encoder
-            or len(tokenizer) <= len(SPECIAL_TOKENS)):
-        raise UserError(f"{name}: no BERT with its weights and its vocabulary")
     return model, tokenizer.backend_tokenizer, Path(name).name, RATE_PRETRAINED
 
 
 def make_model(args, texts, num_labels):
     """(model, tokenizer, its name, its learning rate) to be trained: a pretrained one, or one of
     BERT-Tiny's size with random weights and a vocabulary of the `texts`."""
-    if args.model or not args.from_scratch:
+    if args.model:
+        return load_pretrained(args.model, num_labels)
+    if not args.from_scratch:
         try:
-            return load_pretrained(args.model or DEFAULT_MODEL, num_labels)
+            return load_pretrained(DEFAULT_MODEL, num_labels)
         except UserError as error:
-            if args.model:
-                raise
             note(f"{error}; random weights instead, which have read nothing before")
     config = TINY | {"hidden_dropout_prob": DROPOUT_FROM_SCRATCH, "num_labels": num_labels}
     tokenizer = train_wordpiece(texts)
@@ -631,8 +603,8 @@ def live_weights(model):
     copies are left out."""
     weights = {}
     for name, parameter in model.named_parameters():
-        for pattern, plain in LIBRARY_NAMES.items():
-            name = re.sub(pattern, plain, name)
+        for library_name, plain in LIBRARY_NAMES.items():
+            name = name.replace(library_name, plain)
         if "dendrite_module" not in name:
             weights[name] = parameter
     return weights
@@ -643,8 +615,9 @@ def count_live(model):
     return sum(weight.numel() for weight in live_weights(model).values())
 
 
-def has_dendrites(model):
-    return any("to_neuron" in name for name in live_weights(model))
+def has_layers(weights, kind):
+    """Whether one of the weights {name: …} is a "to_neuron" of dendrites, or a "scale" of int8."""
+    return any(kind in name for name in weights)
 
 
 def pack_model(model):
@@ -664,9 +637,9 @@ def replace_layers(model, kinds):
 def unpack_model(packed):
     """The model, in plain torch, that pack_model packed, with its dendrites and int8 layers."""
     model, weights = build_bert(packed["config"]), packed["weights"]
-    if any("to_neuron" in name for name in weights):
+    if has_layers(weights, "to_neuron"):
         replace_layers(model, {nn.Linear: DendriticLinear})
-    if any(weight.dtype == torch.int8 for weight in weights.values()):
+    if has_layers(weights, "scale"):
         replace_layers(model, INT8_LAYERS)
     model.load_state_dict(weights)
     return model
@@ -685,7 +658,8 @@ def remove_dendrites(model, constant=0.0):
 @torch.inference_mode()
 def dendrite_share(model, tokens):
     """Share [%] of the output of the dendritic layers that the dendrites carry: their standard
-    deviation over texts and tokens over the sum of theirs and the neurons' own, on average."""
+    deviation over texts and tokens over the sum of theirs and the neurons' own, on average; NaN
+    without dendrites."""
     batch = make_batch(tokens.to(model.device), slice(None))
     shares = []
 
@@ -698,20 +672,19 @@ def dendrite_share(model, tokens):
 
     with nn.modules.module.register_module_forward_hook(measure):
         model(**batch)
-    return 100 * float(np.mean(shares)) if shares else None
+    return 100 * pd.Series(shares, dtype=float).mean()
 
 
 # --- Dendrites: what an arm does at a switch ----------------------------------------------------
-#
+
 # At a switch, training calls the function of its arm with the best model so far, the training
 # Examples and the arguments, and goes on with the model that it returns. What survives is what
 # pack_model keeps: the weights and the config.
 
 LIBRARY_NAMES = {  # from the names that perforatedai gives weights to those in plain torch
-    r"(Norm|embeddings)\.main_module": r"\1",
-    r"main_module": "neuron",
-    r"dendrite_module\.layers\.0": "dendrite",
-    r"dendrites_to_top\.0": "to_neuron",
+    "main_module": "neuron",
+    "dendrite_module.layers.0": "dendrite",
+    "dendrites_to_top.0": "to_neuron",
 }
 
 
@@ -736,35 +709,30 @@ def add_by_library(model, device):
     from perforatedai import utils_perforatedai as UPA
 
     settings = {
-        "configuration_confirmed": True, "unwrapped_modules_confirmed": True,
-        "weight_decay_accepted": True, "silent": True, "testing_dendrite_capacity": False,
-        "test_saves": False, "device": device, "modules_to_perforate": [nn.Linear],
-        "modules_to_track": [nn.LayerNorm, nn.Embedding], "output_dimensions": [-1, -1, 0],
+        "configuration_confirmed": True, "unwrapped_modules_confirmed": True, "test_saves": False,
+        "device": device, "modules_to_perforate": [nn.Linear], "output_dimensions": [-1, -1, 0],
         "switch_mode": GPA.pc.DOING_FIXED_SWITCH, "fixed_switch_num": 1,
-        "first_fixed_switch_num": 1, "max_dendrites": 2,
     }
     for name, value in settings.items():
         getattr(GPA.pc, f"set_{name}")(value)
-    model = UPA.perforate_model(model, save_name="perforatedai", making_graphs=False,
-                                maximizing_score=True)
+    model = UPA.perforate_model(model, save_name="perforatedai", making_graphs=False)
     for module in (model.bert.pooler.dense, model.classifier):
         module.set_this_output_dimensions([-1, 0])  # [batch, feature]
     model.to(device)
     GPA.pai_tracker.set_optimizer_instance(torch.optim.SGD(model.parameters(), lr=0.0))
-    model(input_ids=torch.ones(2, 3, dtype=torch.long, device=device)).logits.sum().backward()
+    model(torch.ones(2, 3, dtype=torch.long, device=device)).logits.sum().backward()
     model, _, _ = GPA.pai_tracker.add_validation_score(1.0, model)  # now it adds them
-    model.zero_grad()
     return model
 
 
 @torch.no_grad()
 def copy_weights(source, model):
     """Copy the live weights of a model to one that may have more or larger ones."""
-    weights = {name.replace(".neuron.", "."): w for name, w in live_weights(source).items()}
-    for name, weight in live_weights(model).items():
-        known = weights.get(name.replace(".neuron.", "."))
-        if known is not None:
-            weight[tuple(slice(length) for length in known.shape)] = known
+    weights = {name.replace(".neuron.", "."): weight
+               for name, weight in live_weights(model).items()}
+    for name, known in live_weights(source).items():
+        weight = weights[name.replace(".neuron.", ".")]
+        weight[tuple(slice(length) for length in known.shape)] = known
 
 
 def perforate(plain, device):
@@ -791,8 +759,8 @@ def wider(model, train, args):
     """Add as many feed-forward units as come nearest to the parameters of one dendrite on each
     neuron. Their outgoing weights are 0, so that the model computes what it did before."""
     config = model.config.to_dict()
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    parameters = sum(linear.weight.numel() + 2 * linear.out_features for linear in linears)
+    parameters = sum(module.weight.numel() + 2 * module.out_features
+                     for module in model.modules() if isinstance(module, nn.Linear))
     unit = config["num_hidden_layers"] * (2 * config["hidden_size"] + 1)
     config["intermediate_size"] += round(parameters / unit)
     grown = build_bert(config)
@@ -804,17 +772,9 @@ def wider(model, train, args):
 
 # An arm without a function trains on. --compare-dendrites compares the first arm with the others.
 ARMS = {"library": library, "plain": None, "restart": restart, "wider": wider}
-DEFAULT_ARM = "library"
-
-
-def resume_model(packed, device):
-    """The model of a checkpoint as it is trained: one of perforatedai's if it has dendrites."""
-    model = unpack_model(packed)
-    return (perforate(model, device) if has_dendrites(model) else model).to(device)
 
 
 # --- Training -----------------------------------------------------------------------------------
-
 
 @dataclass
 class Examples:
@@ -834,30 +794,23 @@ def make_examples(tokenizer, data, args, lesson=None):
     """{split: Examples} for training and validation. Targets are the labels, with weights that
     balance them; with a teacher's `lesson` (texts, probabilities [texts, classes]), which takes the
     place of the training texts, all classes of the data count as they are."""
-    counts = np.bincount(data.split("train")[1])
+    texts, labels = data.split("train")
+    counts = np.bincount(labels)
     weights = torch.tensor(counts.sum() / (2 * counts), dtype=torch.float32, device=args.device)
-    answers = data.labels
-    if lesson is not None:
-        answers, weights = data.classes, None
+    pairs = {"train": (texts, labels), "validation": data.split("validation")}
+    if lesson:
+        weights = None
+        pairs = {"train": lesson, "validation": data.split("validation", "class")}
     examples = {}
-    for split in ("train", "validation"):
-        texts, targets = data.split(split)[0], answers[data.splits[split]]
-        epoch_texts = len(texts)
-        if split == "train" and lesson is not None:
-            texts, targets = lesson
-        tokens = tokenize(tokenizer, texts, args.max_length)
-        full = (text_lengths(tokens) == args.max_length).float().mean()
-        if full:
-            note(f"{full:.2%} of the {split} texts fill --max-length {args.max_length}; what "
-                 "follows is not read")
+    for split, (texts, targets) in pairs.items():
+        tokens = tokenize(tokenizer, texts, args.max_length).to(args.device)
         targets = torch.as_tensor(targets, device=args.device)
-        examples[split] = Examples(tokens.to(args.device), targets, weights, epoch_texts)
+        examples[split] = Examples(tokens, targets, weights, len(labels))
+    full = (text_lengths(examples["train"].tokens) == args.max_length).float().mean()
+    if full:
+        note(f"{full:.2%} of the training texts fill --max-length {args.max_length}; what follows "
+             "is not read")
     return examples
-
-
-def predict_logits(model, tokens):
-    """Logits [texts, classes] in the order of the texts."""
-    return run_in_buckets(lambda **batch: model(**batch).logits, tokens, model.device)
 
 
 def toxic_probability(logits, toxic):
@@ -868,7 +821,7 @@ def toxic_probability(logits, toxic):
 def warm_up_then_decay(step, steps):
     """Share of the largest learning rate: a rise over a tenth of the steps, then a fall to 0."""
     warm_up = max(1, steps // 10)
-    return max(0, min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up)))
+    return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
 def make_optimizer(model, rate):
@@ -879,10 +832,11 @@ def make_optimizer(model, rate):
 def new_state(model, source):
     """What training keeps up to date and a checkpoint holds; "optimizer" comes with the first
     epoch."""
+    packed = pack_model(model)
     return {
         "source": source,  # what the data and the first weights were
-        "model": pack_model(model),  # as it goes on
-        "best": {"pr_auc": -1.0, "epoch": 0, "model": pack_model(model)},
+        "model": packed,  # as it goes on
+        "best": {"pr_auc": -1.0, "epoch": 0, "model": packed},
         "history": [],  # a dictionary of metrics for each epoch
         "switches": [],  # likewise for each switch
     }
@@ -892,12 +846,11 @@ def train_model(state, examples, toxic, args, rate, path):
     """Train the model of `state`, which is kept up to date, for what remains of --epochs. `toxic`
     [classes] says which of its classes are.
 
-    All that is random in an epoch follows from --seed and the epoch's number. At a switch the best model
-    so far goes through the function of the arm and begins a new cycle of the learning rate.
+    All that is random in an epoch follows from --seed and the epoch's number. At a switch the best
+    model so far goes through the function of the arm and begins a new cycle of the learning rate.
     """
     train, switch = examples["train"], ARMS[args.arm]
     cycle = (args.switch_every or max(1, args.epochs // 2)) if switch else args.epochs
-    steps_per_epoch = math.ceil(train.epoch_texts / args.batch_size)
     model = resume_model(state["model"], args.device)
     # A giant gains from bfloat16; for BERT-Tiny the casts cost more than they save.
     half = has_bfloat16(args.device) and model.config.hidden_size > 256
@@ -905,16 +858,16 @@ def train_model(state, examples, toxic, args, rate, path):
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
 
-    while len(state["history"]) < args.epochs:
-        epoch, start_time = len(state["history"]) + 1, time.perf_counter()
+    for epoch in range(len(state["history"]) + 1, args.epochs + 1):
+        start_time = time.perf_counter()
         torch.manual_seed(1000 * args.seed + epoch)
-        model.train()
-        losses = []
         batches = bucket_batches(train.tokens, args.batch_size, train.epoch_texts)
-        bar = progress(batches, f"{args.arm}, epoch {epoch} of {args.epochs}")
-        for step, rows in enumerate(bar, (epoch - 1) % cycle * steps_per_epoch):
-            share = warm_up_then_decay(step, cycle * steps_per_epoch)
-            optimizer.param_groups[0]["lr"] = rate * share
+        steps = cycle * len(batches)
+        losses = []
+        model.train()
+        for rows in progress(batches, f"{args.arm}, epoch {epoch} of {args.epochs}"):
+            step = (epoch - 1) % cycle * len(batches) + len(losses)
+            optimizer.param_groups[0]["lr"] = rate * warm_up_then_decay(step, steps)
             with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
                 logits = model(**make_batch(train.tokens, rows)).logits
             loss = train.loss(logits.float(), rows)
@@ -936,6 +889,14 @@ def train_model(state, examples, toxic, args, rate, path):
             torch.save(state, part)
 
 
+def resume_model(packed, device):
+    """The model of a checkpoint as it is trained: one of perforatedai's if it has dendrites."""
+    model = unpack_model(packed)
+    if has_layers(packed["weights"], "to_neuron"):
+        model = perforate(model, device)
+    return model.to(device)
+
+
 def add_epoch(state, model, validation, toxic, train_loss):
     """Validate after an epoch; the model with the best PR AUC stays in the state."""
     from sklearn.metrics import average_precision_score
@@ -952,8 +913,7 @@ def add_epoch(state, model, validation, toxic, train_loss):
         "validation_pr_auc": pr_auc})
     if pr_auc > state["best"]["pr_auc"]:
         state["best"] = {"pr_auc": pr_auc, "epoch": epoch, "model": state["model"]}
-    log(f"epoch {epoch}: training loss {train_loss:.3f}, validation PR AUC {pr_auc:.3f}, "
-        f"{count_live(model):,} parameters")
+    log(f"epoch {epoch}: training loss {train_loss:.3f}, validation PR AUC {pr_auc:.3f}")
 
 
 def fit_classifier(loaded, data, args, path, lesson=None):
@@ -961,38 +921,37 @@ def fit_classifier(loaded, data, args, path, lesson=None):
     training texts or on a teacher's `lesson`. `path` is the checkpoint of the training."""
     model, tokenizer, name, rate = loaded
     examples = make_examples(tokenizer, data, args, lesson)
-    toxic = [False, True] if lesson is None else data.toxic
+    toxic = data.toxic if lesson else [False, True]
     source = [data.info["sha256"], name]
     state = load_checkpoint(path, path) if path.exists() else new_state(model, source)
     if state["source"] != source:
-        raise UserError(f"{path}: the run began with {state['source']}, here are {source}; bring "
-                        "them back, or start a new run")
+        raise UserError(f"{path}: the run began with {state['source']}, here are {source}")
     train_model(state, examples, toxic, args, args.learning_rate or rate, path)
-    model = unpack_model(state["best"]["model"]).to(args.device).eval()
+    best = state["best"]["model"]
+    model = unpack_model(best).to(args.device).eval()
+    if has_layers(best["weights"], "to_neuron"):
+        name += " + dendrites"
     arguments = {argument: vars(args)[argument] for argument in DATA_ARGUMENTS}
     arguments["dataset"] = None if args.data else data.info["source"]
-    if has_dendrites(model):
-        name += " + dendrites"
     texts, labels = data.split("validation")
     hashes = hash_texts(data.split("train")[0] + texts)
     classifier = Classifier(model, tokenizer, name, arguments, toxic, hashes)
-    threshold = choose_threshold(labels, classifier.scores(texts))
-    return replace(classifier, threshold=threshold), state
+    classifier.threshold = choose_threshold(labels, classifier.scores(texts))
+    return classifier, state
 
 
 def fit_giant(loaded, data, args, path):
     """The Classifier that fine-tuning on all classes of the data makes of a giant."""
     changed = {"arm": "plain", "epochs": args.giant_epochs, "batch_size": 32,
                "learning_rate": None}
-    classes = torch.from_numpy(data.classes[data.splits["train"]])
-    lesson = data.split("train")[0], F.one_hot(classes, len(data.toxic)).float()
     args = argparse.Namespace(**vars(args) | changed)
+    texts, classes = data.split("train", "class")
+    lesson = texts, np.eye(len(data.toxic), dtype=np.float32)[classes]
     giant, _ = fit_classifier(loaded, data, args, path, lesson)
     return replace(giant, name=f"giant {giant.name}")
 
 
 # --- The finished classifier ----------------------------------------------------------------------
-
 
 @dataclass
 class Classifier:
@@ -1004,8 +963,7 @@ class Classifier:
     arguments: dict  # DATA_ARGUMENTS of the run that trained it
     toxic: list  # [classes] bool, which of the model's classes are toxic
     hashes: torch.Tensor  # [texts] int64 of the texts that it was trained and chosen with
-    threshold: float = 0.5  # score from which on a text is called toxic
-    megabytes: float = math.nan  # of its file
+    threshold: float | None = None  # score from which on a text is called toxic
 
     def tokens(self, texts):
         return tokenize(self.tokenizer, texts, self.arguments["max_length"])
@@ -1019,11 +977,10 @@ class Classifier:
         return toxic_probability(self.logits(texts), self.toxic)
 
     def save(self, path):
-        """Write the checkpoint; returns the classifier with the size of its file."""
+        """Write the checkpoint."""
         state = vars(self) | {"model": pack_model(self.model), "tokenizer": self.tokenizer.to_str()}
         with atomic_write(path) as part:
             torch.save(state, part)
-        return replace(self, megabytes=path.stat().st_size / 1e6)
 
 
 def load_classifier(path, device):
@@ -1033,9 +990,8 @@ def load_classifier(path, device):
     state = load_checkpoint(path, path)
     try:
         model = unpack_model(state["model"])
-        state |= {"model": model.to("cpu" if is_int8(model) else device).eval(),
-                  "tokenizer": Tokenizer.from_str(state["tokenizer"]),
-                  "megabytes": Path(path).stat().st_size / 1e6}
+        state["model"] = model.to("cpu" if is_int8(model) else device).eval()
+        state["tokenizer"] = Tokenizer.from_str(state["tokenizer"])
         return Classifier(**state)
     except (KeyError, TypeError, RuntimeError):
         raise UserError(f"{path}: no best_model.pt of this version of the script") from None
@@ -1064,32 +1020,33 @@ class Int8Linear(Int8Embedding):
 
     def forward(self, x):
         rows, scale = round_to_int8(x.flatten(0, -2))
-        product = torch._int_mm(rows, self.weight.T).float().mul_(self.scale.T)
+        product = torch._int_mm(rows, self.weight.T) * self.scale.T
         return torch.addcmul(self.bias, product, scale).view(*x.shape[:-1], -1)
 
 
 def round_to_int8(x):
     """(int8 [rows, columns], scale [rows, 1]) of x ≈ int8 * scale; the largest of a row is ±127."""
-    scale = (x.detach().abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
-    return (x.detach() / scale).round_().to(torch.int8), scale
+    x = x.detach()
+    scale = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+    return (x / scale).round().to(torch.int8), scale
 
 
 INT8_LAYERS = {nn.Linear: Int8Linear, nn.Embedding: Int8Embedding}
 
 
 def is_int8(model):
-    return any(isinstance(module, Int8Linear) for module in model.modules())
+    return has_layers(live_weights(model), "scale")
 
 
 def to_int8(classifier, run_dir):
     """The classifier in int8, saved as model_int8.pt."""
     model = replace_layers(copy.deepcopy(classifier.model).cpu(), INT8_LAYERS)
-    return replace(classifier, model=model, name=f"{classifier.name}, int8").save(
-        run_dir / "model_int8.pt")
+    int8 = replace(classifier, model=model, name=f"{classifier.name}, int8")
+    int8.save(run_dir / "model_int8.pt")
+    return int8
 
 
 # --- Evaluation and baselines -------------------------------------------------------------------
-
 
 def choose_threshold(labels, scores):
     """Score from which on a text is called toxic: the one with the highest expected F1 under a
@@ -1120,29 +1077,31 @@ def f1_interval(labels, called):
     texts that are toxic or called so (Wilson's interval of p)."""
     from scipy.stats import binomtest
 
-    test = binomtest(int((labels & called).sum()), int((labels | called).sum()))
-    low, high = test.proportion_ci(method="wilson")
-    return f"{2 * low / (1 + low):.3f} to {2 * high / (1 + high):.3f}"
+    test = binomtest((labels & called).sum(), (labels | called).sum())
+    low, high = (2 * p / (1 + p) for p in test.proportion_ci(method="wilson"))
+    return f"{low:.3f} to {high:.3f}"
 
 
-def evaluate(scorer, data, threshold=None):
-    """(scores [texts], {metric: value}) of a function texts -> scores in 0 to 1 on the test part.
-    Without a threshold it is chosen on the validation part."""
+def evaluate(model, data):
+    """(scores [texts], {metric: value}) of a Classifier or a baseline on the test part. Where it
+    has no threshold, that is chosen on the validation part."""
     from sklearn import metrics
 
+    threshold = model.threshold
     if threshold is None:
         texts, labels = data.split("validation")
-        threshold = choose_threshold(labels, scorer(texts))
+        threshold = choose_threshold(labels, model.scores(texts))
     texts, labels = data.split("test")
-    scores = scorer(texts)
+    scores = model.scores(texts)
     called = scores >= threshold
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-        labels, called, average="binary", zero_division=0)
     return scores, {
-        "PR AUC": metrics.average_precision_score(labels, scores), "F1": f1,
+        "PR AUC": metrics.average_precision_score(labels, scores),
+        "F1": metrics.f1_score(labels, called),
         "95 % interval": f1_interval(labels, called), "threshold": threshold,
-        "F1 at 0.5": metrics.f1_score(labels, scores >= 0.5, zero_division=0),
-        "precision": precision, "recall": recall, "accuracy": (called == labels).mean(),
+        "F1 at 0.5": metrics.f1_score(labels, scores >= 0.5),
+        "precision": metrics.precision_score(labels, called, zero_division=0),
+        "recall": metrics.recall_score(labels, called),
+        "accuracy": metrics.accuracy_score(labels, called),
         "ROC AUC": metrics.roc_auc_score(labels, scores),
         "calibration error": calibration_error(labels, scores),
     }
@@ -1186,9 +1145,9 @@ def make_frozen_encoder(giant, args):
 def fit_by_class(model, data):
     """Fit a scikit-learn model of texts on all classes of the data; returns a function texts ->
     probabilities [texts, classes]."""
-    rows = data.splits["train"][:TFIDF_TEXTS]
-    model.fit([data.texts[row] for row in rows], data.classes[rows])
-    counts = np.bincount(data.classes[rows], minlength=len(data.toxic))
+    table = data.splits["train"][:TFIDF_TEXTS]
+    model.fit(table["text"].tolist(), table["class"])
+    counts = np.bincount(table["class"], minlength=len(data.toxic))
     to_classes = np.diag(counts)[model.classes_]  # undoes the balance; a class may be missing
 
     def predict_classes(texts):
@@ -1198,44 +1157,59 @@ def fit_by_class(model, data):
     return predict_classes
 
 
+@dataclass
+class Baseline:
+    """A name, scores and a threshold, as a Classifier has them."""
+
+    name: str
+    predict_classes: object  # a function texts -> probabilities [texts, classes]
+    toxic: list
+    threshold: float | None = None
+
+    def scores(self, texts):
+        return self.predict_classes(texts)[:, self.toxic].sum(axis=1)
+
+
 def fit_baselines(data, args, giant=None):
-    """{name: (function texts -> scores, its threshold or None)}; one that fails is left out."""
-    models = {"TF-IDF": make_tfidf()}
+    """[Baseline]; one that fails is left out."""
+    models = {}
+    if "train" in data.splits:
+        models["TF-IDF"] = make_tfidf()
     if giant:
         models["frozen encoder"] = make_frozen_encoder(giant, args)
-    scorers = {}
-    for name, model in models.items() if "train" in data.splits else ():
+    baselines = []
+    for name, model in models.items():
         try:
-            classes = fit_by_class(model, data)
-            scorers[name] = lambda texts, f=classes: f(texts)[:, data.toxic].sum(axis=1), None
+            baselines.append(Baseline(name, fit_by_class(model, data), data.toxic))
         except Exception as error:  # whatever it is, the model is trained and must be saved
             note(f"baseline {name} left out: {error}")
-    return scorers | {"majority class": (lambda texts: np.zeros(len(texts)), 0.5)}
+    never = Baseline("majority class", lambda texts: np.zeros((len(texts), 1)), [True], 0.5)
+    return [*baselines, never]
 
 
 def measure_speed(classifier, texts):
-    """{column: value} with size, latency of one text and throughput on the CPU, text to score."""
+    """{column: value} with size of the weights, latency of one text and throughput on the CPU,
+    text to score."""
     classifier.model.cpu()
-    classifier.scores(texts[:8])  # warm-up
-    single = itertools.cycle(texts)
-    latency = timeit.repeat(lambda: classifier.scores([next(single)]), number=1, repeat=100)
-    repeats = 1 if classifier.megabytes > 100 else 5
-    seconds = min(timeit.repeat(lambda: classifier.scores(texts), number=1, repeat=repeats))
-    return {"MB": classifier.megabytes, "median latency [ms]": 1000 * np.median(latency),
+    one_by_one = iter(texts * 100)
+    latency = timeit.repeat(lambda: classifier.scores([next(one_by_one)]), number=1, repeat=100)
+    seconds = min(timeit.repeat(lambda: classifier.scores(texts), number=1, repeat=2))
+    megabytes = sum(weight.nbytes for weight in classifier.model.parameters()) / 1e6
+    return {"MB": megabytes, "median latency [ms]": 1000 * np.median(latency),
             "99 % latency [ms]": 1000 * np.percentile(latency, 99), "texts/s": len(texts) / seconds}
 
 
 # --- Pictures -----------------------------------------------------------------------------------
 
-
 def plot_learning(state, name, path):
     """Loss and PR AUC over the epochs; dotted lines are switches."""
-    history = pd.DataFrame(state["history"], range(1, 1 + len(state["history"])))
+    history = pd.DataFrame(state["history"])
+    epochs = history.index + 1
     fig, axes = new_figure(f"Training of {name}", 1, 2, (11, 4.2))
-    shown = {"loss": ["train_loss", "validation_loss"], "PR AUC": ["validation_pr_auc"]}
-    for ax, (label, columns) in zip(axes, shown.items()):
-        for i, column in enumerate(columns):
-            plot_curve(ax, history.index, history[column], column.split("_")[0], i, "os"[i])
+    plot_curve(axes[0], epochs, history["train_loss"], "training", 0, "o")
+    plot_curve(axes[0], epochs, history["validation_loss"], "validation", 1, "s")
+    plot_curve(axes[1], epochs, history["validation_pr_auc"], "validation", 1, "s")
+    for ax, label in zip(axes, ["loss", "PR AUC"]):
         ax.set_ylabel(label)
         for switch in state["switches"]:
             ax.axvline(switch["epoch"], linestyle=":", color="0.3")
@@ -1265,57 +1239,45 @@ def plot_curves(scores, metrics, labels, path):
 
 # --- The experiment -----------------------------------------------------------------------------
 
-
-def rounded(frame):
-    """Rows [{column: value}] of a table with three digits behind the point, unless these are 0."""
-
-    def show(value):
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            return value
-        return f"{value:,.3f}".removesuffix(".000")
-
-    return frame.map(show).to_dict("records")
+def rounded_table(rows):
+    """Rows [{column: value}] as a Markdown table with three digits behind the point."""
+    return markdown_table(pd.DataFrame(rows).round(3).convert_dtypes().to_dict("records"))
 
 
 def format_summary(results):
-    """The tables of a run as Markdown, a column for each model, the answer last."""
-    models = pd.DataFrame(results["models"] | ORIGINAL).rename_axis("test part").reset_index()
+    """The tables of a run as Markdown, the answer last."""
+    rows = [{"test part": name, **row} for name, row in (results["models"] | ORIGINAL).items()]
     data = results["data"]
     text = f"""{data["source"]}, {data["test"]["texts"]:,} test texts, seed {results["seed"]}:
 
-{markdown_table(rounded(models))}
+{rounded_table(rows)}
 
 PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on the
 validation texts of the training; the interval is that of F1 on these test texts. Speed is
 measured on the CPU (threads: {torch.get_num_threads()}).
 """
     if "giant_killer" in results:
-        killer = pd.DataFrame(results["giant_killer"])
-        text += f"\nA giant-killer?\n\n{markdown_table(rounded(killer))}\n"
+        killer = rounded_table(results["giant_killer"])
+        text += f"\nA giant-killer?\n\n{killer}\n"
     return f"{text}\n{results['answer']}\n"
 
 
 def format_answer(models):
     """The sentence at the end of a run."""
-    name, *others = models
-    best = max((other for other in others if not other.startswith(name)),
-               key=lambda other: models[other]["PR AUC"])
-    shown = [name, *(other for other in others if SWITCHED_OFF in other), best]
-    figures = [f"{row} has PR AUC {models[row]['PR AUC']:.3f} and F1 {models[row]['F1']:.3f}"
-               for row in shown]
-    return f"On the test part, {'; '.join(figures)} (the best of the others)."
+    ranking = sorted(models, key=lambda name: models[name]["PR AUC"], reverse=True)
+    figures = [f"{name} {models[name]['PR AUC']:.3f}" for name in ranking]
+    return f"PR AUC on the test part, from the best to the worst: {'; '.join(figures)}."
 
 
 def giant_killer(tiny, giant):
     """Rows [{column: value}]: what the original asks of a giant-killer, and what was measured."""
     f1 = 100 * tiny["F1"] / max(giant["F1"], 1e-12)
     speed, latency = tiny["texts/s"] / giant["texts/s"], tiny["99 % latency [ms]"]
-    columns = ["criterion", "asked", "measured", "met"]
     rows = [("F1 [% of the giant's]", "at least 98", f1, f1 >= 98),
             ("speed [times the giant's]", "at least 15", speed, speed >= 15),
-            ("size on disk [MB]", "under 25", tiny["MB"], tiny["MB"] < 25),
+            ("size of the weights [MB]", "under 25", tiny["MB"], tiny["MB"] < 25),
             ("99 % of the texts on a CPU [ms]", "under 100", latency, latency < 100)]
-    return [dict(zip(columns, row)) for row in rows]
+    return pd.DataFrame(rows, columns=["criterion", "asked", "measured", "met"]).to_dict("records")
 
 
 def report(classifiers, data, args, run_dir, giant=None, **results):
@@ -1325,19 +1287,21 @@ def report(classifiers, data, args, run_dir, giant=None, **results):
     classifier = classifiers[0]
     if giant:
         fitted = fit_giant(giant, data, args, run_dir / "checkpoint_giant.pt")
-        classifiers = [*classifiers, fitted.save(run_dir / "giant.pt")]
-    scorers = {model.name: (model.scores, model.threshold) for model in classifiers}
+        fitted.save(run_dir / "giant.pt")
+        classifiers = [*classifiers, fitted]
+    compared = [*classifiers, *fit_baselines(data, args, giant)]
     if classifier.arguments["arm"] == "library":
-        plain = replace(classifier, model=remove_dendrites(classifier.model))
         threshold = None if "validation" in data.splits else classifier.threshold
-        scorers[f"{classifier.name}, {SWITCHED_OFF}"] = plain.scores, threshold
+        compared.insert(len(classifiers), replace(
+            classifier, model=remove_dendrites(classifier.model), threshold=threshold,
+            name=f"{classifier.name}, dendrites switched off"))
     scores, models = {}, {}
-    for name, (scorer, threshold) in (scorers | fit_baselines(data, args, giant)).items():
-        scores[name], models[name] = evaluate(scorer, data, threshold)
+    for model in compared:
+        scores[model.name], models[model.name] = evaluate(model, data)
     texts, labels = data.split("test")
-    share = dendrite_share(classifier.model, classifier.tokens(texts[:500]))
-    parameters = count_live(classifier.model)
-    models[classifier.name] |= {"parameters": parameters, "dendrites carry %": share}
+    models[classifier.name] |= {
+        "parameters": count_live(classifier.model),
+        "dendrites carry %": dendrite_share(classifier.model, classifier.tokens(texts[:500]))}
     for model in classifiers:
         models[model.name] |= measure_speed(model, texts[:1000])
     results |= {"seed": args.seed, "data": data.info, "models": models,
@@ -1351,30 +1315,25 @@ def report(classifiers, data, args, run_dir, giant=None, **results):
     return results
 
 
-def run_experiment(args, run_dir=None, lessons=None):
+def run_experiment(args, run_dir=None):
     """Train one arm with one seed, evaluate it beside the baselines and draw everything, in
-    `run_dir` or a new folder; returns the results. `lessons` {seed: lesson} holds those that a
-    teacher has already given to another arm."""
+    `run_dir` or a new folder; returns the results."""
     seed_everything(args.seed)
     data = load_data(args)
     texts, _ = data.split("train")
     loaded = make_model(args, texts, len(data.toxic) if args.distill else 2)
     giant = load_pretrained(args.giant, len(data.toxic)) if args.distill == "giant" else None
     run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
-    lessons = {} if lessons is None else lessons
-    if args.distill and args.seed not in lessons:
-        lessons[args.seed] = teach(giant, data, args, run_dir)
-    lesson = lessons.get(args.seed)
+    lesson = teach(giant, data, args, run_dir) if args.distill else None
     classifier, state = fit_classifier(loaded, data, args, run_dir / "checkpoint.pt", lesson)
-    classifier = classifier.save(run_dir / "best_model.pt")
-    int8 = to_int8(classifier, run_dir)
-    switches, best_epoch = state["switches"], state["best"]["epoch"]
-    if ARMS[args.arm] and all(best_epoch <= switch["epoch"] for switch in switches):
-        note("the best epoch was before the first switch, so the model is as it was before it")
+    classifier.save(run_dir / "best_model.pt")
     plot_learning(state, classifier.name, run_dir / "learning_curves.png")
-    seconds = sum(epoch["seconds"] for epoch in state["history"])
-    return report([classifier, int8], data, args, run_dir, giant, arm=args.arm, switches=switches,
-                  history=state["history"], best_epoch=best_epoch, training_seconds=seconds)
+    switches, best_epoch = state["switches"], state["best"]["epoch"]
+    if ARMS[args.arm] and not any(switch["epoch"] < best_epoch for switch in switches):
+        note("the best epoch was before the first switch, so the model is as it was before it")
+    classifiers = [classifier, to_int8(classifier, run_dir)]
+    return report(classifiers, data, args, run_dir, giant, arm=args.arm, switches=switches,
+                  best_epoch=best_epoch, history=state["history"])
 
 
 def run(args):
@@ -1383,7 +1342,7 @@ def run(args):
         return predict(args)
     if args.export_hf:
         return export_hf(args)
-    if any(getattr(args, job) for job in ("evaluate", "compare_base", *VERSIONS)):
+    if args.evaluate or args.compare_base or any(getattr(args, job) for job in VERSIONS):
         return evaluate_checkpoint(args)
     if args.compare_dendrites or args.arm == "library":
         with sandbox_perforatedai():
@@ -1394,7 +1353,6 @@ def run(args):
 
 
 # --- Extras: learning from a teacher (--distill) --------------------------------------------------
-
 
 def altered_copies(texts, rng):
     """COPIES altered versions of each text, in turn with a fifth of its words left out and with the
@@ -1418,45 +1376,42 @@ def teach(giant, data, args, run_dir):
     answered by teachers that were trained without its fold; the same text is in one fold."""
     from sklearn.model_selection import GroupKFold
 
-    rows = data.splits["train"]
-    texts, _ = data.split("train")
+    train = data.splits["train"]
+    groups = train["text"].map(same_text)
     rng = np.random.default_rng(args.seed)
     folds = GroupKFold(FOLDS, shuffle=True, random_state=args.seed)
-    lesson_texts, lesson = [], []
-    for fold, (rest, inside) in enumerate(
-            folds.split(rows, groups=[same_text(text) for text in texts])):
-        others = replace(data, splits=data.splits | {"train": rows[rest]})
-        asked = [texts[i] for i in inside]
+    texts, answers = [], []
+    for fold, (rest, inside) in enumerate(folds.split(train, groups=groups)):
+        others = replace(data, splits=data.splits | {"train": train.iloc[rest]})
+        asked = train["text"].iloc[inside].tolist()
         asked += altered_copies(asked, rng)
-        answers = torch.tensor(fit_by_class(make_tfidf(), others)(asked).clip(1e-6)).log()
+        logits = torch.tensor(fit_by_class(make_tfidf(), others)(asked).clip(1e-6)).log()
         if giant:
             teacher = fit_giant(giant, others, args, run_dir / f"checkpoint_teacher_{fold}.pt")
-            answers = (answers + teacher.logits(asked).log_softmax(1)) / 2
-        lesson_texts += asked
-        lesson.append(answers.softmax(1).float())
-    return lesson_texts, torch.cat(lesson)
+            logits = (logits + teacher.logits(asked).log_softmax(1)) / 2
+        texts += asked
+        answers.append(logits.softmax(1).float())
+    return texts, torch.cat(answers)
 
 
 # --- Extras: arms and seeds (--compare-dendrites, --runs) -----------------------------------------
-
 
 def run_arms(args):
     """Run every arm with every seed in a folder of its own, unless it is finished; returns what
     they have in common."""
     load_data(args)  # an error in the data comes before there is a folder
     run_dir = next_run_dir(args)
-    runs, lessons = [], {}
-    for seed in range(args.seed, args.seed + args.runs):
-        for arm in ARMS if args.compare_dendrites else [args.arm]:
-            folder = run_dir / f"seed-{seed}-{arm}"
-            finished = folder / "results.json"
-            if not finished.exists():
-                folder.mkdir(exist_ok=True)
-                changed = {"seed": seed, "arm": arm}
-                before = list(NOTES)
-                run_experiment(argparse.Namespace(**vars(args) | changed), folder, lessons)
-                NOTES[:] = before  # those of this run are in its own results
-            runs.append(json.loads(finished.read_text()))
+    runs = []
+    arms = ARMS if args.compare_dendrites else [args.arm]
+    for seed, arm in itertools.product(range(args.seed, args.seed + args.runs), arms):
+        folder = run_dir / f"seed-{seed}-{arm}"
+        finished = folder / "results.json"
+        if not finished.exists():
+            folder.mkdir(exist_ok=True)
+            before = list(NOTES)
+            run_experiment(argparse.Namespace(**vars(args) | {"seed": seed, "arm": arm}), folder)
+            NOTES[:] = before  # those of this run are in its own results
+        runs.append(json.loads(finished.read_text()))
     return write_results(*combine_runs(runs), args, run_dir)
 
 
@@ -1476,33 +1431,31 @@ def combine_runs(runs):
             arm = name.replace(model, run["arm"])
             records.append({"arm": arm, "seed": run["seed"], **row})
     records = pd.DataFrame(records).drop_duplicates(["arm", "seed"])
-    arms = records[~records["arm"].str.endswith("int8")].groupby("arm", sort=False)
-    table = arms[COMPARED].agg(format_mean)
+    records = records[~records["arm"].str.endswith("int8")]
+    arms = records.groupby("arm", sort=False)
     by_seed = records.pivot(index="seed", columns="arm", values="PR AUC")
+    table = arms[COMPARED].agg(format_mean)
     first = table.index[0]
-    differences = -by_seed[table.index].sub(by_seed[first], axis=0)
-    table["difference"] = differences.agg(format_mean)
-    table[["parameters", "dendrites carry %"]] = arms[["parameters", "dendrites carry %"]].max()
+    table["difference"] = (-by_seed.sub(by_seed[first], axis=0)).agg(format_mean)
+    table["dendrites carry %"] = arms["dendrites carry %"].max()
+    table = table.reset_index().to_dict("records")
     source, seeds = runs[0]["data"]["source"], by_seed.index.tolist()
     summary = f"""Test part of {source}, mean ± 95 % interval over seeds {seeds}:
 
-{markdown_table(rounded(table.reset_index()))}
+{rounded_table(table)}
 
 All arms have the same epochs. Difference: PR AUC of {first} minus this, paired by seed; it is more
 than chance where its interval (Student's t) lies on one side of 0.
 """
-    table = table.reset_index().to_dict("records")
     return {"data": runs[0]["data"], "seeds": seeds, "table": table}, summary
 
 
 # --- Extras: what works on a checkpoint -----------------------------------------------------------
 
-
 def find_classifier(args):
     """The Classifier in --checkpoint, or in the newest best_model.pt."""
     paths = Path(args.output_dir, EXPERIMENT).glob("run-*/**/best_model.pt")
-    newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
-    path = args.checkpoint or newest
+    path = args.checkpoint or max(paths, key=os.path.getmtime, default=None)
     if not path:
         raise UserError(f"no best_model.pt in {args.output_dir}; train first: python toxicity.py")
     log(f"the model is {path}")
@@ -1512,33 +1465,17 @@ def find_classifier(args):
     return classifier
 
 
-def open_checkpoint(args):
-    """(Classifier, Data, the arguments with those of the data): the texts of the run that trained
-    it, or all of --data or --dataset as a test part. Texts that it was trained with are left out
-    of the test part."""
+def evaluate_checkpoint(args):
+    """A checkpoint on its own test part, or on all texts of --data or --dataset that it was not
+    trained with, beside the baselines and what the arguments ask for: other versions of it, a
+    BERT-Base, the fine-tuned --giant."""
     classifier = find_classifier(args)
-    foreign = args.data or args.dataset
+    foreign = bool(args.data or args.dataset)
     if foreign and args.compare_base:
         raise UserError("--compare-base takes the texts of the checkpoint, not --data or --dataset")
     if not foreign:
         args = argparse.Namespace(**vars(args) | classifier.arguments)
-    data = load_data(args, only_test=bool(foreign))
-    texts, labels = data.split("test")
-    seen = torch.isin(hash_texts(texts), classifier.hashes).numpy()
-    if seen.any():
-        note(f"{seen.sum():,} of {len(seen):,} texts were used to train the model and are left out")
-        data.splits["test"] = data.splits["test"][~seen]
-        labels = labels[~seen]
-        data.info["test"] = {"texts": len(labels), "toxic": int(labels.sum())}
-    if len(set(labels)) < 2:
-        raise UserError("the texts to be evaluated on are not of both classes")
-    return classifier, data, args
-
-
-def evaluate_checkpoint(args):
-    """A checkpoint on its own test part, or on all texts of --data, beside the baselines and what
-    the arguments ask for: other versions of it, a BERT-Base, the fine-tuned --giant."""
-    classifier, data, args = open_checkpoint(args)
+    data = load_data(args, foreign, classifier.hashes)
     giant = load_pretrained(args.giant, len(data.toxic)) if args.compare_base else None
     if args.export_onnx:
         import onnx  # noqa: F401  if it is missing, that is known before there is a folder
@@ -1552,10 +1489,11 @@ class OnnxModel(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, path):
+    def __init__(self, path, exported=None):
         import onnxruntime
 
         super().__init__()
+        self.exported = exported  # whose weights it has
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def forward(self, **batch):
@@ -1568,23 +1506,20 @@ def to_onnx(classifier, run_dir):
     path = run_dir / "model.onnx"
     model = copy.deepcopy(classifier.model).cpu()
     model.config.return_dict = False
-    names = ["input_ids", "attention_mask"]
-    axes = {name: {0: "batch", 1: "length"} for name in names} | {"logits": {0: "batch"}}
     example = torch.ones(2, 8, dtype=torch.long)
+    axes = {"input_ids": [0, 1], "attention_mask": [0, 1], "logits": [0]}
     with atomic_write(path) as part, warnings.catch_warnings(action="ignore"):
         # The older exporter will go, but the newer one fails on dendrites.
-        torch.onnx.export(model, (example, example), part, dynamo=False, input_names=names,
+        torch.onnx.export(model, (example, example), part, dynamo=False, input_names=list(axes)[:2],
                           output_names=["logits"], dynamic_axes=axes)
     classifier.tokenizer.save(str(run_dir / "tokenizer.json"))
-    return replace(classifier, model=OnnxModel(path), name=f"{classifier.name}, ONNX",
-                   megabytes=path.stat().st_size / 1e6)
+    return replace(classifier, model=OnnxModel(path, model), name=f"{classifier.name}, ONNX")
 
 
 def make_bert_base(classifier, run_dir):
     """A BERT-Base with random weights in place of the classifier's model, to compare the speed."""
     base = build_bert({"num_labels": len(classifier.toxic)}).to(classifier.model.device).eval()
-    return replace(classifier, model=base, name="BERT-Base, random weights",
-                   megabytes=4e-6 * count_live(base))
+    return replace(classifier, model=base, name="BERT-Base, random weights")
 
 
 VERSIONS = {"quantize": to_int8, "export_onnx": to_onnx, "benchmark_only": make_bert_base}
@@ -1603,7 +1538,6 @@ def export_hf(args):
         raise UserError("--export-hf: no BERT of transformers has dendrites, and without them a "
                         f"score changes by {change:.3f}; take --export-onnx or --arm plain")
     model.config.id2label = {i: CLASSES[toxic] for i, toxic in enumerate(classifier.toxic)}
-    model.config.label2id = {name: i for i, name in model.config.id2label.items()}
     model.save_pretrained(args.export_hf)
     tokenizer = transformers.BertTokenizerFast(
         tokenizer_object=classifier.tokenizer, model_max_length=classifier.arguments["max_length"])
@@ -1622,18 +1556,17 @@ def predict(args):
     texts = (line.rstrip("\r\n") for line in args.predict or sys.stdin if line.strip())
     try:
         while batch := list(itertools.islice(texts, INFERENCE_BATCH)):
-            scores = classifier.scores([clean_text(text) for text in batch])
-            table = pd.DataFrame({"score": scores.astype(float).round(4)})
-            table["toxic"] = scores >= threshold
-            table["tier"] = np.array(TIERS)[np.searchsorted(cuts, scores, side="right")]
-            table["text"] = batch
+            scores = classifier.scores([clean_text(text) for text in batch]).astype(float)
+            tiers = np.take(TIERS, np.searchsorted(cuts, scores, side="right"))
+            table = pd.DataFrame({"score": scores.round(4), "toxic": scores >= threshold,
+                                  "tier": tiers, "text": batch})
+            if args.format == "json":
+                text = table.to_json(orient="records", lines=True, force_ascii=False).strip()
+            else:
+                text = table.to_string(index=False, formatters={"text": repr})
+            print(text, flush=True)
             if args.predict:  # a stream may be endless
                 rows += table.to_dict("records")
-            if args.format == "json":
-                print(table.to_json(orient="records", lines=True, force_ascii=False), end="")
-            else:
-                print(table.assign(text=table["text"].map(repr)).to_string(index=False))
-            sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeError as error:
