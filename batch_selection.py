@@ -44,6 +44,7 @@ arXiv:2307.06440, for the controls; the papers of the strategies at each of them
 
 import argparse
 import contextlib
+import fnmatch
 import gzip
 import hashlib
 import http.client
@@ -78,14 +79,9 @@ from common import (MARKERS, detect_device, epoch_axis, in_notebook, legend_belo
 EXPERIMENT = "batch_selection"
 BASELINE = "random"
 # What is drawn of each strategy, and its axis label.
-METRICS = {
-    "vision": {"test_acc": "test accuracy [%]", "test_loss": "test loss",
-               "train_acc": "accuracy on a part of the training samples [%]",
-               "train_loss": "loss on a part of the training samples"},
-    "nlp": {"bits_per_byte": "validation [bits per byte]", "test_acc": "validation accuracy [%]",
-            "train_acc": "accuracy on a part of the training samples [%]",
-            "train_loss": "loss on a part of the training samples"},
-}
+METRICS = {"bits_per_byte": "test [bits per byte]", "test_acc": "test accuracy [%]",
+           "test_loss": "test loss", "train_acc": "accuracy on a part of the training samples [%]",
+           "train_loss": "loss on a part of the training samples"}
 # The metric that decides: its name, 1 if more of it is better, and its unit.
 DECIDING = {"vision": ("test_acc", 1, "points"), "nlp": ("bits_per_byte", -1, "bits per byte")}
 MIN_RUNS = 3  # a paired t-test of two runs has one degree of freedom
@@ -129,19 +125,17 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add_source = parser.add_mutually_exclusive_group().add_argument
-    names = [*DATASETS, *(f"{name}_csv" for name in DATASETS)]
     add("--quick", action="store_true", help="two small embedded data sets: under a minute")
-    add("--task", choices=METRICS, default="vision", help="vision: classification; nlp: a "
+    add("--task", choices=DECIDING, default="vision", help="vision: classification; nlp: a "
         "language model of bytes")
-    add_source("--dataset", choices=names, metavar="NAME", help="known data set, see "
-               "--list-datasets; NAME_csv is converted to CSV once and then read from there; if "
-               "unset, mnist, or digits if that cannot be downloaded")
+    add_source("--dataset", choices=DATASETS, metavar="NAME", help="known data set, see "
+               "--list-datasets; if unset, mnist, or digits if that cannot be downloaded")
     add_source("--data", type=os.path.abspath, metavar="PATH", help="CSV file of your own with a "
-               "column `label` and columns of numbers (p0, p1, … are the pixels of a square image); "
+               "column `label` and columns of numbers (p0, p1, … are the pixels of a square grey image); "
                "nlp: a text file or a folder of them")
     add("--drop", nargs="+", default=[], metavar="COLUMN", help="columns of --data to leave out")
     add("--data-dir", default="data", help="folder of the known data sets, one folder each")
-    add("--benchmark-datasets", nargs="+", choices=names, metavar="NAME", help="further data sets "
+    add("--benchmark-datasets", nargs="+", choices=DATASETS, metavar="NAME", help="further data sets "
         "beside --dataset; if unset, those of digits, mnist and fashion_mnist that are here")
     add("--no-benchmark", action="store_true", help="no further data sets")
     add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
@@ -320,7 +314,7 @@ def selective_backprop(learner, history=1024, power=1):
     return accepted_batches(learner, accept)
 
 
-def infobatch(learner, ratio=0.5):
+def infobatch(learner):
     """Leave out a random half of the samples below the mean loss (Qin et al. 2024, ICLR).
 
     Those that are kept have weight 2, so that the expected gradient stays the same. The first epoch
@@ -332,8 +326,8 @@ def infobatch(learner, ratio=0.5):
         return random_batches(learner)
     order = learner.rng.permutation(len(loss))
     is_easy = loss < loss.mean()
-    is_left_out = is_easy & (learner.rng.random(len(loss)) < ratio)
-    weights = np.where(is_easy, 1 / (1 - ratio), 1).astype(np.float32)
+    is_left_out = is_easy & (learner.rng.random(len(loss)) < 0.5)
+    weights = np.where(is_easy, 2, 1)
     batches = in_batches(order[~is_left_out[order]], learner.args.batch_size)
     return [(rows, weights[rows]) for rows, _ in batches]
 
@@ -351,7 +345,7 @@ def importance(learner, pool=5):
         size = math.ceil(len(candidates) / pool)
         drawn = learner.rng.choice(len(candidates), size, p=probabilities)
         weights = 1 / (len(candidates) * probabilities[drawn])
-        yield candidates[drawn], weights.astype(np.float32)
+        yield candidates[drawn], weights
 
 
 def loss_rank(learner, pressure=100):
@@ -455,35 +449,34 @@ class Dataset:
 
 
 def read_idx(folder):
-    """The four gzipped IDX files of MNIST and those like it: type and number of dimensions, sizes,
-    values. QMNIST has eight columns of labels, the first of which is the class."""
+    """The four gzipped IDX files of MNIST and those like it: a header, then values. QMNIST has
+    eight columns of labels, the first of which is the class."""
     arrays = []
     for path in sorted(folder.glob("*-idx*.gz")):
         content = gzip.decompress(path.read_bytes())
         owner = OWNERS.get(hashlib.md5(content).hexdigest())
         if owner and owner != folder.name.replace("-", "_"):
             raise UserError(f"{path} is a file of {owner}; move it to a folder {owner}")
-        shape = np.frombuffer(content, ">i4", content[3], 4)
-        value_type = {8: ">u1", 12: ">i4"}[content[2]]
-        array = np.frombuffer(content, value_type, offset=4 + 4 * len(shape)).reshape(shape)
-        if array.ndim > 1:
-            array = array[:, 0] if "labels" in path.name else array[:, None]
-        arrays.append(array)
+        if "idx3" in path.name:
+            arrays.append(np.frombuffer(content, np.uint8, offset=16).reshape(-1, 1, 28, 28))
+        elif "idx1" in path.name:
+            arrays.append(np.frombuffer(content, np.uint8, offset=8))
+        else:
+            arrays.append(np.frombuffer(content, ">i4", offset=12)[::8])
     return arrays[2:] + arrays[:2]  # the test part is first by name
 
 
 def read_cifar(folder):
     """CIFAR's binary archive: records that end with the (fine) label and the image."""
     (path,) = folder.glob("cifar-*-binary.tar.gz")
-    contents = {False: b"", True: b""}  # by whether it is the test part
-    with tarfile.open(path) as archive:
-        for name in sorted(archive.getnames()):
-            if name.endswith(".bin"):
-                contents["test" in name] += archive.extractfile(name).read()
+    size = 3074 if "100" in path.name else 3073
     arrays = []
-    for content in contents.values():
-        records = np.frombuffer(content, np.uint8).reshape(-1, 3074 if "100" in path.name else 3073)
-        arrays += [records[:, -3072:].reshape(-1, 3, 32, 32), records[:, -3073]]
+    with tarfile.open(path) as archive:
+        for pattern in ("*/[dt][ar]*.bin", "*/test*.bin"):  # data_batch_1 to 5 or train, and test
+            names = sorted(fnmatch.filter(archive.getnames(), pattern))
+            content = b"".join(archive.extractfile(name).read() for name in names)
+            records = np.frombuffer(content, np.uint8).reshape(-1, size)
+            arrays += [records[:, -3072:].reshape(-1, 3, 32, 32), records[:, -3073]]
     return arrays
 
 
@@ -572,11 +565,11 @@ SYSTEM_DIR = "/usr/share/datasets"  # of Debian's package dataset-fashion-mnist
 
 def find_folder(name, data_dir):
     """The folder with the files of a known data set; None when they are not here."""
-    own_folder = Path(data_dir, name)
-    for folder in (own_folder, Path(SYSTEM_DIR, name.replace("_", "-"))):
-        if all((folder / file).exists() for file in DATASETS[name].files):
+    for folder in (Path(data_dir, name), Path(SYSTEM_DIR, name.replace("_", "-"))):
+        is_packed = all((folder / file).exists() for file in DATASETS[name].files)
+        if is_packed or any(folder.glob("**/train/*/*.png")):
             return folder
-    return own_folder if any(own_folder.rglob("train/*/*.png")) else None
+    return None
 
 
 def download(name, data_dir):
@@ -605,25 +598,12 @@ def download(name, data_dir):
 
 
 def load_dataset(name, data_dir):
-    """Data of a known data set, downloaded or converted to CSV where need be."""
-    original_name = name.removesuffix("_csv")
-    dataset = DATASETS[original_name]
-    train, test = (Path(data_dir, name, f"{split}.csv") for split in ("train", "test"))
+    """Data of a known data set, downloaded where need be."""
+    folder = find_folder(name, data_dir) or download(name, data_dir)
     try:
-        if not test.exists():
-            folder = find_folder(original_name, data_dir) or download(original_name, data_dir)
-            arrays = dataset.read(folder)
-        if name != original_name:
-            if not test.exists():
-                write_csv(train, *arrays[:2])
-                write_csv(test, *arrays[2:])
-            pixels = dict.fromkeys((f"p{i}" for i in range(3 * 32 * 32)), "uint8")
-            arrays = [array for path in (train, test)
-                      for array in split_columns(read_csv(path, pixels))]
-        return make_data(name, arrays, dataset.about or "own")
-    except (ValueError, LookupError, EOFError, zlib.error, tarfile.TarError,
-            gzip.BadGzipFile) as error:
-        raise UserError(f"{name} in {data_dir}: a file is damaged or incomplete ({error}); delete "
+        return make_data(name, DATASETS[name].read(folder), DATASETS[name].about or "own")
+    except (ValueError, EOFError, zlib.error, tarfile.TarError, gzip.BadGzipFile) as error:
+        raise UserError(f"{name} in {folder}: a file is damaged or incomplete ({error}); delete "
                         "it, then it is downloaded again") from None
 
 
@@ -637,142 +617,124 @@ def make_data(name, arrays, source):
     x_test, y_test = check_X_y(*arrays[2:], allow_nd=True)
     encoder = LabelEncoder().fit(y_train)
     y_train, y_test = encoder.transform(y_train), encoder.transform(y_test)
+    num_classes = len(encoder.classes_)
+    if num_classes < 2:
+        raise ValueError("fewer than two classes")
     digest = hashlib.sha256()
     for array in (x_train, y_train, x_test, y_test):
-        digest.update(np.ascontiguousarray(array))
+        digest.update(array.tobytes())
     if x_train.ndim == 2:
-        # In float64: float32 would lose small steps of large numbers.
-        x_train, x_test = map(StandardScaler().fit(x_train).transform, (x_train, x_test))
+        scaler = StandardScaler().fit(x_train)  # float32 would lose small steps of large numbers
+        x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
     else:
         mean = float(x_train.mean(dtype=np.float64))
         std = float(x_train.std(dtype=np.float32)) or 1.0
         x_train, x_test = ((x.astype(np.float32) - mean) / std for x in (x_train, x_test))
+    majority = np.bincount(y_train).argmax()
     info = {"source": source, "train": len(y_train), "test": len(y_test),
             "classes": ", ".join(map(str, encoder.classes_)),
-            "majority class [%]": round(100 * (y_test == np.bincount(y_train).argmax()).mean(), 2),
+            "majority class [%]": round(100 * (y_test == majority).mean(), 2),
             "sha256": digest.hexdigest()}
     return Data(name, x_train.astype(np.float32), y_train, x_test.astype(np.float32), y_test,
-                len(encoder.classes_), info)
+                num_classes, info)
 
 
 # --- Data: CSV and text -------------------------------------------------------------------------
 
 
-def write_csv(path, x, y):
-    """Write `label,p0,p1,…`, a sample a line; `label,f0,f1,…` for features that are no pixels."""
-    import pyarrow as pa
-    from pyarrow import csv
-
-    table = pd.DataFrame(x.reshape(len(x), -1)).add_prefix("f" if x.ndim == 2 else "p")
-    table.insert(0, "label", y)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        csv.write_csv(pa.Table.from_pandas(table), part)
-
-
-def read_csv(path, types):
-    """The table in a CSV file, by pyarrow, which is faster than pandas and insists on one number of
-    values in all rows. `types` are those of some columns."""
-    from pyarrow import csv
-
-    options = csv.ConvertOptions(column_types=types, strings_can_be_null=True)
-    return csv.read_csv(path, convert_options=options).to_pandas()
-
-
 def split_columns(table):
-    """(x, labels) of a table. x is [n, channels, side, side] if its columns are p0, p1, … and as
-    many as the pixels of a square image, RGB or grey; else [n, features]."""
-    labels = table["label"].to_numpy()
+    """(x, labels) of a table: x is [n, 1, side, side] if its columns are p0, p1, …, the pixels of a
+    square image; else [n, features]."""
     frame = table.drop(columns="label")
     x = frame.to_numpy()
-    for channels in (3, 1):
-        side = math.isqrt(x.shape[1] // channels)
-        if list(frame) == [f"p{i}" for i in range(channels * side * side)]:
-            return x.reshape(-1, channels, side, side), labels
-    return x, labels
+    side = math.isqrt(x.shape[1])
+    if list(frame) == [f"p{i}" for i in range(side * side)]:
+        x = x.reshape(-1, 1, side, side)
+    return x, table["label"].to_numpy()
 
 
 def load_table(path, drop):
     """Data of one's own CSV file; a fixed fifth, stratified, is the test part."""
+    from pyarrow import csv  # faster than pandas, and all rows must have one number of values
+
+    options = csv.ConvertOptions(column_types={"label": "string"}, strings_can_be_null=True)
     try:
-        table = read_csv(path, {"label": "string"}).drop(columns=drop)
+        table = csv.read_csv(path, convert_options=options).to_pandas().drop(columns=drop)
         if list(table).count("label") != 1:
             raise UserError(f"{path}: one column must be called `label`; the columns are "
                             f"{list(table)[:5]}; has it a header, and commas?")
         is_missing = table.isna().any(axis=1)
         if is_missing.any():
             raise UserError(f"{path}: row {is_missing.argmax() + 1} has a missing value")
-        others = table.drop(columns="label").select_dtypes(exclude=["number", "bool"])
-        if others.size:
-            raise UserError(f"{path}: columns {list(others)} are not numbers alone; see --drop")
-        note_doubtful(table, path)
-        arrays = split_samples(*split_columns(table.drop_duplicates()))
-        return make_data(Path(path).stem, arrays, path)
+        words = table.drop(columns="label").select_dtypes(exclude=["number", "bool"])
+        if words.size:
+            raise UserError(f"{path}: columns {list(words)} are not numbers alone; see --drop")
+        table = without_repeated_rows(table, path)
+        return make_data(Path(path).stem, split_samples(*split_columns(table)), path)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def note_doubtful(table, path):
-    """Note what makes the result of a table doubtful: repeated rows, ids, spellings of a class."""
-    repeated = table.duplicated().sum()
+def without_repeated_rows(table, path):
+    """The table without its repeated rows; what makes its result doubtful is noted."""
+    distinct = table.drop_duplicates()
+    repeated = len(table) - len(distinct)
     if repeated:
-        note(f"{path}: {repeated:,} of {len(table):,} rows repeat an earlier one and are left out, "
-             "so that no row is in both parts")
-    for name, column in table.drop_duplicates().select_dtypes("number").items():
-        if column.is_unique and (column % 1 == 0).all():
-            note(f"{path}: column {name!r} seems to number the rows; if they are sorted by class, "
-                 f"it gives the class away: --drop {name!r} leaves it out")
-    classes = table["label"].unique()
-    if len(classes) < 2:
-        raise UserError(f"{path}: the column `label` has fewer than two classes")
-    if len({label.strip().casefold() for label in classes}) < len(classes):
+        note(f"{path}: {repeated:,} of {len(table):,} rows repeat an earlier one and are left out")
+    integers = distinct.select_dtypes("integer").items()
+    ids = [name for name, column in integers if column.is_unique]
+    if ids:
+        note(f"{path}: columns {ids} seem to number the rows; if these are sorted by class, a "
+             "number gives the class away; see --drop")
+    classes = table["label"].drop_duplicates()
+    if classes.str.strip().str.casefold().duplicated().any():
         note(f"{path}: some labels differ in case or spaces only: {sorted(classes)}")
+    return distinct
 
 
 def load_text(args):
-    """Data of text as bytes: windows without overlap; the last tenth is the validation part.
+    """Data of text as bytes: windows without overlap; the last tenth is the test part.
 
     Without --data the text is the standard library's source, its files in a fixed random order.
     """
-    root = Path(args.data or os.__file__)
-    paths = root.rglob("*") if args.data else root.parent.glob("*.py")
-    paths = sorted(path for path in paths if path.is_file()) or [root]
-    paths = np.random.default_rng(0).permutation(paths)
+    root = Path(args.data or Path(os.__file__).parent)
+    paths = sorted(path for path in root.glob("**/*" if args.data else "*.py") if path.is_file())
+    paths = np.random.default_rng(0).permutation(paths or [root])
     text = b"".join(path.read_bytes() for path in paths)[: args.text_bytes]
     if len(text) <= 2 * WINDOW:
         raise UserError(f"{root}: {len(text)} bytes are less than two windows of {WINDOW}")
+    size = (len(text) - 1) // WINDOW * WINDOW
     values = np.frombuffer(text, np.uint8).astype(np.int64)
-    windows = np.lib.stride_tricks.sliding_window_view(values, WINDOW + 1)[::WINDOW]
-    x, y = windows[:, :-1], windows[:, 1:]
+    x = values[:size].reshape(-1, WINDOW)
+    y = values[1 : size + 1].reshape(-1, WINDOW)
     cut = 9 * len(x) // 10
     pairs = np.ones((256, 256))  # each pair of bytes once more than seen
     np.add.at(pairs, (x[:cut], y[:cut]), 1)
     bigram = -np.log2(pairs / pairs.sum(1, keepdims=True))[x[cut:], y[cut:]].mean()
-    name = root.stem if args.data else "python_stdlib"
     info = {"source": args.data or "embedded", "train": cut, "test": len(x) - cut,
             "pairs of bytes [bits per byte]": round(bigram, 2),
             "sha256": hashlib.sha256(text).hexdigest()}
+    name = root.stem if args.data else "python_stdlib"
     return Data(name, x[:cut], y[:cut], x[cut:], y[cut:], 256, info)
 
 
 def load_all(args):
-    """{name: Data} of all data sets."""
-    if args.task == "nlp" or args.data:
-        data = load_text(args) if args.task == "nlp" else load_table(args.data, args.drop)
-        return {data.name: data}
-    try:
-        data = load_dataset(args.dataset or "mnist", args.data_dir)
-    except UserError as error:
-        if args.dataset or find_folder("mnist", args.data_dir):
-            raise
-        note(f"no mnist ({error}); scikit-learn's digits are used")
-        data = load_dataset("digits", args.data_dir)
-    all_data = {data.name: data}
-    here = [name for name in BENCHMARK if find_folder(name, args.data_dir)]
-    for name in args.benchmark_datasets or here:
-        if name != data.name and not args.no_benchmark:
-            all_data[name] = load_dataset(name, args.data_dir)
-    return all_data
+    """A list of the Data of all data sets."""
+    if args.task == "nlp":
+        return [load_text(args)]
+    if args.data:
+        return [load_table(args.data, args.drop)]
+    names = [args.dataset or "mnist"]
+    if not args.dataset and not find_folder("mnist", args.data_dir):
+        try:
+            download("mnist", args.data_dir)
+        except UserError as error:
+            note(f"no mnist ({error}); scikit-learn's digits are used")
+            names = ["digits"]
+    if not args.no_benchmark:
+        here = [name for name in BENCHMARK if find_folder(name, args.data_dir)]
+        names += args.benchmark_datasets or here
+    return [load_dataset(name, args.data_dir) for name in dict.fromkeys(names)]
 
 
 # --- Models: model(shape of a sample, classes) ---------------------------------------------------
@@ -827,17 +789,22 @@ HOLDOUT_MODELS = {"vision": partial(SimpleMLP, hidden=32),
 
 
 def sample_losses(model, x, y):
-    """(cross-entropy of each sample [batch], of a window the mean over its bytes; logits)."""
+    """(cross-entropy of each sample [batch], of a window the mean over its bytes; logits). Raises
+    UserError if one is NaN or infinite."""
     logits = model(x)
     losses = F.cross_entropy(logits, y, reduction="none")
-    return losses if losses.dim() == 1 else losses.mean(1), logits
+    if losses.dim() > 1:
+        losses = losses.mean(1)
+    if not math.isfinite(losses.detach().sum()):
+        raise UserError("the loss is no longer a number; lower --learning-rate")
+    return losses, logits
 
 
 # --- Training -----------------------------------------------------------------------------------
 
 
 class Learner:
-    """A model in training: what a strategy sees, and what a checkpoint keeps.
+    """A model in training, as a strategy sees it.
 
     The same seed means the same first weights and random numbers for every strategy.
     """
@@ -893,28 +860,10 @@ class Learner:
             return self.seconds >= self.args.budget_seconds
         return len(self.history) - 1 >= self.epochs
 
-    def state(self):
-        """All that --resume needs, in plain types and tensors."""
-        attributes = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                      for name, value in vars(self).items()
-                      if isinstance(value, (np.ndarray, int, float, list))}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": self.rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
-                "attributes": attributes}
-
-    def load(self, state):
-        """Go on from what state() returned."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"])
-        for name, value in state["attributes"].items():
-            setattr(self, name, value.numpy() if torch.is_tensor(value) else value)
-
 
 def train_epoch(learner, strategy):
     """Train on the batches of a strategy; stop when the time is used up."""
-    args = learner.args
+    args, optimizer = learner.args, learner.optimizer
     start_time = time.perf_counter() - learner.seconds
     learner.model.train()
     batches = strategy(learner)
@@ -922,34 +871,27 @@ def train_epoch(learner, strategy):
         learner.epoch_steps = len(batches)
     for rows, weights in batches:
         if args.schedule == "linear":
-            rate = args.learning_rate * (1 - learner.progress())
-            learner.optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - learner.progress())
         losses, _ = sample_losses(learner.model, *learner.data.training_samples(rows))
         loss = losses.mean()
         if weights is not None:
-            loss = (losses * torch.as_tensor(weights, device=args.device)).mean()
-        learner.optimizer.zero_grad()
+            weights = torch.as_tensor(weights, dtype=torch.float32, device=args.device)
+            loss = (losses * weights).mean()
+        optimizer.zero_grad()
         loss.backward()
-        learner.optimizer.step()
+        optimizer.step()
         track_losses(learner, rows, losses.detach().cpu().numpy())
         learner.samples += len(rows)
         learner.steps += 1
         learner.seconds = time.perf_counter() - start_time
         if learner.is_done():
             break
-    learner.seconds = time.perf_counter() - start_time
     learner.epoch_steps = max(1, learner.steps - learner.history[-1]["steps"])
-
-
-def check_finite(loss):
-    """Raise UserError if a loss is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise UserError("the loss is no longer a number; lower --learning-rate")
+    learner.seconds = time.perf_counter() - start_time
 
 
 def track_losses(learner, rows, losses):
     """Bring the latest losses and their moving averages up to date; a first loss is its average."""
-    check_finite(losses.sum())
     learner.last_loss[rows] = losses
     if learner.args.smart_loss == "batch-mean":
         losses = losses.mean()
@@ -961,13 +903,12 @@ def track_losses(learner, rows, losses):
 @torch.inference_mode()
 def evaluate(model, x, y, split):
     """Mean loss and accuracy in percent over all samples, named after the split."""
-    total, correct = 0.0, 0.0
+    total, correct = 0, 0
     model.eval()
     for x_part, y_part in zip(x.split(1000), y.split(1000)):
         losses, logits = sample_losses(model, x_part, y_part)
         total += losses.sum().item()
         correct += (logits.argmax(1) == y_part).sum().item()
-    check_finite(total)
     return {f"{split}_loss": total / len(x), f"{split}_acc": 100 * correct / y.numel()}
 
 
@@ -981,59 +922,54 @@ def measure(learner):
     metrics |= evaluate(model, data.x_train[::stride], data.y_train[::stride], "train")
     metrics |= evaluate(model, data.x_test, data.y_test, "test")
     if learner.args.task == "nlp":
-        metrics["bits_per_byte"] = metrics["test_loss"] / math.log(2)
+        metrics["bits_per_byte"] = metrics.pop("test_loss") / math.log(2)
     learner.history.append(metrics)
 
 
 def add_label_noise(y, classes, share, seed):
-    """A copy of y in which `share` of the labels, drawn by `seed`, are another class."""
+    """The labels y, but `share` of them, drawn by `seed`, are another class."""
     rng = np.random.default_rng([seed, 1])
     wrong = rng.choice(len(y), round(share * len(y)), replace=False)
-    noisy = y.copy()
-    noisy[wrong] = (y[wrong] + rng.integers(1, classes, len(wrong))) % classes
-    return noisy
-
-
-def train(learner, strategy, file):
-    """The history of a training from the start, or from the checkpoint `file` if there is one."""
-    if file.exists():
-        learner.load(load_checkpoint(file, file))
-    else:
-        measure(learner)
-    while not learner.is_done():
-        train_epoch(learner, strategy)
-        measure(learner)
-        with atomic_write(file) as path:
-            torch.save(learner.state(), path)
-    return pd.DataFrame(learner.history)
+    shift = np.zeros_like(y)
+    shift[wrong] = rng.integers(1, classes, len(wrong))
+    return (y + shift) % classes
 
 
 def train_with_control(data, noise, name, strategy, make_model, seed, args, folder):
     """Records of one strategy with one seed, and of its control: random with exactly as many
     trained samples, or with the same time budget.
 
-    Controls that are equal, or equal to the run of random itself, share a checkpoint, so that the
-    first one to need it trains it for all.
+    A run that `folder` has is not trained again. Controls that are equal, or equal to the run of
+    random itself, share a file, so that the first one to need it trains it for all.
     """
     torch.set_num_threads(1)  # alone as in parallel: the numbers are the same, and it is as fast
     # Other data are other files, so a run is never resumed with data that have changed.
     prefix = f"{data.name}-{data.info['sha256'][:8]}-noise-{noise}-seed-{seed}"
-    all_samples = args.epochs * len(data.x_train)
     if noise:
         noisy = add_label_noise(data.y_train, data.num_classes, noise, seed)
         data = replace(data, y_train=noisy)
     data = data.to(args.device)
-    learner = Learner(data, make_model, seed, args)
-    records = train(learner, strategy, folder / f"{prefix}-{name}-{all_samples}.pt")
-    records["control"] = False
+
+    def train(name, strategy, samples):
+        file = folder / f"{prefix}-{name}-{samples}.pt"
+        if not file.exists():
+            learner = Learner(data, make_model, seed, args, samples / len(data.x_train))
+            measure(learner)
+            while not learner.is_done():
+                train_epoch(learner, strategy)
+                measure(learner)
+            with atomic_write(file) as path:
+                torch.save({"model": learner.model.state_dict(), "history": learner.history}, path)
+        return pd.DataFrame(load_checkpoint(file, file)["history"])
+
+    samples = args.epochs * len(data.x_train)
+    records = train(name, strategy, samples).assign(control=False)
     if name != BASELINE:
-        samples = all_samples if args.budget_seconds else learner.samples
-        control = partial(random_until, samples=samples)
-        if samples == all_samples:
-            control = random_batches
-        learner = Learner(data, make_model, seed, args, samples / len(data.x_train))
-        history = train(learner, control, folder / f"{prefix}-{BASELINE}-{samples}.pt")
-        records = pd.concat([records, history.assign(control=True)])
+        control = random_batches
+        if not args.budget_seconds:
+            samples = records["samples"].iloc[-1]
+            control = partial(random_until, samples=samples)
+        records = pd.concat([records, train(BASELINE, control, samples).assign(control=True)])
     return records.assign(dataset=data.name, noise=noise, strategy=name, seed=seed)
 
 
@@ -1045,7 +981,7 @@ def train_all(all_data, args, run_dir):
     folder.mkdir(exist_ok=True)
     seeds = range(args.seed, args.seed + args.runs)
     make_model = MODELS[args.task][args.model]
-    settings = itertools.product(all_data.values(), args.label_noise, seeds, args.strategy)
+    settings = itertools.product(all_data, args.label_noise, seeds, args.strategy)
     tasks = [delayed(train_with_control)(data, noise, name, STRATEGIES[name], make_model, seed,
                                          args, folder) for data, noise, seed, name in settings]
     client = dask_client(args.jobs) if args.backend == "dask" else contextlib.nullcontext()
@@ -1095,41 +1031,34 @@ def compare(records, args):
     """
     from scipy import stats
 
-    metric, _, _ = DECIDING[args.task]
-    last = records.groupby(["control", "strategy", "seed"])[metric].last().unstack("seed")
-    scores = last.loc[False].reindex(args.strategy)
-    controls = last[last.index.get_level_values("control")].droplevel("control")
-    differences = (scores - controls).reindex(args.strategy)
-    mean, interval = mean_and_interval(differences.T)
-    table = pd.DataFrame({"mean": mean, "interval": interval}, scores.index)
-    spread = differences.max(axis=1) - differences.min(axis=1)
-    tested = differences[(spread > 1e-9) & (args.runs >= MIN_RUNS)]
-    p = stats.ttest_1samp(tested, 0, axis=1).pvalue
-    table["p"] = pd.Series(holm(p), tested.index)
-    table[METRICS[args.task][metric]] = scores.apply(mean_text, axis=1)
-    texts = {name: mean_text(row, "+") + (" *" if table.loc[name, "p"] < ALPHA else "")
-             for name, row in differences.dropna().iterrows()}
-    table["difference"] = pd.Series(texts, dtype=object)
-    table["p (Holm)"] = table["p"].dropna().map("{:.2g}".format)
-    own = records[~records["control"]]
-    costs = own.groupby(["strategy", "seed"])[["steps", "samples", "seconds"]].last()
+    metric, _, unit = DECIDING[args.task]
+    finals = records.pivot_table(metric, "strategy", ["control", "seed"], "last")
+    finals = finals.reindex(args.strategy)
+    differences = finals[False] - finals.get(True, np.nan)
+    table = pd.DataFrame(index=finals.index)
+    table["mean"], table["interval"] = mean_and_interval(differences.T)
+    tested = differences[(differences.std(axis=1) > 1e-9) & (args.runs >= MIN_RUNS)]
+    table["p"] = pd.Series(holm(stats.ttest_1samp(tested, 0, axis=1).pvalue), tested.index)
+    table[METRICS[metric]] = finals[False].apply(mean_text, axis=1)
+    stars = np.where(table["p"] < ALPHA, " *", "")
+    texts = differences.apply(mean_text, axis=1, sign="+") + stars
+    table[f"difference [{unit}]"] = texts.where(table["mean"].notna())
+    table["p (Holm)"] = table["p"].map("{:.2g}".format, na_action="ignore")
+    runs = records[~records["control"]]
+    costs = runs.groupby(["strategy", "seed"])[["samples", "seconds"]].last()
     table = table.join(costs.groupby("strategy").agg(mean_text))
-    return table.join(costs_to_target(own, args))
+    return table.join(costs_to_target(runs, finals[False].iloc[0].mean(), args))
 
 
-def costs_to_target(records, args):
+def costs_to_target(runs, final, args):
     """Samples and seconds of training until the mean of a strategy's runs first comes within 1 % of
-    what random, or else the first strategy, has in the end; a table with a row for each strategy
-    that gets there."""
+    `final`; a table with a row for each strategy that gets there."""
     metric, sign, _ = DECIDING[args.task]
-    reference = BASELINE if BASELINE in args.strategy else args.strategy[0]
-    final = records[records["strategy"] == reference].groupby("seed")[metric].last()
-    target = (1 - 0.01 * sign) * final.mean()
-    means = records.groupby(["strategy", "epoch"])[[metric, "samples", "seconds"]].mean()
-    reached = means[sign * means[metric] >= sign * target]
-    costs = reached.groupby("strategy")[["samples", "seconds"]].first()
-    costs["samples"] = costs["samples"].map("{:,.0f}".format)
-    return costs.round(2).add_suffix(f" to {target:.2f}")
+    target = (1 - 0.01 * sign) * final
+    means = runs.groupby(["strategy", "epoch"])[[metric, "samples", "seconds"]].mean()
+    reached = means[sign * means[metric] >= sign * target].groupby("strategy").first()
+    reached["samples"] = reached["samples"].map("{:,.0f}".format)
+    return reached[["samples", "seconds"]].round(2).add_suffix(f" to {target:.2f}")
 
 
 def name_control(args):
@@ -1139,67 +1068,57 @@ def name_control(args):
     return f"{BASELINE} with as many trained samples"
 
 
-def verdicts(comparison, args):
+def verdict(comparison, args):
     """Sentences on what the tests find."""
     if args.runs < MIN_RUNS:
-        return [f"No verdict: a paired t-test needs {MIN_RUNS} runs."]
+        return f"No verdict: a paired t-test needs {MIN_RUNS} runs."
     _, sign, unit = DECIDING[args.task]
     control = name_control(args)
+    is_shown = comparison["p"] < ALPHA
     sentences = []
-    for name, row in comparison[comparison["p"] < ALPHA].iterrows():
+    for name, row in comparison[is_shown].iterrows():
         word = "better" if sign * row["mean"] > 0 else "worse"
         sentences.append(f"{name} is {abs(row['mean']):.2f} ± {row['interval']:.2f} {unit} {word} "
                          f"than {control}, p = {row['p']:.2g}.")
-    others = comparison.index[~(comparison["p"] < ALPHA) & comparison["mean"].notna()]
+    others = comparison.index[~is_shown & comparison["mean"].notna()]
     if len(others):
         sentences.append(f"No difference from {control} is shown for {', '.join(others)}.")
-    return sentences
-
-
-def name_setting(dataset, noise):
-    """The name of a setting in texts, files and folders."""
-    return f"{dataset}-noise-{noise:g}" if noise else dataset
+    return "\n\n".join(sentences)
 
 
 # --- Pictures -----------------------------------------------------------------------------------
 
 
-def pivot_runs(records, column):
-    """[runs, epochs] of a column of one strategy; runs end with their last common epoch."""
-    trained = records[records["epoch"] > 0]
-    return trained.pivot(index="seed", columns="epoch", values=column).dropna(axis=1).to_numpy()
+def pivot_runs(runs, column):
+    """[seeds, epochs] of a column of one strategy; they end with their last common epoch."""
+    table = runs.pivot(index="seed", columns="epoch", values=column)
+    return table.drop(columns=0).dropna(axis=1).to_numpy()
 
 
 def plot_comparison(runs, comparison, title, args, run_dir):
     """The metric by epoch, by samples trained on and by seconds; and the differences from the
     controls."""
     metric, _, _ = DECIDING[args.task]
-    label = METRICS[args.task][metric]
+    label = METRICS[metric]
     fig, axes = new_figure(f"{title}: {label}, mean of {args.runs} runs", 2, 2, (12, 9))
-    for ax, column in zip(axes, ("epoch", "samples", "seconds")):
-        for i, name in enumerate(args.strategy):
-            own_runs = runs[runs["strategy"] == name]
-            x = pivot_runs(own_runs, column).mean(axis=0)
-            plot_curve(ax, x, pivot_runs(own_runs, metric), name, i, MARKERS[i % 7])
-        ax.set(xlabel=f"{column} of training", ylabel=label)
+    for i, (name, group) in enumerate(runs.groupby("strategy", sort=False)):
+        for ax, column in zip(axes, ("epoch", "samples", "seconds")):
+            x = pivot_runs(group, column).mean(axis=0)
+            plot_curve(ax, x, pivot_runs(group, metric), name, i, MARKERS[i % 7])
+            ax.set(xlabel=f"{column} of training", ylabel=label)
     epoch_axis(axes[0])
     plot_differences(axes[3], {title: comparison}, args)
     legend_below(axes[0])
     save_figure(fig, run_dir / f"comparison_{title}.png")
 
 
-def by_setting(comparisons, column):
-    """{setting: a column of its comparison}, for all strategies that have a control."""
-    return {title: table.loc[table.index != BASELINE, column]
-            for title, table in comparisons.items()}
-
-
 def plot_differences(ax, comparisons, args):
     """The differences from the controls: a row for each strategy, a marker for each setting."""
     _, sign, unit = DECIDING[args.task]
-    names = [name for name in args.strategy if name != BASELINE]
-    plot_dots(ax, names, by_setting(comparisons, "mean"),
-              errors=by_setting(comparisons, "interval"))
+    table = pd.concat(comparisons, axis=1)
+    means = table.xs("mean", axis=1, level=1).dropna()
+    intervals = table.xs("interval", axis=1, level=1).loc[means.index]
+    plot_dots(ax, means.index, dict(means), errors=intervals)
     ax.axvline(0, color="k", linewidth=0.8)
     direction = "more" if sign > 0 else "less"
     ax.set_xlabel(f"difference from {name_control(args)}\n[{unit}; {direction} is better]; bars: "
@@ -1209,20 +1128,21 @@ def plot_differences(ax, comparisons, args):
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def write_strategy_folder(runs, parent, args):
+def write_strategy_folder(runs, parent):
     """A new folder of one strategy in `parent`: summary.txt and a picture of each metric, its mean
     over the runs by epoch with the 95 % interval. Returns the folder."""
     folder = free_run_dir(parent)
     folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
     last = runs.groupby("seed").last()
-    lines = [f"{folder}, runs: {args.runs}, after the last epoch; mean and 95 % interval"]
-    for metric, label in METRICS[args.task].items():
-        lines.append(f"{label}: {mean_text(last[metric], form='.4f')}")
-        fig, (ax,) = new_figure(f"{folder}, runs: {args.runs}", size=(7, 4))
-        values = pivot_runs(runs, metric)
-        plot_curve(ax, np.arange(1, values.shape[1] + 1), values, label, marker="o")
+    title = f"{folder}, runs: {len(last)}"
+    lines = [f"{title}, after the last epoch; mean and 95 % interval"]
+    for metric in runs.columns.intersection(METRICS):
+        lines.append(f"{METRICS[metric]}: {mean_text(last[metric], form='.4f')}")
+        fig, (ax,) = new_figure(title, size=(7, 4))
+        epochs = pivot_runs(runs, "epoch")[0]
+        plot_curve(ax, epochs, pivot_runs(runs, metric), METRICS[metric], marker="o")
         epoch_axis(ax)
-        ax.set_ylabel(label)
+        ax.set_ylabel(METRICS[metric])
         save_figure(fig, folder / f"{metric}.png", show=False)
     (folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder)
@@ -1234,36 +1154,34 @@ def run_experiment(args):
     run_dir = next_run_dir(args)
     records = train_all(all_data, args, run_dir)
     _, _, unit = DECIDING[args.task]
+    texts = [markdown_table([{"data set": data.name} | data.info for data in all_data])]
     comparisons, folders = {}, []
-    texts = [markdown_table([{"data set": data.name} | data.info for data in all_data.values()])]
     for (dataset, noise), setting in records.groupby(["dataset", "noise"], sort=False):
-        title = name_setting(dataset, noise)
-        comparisons[title] = compare(setting, args)
-        table = comparisons[title].drop(columns=["mean", "interval", "p"]).reset_index()
-        table = table.rename(columns={"difference": f"difference [{unit}]"})
-        texts += [f"## {title}", markdown_table(table), *verdicts(comparisons[title], args)]
+        title = f"{dataset}-noise-{noise:g}" if noise else dataset
+        comparison = comparisons[title] = compare(setting, args)
+        table = comparison.drop(columns=["mean", "interval", "p"]).reset_index()
+        texts += [f"## {title}", markdown_table(table), verdict(comparison, args)]
         runs = setting[~setting["control"]]
-        plot_comparison(runs, comparisons[title], title, args, run_dir)
-        for name in args.strategy if not args.quick else ():
+        plot_comparison(runs, comparison, title, args, run_dir)
+        for name, group in runs.groupby("strategy") if not args.quick else ():
             parent = Path(args.output_dir, args.task, title, name)
-            folders.append(write_strategy_folder(runs[runs["strategy"] == name], parent, args))
+            folders.append(write_strategy_folder(group, parent))
     if len(comparisons) > 1:
-        table = pd.DataFrame(by_setting(comparisons, "difference"))
+        table = pd.concat(comparisons, axis=1).xs(f"difference [{unit}]", axis=1, level=1).dropna()
         texts += [f"## Differences from {name_control(args)}", markdown_table(table.reset_index())]
         fig, (ax,) = new_figure(f"Mean of {args.runs} runs", size=(9, 2 + table.size / 4))
         plot_differences(ax, comparisons, args)
         legend_below(ax, 3)
         save_figure(fig, run_dir / "benchmark.png")
-    texts.append(f"±: half width of the 95 % interval over the seeds, of that figure alone. p: "
-                 "paired t-test, after Holm's correction for all tests of a table; none where "
-                 f"every seed has the same difference; * is p < {ALPHA}. Steps: batches; a control "
-                 "makes samples / batch size of them. Seconds: training and selection, without "
+    texts.append("±: 95 % interval over the seeds, of that figure alone. p: paired t-test, after "
+                 "Holm's correction for all tests of a table; none where every seed has the same "
+                 f"difference; * is p < {ALPHA}. Seconds: training and selection, without "
                  "evaluation; runs side by side (--jobs) share the machine. The last two columns: "
-                 f"until the mean of the runs first comes within 1 % of what {BASELINE}, or else "
-                 "the first strategy, has in the end.")
+                 "until the mean of the runs first comes within 1 % of what the first strategy has "
+                 "in the end.")
     if folders:
         texts.append(f"Each strategy alone: {', '.join(folders)}")
-    results = {"data": {name: data.info for name, data in all_data.items()},
+    results = {"data": {data.name: data.info for data in all_data},
                "comparisons": {title: table.reset_index().to_dict("records")
                                for title, table in comparisons.items()},
                "records": records.to_dict("records"), "folders": folders}
