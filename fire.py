@@ -231,6 +231,20 @@ def parse_args(argv=None):
 # --- Data: the embedded generator ---------------------------------------------------------------
 
 
+@dataclass
+class Area:
+    """All rows of one area in order of time."""
+
+    sensors: list  # names
+    readings: np.ndarray  # [rows, sensors] float32, NaN where missing
+    labels: np.ndarray  # [rows] int8
+    oracle: np.ndarray  # [rows] int8: the best possible answers, or -1 where they are unknown
+    step: float = 1.0  # usual seconds from one row to the next
+    recordings: tuple = (0,)  # first row of each file
+    breaks: tuple = (0,)  # rows that follow a gap or begin a recording
+    times: pd.Series | None = None  # time column
+
+
 def intensity(seconds, growth, burn, decay, scale):
     """Hidden intensity of an incident `seconds` after its onset: it grows quadratically, reaches
     `scale` after `growth` seconds, keeps growing for `burn` seconds, then decays exponentially."""
@@ -300,20 +314,14 @@ def generate_area(area, rows, seed):
     return [np.concatenate(arrays)[:rows] for arrays in zip(*blocks)]
 
 
+def generate_areas(args):
+    """{area: Area} of --sample-per-area rows each."""
+    note("no --data: the sensors are synthetic, from the embedded generator")
+    return {area: Area(list(sensors), *generate_area(area, args.sample_per_area, args.seed))
+            for area, sensors in SENSORS.items()}
+
+
 # --- Data: CSV and Parquet files, on this machine or in S3 --------------------------------------
-
-
-@dataclass
-class Area:
-    """All rows of one area in order of time."""
-
-    sensors: list  # names
-    readings: np.ndarray  # [rows, sensors] float32, NaN where missing
-    labels: np.ndarray | None = None  # [rows] int8
-    oracle: np.ndarray | None = None  # [rows] int8, with the embedded generator
-    step: float = 1.0  # usual seconds from one row to the next
-    recordings: tuple = (0,)  # first row of each file
-    breaks: tuple = (0,)  # rows that follow a gap or begin a recording
 
 
 def open_address(address):
@@ -356,21 +364,16 @@ def name_areas(files, split):
     if split == "files":
         return ["all"] * len(files)
     stems = files.str.extract(r"([^/.]*)[^/]*$", expand=False)
-    beginnings = stems.str.split("_").str[0]
-    if beginnings.is_unique:
-        return beginnings
-    return stems if stems.is_unique else files
+    candidates = (stems.str.split("_").str[0], stems)
+    return next((names for names in candidates if names.is_unique), files)
 
 
 def read_csv(content, na_values):
     """DataFrame of a CSV file with any usual delimiter and decimal point, in UTF-8 or Latin-1."""
     head = bytes(content[:65536]).decode(errors="replace")
     encoding = "latin-1" if "\ufffd" in head[:-1] else "utf-8"  # the end may be cut in two
-    header, row = re.sub('"[^"]*"', "", head + "\n").split("\n", 2)[:2]
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = max(",;\t|", key=head.partition("\n")[0].count)
     decimal = "," if delimiter != "," and re.search(r"\d,\d", head) else "."
-    if row.count(delimiter) == header.count(delimiter) + 1:  # R leaves out the name of the index
-        content = delimiter.encode() + bytes(content)
     return pd.read_csv(pa.BufferReader(content), engine="pyarrow", sep=delimiter, decimal=decimal,
                        encoding=encoding, na_values=na_values)
 
@@ -379,11 +382,11 @@ def read_frame(address, na_values):
     """(DataFrame, sha256) of a CSV or Parquet file."""
     content = read_bytes(address)
     digest = hashlib.sha256(content).hexdigest()
-    kind = Path(address).suffix.lower()
+    name = address.lower()
     try:
-        if kind == ".gz":
+        if name.endswith(".gz"):
             content = pa.input_stream(content, "gzip").read_buffer()
-        if kind == ".parquet":
+        if name.endswith(".parquet"):
             table = pa.parquet.read_table(pa.BufferReader(content))
             frame = table.to_pandas(ignore_metadata=True)
         else:
@@ -391,7 +394,7 @@ def read_frame(address, na_values):
     except (ValueError, OSError) as error:  # of pandas and pyarrow
         raise UserError(f"{address}: {error}") from None
     if frame.empty:
-        raise UserError(f"{address}: no rows, only the header {', '.join(frame)}")
+        raise UserError(f"{address}: no rows")
     return frame, digest
 
 
@@ -405,14 +408,31 @@ def check_columns(frame, names, address):
 def refuse(bad, column, problem):
     """Raise UserError with the first cell of a column where `bad` [rows] is true, if there is one.
     The index of the column is (file, row in it)."""
-    if np.any(bad):
-        first = np.argmax(bad)
-        address, row = column.index[first]
-        cell = str(column.iloc[first])
-        raise UserError(f"{address}, row {row + 1}, column {column.name!r}: {cell!r} {problem}")
+    if bad.any():
+        (address, row), cell = next(column[bad].items())
+        raise UserError(f"{address}, row {row + 1}, column {column.name!r}: {str(cell)!r} {problem}")
 
 
-def check_times(column, recordings):
+def find_column(frame, chosen, usual_names):
+    """The column that was chosen, or else the first with a usual name, or None."""
+    return chosen or next((name for name in frame if name.lower() in usual_names), None)
+
+
+def find_sensors(frame, others):
+    """The columns of a recording but `others`, and those that give the answer away."""
+    sensors, left_out = [], []
+    for name in frame.columns.difference(others, sort=False):
+        known = frame[name].dropna()
+        rises = known.is_monotonic_increasing and known.nunique() > len(known) / 4
+        is_label = name.startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
+        (left_out if rises or is_label else sensors).append(name)
+    if left_out:
+        note(f"left out {left_out}, since a row index, a clock, a counter or a second label gives "
+             "the answer away; --columns keeps them")
+    return sensors
+
+
+def read_times(column, recordings):
     """(usual step [s], rows that follow a gap or begin a recording) of a time column, which must
     rise in each recording; `recordings` are their first rows. Times are timestamps, text, or
     numbers of seconds, which may count milli-, micro- or nanoseconds since 1970."""
@@ -427,112 +447,93 @@ def check_times(column, recordings):
         times = min(candidates, key=lambda times: (times.isna().sum(), times.max() - times.min()))
         seconds = (times - times.min()).dt.total_seconds()
     refuse(seconds.isna(), column, "is not a time like the others")
-    steps = np.diff(seconds, prepend=0)
-    steps[recordings] = np.inf
+    steps = seconds.diff()
+    steps.iloc[recordings] = np.inf
     refuse(steps <= 0, column, "is not later than the row above. Sort the file; after a clock "
            "change, use times in UTC; for several devices in one file see --area-column")
-    step = float(np.median(steps))
+    step = float(steps.median())
     return step, np.flatnonzero(steps > 1.5 * step)
 
 
-def read_readings(frame, sensors, na_values):
-    """Readings [rows, sensors] float32 of columns of numbers, NaN where missing. An extreme that
-    repeats, far from all others, such as -999, is noted."""
-    readings = np.empty((len(frame), len(sensors)), np.float32)
+def read_numbers(column, na_values):
+    """A column as numbers, NaN where missing. An extreme that repeats, far from all others, such as
+    -999, is noted."""
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    refuse(numbers.isna() & column.notna(), column,
+           "is not a number; see --na-values, --columns and --area-column")
     missing = [*pd.to_numeric(na_values, errors="coerce"), np.inf, -np.inf]
+    numbers = numbers.mask(numbers.isin(missing))
+    for extreme in (numbers.min(), numbers.max()):
+        distances = (numbers[numbers != extreme] - extreme).abs()
+        repeats = (numbers == extreme).sum()
+        if repeats >= MIN_WINDOWS and 2 * distances.min() > distances.max() > distances.min():
+            note(f"column {column.name!r}: {extreme:g} in {repeats} rows is far from all other "
+                 f"readings; if it means missing, add --na-values {extreme:g}")
+    return numbers
+
+
+def read_area(frames, label, columns, args):
+    """Area of its recordings {address: DataFrame}. Its sensors are `columns`, or, if None, all that
+    remain; its labels are the column `label` as it is."""
+    first = next(iter(frames.values()))
+    times = find_column(first, args.time_column, TIME_COLUMNS)
+    others = [label, times, args.area_column]
+    sensors = [name for name in columns or find_sensors(first, others) if name != label]
+    for address, frame in frames.items():
+        check_columns(frame, [label, times, *sensors], address)
+        if not sensors:
+            raise UserError(f"{address}: no sensor column in {', '.join(frame)}")
+        for name in frame.columns.difference([*others, *(columns or [])]):
+            if DEVICE_COLUMN.fullmatch(name) and frame[name].nunique() > 1:
+                raise UserError(f"{address}: column {name!r} seems to name devices or rooms; choose "
+                                "it with --area-column, or keep the rows of one")
+    frame = pd.concat(frames)
+    readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
-        numbers = pd.to_numeric(frame[name], errors="coerce").astype(float)
-        refuse(numbers.isna() & frame[name].notna(), frame[name],
-               "is not a number; see --na-values, --columns and --area-column")
-        numbers = numbers.mask(numbers.isin(missing))
-        readings[:, i] = numbers
-        for extreme in (numbers.min(), numbers.max()):
-            others = numbers[numbers != extreme]
-            distance = (others - extreme).abs().min()
-            repeats = len(numbers) - len(others)
-            if repeats >= MIN_WINDOWS and distance > others.max() - others.min() > 0:
-                note(f"column {name!r}: {extreme:g} in {repeats} rows is far from all other "
-                     f"readings; if it means missing, add --na-values {extreme:g}")
-    return readings
+        readings[:, i] = read_numbers(frame[name], args.na_values)
+    recordings = np.cumsum([0, *map(len, frames.values())])[:-1]
+    oracle = np.full(len(frame), -1, np.int8)
+    area = Area(sensors, readings, frame.get(label, oracle), oracle, 1.0, recordings, recordings)
+    if times:
+        area.times = frame[times]
+        area.step, area.breaks = read_times(area.times, recordings)
+    return area
 
 
-def read_labels(columns):
-    """Classes [rows] int8 of the label columns of all areas, end to end. A 1 is fire, unless a
-    label of any area is a 2, a warning or a fire."""
-    column = pd.concat(columns)
-    codes, labels = pd.factorize(column, use_na_sentinel=False)
-    texts = pd.Series(labels).astype(str).str.strip().str.lower()
+def read_labels(areas):
+    """Turn the labels of the areas into classes. A 1 is fire, unless a label of any area is a 2, a
+    warning or a fire."""
+    labels = pd.concat([area.labels for area in areas]).drop_duplicates()
+    texts = labels.astype(str).str.strip().str.lower()
     texts = texts.str.replace("[_-]", " ", regex=True).str.removesuffix(".0")
     three_classes = texts.isin(["2", "warning", "fire"]).any()
     classes = texts.map(LABELS if three_classes else LABELS | {"1": 2})
-    refuse(classes.isna()[codes], column, f"is no label; labels are {', '.join(LABELS)}")
-    classes = classes.astype(np.int8)
-    meanings = texts + " is " + np.array(CLASSES)[classes]
-    note(f"labels: {', '.join(sorted(set(meanings)))}")
-    return classes.to_numpy()[codes]
-
-
-def find_time_column(frame, args):
-    """--time-column, or the first column of TIME_COLUMNS; None without one."""
-    return args.time_column or next((name for name in frame if name.lower() in TIME_COLUMNS), None)
-
-
-def find_columns(frame, address, args):
-    """(sensors, label column, time column or None) of a file with labels."""
-    label = args.label_column or next((name for name in LABEL_COLUMNS if name in frame), "label")
-    times = find_time_column(frame, args)
-    check_columns(frame, [label, times, *(args.columns or [])], address)
-    if args.columns:
-        return [name for name in args.columns if name != label], label, times
-    sensors, left_out = [], []
-    for name in frame.columns.difference([label, times, args.area_column], sort=False):
-        if DEVICE_COLUMN.fullmatch(name):
-            raise UserError(f"{address}: does column {name!r} name a device or a room? Choose it "
-                            "with --area-column, or list the sensors with --columns")
-        known = frame[name].dropna()
-        rises = known.is_monotonic_increasing and known.nunique() > len(known) / 4
-        is_label = name in LABEL_COLUMNS or name == f"{label}.1"  # as pandas calls a second one
-        (left_out if rises or is_label else sensors).append(name)
-    if left_out:
-        note(f"{address}: left out {left_out}, since a row index, a clock, a counter or a second "
-             "label gives the answer away; --columns keeps them")
-    return sensors, label, times
-
-
-def make_area(frames, sensors, times, na_values):
-    """Area, as yet without labels, of its recordings {address: DataFrame}."""
-    frame = pd.concat(frames)
-    recordings = np.cumsum([0, *map(len, frames.values())])[:-1]
-    readings = read_readings(frame, sensors, na_values)
-    step, breaks = check_times(frame[times], recordings) if times else (1.0, recordings)
-    return Area(sensors, readings, step=step, recordings=recordings, breaks=breaks)
+    refuse(classes.isna(), labels, f"is no label; labels are {', '.join(LABELS)}")
+    names = classes.map(dict(enumerate(CLASSES)))
+    note(f"labels: {dict(zip(texts, names))}")
+    numbers = dict(zip(labels, classes))
+    for area in areas:
+        area.labels = area.labels.map(numbers).to_numpy(np.int8)
 
 
 def file_areas(args):
     """({area: Area}, [{path, rows, sha256}, …]) of the files in args.data."""
     addresses = [file for address in args.data for file in list_files(address)]
-    recordings, areas, files, labels = {}, {}, [], []
+    recordings, areas, files = {}, {}, []
     for address, area in zip(addresses, name_areas(addresses, args.split)):
         frame, digest = read_frame(address, args.na_values)
         files.append({"path": address, "rows": len(frame), "sha256": digest})
-        check_columns(frame, [args.area_column], address)
         groups = [(area, frame)]
         if args.area_column:
+            check_columns(frame, [args.area_column], address)
             groups = frame.groupby(args.area_column, dropna=False)
         for name, rows in groups:
             recordings.setdefault(str(name), {})[address] = rows
     for name, frames in recordings.items():
-        first = next(iter(frames))
-        sensors, label, times = find_columns(frames[first], first, args)
-        if not sensors:
-            raise UserError(f"{first}: no sensor column in {', '.join(frames[first])}")
-        for address, frame in frames.items():
-            check_columns(frame, frames[first], address)
-        areas[name] = make_area(frames, sensors, times, args.na_values)
-        labels.append(pd.concat(frames)[label])
-    ends = np.cumsum([len(column) for column in labels])
-    for area, classes in zip(areas.values(), np.split(read_labels(labels), ends)):
-        area.labels = classes
+        first = next(iter(frames.values()))
+        label = find_column(first, args.label_column, LABEL_COLUMNS) or "label"
+        areas[name] = read_area(frames, label, args.columns, args)
+    read_labels(areas.values())
     return areas, files
 
 
@@ -554,8 +555,8 @@ def remove_drift(readings, rows):
     known = np.isfinite(readings)
     sums = np.add.reduceat(np.where(known, readings, 0), starts)
     means = pd.DataFrame(sums) / np.add.reduceat(known, starts, dtype=np.int32)
-    window = means.rolling(BASELINE_BLOCKS, min_periods=1)
-    trailing = window.quantile(BASELINE_QUANTILE).ffill().bfill()
+    trailing = means.rolling(BASELINE_BLOCKS, min_periods=1).quantile(BASELINE_QUANTILE)
+    trailing = trailing.ffill().bfill()
     baseline = trailing.shift(1).fillna(trailing.iloc[0])
     readings -= baseline.to_numpy(np.float32).repeat(block, axis=0)[: len(readings)]
 
@@ -570,7 +571,7 @@ def cut_rows(labels, start, stop, gap):
     cuts = []
     for share in CUTS:
         cut = start + int(share * rows)
-        normal = labels[cut : cut + int(0.05 * rows) + gap] == 0
+        normal = labels[cut : cut + rows // 20 + gap] == 0
         quiet = np.convolve(normal, np.ones(gap), "valid") == gap
         cuts.append(cut + int(quiet.argmax()))
     first, second = cuts
@@ -623,37 +624,42 @@ def sample_blocks(stretches, labels, split, args, seed):
         incidents = np.array([np.count_nonzero(labels[start:stop]) for start, stop in blocks])
         wanted = (incidents > 0) & (incidents.cumsum() <= INCIDENT_SHARE * rows)
         blocks = np.concatenate([blocks[wanted], blocks[incidents == 0]])
-    return sorted(blocks[np.diff(blocks)[:, 0].cumsum() <= rows].tolist())
+    sizes = blocks[:, 1] - blocks[:, 0]
+    return sorted(blocks[sizes.cumsum() <= rows].tolist())
+
+
+def find_segments(areas, how, args):
+    """({split: [(start, stop), …]} of the sampled rows, all areas end to end; the number of windows
+    [classes, splits] in them)."""
+    segments = {split: [] for split in SPLITS}
+    counts = pd.DataFrame(0, CLASSES, SPLITS)
+    offset = 0
+    for number, area in enumerate(areas):
+        for split, stretches in split_area(area, how, args).items():
+            seed = [args.seed, number]
+            for start, stop in sample_blocks(stretches, area.labels, split, args, seed):
+                segments[split].append((offset + start, offset + stop))
+                ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
+                counts[split] += np.bincount(ends, minlength=len(CLASSES))
+        offset += len(area.labels)
+    return segments, counts
 
 
 def choose_split(areas, args):
-    """(name of the split, {split: [(start, stop), …]} of its sampled rows, all areas end to end).
-
-    Raises UserError where a split is empty or the training part has one class only.
-    """
-    present = np.unique(np.concatenate([area.labels for area in areas]))
-    candidates = []
-    for how in ["time", "runs"] if args.split == "auto" else [args.split]:
-        segments = {split: [] for split in SPLITS}
-        counts = pd.DataFrame(0, CLASSES, SPLITS)
-        offset = 0
-        for number, area in enumerate(areas):
-            seed = [args.seed, number]
-            for split, stretches in split_area(area, how, args).items():
-                for start, stop in sample_blocks(stretches, area.labels, split, args, seed):
-                    segments[split].append((offset + start, offset + stop))
-                    ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
-                    counts[split] += np.bincount(ends, minlength=len(CLASSES))
-            offset += len(area.labels)
-        few = counts.iloc[present].stack() < MIN_WINDOWS
-        candidates.append((few.sum(), how, segments, counts, few))
-    _, how, segments, counts, few = min(candidates, key=lambda candidate: candidate[0])
+    """(name of the split, its segments). Of two splits the one that leaves fewer classes without
+    enough windows is chosen. Raises UserError where a split is empty or the training part has one
+    class only."""
+    splits = ["time", "runs"] if args.split == "auto" else [args.split]
+    candidates = {how: find_segments(areas, how, args) for how in splits}
+    how = min(splits, key=lambda how: (candidates[how][1].to_numpy() < MIN_WINDOWS).sum())
+    segments, counts = candidates[how]
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all "
              "scores are optimistic")
-    if few.any():
-        names = ", ".join(f"{name} in {split}" for name, split in few.index[few])
-        note(f"fewer than {MIN_WINDOWS} windows, too few to score: {names}")
+    few = counts[counts.any(axis=1)].stack()
+    few = few[few < MIN_WINDOWS].to_dict()
+    if few:
+        note(f"fewer than {MIN_WINDOWS} windows are too few to score: {few}")
     if (counts["train"] > 0).sum() < 2 or not counts.any().all():
         raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
                         "or --stride, or another --split")
@@ -665,11 +671,11 @@ def choose_baseline(areas, how, args):
     training part lasts longer, since the baseline would adapt to it."""
     if args.baseline_seconds is not None:
         return args.baseline_seconds
-    incidents = [area.step * (np.bincount((area.labels[start:stop] == 0).cumsum()).max() - 1)
-                 for area in areas for start, stop in split_area(area, how, args)["train"]]
-    if max(incidents) <= BASELINE_SECONDS:
+    longest = max(area.step * (np.bincount((area.labels[start:stop] == 0).cumsum()).max() - 1)
+                  for area in areas for start, stop in split_area(area, how, args)["train"])
+    if longest <= BASELINE_SECONDS:
         return BASELINE_SECONDS
-    note(f"no drift compensation, since an incident lasts {max(incidents):,.0f} s")
+    note(f"no drift compensation, since an incident lasts {longest:,.0f} s")
     return 0
 
 
@@ -678,8 +684,8 @@ def assign_columns(areas):
     names = [name for area in areas for name in area.sensors]
     columns = {}
     for name in sorted(dict.fromkeys(names), key=names.count, reverse=True):
-        together = [area.sensors for area in areas if name in area.sensors]
-        taken = {columns.get(other) for sensors in together for other in sensors}
+        taken = {columns.get(other) for area in areas if name in area.sensors
+                 for other in area.sensors}
         columns[name] = min(set(range(len(taken) + 1)) - taken)
     return columns
 
@@ -691,9 +697,9 @@ class Data:
     readings: torch.Tensor  # [rows, columns] float32, normalized, NaN where missing
     labels: torch.Tensor  # [rows] int8
     areas: torch.Tensor  # [rows] int16, number of the area
-    segments: dict  # {split: tensor [segments, 2]}, first row and the row after the last
+    oracle: torch.Tensor  # [rows] int8, -1 where there is none
+    segments: dict  # {split: [(first row, row after the last), …]}
     seq_len: int
-    oracle: np.ndarray | None = None  # [rows] int8
 
     def windows(self, starts):
         """(readings [batch, seq_len, columns], areas [batch], labels [batch]) of windows that begin
@@ -708,38 +714,23 @@ class Data:
     def starts(self, split, stride):
         """First rows of the windows of a split, `stride` rows apart."""
         rows = [np.arange(start, stop - self.seq_len + 1, stride)
-                for start, stop in self.segments[split].tolist()]
+                for start, stop in self.segments[split]]
         return torch.from_numpy(np.concatenate(rows)).to(self.labels.device)
-
-    def random_starts(self, split, count, generator):
-        """First rows [count] of windows at random rows of a split, all equally likely."""
-        first, stop = self.segments[split].T
-        windows = (stop - first - self.seq_len + 1).cumsum(0)  # of all segments up to each
-        drawn = torch.randint(int(windows[-1]), (count,), generator=generator)
-        segment = torch.searchsorted(windows, drawn, right=True)
-        return (stop[segment] - self.seq_len + 1 - windows[segment] + drawn).to(self.labels.device)
 
 
 def load_data(args):
     """(Data, info): read or generate the areas, split, take off drift, normalize. `info` describes
     them in results.json, and tells what a checkpoint needs for new readings."""
-    if args.data:
-        by_name, files = file_areas(args)
-    else:
-        note("no --data: the sensors are synthetic, from the embedded generator")
-        by_name, files = {}, []
-        for name, sensors in SENSORS.items():
-            generated = generate_area(name, args.sample_per_area, args.seed)
-            by_name[name] = Area(list(sensors), *generated)
+    by_name, files = file_areas(args) if args.data else (generate_areas(args), [])
     areas = list(by_name.values())
     how, segments = choose_split(areas, args)
-    columns = pd.Series(assign_columns(areas))
     seconds = choose_baseline(areas, how, args)
-    rows = sum(stop - start for bounds in segments.values() for start, stop in bounds)
-    digest = joblib.hash([segments, args.stride, *map(vars, areas)])
-    column_names = columns.index.to_series().groupby(columns).agg(" or ".join)
-    info = {"files": files, "rows": int(rows), "hash": digest, "split": how,
-            "baseline_seconds": seconds, "columns": column_names.tolist(), "areas": {}}
+    columns = pd.Series(assign_columns(areas))
+    names = columns.index.to_series().groupby(columns).agg(" or ".join)
+    content = [segments, args.stride, [(area.readings, area.labels) for area in areas]]
+    info = {"files": files, "rows": int(np.diff(np.concatenate([*segments.values()])).sum()),
+            "hash": joblib.hash(content), "split": how, "baseline_seconds": seconds,
+            "columns": names.tolist(), "areas": {}}
     ends = np.cumsum([len(area.labels) for area in areas])
     is_train = np.zeros(ends[-1], bool)
     for start, stop in segments["train"]:
@@ -752,29 +743,23 @@ def load_data(args):
         std = std.mask(std <= 1e-6 * mean.abs(), 1)  # 1 for a constant
         info["areas"][name] = {"sensors": area.sensors, "columns": columns[area.sensors].tolist(),
                                "mean": mean.tolist(), "std": std.tolist(), "step": area.step}
-    data = make_data(by_name, info, segments, args.seq_len, args.device)
-    if not args.data:
-        data.oracle = np.concatenate([area.oracle for area in areas])
-    return data, info
+    return make_data(by_name, info, segments, args), info
 
 
-def make_data(areas, info, segments, seq_len, device):
+def make_data(areas, info, segments, args):
     """Data of `areas` {name: Area} as `info` describes them: normalized readings, each sensor in
     its input column, and 0 in those for which an area has no sensor."""
-    readings, labels, numbers = [], [], []
+    rows = []
     for name, area in areas.items():
         described = info["areas"][name]
-        normalized = (area.readings - np.float32(described["mean"])) / np.float32(described["std"])
-        columns = np.zeros((len(normalized), len(info["columns"])), np.float32)
-        columns[:, described["columns"]] = normalized
-        readings.append(columns)
-        labels.append(area.labels)
-        number = list(info["areas"]).index(name)
-        numbers.append(np.full(len(columns), number, np.int16))
-    tensors = [torch.from_numpy(np.concatenate(arrays)).to(device)
-               for arrays in (readings, labels, numbers)]
-    segments = {split: torch.tensor(bounds) for split, bounds in segments.items()}
-    return Data(*tensors, segments, seq_len)
+        readings = np.zeros((len(area.readings), len(info["columns"])), np.float32)
+        mean, std = np.float32([described["mean"], described["std"]])
+        readings[:, described["columns"]] = (area.readings - mean) / std
+        number = np.full(len(readings), list(info["areas"]).index(name), np.int16)
+        rows.append((readings, area.labels, number, area.oracle))
+    readings, labels, numbers, oracle = [
+        torch.from_numpy(np.concatenate(arrays)).to(args.device) for arrays in zip(*rows)]
+    return Data(readings, labels, numbers, oracle, segments, args.seq_len)
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -1040,12 +1025,14 @@ def train_transformer(model, data, args, state, run_dir):
         for name, module in modules.items():
             module.load_state_dict(state[name])
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    train_starts = data.starts("train", 1)
 
     while not is_finished(state, args):
         epoch, start_time = len(state["history"]) + 1, time.perf_counter()
         seed = 1000 * args.seed + epoch
         generator = torch.Generator().manual_seed(seed)
-        starts = data.random_starts("train", args.steps_per_epoch * args.batch_size, generator)
+        windows = args.steps_per_epoch * args.batch_size
+        starts = train_starts[torch.randint(len(train_starts), (windows,), generator=generator)]
         torch.manual_seed(seed * WORLD_SIZE + RANK)  # for dropout and gains
         model.train()
         losses, correct = [], 0
@@ -1110,9 +1097,8 @@ def classify(model, baselines, data, starts):
     for name, baseline in baselines.items():
         answers[name] = baseline.predict(features)
     answers["ensemble"] = -mode(-answers[VOTERS], axis=1).mode  # ties go to the more severe class
-    if data.oracle is not None:
-        answers["oracle"] = data.oracle[starts.cpu() + data.seq_len - 1]
-    return answers
+    answers["oracle"] = data.oracle[starts + data.seq_len - 1].cpu().numpy()
+    return answers.loc[:, (answers >= 0).any()]
 
 
 def score_answers(answers, labels, areas):
@@ -1512,49 +1498,41 @@ def load_transformer(address):
 def predict_file(args):
     """Class, probabilities and risk of each window of new readings, as predictions.csv. A window
     without any reading has no class. Returns the results."""
-    model, arguments, info = load_transformer(args.checkpoint)
-    seq_len = arguments["seq_len"]
+    model, trained, info = load_transformer(args.checkpoint)
+    inherited = {name: vars(args)[name] or trained[name]
+                 for name in ("stride", "na_values", "time_column")}
+    inherited["seq_len"] = seq_len = trained["seq_len"]
+    args = argparse.Namespace(**vars(args) | inherited)
     name = args.area or name_areas([args.predict], "time")[0]
     if name not in info["areas"]:
         names = ", ".join(info["areas"])
         raise UserError(f"{args.predict}: --area takes {names}, not {name!r}")
-    na_values = args.na_values or arguments["na_values"]
-    frame, _ = read_frame(args.predict, na_values)
-    sensors = info["areas"][name]["sensors"]
-    times = find_time_column(frame, args)
-    check_columns(frame, [times, *sensors], args.predict)
-    if any(map(DEVICE_COLUMN.fullmatch, frame.columns.difference(sensors))):
-        raise UserError(f"{args.predict}: a column names devices or rooms; keep the rows of one of "
-                        "them, without that column")
-    area = make_area({args.predict: frame}, sensors, times, na_values)
-    trained_step = info["areas"][name]["step"]
-    if not math.isclose(area.step, trained_step, rel_tol=0.01):
-        note(f"{args.predict}: a row is {area.step:g} s, in training it was {trained_step:g} s")
-    known = np.isfinite(area.readings).any(axis=1)
+    described = info["areas"][name]
+    frame, _ = read_frame(args.predict, args.na_values)
+    area = read_area({args.predict: frame}, None, described["sensors"], args)
+    if not math.isclose(area.step, described["step"], rel_tol=0.01):
+        note(f"a row is {area.step:g} s, in training it was {described['step']:g} s")
     remove_drift(area.readings, info["baseline_seconds"] / area.step)
-    area.labels = np.zeros(len(frame), np.int8)
     bounds = list(pairwise([*area.breaks, len(frame)]))
-    data = make_data({name: area}, info, {"new": bounds}, seq_len, args.device)
-    starts = data.starts("new", args.stride or arguments["stride"])
+    data = make_data({name: area}, info, {"new": bounds}, args)
+    starts = data.starts("new", args.stride)
     if not len(starts):
         raise UserError(f"{args.predict}: a window needs {seq_len} rows without a gap")
     logits, risk = predict(model.to(args.device), data, starts)
 
-    first = starts.cpu().numpy()
-    last = first + seq_len - 1
-    table = pd.DataFrame({"area": name, "first row": first + 1, "last row": last + 1})
-    if times:
-        table[times] = frame[times].to_numpy()[last]
+    last = starts.cpu().numpy() + seq_len - 1
+    table = pd.DataFrame({"area": name, "first row": last - seq_len + 2, "last row": last + 1})
+    if area.times is not None:
+        table["time"] = area.times.to_numpy()[last]
     table[CLASSES] = logits.softmax(1).cpu().numpy()
     table["class"] = table[CLASSES].idxmax(axis=1)
     table["risk"] = risk.cpu().numpy()
-    known = pd.Series(known).rolling(seq_len).sum()[last]
-    table.loc[known.to_numpy() == 0, ["class", *CLASSES, "risk"]] = None
+    empty = pd.DataFrame(area.readings).isna().all(axis=1).rolling(seq_len).min()
+    table.loc[empty.to_numpy()[last] == 1, ["class", "risk", *CLASSES]] = None
     run_dir = next_run_dir(args)
-    with atomic_write(run_dir / "predictions.csv") as path:
-        table.to_csv(path, index=False)
-    counts = table["class"].value_counts().reindex(CLASSES, fill_value=0).to_dict()
-    counts["no class"] = len(table) - sum(counts.values())
+    table.to_csv(run_dir / "predictions.csv", index=False)
+    counts = table["class"].fillna("no class").value_counts()
+    counts = counts.reindex([*CLASSES, "no class"], fill_value=0).to_dict()
     summary = f"Windows of {seq_len} rows by class:\n\n{markdown_table([counts])}\n"
     return write_results({"windows": len(table), "counts": counts}, summary, args, run_dir)
 
