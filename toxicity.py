@@ -57,7 +57,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import timeit
 import urllib.request
 import warnings
 from collections import Counter
@@ -106,7 +105,7 @@ DATA_ARGUMENTS = ["dataset", "data", "text_column", "label_column", "positive_la
 def parse_args(argv=None):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
+        "toxicity.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add_source = parser.add_mutually_exclusive_group().add_argument
@@ -253,6 +252,7 @@ MISSED, ALARMED = 0.05, 0.003  # annotators miss a toxic comment, or take a harm
 HOSTILE = [text for kind in ("insult", "threat", "sarcasm") for text in COMMENTS[kind][2]]
 QUOTED = {"agreeing": HOSTILE, "quoting": HOSTILE, "denied praise": PRAISES,
           "agreed praise": PRAISES}
+LISTS = [OPENERS, CLOSERS, SUBJECTS, INSULTS, GROUPS]
 
 
 def pick(options, draw):
@@ -271,9 +271,8 @@ def generate_comments(count, seed):
         _, toxic, templates = COMMENTS[kind]
         body = pick(templates, draws[0]).replace("{q}", pick(QUOTED.get(kind, HOSTILE), draws[6]))
         stop = "" if body[-1] in "?." else "."
-        text = pick(OPENERS, draws[1]) + body + stop + pick(CLOSERS, draws[2])
-        text = text.format(s=pick(SUBJECTS, draws[3]), i=pick(INSULTS, draws[4]),
-                           g=pick(GROUPS, draws[5]))
+        opener, closer, subject, insult, group = map(pick, LISTS, draws[1:6])
+        text = (opener + body + stop + closer).format(s=subject, i=insult, g=group)
         texts.append(text[0].upper() + text[1:])
         labels.append(toxic ^ (error < (MISSED if toxic else ALARMED)))
     return texts, np.array(labels, dtype=np.int64)
@@ -332,33 +331,31 @@ def read_table(path):
     return table
 
 
-def read_texts(path, text_column, label_column, positive_label, threshold):
-    """Table [text, label, class] of a file. Toxic is the positive label, whatever its letter case
-    and the spaces around it, or else a number from the threshold on."""
+def read_texts(path, args):
+    """Table [text, label, class] of a file. Toxic is --positive-label, whatever its letter case
+    and the spaces around it, or else a number from --label-threshold on."""
     table = read_table(path)
-    missing = {text_column, label_column} - set(table)
-    if missing:
-        raise UserError(f"no column {missing.pop()!r} among {list(table)}")
-    texts, cells = table[text_column], table[label_column].map(str)
+    for name in (args.text_column, args.label_column):
+        if name not in table:
+            raise UserError(f"no column {name!r} among {list(table)}")
+    texts, cells = table[args.text_column], table[args.label_column].map(str)
     values = cells.str.strip().str.lower()
-    if positive_label is None:
+    if args.positive_label is None:
         numbers = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
-        known = numbers.between(0, 1 if threshold < 1 else math.inf)
-        toxic = numbers >= threshold
+        known = numbers.between(0, 1 if args.label_threshold < 1 else math.inf)
+        toxic = numbers >= args.label_threshold
     else:
-        known = table[label_column].notna() & ~values.isin(NO_LABEL)
-        toxic = values == positive_label.strip().lower()
-    counts = [cells[rows].value_counts()[:MAX_CLASSES].to_dict() for rows in (toxic, ~toxic)]
-    found = f"of the most frequent labels, toxic are {counts[0]}, not toxic are {counts[1]}"
-    note(found)
-    filled = [isinstance(text, str) and text.strip() != "" for text in texts]
-    good = known & np.array(filled, dtype=bool)
+        known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
+        toxic = values == args.positive_label.strip().lower()
+    counts = cells.groupby(np.take(CLASSES, toxic)).value_counts().nlargest(MAX_CLASSES)
+    note(f"the labels (at most {MAX_CLASSES}) and their texts: {counts.to_dict()}")
+    good = known & (texts.str.strip().fillna("") != "")
     if not good.all():
         row = good.argmin()
         raise UserError(
-            f"row {row + 1} has no text or no label: {texts.iloc[row]!r}, {cells.iloc[row]!r}. "
-            "Without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
-            f"--label-threshold is 1 or more; {found}")
+            f"row {row + 1} has no text or no label: {texts.iloc[row]!r}, {cells.iloc[row]!r}; "
+            "without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
+            "--label-threshold is 1 or more")
     labels = toxic.astype(int)
     classes = pd.factorize(values)[0] if values.nunique() <= MAX_CLASSES else labels
     return pd.DataFrame({"text": texts.map(clean_text), "label": labels, "class": classes})
@@ -399,13 +396,10 @@ def fetch_civil_comments(args):
 def read_source(args):
     """(table [text, label, class] of what the arguments name, the name of the source)."""
     if args.data:
-        return read_texts(args.data, args.text_column, args.label_column, args.positive_label,
-                          args.label_threshold), Path(args.data).name
+        return read_texts(args.data, args), Path(args.data).name
     if args.dataset != "embedded":
         try:
-            path = fetch_civil_comments(args)
-            table = read_texts(path, "text", "toxicity", None, args.label_threshold)
-            return table, "civil_comments"
+            return read_texts(fetch_civil_comments(args), args), "civil_comments"
         except (UserError, ValueError, OSError) as error:
             if args.dataset:
                 raise
@@ -425,10 +419,9 @@ def split_texts(table, sample_size, seed):
 
     keys = table["text"].map(same_text)
     rest = table.loc[keys.drop_duplicates().sort_values().index]
-    if len(rest) < len(table):
-        both = (table.groupby(keys)["label"].nunique() == 2).sum()
-        note(f"repeated texts are left out; {both:,} of {len(rest):,} different texts have both "
-             "labels")
+    both = (table.groupby(keys)["label"].nunique() == 2).sum()
+    if both:
+        note(f"{both:,} of {len(rest):,} different texts have both labels; the first one counts")
     train, held_out = sample_size, sample_size // 5
     if not 0 < train + 2 * held_out <= len(rest):
         train, held_out = len(rest), len(rest) // 10
@@ -450,14 +443,14 @@ def load_data(args, only_test=False, seen=()):
         splits = {"test": table}
         if not only_test:
             splits = split_texts(table, args.sample_size, args.seed)
-    except (UserError, ValueError, OSError) as error:
+    except (UserError, ValueError, OSError, AttributeError) as error:
         raise UserError(f"{args.data or args.dataset}: {error}") from None
     test = splits["test"]
-    known = np.isin(hash_texts(test["text"]), seen)
-    if known.any():
-        note(f"{known.sum():,} of {len(test):,} texts were used to train the model and are left "
+    new = ~np.isin(hash_texts(test["text"]), seen)
+    splits["test"] = test[new]
+    if not new.all():
+        note(f"{(~new).sum():,} of {len(new):,} texts were used to train the model and are left "
              "out")
-        splits["test"] = test[~known]
     digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy())
     info = {"source": source, "sha256": digest.hexdigest()}
     for split, part in splits.items():
@@ -851,7 +844,10 @@ def train_model(state, examples, toxic, args, rate, path):
     """
     train, switch = examples["train"], ARMS[args.arm]
     cycle = (args.switch_every or max(1, args.epochs // 2)) if switch else args.epochs
-    model = resume_model(state["model"], args.device)
+    model = unpack_model(state["model"])
+    if has_layers(state["model"]["weights"], "to_neuron"):
+        model = perforate(model, args.device)
+    model.to(args.device)
     # A giant gains from bfloat16; for BERT-Tiny the casts cost more than they save.
     half = has_bfloat16(args.device) and model.config.hidden_size > 256
     optimizer = make_optimizer(model, rate)
@@ -865,7 +861,7 @@ def train_model(state, examples, toxic, args, rate, path):
         steps = cycle * len(batches)
         losses = []
         model.train()
-        for rows in progress(batches, f"{args.arm}, epoch {epoch} of {args.epochs}"):
+        for rows in progress(batches, f"epoch {epoch} of {args.epochs}"):
             step = (epoch - 1) % cycle * len(batches) + len(losses)
             optimizer.param_groups[0]["lr"] = rate * warm_up_then_decay(step, steps)
             with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
@@ -877,27 +873,18 @@ def train_model(state, examples, toxic, args, rate, path):
             optimizer.step()
             losses.append(loss.detach())
         loss = torch.stack(losses).mean().item()
-        add_epoch(state, model.eval(), examples["validation"], toxic, loss)
+        add_epoch(state, model.eval(), examples["validation"], toxic, loss, start_time)
         if switch and epoch % cycle == 0 and epoch < args.epochs:
             model = switch(unpack_model(state["best"]["model"]), train, args).to(args.device)
             optimizer = make_optimizer(model, rate)
             state["model"] = pack_model(model)
             state["switches"].append({"epoch": epoch, "parameters": count_live(model)})
         state["optimizer"] = optimizer.state_dict()
-        state["history"][-1]["seconds"] = time.perf_counter() - start_time
         with atomic_write(path) as part:
             torch.save(state, part)
 
 
-def resume_model(packed, device):
-    """The model of a checkpoint as it is trained: one of perforatedai's if it has dendrites."""
-    model = unpack_model(packed)
-    if has_layers(packed["weights"], "to_neuron"):
-        model = perforate(model, device)
-    return model.to(device)
-
-
-def add_epoch(state, model, validation, toxic, train_loss):
+def add_epoch(state, model, validation, toxic, train_loss, start_time):
     """Validate after an epoch; the model with the best PR AUC stays in the state."""
     from sklearn.metrics import average_precision_score
 
@@ -910,7 +897,7 @@ def add_epoch(state, model, validation, toxic, train_loss):
     state["model"] = pack_model(model)
     state["history"].append({
         "train_loss": train_loss, "validation_loss": validation.loss(logits).item(),
-        "validation_pr_auc": pr_auc})
+        "validation_pr_auc": pr_auc, "seconds": time.perf_counter() - start_time})
     if pr_auc > state["best"]["pr_auc"]:
         state["best"] = {"pr_auc": pr_auc, "epoch": epoch, "model": state["model"]}
     log(f"epoch {epoch}: training loss {train_loss:.3f}, validation PR AUC {pr_auc:.3f}")
@@ -927,10 +914,7 @@ def fit_classifier(loaded, data, args, path, lesson=None):
     if state["source"] != source:
         raise UserError(f"{path}: the run began with {state['source']}, here are {source}")
     train_model(state, examples, toxic, args, args.learning_rate or rate, path)
-    best = state["best"]["model"]
-    model = unpack_model(best).to(args.device).eval()
-    if has_layers(best["weights"], "to_neuron"):
-        name += " + dendrites"
+    model = unpack_model(state["best"]["model"]).to(args.device).eval()
     arguments = {argument: vars(args)[argument] for argument in DATA_ARGUMENTS}
     arguments["dataset"] = None if args.data else data.info["source"]
     texts, labels = data.split("validation")
@@ -1003,8 +987,8 @@ class Int8Embedding(nn.Module):
     def __init__(self, layer):
         super().__init__()
         weight, scale = round_to_int8(layer.weight)
-        self.weight = nn.Parameter(weight, requires_grad=False)  # [rows, columns] int8
-        self.scale = nn.Parameter(scale, requires_grad=False)  # [rows, 1]
+        self.weight = nn.Parameter(weight, False)  # [rows, columns] int8
+        self.scale = nn.Parameter(scale, False)  # [rows, 1]
 
     def forward(self, ids):
         return self.weight[ids] * self.scale[ids]
@@ -1191,12 +1175,16 @@ def measure_speed(classifier, texts):
     """{column: value} with size of the weights, latency of one text and throughput on the CPU,
     text to score."""
     classifier.model.cpu()
-    one_by_one = iter(texts * 100)
-    latency = timeit.repeat(lambda: classifier.scores([next(one_by_one)]), number=1, repeat=100)
-    seconds = min(timeit.repeat(lambda: classifier.scores(texts), number=1, repeat=2))
+
+    def seconds(batch):
+        start_time = time.perf_counter()
+        classifier.scores(batch)
+        return time.perf_counter() - start_time
+
+    latency = [1000 * seconds([text]) for text in texts[:100]]
     megabytes = sum(weight.nbytes for weight in classifier.model.parameters()) / 1e6
-    return {"MB": megabytes, "median latency [ms]": 1000 * np.median(latency),
-            "99 % latency [ms]": 1000 * np.percentile(latency, 99), "texts/s": len(texts) / seconds}
+    return {"MB": megabytes, "99 % latency [ms]": np.percentile(latency, 99),
+            "texts/s": len(texts) / min(seconds(texts), seconds(texts))}
 
 
 # --- Pictures -----------------------------------------------------------------------------------
@@ -1204,11 +1192,9 @@ def measure_speed(classifier, texts):
 def plot_learning(state, name, path):
     """Loss and PR AUC over the epochs; dotted lines are switches."""
     history = pd.DataFrame(state["history"])
-    epochs = history.index + 1
     fig, axes = new_figure(f"Training of {name}", 1, 2, (11, 4.2))
-    plot_curve(axes[0], epochs, history["train_loss"], "training", 0, "o")
-    plot_curve(axes[0], epochs, history["validation_loss"], "validation", 1, "s")
-    plot_curve(axes[1], epochs, history["validation_pr_auc"], "validation", 1, "s")
+    for i, column in enumerate(["train_loss", "validation_loss", "validation_pr_auc"]):
+        plot_curve(axes[i // 2], history.index + 1, history[column], column, i, "o")
     for ax, label in zip(axes, ["loss", "PR AUC"]):
         ax.set_ylabel(label)
         for switch in state["switches"]:
@@ -1264,9 +1250,9 @@ measured on the CPU (threads: {torch.get_num_threads()}).
 
 def format_answer(models):
     """The sentence at the end of a run."""
-    ranking = sorted(models, key=lambda name: models[name]["PR AUC"], reverse=True)
-    figures = [f"{name} {models[name]['PR AUC']:.3f}" for name in ranking]
-    return f"PR AUC on the test part, from the best to the worst: {'; '.join(figures)}."
+    areas = pd.Series({name: row["PR AUC"] for name, row in models.items()})
+    ranking = [f"{name} {area:.3f}" for name, area in areas.sort_values()[::-1].items()]
+    return f"PR AUC on the test part, from the best to the worst: {'; '.join(ranking)}."
 
 
 def giant_killer(tiny, giant):
@@ -1328,8 +1314,8 @@ def run_experiment(args, run_dir=None):
     classifier, state = fit_classifier(loaded, data, args, run_dir / "checkpoint.pt", lesson)
     classifier.save(run_dir / "best_model.pt")
     plot_learning(state, classifier.name, run_dir / "learning_curves.png")
-    switches, best_epoch = state["switches"], state["best"]["epoch"]
-    if ARMS[args.arm] and not any(switch["epoch"] < best_epoch for switch in switches):
+    best_epoch, switches = state["best"]["epoch"], state["switches"]
+    if switches and best_epoch <= switches[0]["epoch"]:
         note("the best epoch was before the first switch, so the model is as it was before it")
     classifiers = [classifier, to_int8(classifier, run_dir)]
     return report(classifiers, data, args, run_dir, giant, arm=args.arm, switches=switches,
@@ -1408,9 +1394,8 @@ def run_arms(args):
         finished = folder / "results.json"
         if not finished.exists():
             folder.mkdir(exist_ok=True)
-            before = list(NOTES)
+            NOTES.clear()  # those of a run are in its own results
             run_experiment(argparse.Namespace(**vars(args) | {"seed": seed, "arm": arm}), folder)
-            NOTES[:] = before  # those of this run are in its own results
         runs.append(json.loads(finished.read_text()))
     return write_results(*combine_runs(runs), args, run_dir)
 
@@ -1549,9 +1534,9 @@ def export_hf(args):
 
 def predict(args):
     """Print score, decision and tier of each text of --predict or, as they come, of the lines on
-    stdin; empty ones are skipped. Returns the rows of --predict."""
+    stdin; empty ones are skipped."""
     classifier = find_classifier(args)
-    threshold, rows = classifier.threshold, []
+    threshold = classifier.threshold
     cuts = [threshold / 2, threshold, (1 + threshold) / 2]
     texts = (line.rstrip("\r\n") for line in args.predict or sys.stdin if line.strip())
     try:
@@ -1560,18 +1545,14 @@ def predict(args):
             tiers = np.take(TIERS, np.searchsorted(cuts, scores, side="right"))
             table = pd.DataFrame({"score": scores.round(4), "toxic": scores >= threshold,
                                   "tier": tiers, "text": batch})
+            lines = table.to_string(index=False, formatters={"text": repr})
             if args.format == "json":
-                text = table.to_json(orient="records", lines=True, force_ascii=False).strip()
-            else:
-                text = table.to_string(index=False, formatters={"text": repr})
-            print(text, flush=True)
-            if args.predict:  # a stream may be endless
-                rows += table.to_dict("records")
+                lines = table.to_json(orient="records", lines=True, force_ascii=False).strip()
+            print(lines, flush=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeError as error:
         raise UserError(f"--predict: a text is not UTF-8: {error}") from None
-    return {"rows": rows}
 
 
 # --- Plumbing: nothing below is about the experiment --------------------------------------------

@@ -196,7 +196,7 @@ REFUSED = [  # labels that cannot be placed, further flags, what the error names
     (["1", "0", "-1"], ["--positive-label", "1"], "row 3"),
     (["0", "80", "3"], [], "row 2 has no text or no label: 'text number 1', '80'"),
     (["0", "1", "nan"], [], "row 3"),
-    (["good", "bad", "good"], [], "'good': 80"),
+    (["good", "bad", "good"], [], "'good'"),
     (["good", "bad", "good"], ["--positive-label", "worse"], "of one class only"),
 ]
 
@@ -217,7 +217,7 @@ def test_missing_labels_of_parquet_are_refused(tmp_path, error_line):
 def test_each_label_value_is_named_with_its_count(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], ["Toxic", "toxic ", "ok"] * 40)
     read(path, "--positive-label", "toxic")
-    line = "toxic are {'Toxic': 40, 'toxic ': 40}, not toxic are {'ok': 40}"
+    line = "{('not toxic', 'ok'): 40, ('toxic', 'Toxic'): 40, ('toxic', 'toxic '): 40}"
     assert line in capsys.readouterr().err
 
 
@@ -334,7 +334,7 @@ def test_the_share_of_texts_that_are_cut_is_noted(plain):
 
 def test_a_run_reports_parameters_and_switches(dendritic):
     output, results = dendritic
-    model = results["models"]["BERT-Tiny from scratch" + " + dendrites" * (results["best_epoch"] > 2)]
+    model = results["models"]["BERT-Tiny from scratch"]
     assert model["parameters"] == (4_800_902 if results["best_epoch"] > 2 else 4_386_178)
     assert results["switches"] == [{"epoch": 2, "parameters": 4_800_902}]
     run = output / "toxicity/run-001"
@@ -688,8 +688,7 @@ def test_the_calibration_error_of_its_definition():
 
 def test_int8_is_small_and_agrees_with_the_float_model(dendritic, tmp_path):
     results = toxicity.main(["--quantize", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
-    assert results["models"]["BERT-Tiny from scratch" + " + dendrites" * (dendritic[1]["best_epoch"] > 2)
-                             + ", int8"]["MB"] < 6
+    assert results["models"]["BERT-Tiny from scratch, int8"]["MB"] < 6
     texts = toxicity.generate_comments(50, seed=9)[0]
     scores = [load_model(run, name).scores(texts) for run, name in
               ((dendritic, "best_model.pt"), ((tmp_path, None), "model_int8.pt"))]
@@ -726,7 +725,7 @@ def test_speed_is_measured_beside_a_bert_base(plain, tmp_path, monkeypatch, erro
     results = toxicity.main(["--benchmark-only", *argv])
     tiny, base = list(results["models"].values())[:2]
     assert base["MB"] == pytest.approx(4 * 109.483778)
-    assert tiny["median latency [ms]"] <= tiny["99 % latency [ms]"]
+    assert 0 < tiny["99 % latency [ms]"] < base["99 % latency [ms]"]
     assert tiny["texts/s"] > 5 * base["texts/s"]
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "pip install onnx" in error_line(toxicity, ["--export-onnx", *argv])
@@ -776,6 +775,7 @@ def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matte
     tokens = idle.tokens(["you are a clown"])
     torch.testing.assert_close(toxicity.predict_logits(plain, tokens), toxicity.predict_logits(idle.model, tokens),
                                atol=0.02, rtol=0)
+    torch.manual_seed(0)
     for name, weight in idle.model.named_parameters():
         if "to_neuron" in name or "dendrite" in name:
             nn.init.normal_(weight, std=0.5)
@@ -798,14 +798,15 @@ def test_a_giant_is_fine_tuned_and_compared(fast, plain, giant, tmp_path):
 def test_texts_and_lines_are_scored(dendritic, monkeypatch, capsys):
     argv = ["--predict", "--format", "json", "--output-dir", str(dendritic[0])]
     monkeypatch.setattr(sys, "stdin", io.StringIO("you are a clown\n\n  \nthis joke killed me\n"))
-    assert toxicity.main(argv) == {"rows": []}  # a stream may be endless
+    toxicity.main(argv)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == ["you are a clown", "this joke killed me"]  # no empty line
     threshold = load_model(dendritic).threshold
     for row in rows:
         assert row["toxic"] == (row["tier"] in ("review", "remove")) == (row["score"] >= round(threshold, 4))
-    assert toxicity.main(["--predict", "you are a clown", *argv[1:]])["rows"] == rows[:1]
-    assert toxicity.main(["--predict", "you are &#97; clown", *argv[1:]])["rows"][0]["score"] == rows[0]["score"]
+    for text in ("you are a clown", "you are &#97; clown"):
+        toxicity.main(["--predict", text, *argv[1:]])
+        assert json.loads(capsys.readouterr().out) == rows[0] | {"text": text}
 
 
 def test_the_majority_class_calls_nothing_toxic(plain):
