@@ -64,6 +64,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy import signal, stats
 from sklearn.linear_model import RidgeCV
 from torch import nn
 from tqdm.auto import tqdm
@@ -450,8 +451,6 @@ def find_period(z):
     """The period of z [rows], or 1 if it has none. Candidates are the high peaks of the
     autocorrelation; it is the shortest with which the seasonal naive forecast of the last quarter
     has an error within 10 % of the least."""
-    from scipy import signal
-
     residuals = signal.detrend(z)
     residuals /= residuals.std() + 1e-9 * np.ptp(z) + 1e-300  # a straight line has no period
     correlation = signal.correlate(residuals, residuals)[len(z) - 1 :]
@@ -758,14 +757,14 @@ class Run:
     seed: int = 0
 
     @property
-    def id(self):
-        """A name for files."""
-        return "_".join(str(value) for value in astuple(self) if value is not None)
-
-    @property
     def settings(self):
         """What distinguishes the runs of a model, in tables."""
         return ", ".join(str(value) for value in astuple(self)[2:-1] if value is not None)
+
+    @property
+    def id(self):
+        """A name for files."""
+        return "_".join([self.model, self.dataset, *self.settings.split(", "), str(self.seed)])
 
 
 def warm_up_then_cosine(step, steps):
@@ -807,12 +806,11 @@ def train(model, z, train_starts, val_starts, run, args, shuffle):
             optimizer.step()
             scheduler.step()
             losses.append(loss.detach())
-        train_loss = torch.stack(losses).mean().item()
         model.eval()
-        with torch.inference_mode():
-            losses = [model.loss(windows[starts], align_target) for starts in val_starts.split(256)]
-        val_loss = torch.stack(losses).mean().item()  # NaN without validation windows
-        history.append({"train_loss": train_loss, "val_loss": val_loss})
+        with torch.inference_mode():  # the mean is NaN without validation windows
+            val = [model.loss(windows[starts], align_target) for starts in val_starts.split(256)]
+        history.append({"train_loss": torch.stack(losses).mean().item(),
+                        "val_loss": torch.stack(val).mean().item()})
     return history
 
 
@@ -830,39 +828,23 @@ class Fitted:
     def normalize(self, values):
         return torch.tensor((values - self.mean) / self.std, dtype=torch.float32)
 
-    def denormalize(self, z):
-        """Values of z; a model that has diverged to NaN has an infinite error."""
-        return z.masked_fill(z.isnan(), math.inf).double().numpy() * self.std + self.mean
-
-    @torch.inference_mode()
-    def one_step(self, values, start, stop):
-        """Forecasts [stop - start] of the rows, each from the true values before it."""
-        z = self.normalize(values)
-        forecasts = []
-        for rows in torch.arange(start, stop).split(256):
-            windows = windows_before(z, rows, self.lookback)
-            forecasts.append(self.model.predict(windows, rows)[:, 0])
-        return self.denormalize(torch.cat(forecasts))
-
     @torch.inference_mode()
     def free_run(self, values, origins, steps):
-        """Forecasts [origins, steps] from each origin on, which feed their own values back."""
-        rows = torch.as_tensor(origins)
-        known = windows_before(self.normalize(values), rows, self.lookback)
-        horizon = self.model.horizon
-        path = torch.cat([known, known.new_zeros(len(rows), steps + horizon)], 1)
-        for step in range(0, steps, horizon):
-            end = self.lookback + step
-            ahead = self.model.predict(path[:, step:end], rows + step)
-            path[:, end : end + horizon] = ahead
-        return self.denormalize(path[:, self.lookback :][:, :steps])
-
-
-def windows_before(z, rows, lookback):
-    """Windows [len(rows), lookback] of z [rows] that end before the rows; before the first value,
-    that value is repeated."""
-    padded = torch.cat([z[:1].expand(lookback), z])
-    return padded.unfold(0, lookback, 1)[rows]
+        """Forecasts [origins, steps] of the rows from each origin on, which feed their own values
+        back; infinite for a model that has diverged to NaN. The first value is also taken for
+        those before it."""
+        z = self.normalize(values)
+        windows = torch.cat([z[:1].expand(self.lookback), z]).unfold(0, self.lookback, 1)
+        paths = []
+        for rows in torch.as_tensor(origins).split(256):
+            window = windows[rows]
+            path = []
+            for step in range(0, steps, self.model.horizon):
+                path.append(self.model.predict(window, rows + step))
+                window = torch.cat([window, path[-1]], 1)[:, -self.lookback :]
+            paths.append(torch.cat(path, 1)[:, :steps])
+        z = torch.cat(paths)
+        return z.masked_fill(z.isnan(), math.inf).double().numpy() * self.std + self.mean
 
 
 def fit(run, args, values, stop, original=False):
@@ -878,11 +860,12 @@ def fit(run, args, values, stop, original=False):
     torch.manual_seed(run.seed)
     model = MODELS[run.model](run, args).to(args.device)
     fitted = Fitted(run, model, run.time_steps, mean, std, [])
-    count = stop - run.time_steps - model.horizon + 1  # windows that end before `stop`
-    val_count = max(0, int(TEST_START * len(values)) - stop - model.horizon + 1)
-    starts = [torch.arange(count), stop - run.time_steps + torch.arange(val_count)]
+    end = stop - run.time_steps  # the first window with no target before `stop`
+    count = end - model.horizon + 1  # windows with all targets before it
+    test_count = count + int(TEST_START * len(values)) - stop  # the same for the test part
+    starts = [torch.arange(count), torch.arange(end, max(end, test_count))]
     if original:
-        starts = [part[part < count] for part in original_split(stop - run.time_steps)]
+        starts = [part[part < count] for part in original_split(end)]
     train_starts, val_starts = (part.to(args.device) for part in starts)
     z = fitted.normalize(values).to(args.device)
     fitted.history = train(model, z, train_starts, val_starts, run, args, shuffle=not original)
@@ -896,19 +879,19 @@ def fit(run, args, values, stop, original=False):
 def forecast_errors(fitted, values, start, stop, origins):
     """Forecasts minus truth for rows start to stop: {"one step": [rows], "free run": [origins,
     rows]} with column j of an origin for the value j after it, NaN from `stop` on."""
+    count = stop - start
     firsts = np.linspace(start, stop, origins, endpoint=False).astype(int)
-    padded = np.append(values[:stop], np.full(stop - start, np.nan))
-    truth = padded[firsts[:, None] + np.arange(stop - start)]
-    one_step = fitted.one_step(values, start, stop)
-    free_run = fitted.free_run(values, firsts, stop - start)
-    return {"one step": one_step - values[start:stop], "free run": free_run - truth}
+    padded = np.append(values[:stop], np.full(count, np.nan))
+    truth = padded[firsts[:, None] + np.arange(count)]
+    one_step = fitted.free_run(values, np.arange(start, stop), 1)[:, 0]
+    return {"one step": one_step - values[start:stop],
+            "free run": fitted.free_run(values, firsts, count) - truth}
 
 
 def holdout_parts(rows):
     """The parts of the hold-out as (start, stop, origins): validation of each fold, then test."""
-    horizon = int(VALIDATION_SHARE * rows)
     starts = [int(share * rows) for share in FOLDS]
-    validation = [(start, start + horizon, ORIGINS) for start in starts]
+    validation = [(start, start + int(VALIDATION_SHARE * rows), ORIGINS) for start in starts]
     return [*validation, (int(TEST_START * rows), rows, 1)]
 
 
@@ -925,45 +908,35 @@ def holdout_errors(run, args, values):
     return parts, [fitted], histories[-2]
 
 
-def combined_members(run):
-    """The runs of which `combined` takes the first, vq_ar, and the best of the others."""
-    quarter = max(2, run.time_steps // 4)
-    members = [replace(run, model=model) for model in ["vq_ar", *BASELINES]]
-    return members + [replace(run, model=model, time_steps=quarter)
-                      for model in ("vq_ar", "ridge", "nlinear")]
-
-
 def combined_errors(run, args, values):
     """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error,
     chosen for one step and for the free run separately. Returns what holdout_errors does."""
-    network, *others = [holdout_errors(member, args, values)
-                        for member in combined_members(run)]
-    best = {kind: min(others, key=lambda other: validation_score(other[0], kind))
-            for kind in KINDS}
-    parts = []
-    for i, part in enumerate(network[0]):
-        mean = {}
-        for kind in KINDS:
-            mean[kind] = (part[kind] + best[kind][0][i][kind]) / 2
-        parts.append(mean)
-    return parts, network[1] + best["free run"][1], []
+    members = [replace(run, model=model) for model in ["vq_ar", *BASELINES]]
+    for model in ("vq_ar", "ridge", "nlinear"):
+        members.append(replace(run, model=model, time_steps=max(2, run.time_steps // 4)))
+    network, *others = [holdout_errors(member, args, values) for member in members]
+    means = [{} for _ in network[0]]
+    best = {}
+    for kind in KINDS:
+        scores = [validation_score(parts, kind) for parts, _, _ in others]
+        best[kind] = others[np.argmin(scores)]
+        for mean, ours, other in zip(means, network[0], best[kind][0]):
+            mean[kind] = (ours[kind] + other[kind]) / 2
+    return means, network[1] + best["free run"][1], []
 
 
 def validation_score(parts, kind):
     """The geometric mean of the squared errors on validation: of the free run from each origin,
     or of one step in the block from it to the next, so that no block dominates."""
-    errors = []
-    for part in parts[:-1]:
-        blocks = np.array_split(part[kind], ORIGINS)
-        errors += [np.nanmean(block**2) for block in blocks]
-    return np.exp(np.mean(np.log(np.maximum(errors, 1e-300))))
+    blocks = [block for part in parts[:-1] for block in np.array_split(part[kind], ORIGINS)]
+    return stats.gmean([np.nanmean(block**2) for block in blocks])
 
 
 def interval_widths(parts):
     """Half widths of split-conformal intervals (Vovk et al. 2005) from the validation parts:
     [1] for one step, and [horizon] for the free run, pooled over similar horizons."""
-    one_step = np.concatenate([part["one step"] for part in parts[:-1]])
-    free_run = np.concatenate([part["free run"] for part in parts[:-1]])
+    one_step, free_run = (np.concatenate([part[kind] for part in parts[:-1]])
+                          for kind in ("one step", "free run"))
     edges = np.unique(np.geomspace(1, free_run.shape[1] + 1, 9).astype(int)) - 1
     pools = np.split(free_run, edges[1:-1], axis=1)
     widths = np.repeat([conformal_quantile(pool) for pool in pools], np.diff(edges))
@@ -975,7 +948,7 @@ def conformal_quantile(residuals):
     """The quantile of absolute residuals that covers a new one with probability COVERAGE."""
     residuals = np.sort(np.abs(residuals[~np.isnan(residuals)]))
     rank = math.ceil((len(residuals) + 1) * COVERAGE)
-    return float(residuals[min(rank, len(residuals) - 1)])
+    return float(residuals[: rank + 1][-1])
 
 
 def extend(widths, count):
@@ -986,10 +959,9 @@ def extend(widths, count):
 def holdout_scores(parts, widths, values):
     """Scores on validation, and on the test part, where MASE is relative to the seasonal naive
     forecast in training."""
-    start = int(TEST_START * len(values))
-    period = find_period(values[:start])
-    seasonal_errors = values[period:start] - values[: start - period]
-    scale = np.abs(seasonal_errors).mean() or math.nan
+    past = values[: int(TEST_START * len(values))]
+    period = find_period(past)
+    scale = np.abs(past[period:] - past[:-period]).mean() or math.nan
     scores = {}
     for kind in KINDS:
         errors = np.abs(parts[-1][kind].ravel())
@@ -1012,12 +984,10 @@ def execute(run, args, values, models):
     try:
         if args.protocol != "holdout" and run.model != "combined":
             fitted = fit(run, args, values, len(values), original=True)
-            errors = forecast_errors(fitted, values, run.time_steps, len(values), 1)
             members, history = [fitted], fitted.history
-            for kind in KINDS:
-                scores[f"original {kind}"] = np.mean(errors[kind] ** 2)
-            for last_epoch in history[-1:]:
-                scores |= last_epoch
+            errors = forecast_errors(fitted, values, run.time_steps, len(values), 1)
+            scores = {f"original {kind}": np.mean(errors[kind] ** 2) for kind in KINDS}
+            scores.update(*history[-1:])
         if args.protocol != "original":
             parts, members, history = holdout_errors(run, args, values)
             errors = parts[-1]
@@ -1029,23 +999,10 @@ def execute(run, args, values, models):
                          "name": getattr(members[0].model, "name", run.model),
                          "seconds": time.perf_counter() - start_time}
     row |= {name: float(score) for name, score in scores.items()}
-    errors = {kind: errors[kind].ravel().tolist() for kind in KINDS}
     members = [vars(fitted) | {"run": asdict(fitted.run), "model": fitted.model.state_dict()}
                for fitted in members]
-    return run, {"row": row, "arguments": plain_arguments(args), "rows": len(values),
-                 "digest": digest(values), "history": history, "members": members,
-                 "errors": errors, "widths": widths}
-
-
-def unpack(member, args):
-    """The Fitted model of a checkpoint."""
-    run = Run(**member["run"])
-    if run.model in BASELINES:
-        model = LinearForecaster(**member["model"])
-    else:
-        model = MODELS[run.model](run, args)
-        model.load_state_dict(member["model"])
-    return Fitted(**member | {"run": run, "model": model.eval()})
+    return run, {"row": row, "history": history, "members": members, "widths": widths,
+                 "errors": {kind: errors[kind].ravel().tolist() for kind in KINDS}}
 
 
 # --- The sweep ----------------------------------------------------------------------------------
@@ -1277,7 +1234,7 @@ def run_experiment(args):
     for run, file in files.items():
         if file.exists():
             checkpoints[run.id] = load_checkpoint(file, file)
-            if checkpoints[run.id]["digest"] != data[run.dataset]["sha256 of values"]:
+            if checkpoints[run.id]["data"] != data[run.dataset]:
                 raise UserError(f"{file}: made with other data; start a new sweep")
     todo = [run for run in runs if run.id not in checkpoints]
     for run, checkpoint in progress(execute_all(todo, args, series), "runs", len(todo)):
@@ -1285,6 +1242,7 @@ def run_experiment(args):
             failed[run.id] = checkpoint["error"]
             note(f"{run.id} failed: {checkpoint['error']}")
             continue
+        checkpoint |= {"arguments": plain_arguments(args), "data": data[run.dataset]}
         checkpoints[run.id] = checkpoint
         with atomic_write(files[run]) as path:
             torch.save(checkpoint, path)
@@ -1311,7 +1269,7 @@ def predict_steps(args):
     grown since, with --data for a file that has moved: forecast.csv with 80 % intervals, and
     forecast.png. The weights are those of the hold-out, fitted on the first 80 %."""
     checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
-    if "digest" not in checkpoint:
+    if "members" not in checkpoint:
         raise UserError(f"{args.checkpoint}: not a checkpoint of forecast.py")
     row = checkpoint["row"]
     arguments = argparse.Namespace(**checkpoint["arguments"])
@@ -1321,12 +1279,20 @@ def predict_steps(args):
     arguments.dataset = [row["dataset"]]
     ((name, series),) = load_series(arguments).items()
     values = series.to_numpy()
-    known = checkpoint["rows"]
-    if digest(values[:known]) != checkpoint["digest"]:
+    known = checkpoint["data"]["rows"]
+    if digest(values[:known]) != checkpoint["data"]["sha256 of values"]:
         raise UserError(f"{args.checkpoint}: {name} does not begin with the values that it was "
                         "trained with")
-    members = [unpack(member, arguments) for member in checkpoint["members"]]
-    paths = [member.free_run(values, [len(values)], args.predict_steps)[0] for member in members]
+    paths = []
+    for member in checkpoint["members"]:
+        run = Run(**member["run"])
+        if run.model in BASELINES:
+            model = LinearForecaster(**member["model"])
+        else:
+            model = MODELS[run.model](run, arguments).eval()
+            model.load_state_dict(member["model"])
+        fitted = Fitted(**member | {"run": run, "model": model})
+        paths.append(fitted.free_run(values, [len(values)], args.predict_steps)[0])
     forecast = np.mean(paths, axis=0)
     times = next_times(series.index, args.predict_steps)
     table = pd.DataFrame({series.index.name: times, series.name: forecast})
