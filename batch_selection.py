@@ -97,27 +97,6 @@ WINDOW = 64  # bytes in a sample of text
 BENCHMARK = ["digits", "mnist", "fashion_mnist"]
 
 
-def count(text):
-    """An argument of the command line that is a whole number from 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def positive(text):
-    """An argument of the command line that is a number above 0."""
-    if not float(text) > 0:
-        raise ValueError
-    return float(text)
-
-
-def share(text):
-    """An argument of the command line that is a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
-
-
 def parse_args(argv=None):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -131,33 +110,33 @@ def parse_args(argv=None):
     add_source("--dataset", choices=DATASETS, metavar="NAME", help="known data set, see "
                "--list-datasets; if unset, mnist, or digits if that cannot be downloaded")
     add_source("--data", type=os.path.abspath, metavar="PATH", help="CSV file of your own with a "
-               "column `label` and columns of numbers (p0, p1, … are the pixels of a square grey image); "
-               "nlp: a text file or a folder of them")
+               "column `label` and columns of numbers (p0, p1, … are the pixels of a square grey "
+               "image); nlp: a text file or a folder of them")
     add("--drop", nargs="+", default=[], metavar="COLUMN", help="columns of --data to leave out")
     add("--data-dir", default="data", help="folder of the known data sets, one folder each")
-    add("--benchmark-datasets", nargs="+", choices=DATASETS, metavar="NAME", help="further data sets "
-        "beside --dataset; if unset, those of digits, mnist and fashion_mnist that are here")
+    add("--benchmark-datasets", nargs="+", choices=DATASETS, metavar="NAME", help="further data "
+        "sets; if unset, those of digits, mnist and fashion_mnist that are here")
     add("--no-benchmark", action="store_true", help="no further data sets")
     add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
         help="strategies to compare")
     add("--model", default="mlp", help="mlp or cnn; nlp: transformer")
-    add("--label-noise", nargs="+", type=share, default=[0.0], metavar="SHARE", help="share of "
+    add("--label-noise", nargs="+", type=float, default=[0.0], metavar="SHARE", help="share of "
         "training labels that are replaced by another class; several shares are compared")
-    add("--epochs", type=count, default=5, help="calls of a strategy; importance and "
+    add("--epochs", type=int, default=5, help="calls of a strategy; importance and "
         "rho_loss train on a fifth of the samples in each")
     add("--schedule", choices=["linear", "constant"], default="linear", help="learning rate: "
         "linear decay to zero, or constant as in the original")
-    add("--budget-seconds", type=positive, metavar="SECONDS", help="train for this time instead of "
-        "--epochs, selection included; the learning rate decays to zero")
-    add("--runs", type=count, default=5, help="number of seeds; the t-test needs 3")
+    add("--budget-seconds", type=float, default=0.0, metavar="SECONDS", help="if not 0, train for this "
+        "time instead of --epochs, selection included; the learning rate decays to zero")
+    add("--runs", type=int, default=5, help="number of seeds; the t-test needs 3")
     add("--seed", type=int, default=42, help="first seed")
-    add("--batch-size", type=count, default=64, help="samples in a batch; nlp: 16")
-    add("--learning-rate", type=positive, default=0.001, help="learning rate of Adam; nlp: 0.003")
+    add("--batch-size", type=int, default=64, help="samples in a batch; nlp: 16")
+    add("--learning-rate", type=float, default=0.001, help="learning rate of Adam; nlp: 0.003")
     add("--smart-loss", choices=["per-sample", "batch-mean"], default="per-sample", help="tracked "
         "loss of a sample: its own, or, as in the original, the mean of its batch")
-    add("--text-bytes", type=count, default=150_000, help="nlp: bytes of text to use")
+    add("--text-bytes", type=int, default=150_000, help="nlp: bytes of text to use")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
-    add("--jobs", type=count, help="runs at a time, one thread each; if unset, one for each core, "
+    add("--jobs", type=int, help="runs at a time, one thread each; if unset, one for each core, "
         "or 1 on a GPU, with --quick or with --budget-seconds")
     add("--backend", choices=["loky", "dask"], default="loky", help="joblib's backend: this "
         "machine, or a dask cluster at DASK_SCHEDULER_ADDRESS that shares the folders")
@@ -165,7 +144,7 @@ def parse_args(argv=None):
     add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
         "with; without a value, the newest")
     add("--list-datasets", action="store_true", help="list the known data sets and exit")
-    add("--download", nargs="+", choices=list(DATASETS), metavar="NAME", help="download data sets "
+    add("--download", nargs="+", choices=DATASETS, metavar="NAME", help="download data sets "
         "to --data-dir and exit")
     add("--check-device", action="store_true", help="show what this machine computes with and exit")
     args = parser.parse_args(argv)
@@ -179,13 +158,19 @@ def parse_args(argv=None):
         parser.error(f"--model {args.model}: --task {args.task} has {', '.join(MODELS[args.task])}")
     if args.task == "nlp" and any(args.label_noise):
         parser.error("--label-noise is for --task vision")
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
-    args.strategy = list(dict.fromkeys(args.strategy))
-    args.label_noise = list(dict.fromkeys(args.label_noise))
     if args.jobs is None:
         alone = args.device.type != "cpu" or args.budget_seconds
         args.jobs = 1 if alone else os.cpu_count()
+    counts = (args.epochs, args.runs, args.batch_size, args.text_bytes, args.jobs)
+    if not min(*counts, args.learning_rate) > 0:
+        parser.error("--epochs, --runs, --batch-size, --text-bytes, --jobs and --learning-rate "
+                     "must be above 0")
+    if min(args.seed, args.budget_seconds) < 0:
+        parser.error("--seed and --budget-seconds must not be negative")
+    if not all(0 <= share <= 1 for share in args.label_noise):
+        parser.error("--label-noise must be from 0 to 1")
+    args.strategy = list(dict.fromkeys(args.strategy))
+    args.label_noise = list(dict.fromkeys(args.label_noise))
     return args
 
 
@@ -227,14 +212,14 @@ def random_until(learner, samples):
             yield rows, None
 
 
-def focus_batches(learner, hardest):
-    """Batches of which EXPLORE are from all samples, and the rest from the hardest or easiest TOP,
-    which are found anew for each batch, together with all that tie with the last of them."""
+def focus_batches(learner, sign):
+    """Batches of which EXPLORE are from all samples, and the rest from the TOP with the highest
+    sign x loss, found anew for each batch, together with all that tie with the last of them."""
     loss, rng = learner.loss, learner.rng
     top = max(1, round(TOP * len(loss)))
     for batch, _ in in_batches(loss, learner.args.batch_size):
-        hardness = loss if hardest else -loss
-        focus = np.flatnonzero(hardness >= np.partition(hardness, -top)[-top])
+        score = sign * loss
+        focus = np.flatnonzero(score >= np.partition(score, -top)[-top])
         explored = rng.choice(len(loss), round(EXPLORE * len(batch)), replace=False)
         size = len(batch) - len(explored)
         focused = rng.choice(focus, size, replace=len(focus) < size)
@@ -247,7 +232,7 @@ def smart(learner):
     Unseen samples count as the hardest, so the first batches are random. The original's strategy,
     but with each sample's own loss (--smart-loss).
     """
-    return focus_batches(learner, hardest=True)
+    return focus_batches(learner, 1)
 
 
 def easy_first(learner):
@@ -255,7 +240,7 @@ def easy_first(learner):
 
     Unseen samples count as the hardest, so the first epoch returns to those that it began with.
     """
-    return focus_batches(learner, hardest=False)
+    return focus_batches(learner, -1)
 
 
 def accepted_batches(learner, accept):
@@ -443,7 +428,7 @@ class Dataset:
     """A known data set: read(folder) returns x_train, y_train, x_test and y_test."""
 
     read: Callable
-    about: str = ""
+    about: str = "own"
     url: str = ""  # of a file, whose name takes the place of {}
     files: dict = field(default_factory=dict)  # {name: published MD5}
 
@@ -487,13 +472,14 @@ def read_cinic(folder):
     """
     from PIL import Image
 
-    if not any(folder.rglob("train/*/*.png")):
+    if not any(folder.glob("**/train/*/*.png")):
         shutil.unpack_archive(folder / "CINIC-10.tar.gz", folder / "part", filter="data")
         (folder / "part").rename(folder / "images")
     arrays = []
     for split in ("train", "test"):
-        paths = np.random.default_rng(0).permutation(sorted(folder.rglob(f"{split}/*/*.png")))
-        images = [Image.open(path).convert("RGB") for path in progress(paths, f"CINIC-10, {split}")]
+        paths = sorted(folder.glob(f"**/{split}/*/*.png"))
+        paths = np.random.default_rng(0).permutation(paths)
+        images = [Image.open(path).convert("RGB") for path in progress(paths, split)]
         arrays += [np.stack(images).transpose(0, 3, 1, 2), [path.parent.name for path in paths]]
     return arrays
 
@@ -587,11 +573,11 @@ def download(name, data_dir):
             with urllib.request.urlopen(url, timeout=3) as response:
                 response.fp.raw._sock.settimeout(60)
                 content = response.read()
+            if hashlib.md5(content).hexdigest() != md5:
+                raise OSError("its MD5 is not the published one")
         except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{name}: cannot download {url} ({error}); put {file} into {folder}, "
                             "or use --dataset digits") from None
-        if hashlib.md5(content).hexdigest() != md5:
-            raise UserError(f"{url}: its MD5 is not the published one; try again")
         with atomic_write(folder / file) as path:
             path.write_bytes(content)
     return folder
@@ -601,8 +587,8 @@ def load_dataset(name, data_dir):
     """Data of a known data set, downloaded where need be."""
     folder = find_folder(name, data_dir) or download(name, data_dir)
     try:
-        return make_data(name, DATASETS[name].read(folder), DATASETS[name].about or "own")
-    except (ValueError, EOFError, zlib.error, tarfile.TarError, gzip.BadGzipFile) as error:
+        return make_data(name, DATASETS[name].read(folder), DATASETS[name].about)
+    except (ValueError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"{name} in {folder}: a file is damaged or incomplete ({error}); delete "
                         "it, then it is downloaded again") from None
 
@@ -620,9 +606,7 @@ def make_data(name, arrays, source):
     num_classes = len(encoder.classes_)
     if num_classes < 2:
         raise ValueError("fewer than two classes")
-    digest = hashlib.sha256()
-    for array in (x_train, y_train, x_test, y_test):
-        digest.update(array.tobytes())
+    content = b"".join(array.tobytes() for array in (x_train, y_train, x_test, y_test))
     if x_train.ndim == 2:
         scaler = StandardScaler().fit(x_train)  # float32 would lose small steps of large numbers
         x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
@@ -634,7 +618,7 @@ def make_data(name, arrays, source):
     info = {"source": source, "train": len(y_train), "test": len(y_test),
             "classes": ", ".join(map(str, encoder.classes_)),
             "majority class [%]": round(100 * (y_test == majority).mean(), 2),
-            "sha256": digest.hexdigest()}
+            "sha256": hashlib.sha256(content).hexdigest()}
     return Data(name, x_train.astype(np.float32), y_train, x_test.astype(np.float32), y_test,
                 num_classes, info)
 
@@ -642,26 +626,13 @@ def make_data(name, arrays, source):
 # --- Data: CSV and text -------------------------------------------------------------------------
 
 
-def split_columns(table):
-    """(x, labels) of a table: x is [n, 1, side, side] if its columns are p0, p1, …, the pixels of a
-    square image; else [n, features]."""
-    frame = table.drop(columns="label")
-    x = frame.to_numpy()
-    side = math.isqrt(x.shape[1])
-    if list(frame) == [f"p{i}" for i in range(side * side)]:
-        x = x.reshape(-1, 1, side, side)
-    return x, table["label"].to_numpy()
-
-
 def load_table(path, drop):
-    """Data of one's own CSV file; a fixed fifth, stratified, is the test part."""
-    from pyarrow import csv  # faster than pandas, and all rows must have one number of values
-
-    options = csv.ConvertOptions(column_types={"label": "string"}, strings_can_be_null=True)
+    """Data of one's own CSV file; a fixed fifth, stratified, is the test part. Columns p0, p1, …
+    that are as many as the pixels of a square are an image: x is [n, 1, side, side]."""
     try:
-        table = csv.read_csv(path, convert_options=options).to_pandas().drop(columns=drop)
-        if list(table).count("label") != 1:
-            raise UserError(f"{path}: one column must be called `label`; the columns are "
+        table = pd.read_csv(path, engine="pyarrow", dtype={"label": "string"}).drop(columns=drop)
+        if "label" not in table:
+            raise UserError(f"{path}: no column is called `label`; the columns are "
                             f"{list(table)[:5]}; has it a header, and commas?")
         is_missing = table.isna().any(axis=1)
         if is_missing.any():
@@ -670,7 +641,12 @@ def load_table(path, drop):
         if words.size:
             raise UserError(f"{path}: columns {list(words)} are not numbers alone; see --drop")
         table = without_repeated_rows(table, path)
-        return make_data(Path(path).stem, split_samples(*split_columns(table)), path)
+        labels = table.pop("label").to_numpy()
+        x = table.to_numpy()
+        side = math.isqrt(x.shape[1])
+        if list(table) == [f"p{i}" for i in range(side * side)]:
+            x = x.reshape(-1, 1, side, side)
+        return make_data(Path(path).stem, split_samples(x, labels), path)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -703,19 +679,21 @@ def load_text(args):
     text = b"".join(path.read_bytes() for path in paths)[: args.text_bytes]
     if len(text) <= 2 * WINDOW:
         raise UserError(f"{root}: {len(text)} bytes are less than two windows of {WINDOW}")
-    size = (len(text) - 1) // WINDOW * WINDOW
     values = np.frombuffer(text, np.uint8).astype(np.int64)
+    size = (len(text) - 1) // WINDOW * WINDOW
     x = values[:size].reshape(-1, WINDOW)
     y = values[1 : size + 1].reshape(-1, WINDOW)
     cut = 9 * len(x) // 10
+    x_train, x_test = np.split(x, [cut])
+    y_train, y_test = np.split(y, [cut])
     pairs = np.ones((256, 256))  # each pair of bytes once more than seen
-    np.add.at(pairs, (x[:cut], y[:cut]), 1)
-    bigram = -np.log2(pairs / pairs.sum(1, keepdims=True))[x[cut:], y[cut:]].mean()
-    info = {"source": args.data or "embedded", "train": cut, "test": len(x) - cut,
-            "pairs of bytes [bits per byte]": round(bigram, 2),
+    np.add.at(pairs, (x_train, y_train), 1)
+    bits = -np.log2(pairs / pairs.sum(1, keepdims=True))
+    info = {"source": args.data or "embedded", "train": len(x_train), "test": len(x_test),
+            "pairs of bytes [bits per byte]": round(bits[x_test, y_test].mean(), 2),
             "sha256": hashlib.sha256(text).hexdigest()}
     name = root.stem if args.data else "python_stdlib"
-    return Data(name, x[:cut], y[:cut], x[cut:], y[cut:], 256, info)
+    return Data(name, x_train, y_train, x_test, y_test, 256, info)
 
 
 def load_all(args):
@@ -901,26 +879,27 @@ def track_losses(learner, rows, losses):
 
 
 @torch.inference_mode()
-def evaluate(model, x, y, split):
-    """Mean loss and accuracy in percent over all samples, named after the split."""
+def evaluate(model, x, y):
+    """(mean loss, accuracy in percent) over all samples."""
     total, correct = 0, 0
     model.eval()
     for x_part, y_part in zip(x.split(1000), y.split(1000)):
         losses, logits = sample_losses(model, x_part, y_part)
         total += losses.sum().item()
         correct += (logits.argmax(1) == y_part).sum().item()
-    return {f"{split}_loss": total / len(x), f"{split}_acc": 100 * correct / y.numel()}
+    return total / len(x), 100 * correct / y.numel()
 
 
 def measure(learner):
     """Append the metrics of this moment to the history; those of training are of every k-th sample,
     as many as the test part has."""
     data, model = learner.data, learner.model
-    stride = max(1, len(data.x_train) // len(data.x_test))
+    k = max(1, len(data.x_train) // len(data.x_test))
+    train_loss, train_acc = evaluate(model, data.x_train[::k], data.y_train[::k])
+    test_loss, test_acc = evaluate(model, data.x_test, data.y_test)
     metrics = {"epoch": len(learner.history), "steps": learner.steps, "samples": learner.samples,
-               "seconds": learner.seconds}
-    metrics |= evaluate(model, data.x_train[::stride], data.y_train[::stride], "train")
-    metrics |= evaluate(model, data.x_test, data.y_test, "test")
+               "seconds": learner.seconds, "train_loss": train_loss, "train_acc": train_acc,
+               "test_loss": test_loss, "test_acc": test_acc}
     if learner.args.task == "nlp":
         metrics["bits_per_byte"] = metrics.pop("test_loss") / math.log(2)
     learner.history.append(metrics)
@@ -935,7 +914,7 @@ def add_label_noise(y, classes, share, seed):
     return (y + shift) % classes
 
 
-def train_with_control(data, noise, name, strategy, make_model, seed, args, folder):
+def train_with_control(data, noise, seed, name, strategies, make_model, args, folder):
     """Records of one strategy with one seed, and of its control: random with exactly as many
     trained samples, or with the same time budget.
 
@@ -963,7 +942,7 @@ def train_with_control(data, noise, name, strategy, make_model, seed, args, fold
         return pd.DataFrame(load_checkpoint(file, file)["history"])
 
     samples = args.epochs * len(data.x_train)
-    records = train(name, strategy, samples).assign(control=False)
+    records = train(name, strategies[name], samples).assign(control=False)
     if name != BASELINE:
         control = random_batches
         if not args.budget_seconds:
@@ -982,8 +961,8 @@ def train_all(all_data, args, run_dir):
     seeds = range(args.seed, args.seed + args.runs)
     make_model = MODELS[args.task][args.model]
     settings = itertools.product(all_data, args.label_noise, seeds, args.strategy)
-    tasks = [delayed(train_with_control)(data, noise, name, STRATEGIES[name], make_model, seed,
-                                         args, folder) for data, noise, seed, name in settings]
+    tasks = [delayed(train_with_control)(*setting, STRATEGIES, make_model, args, folder)
+             for setting in settings]
     client = dask_client(args.jobs) if args.backend == "dask" else contextlib.nullcontext()
     with client, parallel_config(args.backend, n_jobs=min(args.jobs, len(tasks))):
         try:
@@ -1015,11 +994,11 @@ def holm(p_values):
     return corrected[p_values.argsort().argsort()]
 
 
-def mean_text(values, sign="", form=None):
+def mean_text(values, sign="", digits=2):
     """`mean ± interval` of the runs, without interval for a single one."""
-    form = form or (",.0f" if values.dtype == int else ".2f")
     mean, interval = mean_and_interval(values)
-    return f"{mean:{sign}{form}}" + (f" ± {interval:{form}}" if len(values) > 1 else "")
+    text = f"{mean:{sign}.{digits}f}"
+    return f"{text} ± {interval:.{digits}f}" if len(values) > 1 else text
 
 
 def compare(records, args):
@@ -1031,7 +1010,7 @@ def compare(records, args):
     """
     from scipy import stats
 
-    metric, _, unit = DECIDING[args.task]
+    metric, sign, unit = DECIDING[args.task]
     finals = records.pivot_table(metric, "strategy", ["control", "seed"], "last")
     finals = finals.reindex(args.strategy)
     differences = finals[False] - finals.get(True, np.nan)
@@ -1044,21 +1023,23 @@ def compare(records, args):
     texts = differences.apply(mean_text, axis=1, sign="+") + stars
     table[f"difference [{unit}]"] = texts.where(table["mean"].notna())
     table["p (Holm)"] = table["p"].map("{:.2g}".format, na_action="ignore")
-    runs = records[~records["control"]]
-    costs = runs.groupby(["strategy", "seed"])[["samples", "seconds"]].last()
-    table = table.join(costs.groupby("strategy").agg(mean_text))
-    return table.join(costs_to_target(runs, finals[False].iloc[0].mean(), args))
+    # Within 1 % of what the first strategy has in the end.
+    target = (1 - 0.01 * sign) * finals[False].iloc[0].mean()
+    return table.join(mean_costs(records[~records["control"]], target, args))
 
 
-def costs_to_target(runs, final, args):
-    """Samples and seconds of training until the mean of a strategy's runs first comes within 1 % of
-    `final`; a table with a row for each strategy that gets there."""
+def mean_costs(runs, target, args):
+    """Samples and seconds of training, in all and until the mean of a strategy's runs first reaches
+    the target: a table with a row for each strategy."""
     metric, sign, _ = DECIDING[args.task]
-    target = (1 - 0.01 * sign) * final
-    means = runs.groupby(["strategy", "epoch"])[[metric, "samples", "seconds"]].mean()
+    columns = ["samples", "seconds"]
+    totals = runs.groupby(["strategy", "seed"])[columns].last().groupby("strategy").mean()
+    means = runs.groupby(["strategy", "epoch"])[[metric, *columns]].mean()
     reached = means[sign * means[metric] >= sign * target].groupby("strategy").first()
-    reached["samples"] = reached["samples"].map("{:,.0f}".format)
-    return reached[["samples", "seconds"]].round(2).add_suffix(f" to {target:.2f}")
+    table = totals.join(reached[columns].add_suffix(f" to {target:.2f}"))
+    for column in table.filter(like="samples"):
+        table[column] = table[column].map("{:,.0f}".format, na_action="ignore")
+    return table.round(2)
 
 
 def name_control(args):
@@ -1089,36 +1070,42 @@ def verdict(comparison, args):
 # --- Pictures -----------------------------------------------------------------------------------
 
 
-def pivot_runs(runs, column):
-    """[seeds, epochs] of a column of one strategy; they end with their last common epoch."""
-    table = runs.pivot(index="seed", columns="epoch", values=column)
-    return table.drop(columns=0).dropna(axis=1).to_numpy()
+def plot_runs(ax, runs, column, metric):
+    """A metric of each strategy, the mean of its runs with the 95 % interval, by epoch, samples or
+    seconds, to their last common epoch."""
+    for i, (name, group) in enumerate(runs.groupby("strategy", sort=False)):
+        last_epoch = group.groupby("seed")["epoch"].max().min()
+        group = group[group["epoch"].between(1, last_epoch)]
+        x = group.groupby("epoch")[column].mean()
+        y = group.pivot(index="seed", columns="epoch", values=metric)
+        plot_curve(ax, x, y, name, i, MARKERS[i % 7])
+    ax.set(xlabel=f"{column} of training", ylabel=METRICS[metric])
 
 
-def plot_comparison(runs, comparison, title, args, run_dir):
+def plot_comparison(runs, comparison, title, args, path):
     """The metric by epoch, by samples trained on and by seconds; and the differences from the
     controls."""
     metric, _, _ = DECIDING[args.task]
-    label = METRICS[metric]
-    fig, axes = new_figure(f"{title}: {label}, mean of {args.runs} runs", 2, 2, (12, 9))
-    for i, (name, group) in enumerate(runs.groupby("strategy", sort=False)):
-        for ax, column in zip(axes, ("epoch", "samples", "seconds")):
-            x = pivot_runs(group, column).mean(axis=0)
-            plot_curve(ax, x, pivot_runs(group, metric), name, i, MARKERS[i % 7])
-            ax.set(xlabel=f"{column} of training", ylabel=label)
+    fig, axes = new_figure(f"{title}: mean of {args.runs} runs", 2, 2, (12, 9))
+    for ax, column in zip(axes, ("epoch", "samples", "seconds")):
+        plot_runs(ax, runs, column, metric)
     epoch_axis(axes[0])
     plot_differences(axes[3], {title: comparison}, args)
     legend_below(axes[0])
-    save_figure(fig, run_dir / f"comparison_{title}.png")
+    save_figure(fig, path)
+
+
+def by_setting(comparisons, column):
+    """A column of all comparisons: [strategies that have a control, settings]."""
+    table = pd.concat(comparisons, axis=1).xs(column, axis=1, level=1)
+    return table.drop(index=BASELINE, errors="ignore")
 
 
 def plot_differences(ax, comparisons, args):
     """The differences from the controls: a row for each strategy, a marker for each setting."""
     _, sign, unit = DECIDING[args.task]
-    table = pd.concat(comparisons, axis=1)
-    means = table.xs("mean", axis=1, level=1).dropna()
-    intervals = table.xs("interval", axis=1, level=1).loc[means.index]
-    plot_dots(ax, means.index, dict(means), errors=intervals)
+    means = by_setting(comparisons, "mean")
+    plot_dots(ax, means.index, dict(means), errors=by_setting(comparisons, "interval"))
     ax.axvline(0, color="k", linewidth=0.8)
     direction = "more" if sign > 0 else "less"
     ax.set_xlabel(f"difference from {name_control(args)}\n[{unit}; {direction} is better]; bars: "
@@ -1134,15 +1121,12 @@ def write_strategy_folder(runs, parent):
     folder = free_run_dir(parent)
     folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
     last = runs.groupby("seed").last()
-    title = f"{folder}, runs: {len(last)}"
-    lines = [f"{title}, after the last epoch; mean and 95 % interval"]
+    lines = [f"{folder}, runs: {len(last)}, after the last epoch; mean and 95 % interval"]
     for metric in runs.columns.intersection(METRICS):
-        lines.append(f"{METRICS[metric]}: {mean_text(last[metric], form='.4f')}")
-        fig, (ax,) = new_figure(title, size=(7, 4))
-        epochs = pivot_runs(runs, "epoch")[0]
-        plot_curve(ax, epochs, pivot_runs(runs, metric), METRICS[metric], marker="o")
+        lines.append(f"{METRICS[metric]}: {mean_text(last[metric], digits=4)}")
+        fig, (ax,) = new_figure(f"{folder}, runs: {len(last)}", size=(7, 4))
+        plot_runs(ax, runs, "epoch", metric)
         epoch_axis(ax)
-        ax.set_ylabel(METRICS[metric])
         save_figure(fig, folder / f"{metric}.png", show=False)
     (folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder)
@@ -1162,12 +1146,12 @@ def run_experiment(args):
         table = comparison.drop(columns=["mean", "interval", "p"]).reset_index()
         texts += [f"## {title}", markdown_table(table), verdict(comparison, args)]
         runs = setting[~setting["control"]]
-        plot_comparison(runs, comparison, title, args, run_dir)
+        plot_comparison(runs, comparison, title, args, run_dir / f"comparison_{title}.png")
         for name, group in runs.groupby("strategy") if not args.quick else ():
             parent = Path(args.output_dir, args.task, title, name)
             folders.append(write_strategy_folder(group, parent))
     if len(comparisons) > 1:
-        table = pd.concat(comparisons, axis=1).xs(f"difference [{unit}]", axis=1, level=1).dropna()
+        table = by_setting(comparisons, f"difference [{unit}]")
         texts += [f"## Differences from {name_control(args)}", markdown_table(table.reset_index())]
         fig, (ax,) = new_figure(f"Mean of {args.runs} runs", size=(9, 2 + table.size / 4))
         plot_differences(ax, comparisons, args)
@@ -1211,8 +1195,7 @@ def list_datasets(args):
 
 def check_device():
     """Print what this machine computes with."""
-    print(f"auto: {detect_device()}; cuda devices: {torch.cuda.device_count()}; "
-          f"cpu: {os.cpu_count()} cores; torch: {torch.__version__}")
+    print(f"auto: {detect_device()}; cpu: {os.cpu_count()} cores; torch: {torch.__version__}")
 
 
 # --- Plumbing: nothing below is about the experiment --------------------------------------------

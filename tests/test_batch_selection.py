@@ -686,8 +686,9 @@ def rows(value):
 @pytest.mark.parametrize(("text", "words"), [
     ("a,b\n1,2\n", "called `label`; the columns are ['a', 'b']"),
     ("0,0,3,1.5\n1,0,2,0.5\n", "has it a header, and commas?"), (rows("x"), "['a'] are not numbers alone"),
-    ("label,a,day\n0,1,2024-05-01\n1,2,2024-05-02\n", "['day'] are not numbers"), ("label,label\n0,1\n", "one column"),
-    ("label,a\n0,1\n1,\n", "row 2 has a missing value"), (rows("inf"), "infinity"), ("", "Empty CSV"),
+    ("label,a,day\n0,1,2024-05-01\n1,2,2024-05-02\n", "['day'] are not numbers"),
+    ("label,a\n0,1\n1,\n", "'a'"), ("label,a\n0,1.5\n1,\n", "row 2 has a missing value"),
+    (rows("inf"), "infinity"), ("", "No columns"),
     ("label,a\n0,1\n0,2\n1,3\n", "only 1 member"), ("label,a\n0,1\n,2\n1,3\n", "row 2 has a missing value"),
     ("label,a\ncat,1\nNaN,2\n1,3\n", "row 2 has a missing value"), ("label,a\n0,1,7\n1,2,8\n", "Expected 2 columns"),
     ("label,a\n", "n_samples=0"), ("label,a\n1,2\n1,3\n1,5\n", "fewer than two classes"),
@@ -838,7 +839,7 @@ def test_without_random_a_time_budget_has_a_control_of_its_own_with_the_same_tim
 
 
 def test_one_command_does_everything(capsys):
-    strategies = ["random", "smart", "loss_threshold"]
+    strategies = ["random", "smart"]
     argv = ["--dataset", "digits", "--benchmark-datasets", "breast_cancer", "--runs", "3", "--epochs", "2", "--jobs",
             "1", "--strategy", *strategies, "--label-noise", "0", "0.2", "--device", "cpu"]
     results = bs.main(argv)
@@ -881,15 +882,15 @@ def test_quick_learns_and_draws_few_pictures():
 
 
 def test_language_task():
-    results = bs.main(["--task", "nlp", "--runs", "2", "--text-bytes", "20000", "--epochs", "1", "--strategy", "random",
+    results = bs.main(["--task", "nlp", "--runs", "1", "--text-bytes", "20000", "--epochs", "1", "--strategy", "random",
                        "rho_loss", "importance", "--jobs", "1"])
     folder = Path("outputs/nlp/python_stdlib/rho_loss/run-001")
     assert {path.name for path in folder.iterdir()} == {
         "bits_per_byte.png", "test_acc.png", "train_acc.png", "train_loss.png", "summary.txt"}
     runs = records_of(results).query("strategy == 'random'")
     before, after = (runs[runs["epoch"] == epoch]["bits_per_byte"] for epoch in (0, 1))
-    assert before.to_numpy() == pytest.approx([8, 8], abs=0.3)
-    assert (after.to_numpy() < 7).all()
+    assert before.item() == pytest.approx(8, abs=0.3)
+    assert after.item() < 7
 
 
 def test_strategy_data_set_and_model_are_one_line_each_as_the_docstring_shows(monkeypatch):
@@ -906,7 +907,8 @@ def test_strategy_data_set_and_model_are_one_line_each_as_the_docstring_shows(mo
     for line in lines:
         exec(line, vars(bs) | {"read_mine": read_mine, "np": np, "nn": nn})
     results = bs.main(["--dataset", "mine", "--strategy", "random", "sorted", "--model", "wide", "--no-benchmark",
-                       "--learning-rate", "0.1", "--batch-size", "16", "--jobs", "2", "--epochs", "20"])
+                       "--learning-rate", "0.1", "--batch-size", "16", "--jobs", "2", "--epochs", "20",
+                       "--runs", "2"])
     last = records_of(results).query("strategy == 'random' and epoch == 20")
     assert last["test_acc"].mean() > 90
     assert Path("outputs/vision/mine/sorted/run-001/test_acc.png").exists()
@@ -948,36 +950,34 @@ def test_loky_in_a_notebook_equals_sequential(tmp_path):
     assert_equal_runs("alone", Path("empty/outputs"), runs=4)
 
 
-@pytest.mark.parametrize("strategy", ["rho_loss", "loss_rank"])  # with hold-out losses, with latest losses
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(strategy, tmp_path, error_line):
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, error_line):
     argv = ["--dataset", "digits", "--no-benchmark", "--runs", "1", "--epochs", "3", "--strategy", "smart",
-            strategy, "--jobs", "1", "--device", "cpu"]
+            "rho_loss", "--jobs", "1", "--device", "cpu"]
     whole = bs.main([*argv, "--output-dir", "whole"])
-    steps = 5 if strategy == "rho_loss" else 23
-    kill = "\n".join([  # in its second epoch, after 3 x 23 steps of smart and as many of its control
+    kill = "\n".join([  # in the second epoch of rho_loss, after 3 x 23 steps of smart and as many of its control
         "import itertools, os, sys, batch_selection as bs",
         "track, calls = bs.track_losses, itertools.count(1)",
-        f"bs.track_losses = lambda *x: os.kill(os.getpid(), 9) if next(calls) == {138 + steps + 2} else track(*x)",
+        "bs.track_losses = lambda *x: os.kill(os.getpid(), 9) if next(calls) == 145 else track(*x)",
         "bs.main(sys.argv[1:])"])
     command = [sys.executable, "-c", kill, *argv, "--output-dir", "killed"]
     process = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert process.returncode == -signal.SIGKILL
     runs = Path("killed/batch_selection/run-001/runs")
-    assert not list(runs.glob(f"*-{strategy}-*.pt"))
+    assert not list(runs.glob("*-rho_loss-*.pt"))
     (first,) = runs.glob("*-smart-*.pt")
     stamp = first.stat().st_mtime_ns
     line = error_line(bs, ["--resume", "--output-dir", "killed", "--strategy", "smart"])
     assert "--resume keeps a run's arguments; leave out --strategy" in line
     resumed = bs.main(["--resume", "--output-dir", "killed"])
     assert first.stat().st_mtime_ns == stamp, "finished runs are not trained again"
-    assert_equal_runs("whole", Path("killed"), runs=4 if strategy == "rho_loss" else 3)
+    assert_equal_runs("whole", Path("killed"), runs=4)
     columns = ["strategy", "seed", "control", "epoch", "test_acc"]
     assert records_of(resumed)[columns].equals(records_of(whole)[columns])
     assert "no unfinished run" in error_line(bs, ["--resume", "--output-dir", "killed"])
 
 
 def test_two_processes_that_resume_one_run_do_not_disturb_each_other(tmp_path, monkeypatch):
-    argv = [*PARALLEL, "--jobs", "1", "--strategy", "random", "smart", "fixed"]
+    argv = [*PARALLEL, "--jobs", "1", "--strategy", "random", "smart"]
     bs.main([*argv, "--output-dir", "alone"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(bs, "train_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -987,7 +987,7 @@ def test_two_processes_that_resume_one_run_do_not_disturb_each_other(tmp_path, m
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert_equal_runs("alone/batch_selection", Path("twice/batch_selection"), runs=6)
+    assert_equal_runs("alone/batch_selection", Path("twice/batch_selection"), runs=4)
     assert not list(Path("twice").rglob("*.part"))
 
 
@@ -1030,10 +1030,10 @@ def test_a_killed_worker_is_one_line(monkeypatch, error_line):
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    ("--dataset minst", "--dataset"), ("--seed -1", "--seed must not"),
-    ("--strategy clever", "--strategy"), ("--epochs 0", "--epochs: invalid count"),
-    ("--label-noise 2", "--label-noise: invalid share value: '2'"), ("--batch-size x", "--batch-size"),
-    ("--label-noise nan", "invalid share value"), ("--budget-seconds 0", "invalid positive value"),
+    ("--dataset minst", "--dataset"), ("--seed -1", "--seed and --budget-seconds must not be negative"),
+    ("--strategy clever", "--strategy"), ("--epochs 0", "must be above 0"),
+    ("--label-noise 2", "--label-noise must be from 0 to 1"), ("--batch-size x", "--batch-size"),
+    ("--label-noise nan", "from 0 to 1"), ("--budget-seconds -1", "must not be negative"),
     ("--device quantum", "unknown device 'quantum'"), ("--model transformer", "--task vision has mlp, cnn"),
     ("--task nlp --model cnn", "--task nlp has transformer"), ("--task nlp --label-noise 0.1", "--task vision"),
     ("--dataset digits --data x.csv", "not allowed with"), ("--data nowhere.csv", "nowhere.csv"),
