@@ -69,7 +69,7 @@ from sklearn.linear_model import RidgeCV
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import (COLORS, detect_device, epoch_axis, in_notebook, legend_below,
+from common import (COLORS, detect_device, in_notebook, legend_below,
                     mean_and_interval, new_figure, plot_curve, save_figure)
 
 EXPERIMENT = "forecast"
@@ -104,16 +104,15 @@ y_w,lstm-1-64-2-1,1e-3,2384.63,1126.47
 4single,vq-64-64-1-1-512-is_causal-randpe,1e-3,29758.8,2009.97
 4single,lstm-1-64-2-1,5e-4,31854.4,1360.52
 """
-# The original's attention models: (name, query heads, key heads, flags, positional encoding).
+# The original's attention models: (name with width {0}, heads {1} and {2}, and codebook rows {3};
+# query heads, key heads, parts, positional encoding).
 ATTENTION = {
-    "att": ("att-{d_model}-1-1-{block_size}", 1, 1, ["inln", "qln", "kln", "causal"], "sinpe"),
-    "att_mh": ("att_mh-{d_model}-{heads}-{kv_heads}-1-1-{block_size}", 8, 1, ["kln", "causal"],
-               "sinpe"),
-    "vq": ("vq-{vocab_size}-{d_model}-1-1-{block_size}", 1, 1, ["causal"], "randpe"),
-    "vq_mh": ("vq_mh-{vocab_size}-{d_model}-{heads}-{kv_heads}-1-1-{block_size}", 8, 4,
-              ["inln", "norm_pe"], "rope"),
+    "att": ("att-{0}", 1, 1, "inln qln kln causal", "sinpe"),
+    "att_mh": ("att_mh-{0}-{1}-{2}", 8, 1, "kln causal", "sinpe"),
+    "vq": ("vq-{3}-{0}", 1, 1, "causal", "randpe"),
+    "vq_mh": ("vq_mh-{3}-{0}-{1}-{2}", 8, 4, "inln norm_pe", "rope"),
 }
-ATTENTION_FLAGS = {
+ATTENTION_PARTS = {
     "inln": "LayerNorm on the input",
     "qln": "LayerNorm on queries",
     "kln": "LayerNorm on keys",
@@ -172,7 +171,7 @@ def parse_args(argv=None):
     add("--d-model", nargs="+", type=positive, default=[64], help="widths of the attention models")
     add("--pe", nargs="+", choices=["none", "randpe", "sinpe", "rope"], default=[None],
         help="positional encodings; if unset, the original's for each model")
-    for flag, description in ATTENTION_FLAGS.items():
+    for flag, description in ATTENTION_PARTS.items():
         add(f"--{flag.replace('_', '-')}", action=argparse.BooleanOptionalAction,
             help=f"{description}; if unset, the original's choice for each model")
     add("--align-target", action=argparse.BooleanOptionalAction, help="loss at every step instead "
@@ -488,6 +487,11 @@ def regress(windows, time_steps):
     return model.coef_.reshape(-1, time_steps).T, np.atleast_1d(model.intercept_)
 
 
+def regress_differences(windows, time_steps):
+    """The same relative to the last of the first columns."""
+    return regress(windows - windows[:, time_steps - 1 : time_steps], time_steps)
+
+
 def fit_ridge(z, time_steps):
     """Ridge regression on the last values."""
     windows = np.lib.stride_tricks.sliding_window_view(z, time_steps + 1)
@@ -498,7 +502,7 @@ def fit_ridge(z, time_steps):
 def fit_nlinear(z, time_steps):
     """Ridge regression on differences from the last value (NLinear, Zeng et al. 2023)."""
     windows = np.lib.stride_tricks.sliding_window_view(z, time_steps + 1)
-    weights, bias = regress(windows - windows[:, -2:-1], time_steps)
+    weights, bias = regress_differences(windows, time_steps)
     weights[-1] = 1 - weights[:-1].sum()
     return weights[:, 0], bias
 
@@ -577,15 +581,15 @@ class Positions(nn.Module):
 
     def forward(self, x, first=0):
         rows = slice(first, first + x.shape[-2])
+        if self.kind == "none":
+            return x
         if self.kind == "randpe":
-            x = x + self.table[rows]
+            return x + self.table[rows]
         if self.kind == "sinpe":
-            x = x + self.waves[rows].flatten(1)
-        if self.kind == "rope":
-            sin, cos = self.waves[rows].unbind(-1)
-            left, right = x.chunk(2, -1)
-            x = torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-        return x
+            return x + self.waves[rows].flatten(1)
+        sin, cos = self.waves[rows].unbind(-1)
+        left, right = x.chunk(2, -1)
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
 class Attention(Network):
@@ -599,31 +603,31 @@ class Attention(Network):
 
     def __init__(self, run, args):
         super().__init__()
-        name, heads, kv_heads, flags, pe = ATTENTION[run.model]
+        name, heads, kv_heads, parts, pe = ATTENTION[run.model]
+        pe = run.pe or pe
         if run.model.endswith("_mh"):
             heads, kv_heads = args.n_heads or heads, args.kv_heads or kv_heads
         if run.d_model % heads or heads % kv_heads:
             raise UserError("--kv-heads must divide --n-heads, and that --d-model")
-        self.flags = []
-        for flag in ATTENTION_FLAGS:
-            choice = getattr(args, flag)
-            if choice or (choice is None and flag in flags):
-                self.flags.append(flag)
-        self.causal = "causal" in self.flags
-        self.norm_pe = "norm_pe" in self.flags
+        self.parts = []
+        for part in ATTENTION_PARTS:
+            choice = getattr(args, part)
+            if choice or (choice is None and part in parts):
+                self.parts.append(part)
         self.has_codebook = run.model.startswith("vq")
-        if not (self.has_codebook or self.causal or args.align_target is False):
-            raise UserError(f"{run.model} would see its own targets; add --no-align-target or "
-                            "--causal")
-        pe = run.pe or pe
+        if not (self.has_codebook or "causal" in self.parts or args.align_target is False):
+            raise UserError(f"{run.model} would see its targets; add --no-align-target or --causal")
         block_size = max(args.block_size, run.time_steps)
-        name = name.format(d_model=run.d_model, heads=heads, kv_heads=kv_heads,
-                           vocab_size=args.vocab_size, block_size=block_size)
-        flag_names = [f"is_{flag}".replace("norm", "n") for flag in self.flags]
-        self.name = "-".join([name, *flag_names, pe]).removesuffix("-none")
+        name = name.format(run.d_model, heads, kv_heads, args.vocab_size)
+        part_names = "".join(f"-is_{part}" for part in self.parts).replace("norm", "n")
+        self.name = f"{name}-1-1-{block_size}{part_names}-{pe}".removesuffix("-none")
         self.width = run.d_model // heads
         self.fc_in = nn.Linear(1, run.d_model)
-        self.position = Positions(pe, self.width if self.norm_pe else run.d_model, block_size)
+        places = [pe, "none"]
+        if "norm_pe" in self.parts:
+            places.reverse()
+        self.position_in = Positions(places[0], run.d_model, block_size)
+        self.position_qk = Positions(places[1], self.width, block_size)
         self.ln_in = self.norm("inln", run.d_model)
         self.ln_q = self.norm("qln", self.width)
         self.ln_k = self.norm("kln", self.width)
@@ -637,8 +641,8 @@ class Attention(Network):
         self.fc_out = nn.Linear(run.d_model, 1, bias=self.has_codebook)
         initialize(self, ("fc_q", "fc_k", "fc_v") if run.model == "att" else ())
 
-    def norm(self, flag, width):
-        return nn.LayerNorm(width) if flag in self.flags else nn.Identity()
+    def norm(self, part, width):
+        return nn.LayerNorm(width) if part in self.parts else nn.Identity()
 
     def split_heads(self, x):
         """[batch, time, heads · width] -> [batch, heads, time, width]."""
@@ -646,24 +650,20 @@ class Attention(Network):
 
     def forward(self, x, last_only=True):
         first = x.shape[1] - 1 if last_only else 0  # the first query
-        hidden = self.fc_in(x.unsqueeze(-1))  # [batch, time, d_model]
-        if not self.norm_pe:
-            hidden = self.position(hidden)
+        hidden = self.position_in(self.fc_in(x.unsqueeze(-1)))  # [batch, time, d_model]
         hidden = self.ln_in(hidden)
         q = self.ln_q(self.split_heads(self.fc_q(hidden[:, first:])))
+        q = self.position_qk(q, first)
         if self.has_codebook:
-            k = v = self.codebook.expand(len(x), -1, -1, -1)
+            v = self.codebook.expand(len(x), -1, -1, -1)
+            k = self.ln_k(v)
         else:
-            k = self.split_heads(self.fc_k(hidden))
             v = self.split_heads(self.fc_v(hidden))
-        k = self.ln_k(k)
-        if self.norm_pe:
-            q = self.position(q, first)
-            k = k if self.has_codebook else self.position(k)
+            k = self.position_qk(self.ln_k(self.split_heads(self.fc_k(hidden))))
         # The query heads that share a key head become more queries of it (grouped queries).
         groups = q.unflatten(1, (k.shape[1], -1))  # [batch, key heads, group, time, width]
         mask = None
-        if self.causal:
+        if "causal" in self.parts:
             mask = x.new_ones(q.shape[2], k.shape[2]).bool().tril(first)
             mask = mask.repeat(groups.shape[2], 1)
         out = F.scaled_dot_product_attention(groups.flatten(2, 3), k, v, mask)
@@ -690,9 +690,8 @@ class CodebookAR(Network):
         self.horizon = min(16, run.time_steps)
         ages = torch.arange(run.time_steps, 0, -1)  # 1 for the last value
         pool = F.one_hot(ages.double().log2().ceil().long()).float()
-        pool /= pool.sum(0)  # [time, lags]
+        self.register_buffer("pool", pool / pool.sum(0), persistent=False)  # [time, lags]
         lags = pool.shape[1]
-        self.register_buffer("pool", pool, persistent=False)
         self.register_buffer("ridge", torch.zeros(run.time_steps, self.horizon))
         self.register_buffer("intercept", torch.zeros(self.horizon))
         self.fc_in = self.normal(lags + 1, self.hidden_dim)
@@ -707,9 +706,8 @@ class CodebookAR(Network):
 
     def start(self, windows):
         """Fit the ridge regression from which training starts."""
-        windows = windows.cpu().double()
-        last = windows[:, self.time_steps - 1 : self.time_steps]
-        weights, intercepts = regress((windows - last).numpy(), self.time_steps)
+        windows = windows.double().cpu().numpy()
+        weights, intercepts = regress_differences(windows, self.time_steps)
         self.ridge.copy_(torch.from_numpy(weights))
         self.intercept.copy_(torch.from_numpy(intercepts))
 
@@ -1133,47 +1131,41 @@ def summarize(name, values, rows, args):
 
 def draw_pictures(name, series, rows, checkpoints, args, run_dir):
     """The pictures of a series. The best run of a model is chosen by validation of the free run,
-    or by its error in the original's protocol where only that was run."""
-    column, title = "validation free run", f"{name}, hold-out: "
-    if args.protocol == "original":
-        column, title = "original free run", f"{name}, original's protocol (in-sample): "
+    or by its in-sample error where only the original's protocol was run."""
+    column = "original free run" if args.protocol == "original" else "validation free run"
     rows = rows.dropna(subset=column).sort_values(column)
     best = rows.drop_duplicates("model").set_index("model")["id"].map(checkpoints)
+    title = f"{name}, best runs by {column}: "
     plot_forecasts(series, best, title, run_dir / f"forecasts_{name}.png")
     plot_curves(series, best, title, run_dir / f"curves_{name}.png")
-    table = rows.replace(np.inf, np.nan).pivot_table(
-        column, ["model", "learning_rate"], "time_steps", "min")
-    if len(table):
-        title = f"{title}{column}, error [({series.name})²]"
-        plot_sweep(table, title, run_dir / f"sweep_{name}.png")
+    title = f"{name}: {column}, error [({series.name})²]"
+    plot_sweep(rows, column, title, run_dir / f"sweep_{name}.png")
 
 
 def plot_free_run(ax, series, times, forecast, widths):
     """A series, a forecast at `times`, and its 80 % interval if there is one."""
-    ax.plot(series.index, series, color="0.7", linewidth=1, label="series")
-    ax.plot(times, forecast, "--", color=COLORS[3], linewidth=1.5, label="free run")
+    ax.plot(series, color="0.7", linewidth=1, label="series")
+    ax.plot(times, forecast, "--", color=COLORS[3], label="free run")
     if widths:
         width = extend(widths["free run"], len(forecast))
         ax.fill_between(times, forecast - width, forecast + width, color=COLORS[3], alpha=0.15,
-                        linewidth=0, label="80 % interval")
+                        label="80 % interval")
     ax.set(xlabel=series.index.name, ylabel=series.name)
 
 
 def plot_forecasts(series, best, title, path):
     """One step, free run and 80 % intervals."""
     rows = math.ceil(len(best) / 3)
-    title += "forecasts of the best runs (time steps, learning rate, width)"
+    title += "forecasts (time steps, learning rate, width)"
     fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 0.8))
     for ax in axes[len(best) :]:
         ax.set_axis_off()
     for ax, (model, checkpoint) in zip(axes, best.items()):
-        count = len(checkpoint["errors"]["free run"])
-        shown = series.iloc[-2 * count :]
-        truth = series.iloc[-count:]
-        one_step = truth + checkpoint["errors"]["one step"]
-        free_run = truth + checkpoint["errors"]["free run"]
-        plot_free_run(ax, shown, truth.index, free_run, checkpoint["widths"])
-        ax.plot(truth.index, one_step, color=COLORS[0], linewidth=0.9, label="one step")
+        errors = checkpoint["errors"]
+        truth = series.iloc[-len(errors["free run"]) :]
+        shown = series.iloc[-2 * len(truth) :]
+        plot_free_run(ax, shown, truth.index, truth + errors["free run"], checkpoint["widths"])
+        ax.plot(truth + errors["one step"], color=COLORS[0], linewidth=0.9, label="one step")
         margin = 0.3 * np.ptp(shown)
         ax.set_ylim(shown.min() - margin, shown.max() + margin)
         ax.set_title(f"{model}: {checkpoint['row']['settings']}", fontsize=9)
@@ -1185,31 +1177,36 @@ def plot_curves(series, best, title, path):
     """Losses of the networks over the epochs, and the error of the free run by its length."""
     title += "training (loss of vq_ar: Huber, of the others: squared error) and errors"
     fig, axes = new_figure(title, 1, 3, (16, 5))
-    labels = [("training loss, mean of an epoch", "epoch"),
-              ("validation loss, after an epoch", "epoch"),
-              (f"RMSE up to the horizon [{series.name}]", "horizon [values]")]
     for i, (model, checkpoint) in enumerate(best.items()):
         history = pd.DataFrame(checkpoint["history"], columns=["train_loss", "val_loss"])
         squares = pd.Series(checkpoint["errors"]["free run"]) ** 2
-        curves = [history["train_loss"], history["val_loss"], squares.expanding().mean() ** 0.5]
-        for ax, curve in zip(axes, curves):
-            plot_curve(ax, np.arange(1, len(curve) + 1), curve, model, i)
-    for ax, (ylabel, xlabel) in zip(axes, labels):
-        ax.set(ylabel=ylabel, yscale="log")
-        epoch_axis(ax, xlabel)
+        curves = {
+            "training loss, mean of an epoch": history["train_loss"],
+            "validation loss, after an epoch": history["val_loss"],
+            f"RMSE up to the horizon [{series.name}]": squares.expanding().mean() ** 0.5,
+        }
+        for ax, (label, curve) in zip(axes, curves.items()):
+            plot_curve(ax, curve.index + 1, curve, model, i)
+            ax.set(xlabel="epoch", ylabel=label, yscale="log")
+    axes[2].set_xlabel("horizon [values]")
     legend_below(axes[0])
     save_figure(fig, path)
 
 
-def plot_sweep(table, title, path):
+def plot_sweep(rows, column, title, path):
     """Heatmap of errors over models, learning rates and time steps: the least over seeds and the
     other settings."""
+    rows = rows.dropna(subset="learning_rate").replace(np.inf, np.nan)
+    names = rows["model"] + ", " + rows["learning_rate"].astype(str)
+    table = rows.pivot_table(column, names, "time_steps", "min")
+    if len(table) == 0:
+        return
     fig, (ax,) = new_figure(title, size=(9, 1.5 + 0.3 * len(table)))
     ax.imshow(table, cmap="Blues", norm="log", alpha=0.5, aspect="auto")
     for (i, j), error in np.ndenumerate(table):
         ax.text(j, i, f"{error:.5g}", ha="center", va="center", fontsize=8)
-    ax.set_xticks(range(table.shape[1]), table.columns)
-    ax.set_yticks(range(len(table)), [f"{model}, {rate:g}" for model, rate in table.index])
+    ax.set_xticks(range(len(table.columns)), table.columns)
+    ax.set_yticks(range(len(table)), table.index)
     ax.set(xlabel="time steps", ylabel="model, learning rate")
     ax.grid(visible=False)
     save_figure(fig, path)
@@ -1271,45 +1268,46 @@ def predict_steps(args):
     checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
     if "members" not in checkpoint:
         raise UserError(f"{args.checkpoint}: not a checkpoint of forecast.py")
-    row = checkpoint["row"]
     arguments = argparse.Namespace(**checkpoint["arguments"])
-    arguments.data_dir = args.data_dir
     arguments.data = args.data or arguments.data
+    arguments.data_dir = args.data_dir
     arguments.fill = args.fill or arguments.fill
-    arguments.dataset = [row["dataset"]]
+    arguments.dataset = [checkpoint["row"]["dataset"]]
     ((name, series),) = load_series(arguments).items()
     values = series.to_numpy()
     known = checkpoint["data"]["rows"]
     if digest(values[:known]) != checkpoint["data"]["sha256 of values"]:
         raise UserError(f"{args.checkpoint}: {name} does not begin with the values that it was "
                         "trained with")
-    paths = []
-    for member in checkpoint["members"]:
-        run = Run(**member["run"])
-        if run.model in BASELINES:
-            model = LinearForecaster(**member["model"])
-        else:
-            model = MODELS[run.model](run, arguments).eval()
-            model.load_state_dict(member["model"])
-        fitted = Fitted(**member | {"run": run, "model": model})
-        paths.append(fitted.free_run(values, [len(values)], args.predict_steps)[0])
+    members = [unpack(member, arguments) for member in checkpoint["members"]]
+    paths = [member.free_run(values, [len(values)], args.predict_steps)[0] for member in members]
     forecast = np.mean(paths, axis=0)
     times = next_times(series.index, args.predict_steps)
-    table = pd.DataFrame({series.index.name: times, series.name: forecast})
-    if checkpoint["widths"]:
-        width = extend(checkpoint["widths"]["free run"], len(forecast))
-        table["low"] = forecast - width
-        table["high"] = forecast + width
+    widths = checkpoint["widths"]
+    width = extend(widths.get("free run", [np.nan]), len(forecast))
+    table = pd.DataFrame({series.index.name: times, series.name: forecast,
+                          "low": forecast - width, "high": forecast + width})
     run_dir = next_run_dir(args)
     with atomic_write(run_dir / "forecast.csv") as path:
         table.to_csv(path, index=False)
-    fig, (ax,) = new_figure(f"{name}: {args.predict_steps} values by {row['name']}")
-    plot_free_run(ax, series, times, forecast, checkpoint["widths"])
+    summary = f"{name}: {args.predict_steps} values by {checkpoint['row']['name']}"
+    fig, (ax,) = new_figure(summary)
+    plot_free_run(ax, series, times, forecast, widths)
     legend_below(ax)
     save_figure(fig, run_dir / "forecast.png")
-    summary = (f"{name}: {args.predict_steps} values by {row['name']}, trained with {known} of its "
-               f"{len(values)} values, in forecast.csv and forecast.png.")
+    summary += f", trained with {known} of its {len(values)} values, in forecast.csv and .png"
     return write_results({"forecast": forecast}, summary, args, run_dir)
+
+
+def unpack(member, args):
+    """The Fitted model of a checkpoint."""
+    run = Run(**member["run"])
+    if run.model in BASELINES:
+        model = LinearForecaster(**member["model"])
+    else:
+        model = MODELS[run.model](run, args).eval()
+        model.load_state_dict(member["model"])
+    return Fitted(**member | {"run": run, "model": model})
 
 
 def next_times(times, count):
