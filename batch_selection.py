@@ -185,7 +185,7 @@ def parse_args(argv=None):
 #   learner.gradient_norm(rows)  and the norms of the loss's gradients at the logits
 #   learner.progress()           share of the training that is done, from 0 to 1
 #   learner.rng, learner.args    a numpy Generator and the command line
-# A numpy array that it keeps as an attribute of the learner is there in the next epoch.
+# What it keeps as an attribute of the learner is there in the next epoch.
 
 
 def in_batches(rows, size):
@@ -804,8 +804,9 @@ class Learner:
         self.history = []  # metrics before training and after each epoch
 
     @torch.inference_mode()
-    def predict(self, rows, model):
+    def predict(self, rows, model=None):
         """(losses, logits, y) of the training samples `rows`, by one forward pass."""
+        model = model or self.model
         x, y = self.data.training_samples(rows)
         model.eval()
         losses, logits = sample_losses(model, x, y)
@@ -814,12 +815,12 @@ class Learner:
 
     def score(self, rows, model=None):
         """Present losses of the training samples `rows`, as an array."""
-        losses, _, _ = self.predict(rows, model or self.model)
+        losses, _, _ = self.predict(rows, model)
         return losses.cpu().numpy()
 
     def gradient_norm(self, rows):
         """Norms of softmax minus one-hot, the gradient of the loss at the logits."""
-        _, logits, y = self.predict(rows, self.model)
+        _, logits, y = self.predict(rows)
         error = logits.softmax(1) - F.one_hot(y, logits.shape[1]).movedim(-1, 1)
         return error.flatten(1).norm(dim=1).cpu().numpy()
 
@@ -918,8 +919,8 @@ def train_with_control(data, noise, seed, name, strategies, make_model, args, fo
     """Records of one strategy with one seed, and of its control: random with exactly as many
     trained samples, or with the same time budget.
 
-    A run that `folder` has is not trained again. Controls that are equal, or equal to the run of
-    random itself, share a file, so that the first one to need it trains it for all.
+    What `folder` has is not trained again: a run that was finished before --resume, and a control
+    that is equal to another one or to the run of random itself.
     """
     torch.set_num_threads(1)  # alone as in parallel: the numbers are the same, and it is as fast
     # Other data are other files, so a run is never resumed with data that have changed.
@@ -1023,7 +1024,7 @@ def compare(records, args):
     texts = differences.apply(mean_text, axis=1, sign="+") + stars
     table[f"difference [{unit}]"] = texts.where(table["mean"].notna())
     table["p (Holm)"] = table["p"].map("{:.2g}".format, na_action="ignore")
-    # Within 1 % of what the first strategy has in the end.
+    # The target is 1 % worse than what the first strategy has in the end.
     target = (1 - 0.01 * sign) * finals[False].iloc[0].mean()
     return table.join(mean_costs(records[~records["control"]], target, args))
 
