@@ -73,7 +73,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from common import (MARKERS, detect_device, epoch_axis, has_bfloat16, in_notebook, legend_below,
+from common import (detect_device, epoch_axis, has_bfloat16, in_notebook, legend_below,
                     mean_and_interval, new_figure, plot_bars, plot_confusion, plot_dots,
                     plot_history, plot_ranking, plt, save_figure, seed_everything)
 
@@ -214,17 +214,20 @@ def parse_args(argv=None):
     longest_patch = 1 if args.original_model else 15
     divisors = [n for n in range(1, longest_patch + 1) if args.seq_len % n == 0]
     args.patch_len = args.patch_len or max(divisors)
-    if args.seq_len % args.patch_len or args.d_model % args.num_heads:
-        parser.error("--patch-len must divide --seq-len, and --num-heads must divide --d-model")
-    if not 0 <= args.dropout < 1:
-        parser.error("--dropout must be at least 0 and below 1")
-    if args.seq_len < 2 or not args.learning_rate > 0:
-        parser.error("--seq-len must be at least 2, --learning-rate above 0")
-    if args.seed >= 2**32 or min(args.seed, args.gain_noise, args.baseline_seconds or 0) < 0:
-        parser.error("--seed, --gain-noise and --baseline-seconds must not be negative, and --seed "
-                     "must be below 2**32")
-    if args.predict and not args.checkpoint:
-        parser.error("--predict needs --checkpoint, the transformer.pt of a run")
+    checks = {
+        "--patch-len must divide --seq-len": args.seq_len % args.patch_len == 0,
+        "--num-heads must divide --d-model": args.d_model % args.num_heads == 0,
+        "--seq-len must be at least 2": args.seq_len > 1,
+        "--dropout must be at least 0 and below 1": 0 <= args.dropout < 1,
+        "--learning-rate must be above 0": args.learning_rate > 0,
+        "--gain-noise must not be negative": args.gain_noise >= 0,
+        "--baseline-seconds must not be negative": (args.baseline_seconds or 0) >= 0,
+        "--seed must be from 0 to 2**32 - 1": 0 <= args.seed < 2**32,
+        "--predict needs --checkpoint": args.checkpoint or not args.predict,
+    }
+    for text, holds in checks.items():
+        if not holds:
+            parser.error(text)
     return args
 
 
@@ -563,19 +566,18 @@ def remove_drift(readings, rows):
 
 def cut_rows(labels, start, stop, gap):
     """[(split, start, stop), …]: the rows from `start` to `stop` cut 70/15/15 % in order, with a
-    gap after each cut. If a stretch of `gap` normal rows begins within 5 % of the rows, the cut
-    moves to it, so that no incident is on both sides. Too few rows to cut are all for training."""
+    gap after each cut. Within 5 % of the rows a cut moves to the first stretch of `gap` rows with
+    the mildest labels, so that no incident is on both sides. Too few rows are all for training."""
     rows = stop - start
     if SPLITS["val"] * rows < 2 * gap:
         return [("train", start, stop)]
     cuts = []
     for share in CUTS:
         cut = start + int(share * rows)
-        normal = labels[cut : cut + rows // 20 + gap] == 0
-        quiet = np.convolve(normal, np.ones(gap), "valid") == gap
-        cuts.append(cut + int(quiet.argmax()))
-    first, second = cuts
-    return [("train", start, first), ("val", first + gap, second), ("test", second + gap, stop)]
+        ahead = np.lib.stride_tricks.sliding_window_view(labels[cut : cut + rows // 20 + gap], gap)
+        cuts.append(cut + int(ahead.max(axis=1).argmin()))
+    val, test = cuts
+    return [("train", start, val), ("val", val + gap, test), ("test", test + gap, stop)]
 
 
 def split_area(area, how, args):
@@ -650,15 +652,15 @@ def choose_split(areas, args):
     enough windows is chosen. Raises UserError where a split is empty or the training part has one
     class only."""
     splits = ["time", "runs"] if args.split == "auto" else [args.split]
-    candidates = {how: find_segments(areas, how, args) for how in splits}
-    how = min(splits, key=lambda how: (candidates[how][1].to_numpy() < MIN_WINDOWS).sum())
-    segments, counts = candidates[how]
+    candidates = [(how, *find_segments(areas, how, args)) for how in splits]
+    how, segments, counts = min(
+        candidates, key=lambda candidate: (candidate[2].to_numpy() < MIN_WINDOWS).sum())
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all "
              "scores are optimistic")
-    few = counts[counts.any(axis=1)].stack()
-    few = few[few < MIN_WINDOWS].to_dict()
-    if few:
+    windows = counts[counts.any(axis=1)].stack()
+    if windows.min() < MIN_WINDOWS:
+        few = windows[windows < MIN_WINDOWS].to_dict()
         note(f"fewer than {MIN_WINDOWS} windows are too few to score: {few}")
     if (counts["train"] > 0).sum() < 2 or not counts.any().all():
         raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
@@ -844,14 +846,14 @@ def make_model(arguments, info):
 
 
 def window_features(data, starts):
-    """What the baselines see: the statistics of a window and its area one-hot, float32 [windows,
-    8 * columns + areas]."""
+    """(features [windows, 8 * columns + areas] float32, labels [windows]) for the baselines: the
+    statistics of a window and its area one-hot."""
     features = []
     for chunk in starts.split(8192):
         readings, area, _ = data.windows(chunk)
         one_hot = F.one_hot(area, int(data.areas.max()) + 1)
         features.append(torch.cat((window_statistics(readings), one_hot), dim=1))
-    return torch.cat(features).cpu().numpy()
+    return torch.cat(features).cpu().numpy(), data.window_labels(starts).cpu().numpy()
 
 
 def make_baselines(args):
@@ -875,67 +877,59 @@ def make_baselines(args):
     }
 
 
-def fit_baselines(features, labels, args):
-    """({name: fitted model}, {name: seconds}). Of several candidates the one with the lowest
-    validation loss stays, and that loss ends the boosting. `features`, `labels`: {split: array}."""
-    from sklearn.metrics import log_loss
-
-    known = np.isin(labels["val"], labels["train"])
-    val_features, val_labels = features["val"][known], labels["val"][known]
-
-    def validation_loss(model):
-        return log_loss(val_labels, model.predict_proba(val_features), labels=model.classes_)
-
+def fit_baselines(train, val, args):
+    """({name: fitted model}, {name: seconds}) from the (features, labels) of training and
+    validation. The validation loss ends the boosting, and chooses its learning rate."""
+    features, labels = val
+    known = np.isin(labels, train[1])
     models, seconds = {}, {}
     for name, candidates in make_baselines(args).items():
         start_time = time.perf_counter()
         stopping = {}
         if name == "gradient boosting":
-            stopping = {"X_val": val_features, "y_val": val_labels}
+            stopping = {"X_val": features[known], "y_val": labels[known]}
         # All cores for fitting alone: threads add up the votes of trees in any order.
         with joblib.parallel_config(n_jobs=-1):
-            for model in candidates:
-                model.fit(features["train"], labels["train"], **stopping)
-        models[name] = min(candidates, key=validation_loss)
+            fitted = [model.fit(*train, **stopping) for model in candidates]
+        if name == "gradient boosting":
+            fitted.sort(key=lambda model: model.validation_score_[-1])
+        models[name] = fitted[-1]
         seconds[name] = round(time.perf_counter() - start_time, 1)
     return models, seconds
 
 
-def smoke_times_co(features, labels, areas):
+def smoke_times_co(train, test, areas):
     """Classes [test windows] by an old rule of fire engineers (Gottuk et al. 2002): alarm where
     smoke times the rise of CO passes a limit. -1 in areas without both sensors.
 
-    The two limits of each area come from its training windows. `features`, `labels`: {split:
-    array}.
+    The two limits of each area come from its training windows. `train`, `test`: (features, labels).
     """
     from sklearn.tree import DecisionTreeClassifier
 
-    answers = np.full(len(labels["test"]), -1)
+    answers = np.full(len(test[1]), -1)
     for number, area in enumerate(areas.values()):
         columns = pd.Series(area["columns"], area["sensors"])
-        smoke = columns[columns.index.str.contains("smoke", case=False)]
-        co = columns[columns.index.str.contains(CO)]
-        train, test = [features[split][:, number - len(areas)] == 1 for split in ("train", "test")]
-        if len(smoke) and len(co) and train.any() and test.any():
-            pair = [smoke.iloc[0], co.iloc[0]]  # the first statistic is the mean
-            product = {split: means[:, pair].clip(0).prod(axis=1, keepdims=True)
-                       for split, means in features.items()}
-            rule = DecisionTreeClassifier(max_leaf_nodes=3)
-            rule.fit(product["train"][train], labels["train"][train])
-            answers[test] = rule.predict(product["test"][test])
+        pair = [*columns.filter(regex="(?i)smoke")[:1], *columns.filter(regex=CO)[:1]]
+        here, there = [features[:, number - len(areas)] == 1 for features, _ in (train, test)]
+        if len(pair) == 2 and here.any() and there.any():
+            known, new = [features[:, pair].clip(0).prod(axis=1, keepdims=True)
+                          for features, _ in (train, test)]  # the first statistic is the mean
+            rule = DecisionTreeClassifier(max_leaf_nodes=3).fit(known[here], train[1][here])
+            answers[there] = rule.predict(new[there])
     return answers
 
 
-def feature_importance(models, features, labels, info, seed):
+def feature_importance(models, val, info, seed):
     """Table [features, tree models] of importances: the decrease of impurity; for boosting, the
-    accuracy lost by shuffling the feature in up to 2,000 of the windows [windows, features]."""
+    accuracy lost by shuffling the feature in up to 2,000 of the windows `val`."""
     from sklearn.inspection import permutation_importance
 
     names = [f"{statistic} of {column}" for statistic in STATISTICS for column in info["columns"]]
     names += [f"area {name}" for name in info["areas"]]
-    rows = np.random.default_rng(seed).permutation(len(labels))[:2000]
-    shuffled = permutation_importance(models["gradient boosting"], features[rows], labels[rows],
-                                      n_repeats=3, random_state=seed)
+    rows = np.random.default_rng(seed).permutation(len(val[1]))[:2000]
+    features, labels = [array[rows] for array in val]
+    shuffled = permutation_importance(models["gradient boosting"], features, labels, n_repeats=3,
+                                      random_state=seed)
     return pd.DataFrame({"random forest": models["random forest"].feature_importances_,
                          "extra trees": models["extra trees"].feature_importances_,
                          "gradient boosting": shuffled.importances_mean}, names)
@@ -1012,7 +1006,7 @@ def train_transformer(model, data, args, state, run_dir):
     resumed run needs no random state; under torchrun all processes draw the same windows, and each
     takes its share. `state` is that of new_state or of a checkpoint, and is kept up to date.
     """
-    val_starts = data.starts("val", args.stride)
+    train_starts, val_starts = data.starts("train", 1), data.starts("val", args.stride)
     val_labels = data.window_labels(val_starts)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=WEIGHT_DECAY,
                                   fused=True)
@@ -1025,18 +1019,17 @@ def train_transformer(model, data, args, state, run_dir):
         for name, module in modules.items():
             module.load_state_dict(state[name])
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    train_starts = data.starts("train", 1)
 
     while not is_finished(state, args):
         epoch, start_time = len(state["history"]) + 1, time.perf_counter()
         seed = 1000 * args.seed + epoch
         generator = torch.Generator().manual_seed(seed)
-        windows = args.steps_per_epoch * args.batch_size
-        starts = train_starts[torch.randint(len(train_starts), (windows,), generator=generator)]
+        windows = (args.steps_per_epoch, args.batch_size)
+        starts = train_starts[torch.randint(len(train_starts), windows, generator=generator)]
         torch.manual_seed(seed * WORLD_SIZE + RANK)  # for dropout and gains
         model.train()
         losses, correct = [], 0
-        for batch in progress(starts.split(args.batch_size), f"epoch {epoch} of {args.epochs}"):
+        for batch in progress(starts, f"epoch {epoch} of {args.epochs}"):
             readings, area, labels = data.windows(batch[RANK::WORLD_SIZE])
             with autocast(args.device):
                 logits, risk = network(vary_gains(readings, args.gain_noise), area)
@@ -1055,7 +1048,7 @@ def train_transformer(model, data, args, state, run_dir):
         state["history"].append({
             "train_loss": sum(step_losses) / len(step_losses),
             "val_loss": fire_loss(logits, risk, val_labels).item(),
-            "train_accuracy": WORLD_SIZE * correct.item() / len(starts),
+            "train_accuracy": WORLD_SIZE * correct.item() / starts.numel(),
             "val_accuracy": (logits.argmax(1) == val_labels).float().mean().item(),
             "learning_rate": scheduler.get_last_lr()[0],
             "memory_mib": memory_mib(),
@@ -1067,20 +1060,19 @@ def train_transformer(model, data, args, state, run_dir):
 
 def end_epoch(state, modules, args, run_dir):
     """Keep the best weights, write the checkpoint and draw the dashboard."""
-    history = state["history"]
-    loss = history[-1]["val_loss"]
+    epoch, metrics = len(state["history"]), state["history"][-1]
+    log(f"epoch {epoch}: " + ", ".join(f"{name} {metrics[name]:.4g}" for name in metrics))
+    loss = metrics["val_loss"]
     if not math.isfinite(loss):
-        raise UserError(f"the loss in epoch {len(history)} is not finite; lower --learning-rate")
+        raise UserError(f"the loss in epoch {epoch} is not finite; lower --learning-rate")
     if loss < state["best"]["loss"]:
         weights = copy.deepcopy(modules["average"].module.state_dict())
-        state["best"] = {"loss": loss, "epoch": len(history), "model": weights}
+        state["best"] = {"loss": loss, "epoch": epoch, "model": weights}
     state.update({name: module.state_dict() for name, module in modules.items()})
     if RANK == 0:
         with atomic_write(run_dir / "checkpoint.pt") as path:
             torch.save(state, path)
         plot_dashboard(state, args, run_dir / "dashboard.png")
-    figures = [f"{name} {value:.4g}" for name, value in history[-1].items()]
-    log(f"epoch {len(history)}: {', '.join(figures)}")
 
 
 # --- Evaluation ---------------------------------------------------------------------------------
@@ -1088,17 +1080,17 @@ def end_epoch(state, modules, args, run_dir):
 
 def classify(model, baselines, data, starts):
     """Table [windows, models] of the classes that the transformer, the baselines, their vote and,
-    if there is one, the oracle answer."""
+    with the embedded generator, the oracle answer; without it the oracle's are -1."""
     from scipy.stats import mode
 
     logits, _ = predict(model, data, starts)
-    features = window_features(data, starts)
+    features, _ = window_features(data, starts)
     answers = pd.DataFrame({"transformer": logits.argmax(1).cpu().numpy()})
     for name, baseline in baselines.items():
         answers[name] = baseline.predict(features)
     answers["ensemble"] = -mode(-answers[VOTERS], axis=1).mode  # ties go to the more severe class
     answers["oracle"] = data.oracle[starts + data.seq_len - 1].cpu().numpy()
-    return answers.loc[:, (answers >= 0).any()]
+    return answers
 
 
 def score_answers(answers, labels, areas):
@@ -1131,32 +1123,31 @@ def detection_delays(model, baselines, data, info):
     the first window called fire, one window a row. Fires that the split cuts do not count."""
     starts = data.starts("test", 1)
     starts = starts[data.window_labels(starts) == 2]
-    rows = pd.Series(starts.cpu().numpy()) + data.seq_len - 1
-    fires = rows.groupby((rows.diff() != 1).cumsum())
-    onset, end = fires.transform("min"), fires.transform("max") + 1
-    labels = np.pad(data.labels.cpu(), 1)  # labels[row + 1] is that of a row
-    whole = (labels[onset] != 2) & (labels[end + 1] != 2)
+    rows = starts.cpu().numpy() + data.seq_len - 1
+    is_fire = np.pad(data.labels.cpu().numpy() == 2, 1)
+    onset, end = np.flatnonzero(np.diff(is_fire)).reshape(-1, 2).T
+    fire = np.searchsorted(onset, rows, side="right") - 1  # number of each row's fire
+    whole = np.bincount(fire, minlength=len(onset)) == end - onset
     if not whole.any():
         return pd.DataFrame()
     steps = np.array([area["step"] for area in info["areas"].values()])
-    seconds = steps[data.areas[starts].cpu()] * (rows - onset)
-    answers = classify(model, baselines, data, starts)
-    alarms = (answers == 2).mul(seconds, axis=0).where(answers == 2)
-    delays = alarms[whole].groupby(onset[whole]).min()
+    seconds = steps[data.areas[starts].cpu()] * (rows - onset[fire])
+    alarms = classify(model, baselines, data, starts) == 2
+    delays = alarms.mul(seconds, axis=0).where(alarms).groupby(fire).min()
+    delays = delays[whole[delays.index]]
     return pd.DataFrame({"fires found %": 100 * delays.notna().mean(), "delay s": delays.median()})
 
 
-def evaluate(model, baselines, data, features, labels, info, args):
+def evaluate(model, baselines, data, tables, info, args):
     """(table [models, figures], accuracy [areas, models], {model: scores}) on the test part, the
-    best accuracy first. `features` and `labels` are {split: array}."""
+    best accuracy first. `tables` are {split: (features, labels)}."""
     starts = data.starts("test", args.stride)
     answers = classify(model, baselines, data, starts)
-    answers["majority class"] = np.bincount(labels["train"]).argmax()
-    rule = smoke_times_co(features, labels, info["areas"])
-    if (rule >= 0).any():
-        answers["smoke × CO rule"] = rule
+    answers["majority class"] = np.bincount(tables["train"][1]).argmax()
+    answers["smoke × CO rule"] = smoke_times_co(tables["train"], tables["test"], info["areas"])
+    answers = answers.loc[:, (answers >= 0).any()]
     areas = np.array(list(info["areas"]))[data.areas[starts].cpu()]
-    table, by_area, scores = score_answers(answers, labels["test"], areas)
+    table, by_area, scores = score_answers(answers, tables["test"][1], areas)
     table = table.join(detection_delays(model, baselines, data, info))
     table = table.sort_values("accuracy %", ascending=False, kind="stable").round(2)
     return table, by_area[table.index].round(2), scores
@@ -1168,15 +1159,17 @@ def evaluate(model, baselines, data, features, labels, info, args):
 def plot_dashboard(state, args, path):
     """Loss, accuracy, learning rate and memory, drawn again after every epoch; in place in a
     notebook."""
-    epochs = len(state["history"])
-    fig, axes = new_figure(f"Training, epoch {epochs} of at most {args.epochs}", 2, 2, (10, 6.5))
-    plot_history(axes[:2], state["history"])
-    for ax, name, label in zip(axes[2:], ("learning_rate", "memory_mib"),
-                               ("learning rate", "resident memory [MiB]")):
-        ax.plot(range(1, epochs + 1), [epoch[name] for epoch in state["history"]], "o-")
-        ax.set_ylabel(label)
+    history = state["history"]
+    epochs = range(1, len(history) + 1)
+    fig, axes = new_figure(f"Training, epoch {len(history)} of at most {args.epochs}", 2, 2, (10, 6))
+    plot_history(axes[:2], history)
+    axes[2].plot(epochs, [epoch["learning_rate"] for epoch in history], "o-")
+    axes[3].plot(epochs, [epoch["memory_mib"] for epoch in history], "o-")
+    axes[2].set_ylabel("learning rate")
+    axes[3].set_ylabel("resident memory [MiB]")
+    for ax in axes[2:]:
         epoch_axis(ax)
-    save_figure(fig, path, display_id=str(path.resolve()), update=epochs > 1)
+    save_figure(fig, path, display_id=str(path.resolve()), update=len(history) > 1)
 
 
 def plot_training(state, run_dir):
@@ -1202,17 +1195,12 @@ def plot_training(state, run_dir):
     animation.save(run_dir / "training_progress.gif", PillowWriter(fps=2))
     plt.close(fig)
 
-    seconds = sum_seconds(state["stages"])
-    fig, axes = new_figure("Time, and memory at the end of each stage and epoch", 1, 2)
-    axes[0].pie(seconds, counterclock=False, startangle=90)
-    labels = [f"{name}, {value} s" for name, value in seconds.items()]
-    axes[0].legend(labels, title="clockwise", loc="center left", bbox_to_anchor=(1, 0.5))
     table = pd.DataFrame(state["stages"])
-    table["end"] = table["seconds"].cumsum()
-    for marker, (name, rows) in zip(MARKERS, table.groupby("name", sort=False)):
-        axes[1].plot(rows["end"], rows["memory_mib"], marker, label=name, clip_on=False)
+    fig, axes = new_figure("Time, and memory at the end of each stage and epoch", 1, 2)
+    plot_ranking(axes[0], table.groupby("name")["seconds"].sum().to_dict(), "{:.1f}")
+    axes[1].plot(table["seconds"].cumsum(), table["memory_mib"], "o-")
+    axes[0].set_xlabel("time [s]")
     axes[1].set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
-    axes[1].legend()
     save_figure(fig, run_dir / "resources.png")
 
 
@@ -1220,8 +1208,9 @@ def plot_data(counts, importance, run_dir):
     """How many windows of each class each split has, and the most important window features of each
     tree model."""
     fig, axes = new_figure("Windows of each class in each split", 1, 2)
-    plot_bars(axes[0], CLASSES, counts, "{:,.0f}")
-    plot_bars(axes[1], CLASSES, {split: 100 * row / row.sum() for split, row in counts.items()})
+    shares = 100 * counts / counts.sum()
+    plot_bars(axes[0], CLASSES, counts.to_dict("list"), "{:,.0f}")
+    plot_bars(axes[1], CLASSES, shares.to_dict("list"))
     axes[0].set_ylabel("windows")
     axes[1].set_ylabel("share of the split [%]")
     save_figure(fig, run_dir / "class_distribution.png")
@@ -1288,21 +1277,13 @@ def add_stage(stages, name, start_time):
     stages.append({"name": name, "seconds": seconds, "memory_mib": memory_mib()})
 
 
-def sum_seconds(stages):
-    """Seconds of each stage by name, those of all its entries together."""
-    return pd.DataFrame(stages).groupby("name", sort=False)["seconds"].sum().round(1)
-
-
 def format_summary(results, table, by_area):
     """The tables of one seed as Markdown; the main table and the answer come last."""
-    data = results["data"]
-    accuracy = table["accuracy %"]
+    data, accuracy = results["data"], table["accuracy %"]
     baseline = accuracy[BASELINES].idxmax()
-    areas = by_area.T.rename_axis("model").reset_index()
-    voters = ", ".join(VOTERS)
     return f"""Test accuracy by area [%]:
 
-{markdown_table(areas)}
+{markdown_table(by_area.T.rename_axis("model").reset_index())}
 
 Test part of {data["rows"]:,} rows in all, split by {data["split"]}:
 
@@ -1310,7 +1291,7 @@ Test part of {data["rows"]:,} rows in all, split by {data["split"]}:
 
 False alarms: share of the other windows that are called fire. Missed fire: share of the windows of
 fire that are not. Delay: median seconds from the onset of the fires that are found. Ensemble: the
-majority of {voters}. The rule counts only in areas with both sensors.
+majority of transformer and trees. The rule counts only in areas with both sensors.
 
 The transformer classifies {accuracy["transformer"]} % of the test windows correctly; the best
 baseline, {baseline}, {accuracy[baseline]} %; always naming the most frequent class,
@@ -1318,10 +1299,13 @@ baseline, {baseline}, {accuracy[baseline]} %; always naming the most frequent cl
 """
 
 
-def restore_state(info, path):
-    """The state in a run's checkpoint, which must fit the data and the number of processes."""
+def restore_state(new, path):
+    """The state in a run's checkpoint, if there is one, or else the new state. They must agree in
+    the data and the number of processes."""
+    if not path.exists():
+        return new
     state = load_checkpoint(path, path)
-    if (state["data"]["hash"], state["processes"]) != (info["hash"], WORLD_SIZE):
+    if (state["data"]["hash"], state["processes"]) != (new["data"]["hash"], WORLD_SIZE):
         raise UserError(f"{path}: the run began with {state['processes']} processes, or with other "
                         "data; take the same, or start a new run")
     return state
@@ -1333,10 +1317,8 @@ def run_experiment(args, run_dir=None):
     start_time = time.perf_counter()
     data, info = load_data(args)
     if run_dir is None:  # now arguments and data are known to be good
-        run_dir = next_run_dir(args) if RANK == 0 else Path(args.resume or "")
-    checkpoint = run_dir / "checkpoint.pt"
-    resumed = args.resume and checkpoint.exists()
-    state = restore_state(info, checkpoint) if resumed else new_state(args, info)
+        run_dir = next_run_dir(args) if RANK == 0 else Path(args.resume or os.devnull)
+    state = restore_state(new_state(args, info), run_dir / "checkpoint.pt")
     stages = state["stages"]
     add_stage(stages, "data", start_time)
     seed_everything(args.seed)
@@ -1348,33 +1330,29 @@ def run_experiment(args, run_dir=None):
         return None
 
     start_time = time.perf_counter()
-    features, labels = {}, {}
-    for split in SPLITS:
-        starts = data.starts(split, args.stride)
-        features[split] = window_features(data, starts)
-        labels[split] = data.window_labels(starts).cpu().numpy()
-    baselines, seconds = fit_baselines(features, labels, args)
+    tables = {split: window_features(data, data.starts(split, args.stride)) for split in SPLITS}
+    baselines, seconds = fit_baselines(tables["train"], tables["val"], args)
     add_stage(stages, "baselines", start_time)
     start_time = time.perf_counter()
-    table, by_area, scores = evaluate(model, baselines, data, features, labels, info, args)
-    importance = feature_importance(baselines, features["val"], labels["val"], info, args.seed)
+    table, by_area, scores = evaluate(model, baselines, data, tables, info, args)
+    importance = feature_importance(baselines, tables["val"], info, args.seed)
     add_stage(stages, "evaluation", start_time)
 
-    seconds["transformer"] = sum_seconds(stages)["transformer"]
-    table["training s"] = pd.Series(seconds)
-    counts = {split: np.bincount(labels[split], minlength=len(CLASSES)) for split in SPLITS}
+    times = pd.DataFrame(stages).groupby("name")["seconds"].sum()
+    table["training s"] = pd.Series(seconds | {"transformer": times["transformer"].round(1)})
+    counts = pd.DataFrame({split: np.bincount(labels, minlength=len(CLASSES))
+                           for split, (_, labels) in tables.items()})
     plot_data(counts, importance, run_dir)
     plot_training(state, run_dir)
     plot_models(table, by_area, scores, run_dir)
     with atomic_write(run_dir / "transformer.pt") as path:
         torch.save({key: state[key] for key in ("arguments", "data", "best")}, path)
-    with atomic_write(run_dir / "trees.joblib") as path:
-        joblib.dump(baselines, path)
+    joblib.dump(baselines, run_dir / "trees.joblib")
     rows = table.rename_axis("model").reset_index().to_dict("records")
     html = HTML.replace("ROWS", to_json(rows))
     (run_dir / "model_comparison.html").write_text(html, encoding="utf-8")
     results = {"seed": args.seed, "table": rows, "areas": by_area.to_dict("index"),
-               "models": scores, "data": info | {"windows": counts},
+               "models": scores, "data": info | {"windows": counts.to_dict("list")},
                "importance": importance.to_dict(), "history": state["history"], "stages": stages,
                "parameters": sum(weight.numel() for weight in model.parameters())}
     summary = format_summary(results, table, by_area)
@@ -1385,28 +1363,26 @@ def run_experiment(args, run_dir=None):
 
 
 def join_processes(args):
-    """Join the other processes of torchrun; returns the device of this one."""
-    if args.runs > 1 or args.batch_size % WORLD_SIZE:
-        raise UserError("torchrun trains one model, without --runs, and with a --batch-size that "
-                        "the processes can share evenly")
-    if args.device.type != "cuda":
-        dist.init_process_group("gloo")
-        return args.device
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl")
-    return device
+    """Join the other processes of torchrun; returns the arguments with the device of this one."""
+    if args.batch_size % WORLD_SIZE:
+        raise UserError("the processes must be able to share --batch-size evenly")
+    device = args.device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return argparse.Namespace(**vars(args) | {"device": device})
 
 
 def run(args):
     """What the arguments ask for; returns the results."""
-    if WORLD_SIZE > 1:
-        args = argparse.Namespace(**vars(args) | {"device": join_processes(args)})
     if args.predict:
         return predict_file(args)
     if args.compare:
         return compare_runs(args)
-    return run_seeds(args) if args.runs > 1 else run_experiment(args)
+    if args.runs > 1:
+        return run_seeds(args)
+    return run_experiment(join_processes(args) if WORLD_SIZE > 1 else args)
 
 
 # --- Extras: several seeds (--runs) -------------------------------------------------------------
@@ -1415,6 +1391,8 @@ def run(args):
 def run_seeds(args):
     """Run every seed in a folder of its own, unless it is finished; returns what they have in
     common."""
+    if WORLD_SIZE > 1:
+        raise UserError("torchrun trains one model, without --runs")
     load_data(args)  # an error in the data comes before there is a folder
     run_dir = next_run_dir(args)
     runs = []
@@ -1440,22 +1418,21 @@ def combine_runs(runs):
 
     tables = pd.concat([pd.DataFrame(run["table"]).assign(seed=run["seed"]) for run in runs])
     accuracy = tables.pivot(index="seed", columns="model", values="accuracy %")
-    means = tables.drop(columns="seed").groupby("model", sort=False).agg(format_mean)
-    table = means.loc[accuracy.mean().sort_values(ascending=False).index].reset_index()
-    baseline = accuracy[BASELINES].mean().idxmax()
+    ranking = accuracy.mean().sort_values(ascending=False).index
+    table = tables.drop(columns="seed").groupby("model").agg(format_mean).loc[ranking]
+    baseline = ranking[ranking.isin(BASELINES)][0]
     difference = accuracy["transformer"] - accuracy[baseline]
     p = ttest_rel(accuracy["transformer"], accuracy[baseline]).pvalue
-    rows = table.to_dict("records")
-    data = runs[0]["data"]
-    summary = f"""Test part, mean ± 95 % interval over {len(runs)} seeds, split by {data["split"]}:
+    rows = table.reset_index().to_dict("records")
+    summary = f"""Test part, mean ± 95 % interval over {len(runs)} seeds:
 
 {markdown_table([*rows, ORIGINAL_ROW])}
 
-The transformer classifies {means["accuracy %"]["transformer"]} % of the test windows correctly; the
-best baseline, {baseline}, {means["accuracy %"][baseline]} %. The difference, seed by seed, is
+The transformer classifies {table["accuracy %"]["transformer"]} % of the test windows correctly; the
+best baseline, {baseline}, {table["accuracy %"][baseline]} %. The difference, seed by seed, is
 {format_mean(difference)} points (paired t-test: p = {p:.2g}).
 """
-    return {"data": data, "table": rows, "p": p}, summary
+    return {"data": runs[0]["data"], "table": rows, "p": p}, summary
 
 
 # --- Extras: versions in a folder or in S3 (--save-to) ------------------------------------------
@@ -1541,12 +1518,16 @@ def predict_file(args):
 
 
 def read_results(address):
-    """(arguments, data, table of the models) of a finished training run, here or in S3."""
+    """(arguments, row of the comparison, hash of the data) of a finished training run, here or in
+    S3. With several seeds the figures are means."""
     try:
         results = json.loads(bytes(read_bytes(address)))
         table = pd.DataFrame(results["table"]).set_index("model")[["accuracy %", "training s"]]
-        means = table.astype(str).replace(" ±.*", "", regex=True).astype(float)
-        return results["arguments"], results["data"], means
+        table = table.astype(str).replace(" ±.*", "", regex=True).astype(float)
+        data = results["data"]
+        row = {"run": Path(address).parent.name, "rows": f"{data['rows']:,}", **table["accuracy %"],
+               "training h": table["training s"].sum() / 3600}
+        return results["arguments"], row, data["hash"]
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{address}: not the results.json of a finished training run") from None
 
@@ -1557,28 +1538,22 @@ def compare_runs(args):
     A row names the arguments in which the runs differ. A run on other data than the first is
     marked, since its accuracy is about something else. Returns the results.
     """
-    arguments, data, models = zip(*map(read_results, args.compare))
-    flags = pd.DataFrame(arguments).drop(columns=["output_dir", "resume"]).astype(str)
-    flags.columns = "--" + flags.columns.str.replace("_", "-")
+    arguments, rows, hashes = zip(*map(read_results, args.compare))
+    flags = pd.DataFrame(arguments, dtype=object).drop(columns=["output_dir", "resume"]).map(str)
     flags = flags.loc[:, flags.nunique() > 1]
-    rows = []
-    for i, address in enumerate(args.compare):
-        name = f"{i + 1}. {Path(address).parent.name}"
-        if data[i]["hash"] != data[0]["hash"]:
-            name += " (OTHER DATA)"
-        differing = " ".join(flags.loc[i].index + " " + flags.loc[i])
-        hours = models[i]["training s"].sum() / 3600
-        rows.append({"run": name, "differs in": differing, "rows": f"{data[i]['rows']:,}",
-                     **models[i]["accuracy %"], "training h": hours,
-                     "$ per h": args.price_per_hour})
-    table = pd.DataFrame([*rows, ORIGINAL_RUN])
+    flags.columns = "--" + flags.columns.str.replace("_", "-")
+    table = pd.DataFrame(rows)
+    models = table.columns[2:-1]
+    table["differs in"] = [" ".join(row.index + " " + row) for _, row in flags.iterrows()]
+    table["data"] = ["OTHER" if digest != hashes[0] else "same" for digest in hashes]
+    table["$ per h"] = args.price_per_hour
+    table = pd.concat([table, pd.DataFrame([ORIGINAL_RUN])])
     table["cost $"] = table["training h"] * table["$ per h"]
     table = table.round(4)
 
-    fig, axes = new_figure("Runs side by side", 2, 1, (12, 4 + 1.4 * len(rows)))
+    fig, axes = new_figure("Runs side by side", 2, 1, (12, 4 + 1.4 * len(table)))
     labels = table["run"] + "\n" + table["differs in"].fillna("").str.wrap(50)
-    accuracy = table.loc[: len(rows) - 1, list(models[0].index)]
-    plot_dots(axes[0], labels[:-1], accuracy.to_dict("list"), highlight="transformer")
+    plot_dots(axes[0], labels[:-1], table[models][:-1].to_dict("list"), highlight="transformer")
     plot_dots(axes[1], labels, {"cost": table["cost $"]}, "{:.4g}")
     axes[0].set_xlabel("test accuracy [%]")
     axes[1].set(xlabel="cost of training all models [$]", xscale="log")
