@@ -755,14 +755,14 @@ class Run:
     seed: int = 0
 
     @property
+    def id(self):
+        """A name for files."""
+        return "_".join(str(value) for value in astuple(self) if value is not None)
+
+    @property
     def settings(self):
         """What distinguishes the runs of a model, in tables."""
         return ", ".join(str(value) for value in astuple(self)[2:-1] if value is not None)
-
-    @property
-    def id(self):
-        """A name for files."""
-        return "_".join([self.model, self.dataset, *self.settings.split(", "), str(self.seed)])
 
 
 def warm_up_then_cosine(step, steps):
@@ -1008,32 +1008,32 @@ def execute(run, args, values, models):
 
 def make_runs(args, series):
     """All runs of the sweep, the longest first."""
+    in_sample = args.protocol == "original"
     runs = {}
-    seeds = range(args.seed, args.seed + args.runs)
-    models = [*BASELINES, *args.model]
     for name, values in series.items():
-        longest = min(ORIGINAL_TIME_STEPS, len(values) // 6, int(FOLDS[0] * len(values)) - 24)
-        for model, time_steps, rate, d_model, pe, seed in itertools.product(
-                models, args.time_steps or [max(2, longest)], args.learning_rate, args.d_model,
-                args.pe, seeds):
+        rows = len(values)
+        longest = min(ORIGINAL_TIME_STEPS, rows // 6, int(FOLDS[0] * rows) - 24)
+        for time_steps in args.time_steps or [max(2, longest)]:
             # A window, the horizon of vq_ar and seven windows more, in the shortest training part.
-            share = 1 if args.protocol == "original" else FOLDS[0]
-            needed = math.ceil((time_steps + 24) / share)
-            if len(values) < needed:
+            needed = math.ceil((time_steps + 24) / (1 if in_sample else FOLDS[0]))
+            if rows < needed:
                 note(f"{name} is left out with --time-steps {time_steps}, which needs {needed} "
-                     f"values, {needed - len(values)} more; take shorter windows")
+                     f"values, {needed - rows} more; take shorter windows")
                 continue
-            run = Run(model, name, time_steps, rate, d_model, pe, seed)
-            if model not in ATTENTION:
-                run = replace(run, d_model=None, pe=None)
-            if model == "combined":
-                run = replace(run, learning_rate=COMBINED_RATE)
-            if model in BASELINES:
-                run = replace(run, learning_rate=None, seed=args.seed)
-            if model in MODELS:
-                MODELS[model](run, args)  # raises UserError for options that do not go together
-            if model != "combined" or args.protocol != "original":
-                runs[run] = None  # each once
+            for model in [*BASELINES, *args.model]:
+                options = {"rates": args.learning_rate, "widths": [None], "encodings": [None],
+                           "seeds": range(args.seed, args.seed + args.runs)}
+                if model in BASELINES:
+                    options |= {"rates": [None], "seeds": [args.seed]}
+                if model in ATTENTION:
+                    options |= {"widths": args.d_model, "encodings": args.pe}
+                if model == "combined":
+                    options["rates"] = [] if in_sample else [COMBINED_RATE]
+                for combination in itertools.product(*options.values()):
+                    run = Run(model, name, time_steps, *combination)
+                    runs[run] = None  # each once
+                    if model in MODELS:
+                        MODELS[model](run, args)  # raises UserError for options that do not fit
     if not runs:
         raise UserError(NOTES[-1])
     # Rough relative times of the models.
@@ -1062,8 +1062,6 @@ def execute_all(runs, args, series):
 
 # --- Tables -------------------------------------------------------------------------------------
 
-SETTINGS = ["dataset", "model", "name", "settings", "time_steps", "learning_rate"]
-
 
 def show(values):
     """The mean of scores [seeds] with its 95 % interval as text; None if there are none."""
@@ -1076,10 +1074,10 @@ def show(values):
 
 def over_seeds(rows):
     """(means, texts): two DataFrames with a row for each combination of settings."""
-    groups = rows.groupby(SETTINGS, dropna=False, sort=False)
-    means = groups.mean(numeric_only=True).reset_index()
-    scores = list(means.filter(regex="loss$|free run$|one step$"))
-    return means, groups[scores].agg(show).reset_index()
+    groups = rows.groupby(["dataset", "model", "name", "settings", "time_steps", "learning_rate"],
+                          dropna=False, sort=False)
+    scores = rows.filter(regex="loss$|free run$|one step$").columns
+    return groups[list(scores)].mean().reset_index(), groups[list(scores)].agg(show).reset_index()
 
 
 def original_table(means, texts):
@@ -1090,9 +1088,9 @@ def original_table(means, texts):
     ranked = means.dropna(subset="original free run").sort_values("original free run")
     ranked = ranked.groupby(ranked["model"].isin(BASELINES)).head(10)
     table = texts.loc[ranked.index].merge(published, "left")
-    columns = ["name", "settings", "original free run", "original one step", "train_loss",
-               "val_loss", "published free run", "published one step"]
-    return markdown_table(table.reindex(columns=columns))
+    return markdown_table(table.reindex(columns=[
+        "name", "settings", "original free run", "original one step", "train_loss", "val_loss",
+        "published free run", "published one step"]))
 
 
 def holdout_table(means, texts):
@@ -1102,11 +1100,9 @@ def holdout_table(means, texts):
     for kind in KINDS:
         best = means.sort_values(f"validation {kind}").drop_duplicates("model")
         best = best.sort_values(f"test {kind}")
-        table = texts.loc[best.index].set_index("model")
-        table = table[["settings", f"test {kind}", f"MASE {kind}", f"coverage {kind}"]]
-        names = ["settings", "MSE", "MASE", "in 80 % interval"]
-        tables.append(table.set_axis([f"{kind} {name}" for name in names], axis=1))
-    return markdown_table(pd.concat(tables, axis=1).reset_index())
+        columns = ["model", "settings", f"test {kind}", f"MASE {kind}", f"coverage {kind}"]
+        tables.append(texts.loc[best.index, columns])
+    return markdown_table(pd.merge(*tables, on="model", suffixes=[f" {kind}" for kind in KINDS]))
 
 
 def summarize(name, values, rows, args):
@@ -1120,9 +1116,10 @@ def summarize(name, values, rows, args):
                  "windows at random, baselines fitted to all, errors over the whole series, so "
                  "in-sample.", original_table(means, texts)]
     if args.protocol != "original":
-        text += ["The hold-out: errors on the last 20 %, which no model has seen. MASE is the "
-                 "absolute error relative to the seasonal naive forecast in training. Settings are "
-                 "time steps, learning rate, d_model and encoding.", holdout_table(means, texts)]
+        text += ["The hold-out: mean squared errors on the last 20 %, which no model has seen, "
+                 "MASE (absolute error relative to the seasonal naive forecast in training) and "
+                 "coverage of the 80 % intervals. Settings are time steps, learning rate, d_model "
+                 "and encoding.", holdout_table(means, texts)]
     return "\n\n".join(text)
 
 
@@ -1134,22 +1131,29 @@ def draw_pictures(name, series, rows, checkpoints, args, run_dir):
     or by its in-sample error where only the original's protocol was run."""
     column = "original free run" if args.protocol == "original" else "validation free run"
     rows = rows.dropna(subset=column).sort_values(column)
-    best = rows.drop_duplicates("model").set_index("model")["id"].map(checkpoints)
+    best = [checkpoints[id] for id in rows.drop_duplicates("model")["id"]]
     title = f"{name}, best runs by {column}: "
     plot_forecasts(series, best, title, run_dir / f"forecasts_{name}.png")
     plot_curves(series, best, title, run_dir / f"curves_{name}.png")
-    title = f"{name}: {column}, error [({series.name})²]"
-    plot_sweep(rows, column, title, run_dir / f"sweep_{name}.png")
+    rows = rows[rows["model"].isin(args.model) & np.isfinite(rows[column])]
+    if len(rows):
+        title = f"{name}: {column}, error [({series.name})²]"
+        plot_sweep(rows, column, title, run_dir / f"sweep_{name}.png")
 
 
-def plot_free_run(ax, series, times, forecast, widths):
-    """A series, a forecast at `times`, and its 80 % interval if there is one."""
+def forecast_table(times, free_run, widths):
+    """DataFrame of a free run, with its 80 % interval if there are widths."""
+    width = extend(widths["free run"], len(free_run)) if widths else np.nan
+    return pd.DataFrame({"free run": free_run, "low": free_run - width, "high": free_run + width},
+                        times)
+
+
+def plot_free_run(ax, series, table):
+    """A series and a forecast_table."""
     ax.plot(series, color="0.7", linewidth=1, label="series")
-    ax.plot(times, forecast, "--", color=COLORS[3], label="free run")
-    if widths:
-        width = extend(widths["free run"], len(forecast))
-        ax.fill_between(times, forecast - width, forecast + width, color=COLORS[3], alpha=0.15,
-                        label="80 % interval")
+    ax.plot(table["free run"], "--", color=COLORS[3], label="free run")
+    ax.fill_between(table.index, table["low"], table["high"], color=COLORS[3], alpha=0.15,
+                    label="80 % interval of the hold-out")
     ax.set(xlabel=series.index.name, ylabel=series.name)
 
 
@@ -1160,15 +1164,16 @@ def plot_forecasts(series, best, title, path):
     fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 0.8))
     for ax in axes[len(best) :]:
         ax.set_axis_off()
-    for ax, (model, checkpoint) in zip(axes, best.items()):
+    for ax, checkpoint in zip(axes, best):
         errors = checkpoint["errors"]
         truth = series.iloc[-len(errors["free run"]) :]
         shown = series.iloc[-2 * len(truth) :]
-        plot_free_run(ax, shown, truth.index, truth + errors["free run"], checkpoint["widths"])
+        free_run = truth + errors["free run"]
+        plot_free_run(ax, shown, forecast_table(truth.index, free_run, checkpoint["widths"]))
         ax.plot(truth + errors["one step"], color=COLORS[0], linewidth=0.9, label="one step")
         margin = 0.3 * np.ptp(shown)
         ax.set_ylim(shown.min() - margin, shown.max() + margin)
-        ax.set_title(f"{model}: {checkpoint['row']['settings']}", fontsize=9)
+        ax.set_title("{model}: {settings}".format(**checkpoint["row"]), fontsize=9)
     legend_below(axes[0])
     save_figure(fig, path)
 
@@ -1177,16 +1182,14 @@ def plot_curves(series, best, title, path):
     """Losses of the networks over the epochs, and the error of the free run by its length."""
     title += "training (loss of vq_ar: Huber, of the others: squared error) and errors"
     fig, axes = new_figure(title, 1, 3, (16, 5))
-    for i, (model, checkpoint) in enumerate(best.items()):
+    for i, checkpoint in enumerate(best):
         history = pd.DataFrame(checkpoint["history"], columns=["train_loss", "val_loss"])
         squares = pd.Series(checkpoint["errors"]["free run"]) ** 2
-        curves = {
-            "training loss, mean of an epoch": history["train_loss"],
-            "validation loss, after an epoch": history["val_loss"],
-            f"RMSE up to the horizon [{series.name}]": squares.expanding().mean() ** 0.5,
-        }
+        curves = {"training loss, mean of an epoch": history["train_loss"],
+                  "validation loss, after an epoch": history["val_loss"],
+                  f"RMSE up to the horizon [{series.name}]": squares.expanding().mean() ** 0.5}
         for ax, (label, curve) in zip(axes, curves.items()):
-            plot_curve(ax, curve.index + 1, curve, model, i)
+            plot_curve(ax, curve.index + 1, curve, checkpoint["row"]["model"], i)
             ax.set(xlabel="epoch", ylabel=label, yscale="log")
     axes[2].set_xlabel("horizon [values]")
     legend_below(axes[0])
@@ -1196,11 +1199,8 @@ def plot_curves(series, best, title, path):
 def plot_sweep(rows, column, title, path):
     """Heatmap of errors over models, learning rates and time steps: the least over seeds and the
     other settings."""
-    rows = rows.dropna(subset="learning_rate").replace(np.inf, np.nan)
     names = rows["model"] + ", " + rows["learning_rate"].astype(str)
     table = rows.pivot_table(column, names, "time_steps", "min")
-    if len(table) == 0:
-        return
     fig, (ax,) = new_figure(title, size=(9, 1.5 + 0.3 * len(table)))
     ax.imshow(table, cmap="Blues", norm="log", alpha=0.5, aspect="auto")
     for (i, j), error in np.ndenumerate(table):
@@ -1221,19 +1221,17 @@ def run_experiment(args):
     runs = make_runs(args, series)
     run_dir = next_run_dir(args)
     (run_dir / "runs").mkdir(exist_ok=True)
-    files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
-    data = {}
-    for name, values in series.items():
-        source = "embedded" if name == "synthetic" else "real"
-        data[name] = {"source": source, "rows": len(values), "column": values.name,
-                      "sha256 of values": digest(values)}
-    checkpoints, failed = {}, {}
-    for run, file in files.items():
-        if file.exists():
-            checkpoints[run.id] = load_checkpoint(file, file)
-            if checkpoints[run.id]["data"] != data[run.dataset]:
-                raise UserError(f"{file}: made with other data; start a new sweep")
-    todo = [run for run in runs if run.id not in checkpoints]
+    data = {name: {"rows": len(values), "column": values.name, "sha256": digest(values)}
+            for name, values in series.items()}
+    checkpoints, failed, todo = {}, {}, []
+    for run in runs:
+        file = run_dir / f"runs/{run.id}.pt"
+        if not file.exists():
+            todo.append(run)
+            continue
+        checkpoints[run.id] = load_checkpoint(file, file)
+        if checkpoints[run.id]["data"] != data[run.dataset]:
+            raise UserError(f"{file}: made with other data; start a new sweep")
     for run, checkpoint in progress(execute_all(todo, args, series), "runs", len(todo)):
         if "error" in checkpoint:
             failed[run.id] = checkpoint["error"]
@@ -1241,7 +1239,7 @@ def run_experiment(args):
             continue
         checkpoint |= {"arguments": plain_arguments(args), "data": data[run.dataset]}
         checkpoints[run.id] = checkpoint
-        with atomic_write(files[run]) as path:
+        with atomic_write(run_dir / f"runs/{run.id}.pt") as path:
             torch.save(checkpoint, path)
     rows = [checkpoints[run.id]["row"] for run in runs if run.id in checkpoints]
     frame = pd.DataFrame(rows).astype({"learning_rate": float})
@@ -1268,31 +1266,25 @@ def predict_steps(args):
     checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
     if "members" not in checkpoint:
         raise UserError(f"{args.checkpoint}: not a checkpoint of forecast.py")
-    arguments = argparse.Namespace(**checkpoint["arguments"])
-    arguments.data = args.data or arguments.data
-    arguments.data_dir = args.data_dir
-    arguments.fill = args.fill or arguments.fill
+    arguments = argparse.Namespace(**checkpoint["arguments"] | changed_arguments(args))
     arguments.dataset = [checkpoint["row"]["dataset"]]
     ((name, series),) = load_series(arguments).items()
     values = series.to_numpy()
     known = checkpoint["data"]["rows"]
-    if digest(values[:known]) != checkpoint["data"]["sha256 of values"]:
+    if digest(values[:known]) != checkpoint["data"]["sha256"]:
         raise UserError(f"{args.checkpoint}: {name} does not begin with the values that it was "
                         "trained with")
     members = [unpack(member, arguments) for member in checkpoint["members"]]
     paths = [member.free_run(values, [len(values)], args.predict_steps)[0] for member in members]
     forecast = np.mean(paths, axis=0)
     times = next_times(series.index, args.predict_steps)
-    widths = checkpoint["widths"]
-    width = extend(widths.get("free run", [np.nan]), len(forecast))
-    table = pd.DataFrame({series.index.name: times, series.name: forecast,
-                          "low": forecast - width, "high": forecast + width})
+    table = forecast_table(times, forecast, checkpoint["widths"])
     run_dir = next_run_dir(args)
     with atomic_write(run_dir / "forecast.csv") as path:
-        table.to_csv(path, index=False)
+        table.to_csv(path, header=[series.name, "low", "high"], index_label=series.index.name)
     summary = f"{name}: {args.predict_steps} values by {checkpoint['row']['name']}"
     fig, (ax,) = new_figure(summary)
-    plot_free_run(ax, series, times, forecast, widths)
+    plot_free_run(ax, series, table)
     legend_below(ax)
     save_figure(fig, run_dir / "forecast.png")
     summary += f", trained with {known} of its {len(values)} values, in forecast.csv and .png"

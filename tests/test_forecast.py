@@ -730,7 +730,7 @@ def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, t
 @pytest.mark.parametrize(("argv", "message"), [
     (["--data", "absent.csv"], "absent.csv"),
     (["--data", "a.csv", "--dataset", "y_w"], "not allowed with argument"),
-    (["--dataset", "synthetic", "--model", "att", "--no-causal"], "would see its own targets"),
+    (["--dataset", "synthetic", "--model", "att", "--no-causal"], "would see its targets"),
     (["--dataset", "synthetic", "--model", "att_mh", "--n-heads", "6"], "must divide"),
     (["--dataset", "synthetic", "--model", "att_mh", "--kv-heads", "3"], "must divide"),
     (["--model", "gru"], "invalid choice: 'gru'"),
@@ -795,7 +795,7 @@ def test_the_checksums_are_those_of_the_real_files(name):
 def test_without_data_the_embedded_series_is_used_and_that_is_noted(error_line):
     results = forecast.main([*SMALL, "--model", "vq", "--protocol", "original"])
     assert "the embedded series is used" in results["notes"][0]
-    assert results["data"]["synthetic"]["source"] == "embedded"
+    assert list(results["data"]) == ["synthetic"]
     assert "--dataset synthetic" in error_line(forecast, ["--dataset", "y_w", *SMALL])
 
 
