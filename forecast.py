@@ -149,64 +149,58 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="embedded series, one rate: under a minute")
     source = parser.add_mutually_exclusive_group().add_argument
     source("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded "
-           "to --data-dir, or the embedded one; if unset, y_w, or synthetic if that cannot be "
-           "downloaded")
-    source("--data", type=os.path.abspath, metavar="FILE", help="CSV file of your own series")
-    add("--column", default="-1", metavar="NAME", help="column of values, or its index; -1 is the "
-        "last")
-    add("--time-column", metavar="NAME", help="column of times, or its index; if unset, the rows "
-        "are taken as equally spaced")
-    add("--series-column", metavar="NAME", help="column that names the series of a row, or none")
-    add("--series", metavar="NAME", help="series to take, with --series-column")
+           "to --data-dir, or the embedded one; if unset, y_w if it can be downloaded")
+    source("--data", type=os.path.abspath, help="CSV file of your own series")
     add("--fill", choices=["linear", "forward"], help="how to fill missing values and rows")
-    add("--data-dir", default="data", help="folder of downloads")
     add("--protocol", choices=["original", "holdout", "both"], default="both", help="original: "
         "random windows, scored over the whole series; holdout: tested on the last 20 %%")
-    add("--model", nargs="*", choices=[*MODELS, "combined"], default=[*MODELS, "combined"],
-        help="models to run beside the baselines; combined needs the hold-out; without a value, "
-        "the baselines only")
+    models = [*MODELS, "combined"]
+    add("--model", nargs="*", choices=models, default=models, help="models to run beside the "
+        "baselines; combined needs the hold-out; without a value, the baselines only")
     add("--time-steps", nargs="+", type=positive, help="values in a window; if unset, the "
         f"original's {ORIGINAL_TIME_STEPS}, or fewer for a short series")
     add("--learning-rate", nargs="+", type=float, default=ORIGINAL_RATES, help="learning rates")
     add("--d-model", nargs="+", type=positive, default=[64], help="widths of the attention models")
     add("--pe", nargs="+", choices=["none", "randpe", "sinpe", "rope"], default=[None],
         help="positional encodings; if unset, the original's for each model")
-    for flag, description in ATTENTION_PARTS.items():
-        add(f"--{flag.replace('_', '-')}", action=argparse.BooleanOptionalAction,
+    parts = ATTENTION_PARTS | {"align_target": "loss at every step instead of the last one"}
+    for name, description in parts.items():
+        add(f"--{name.replace('_', '-')}", action=argparse.BooleanOptionalAction,
             help=f"{description}; if unset, the original's choice for each model")
-    add("--align-target", action=argparse.BooleanOptionalAction, help="loss at every step instead "
-        "of the last one; if unset, for all models but the LSTM")
-    for flag, default, description in [
-        ("--hidden-dim", 64, "width of the LSTM"),
-        ("--num-layers", 2, "layers of the LSTM"),
-        ("--n-heads", None, "query heads of att_mh and vq_mh; if unset, 8"),
-        ("--kv-heads", None, "key heads of att_mh and vq_mh; if unset, 1 and 4"),
-        ("--vocab-size", 64, "codebook rows of vq and vq_mh"),
-        ("--block-size", 512, "positions of the attention models"),
-        ("--epochs", 50, "passes over the windows"),
-        ("--batch-size", 64, "windows in a step"),
-        ("--runs", 1, "number of seeds; reports mean and interval"),
-        ("--jobs", os.cpu_count(), "runs at a time, one thread each"),
-        ("--predict-steps", None, "values to forecast after the end of the series of --checkpoint"),
-    ]:
-        add(flag, type=positive, default=default, metavar="N", help=description)
-    add("--seed", type=int, default=42, help="random seed of weights and order; the original's "
-        "split always has 42")
-    add("--checkpoint", metavar="FILE", help="file in runs/ of a sweep, for --predict-steps")
     add("--backend", choices=["loky", "dask"], default="loky", help="joblib's backend: this "
         "machine, or a dask cluster at DASK_SCHEDULER_ADDRESS")
-    add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
-    add("--output-dir", default="outputs", help="folder of all results")
-    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished sweep to go on "
-        "with; without a value, the newest")
+    add("--resume", nargs="?", const="newest", help="unfinished sweep to go on with; without a "
+        "value, the newest")
+    for flag, convert, default, description in [
+        ("--column", str, "-1", "column of values, or its index; -1 is the last"),
+        ("--time-column", str, None, "column of times, or its index; if unset, rows are taken as "
+         "equally spaced"),
+        ("--series-column", str, None, "column that names the series of a row, or none"),
+        ("--series", str, None, "series to take, with --series-column"),
+        ("--data-dir", str, "data", "folder of downloads"),
+        ("--hidden-dim", positive, 64, "width of the LSTM"),
+        ("--num-layers", positive, 2, "layers of the LSTM"),
+        ("--n-heads", positive, None, "query heads of att_mh and vq_mh; if unset, 8"),
+        ("--kv-heads", positive, None, "key heads of att_mh and vq_mh; if unset, 1 and 4"),
+        ("--vocab-size", positive, 64, "codebook rows of vq and vq_mh"),
+        ("--block-size", positive, 512, "positions of the attention models"),
+        ("--epochs", positive, 50, "passes over the windows"),
+        ("--batch-size", positive, 64, "windows in a step"),
+        ("--seed", int, 42, "random seed of weights and order; the original's split has 42"),
+        ("--runs", positive, 1, "number of seeds; reports mean and interval"),
+        ("--jobs", positive, os.cpu_count(), "runs at a time, one thread each"),
+        ("--predict-steps", positive, None, "values to forecast after the end of --checkpoint"),
+        ("--checkpoint", str, None, "file in runs/ of a sweep, for --predict-steps"),
+        ("--device", detect_device, "auto", "auto, cuda, mps or cpu"),
+        ("--output-dir", str, "outputs", "folder of all results"),
+    ]:
+        add(flag, type=convert, default=default, help=description)
     if "--quick" in (argv or []):
         parser.set_defaults(dataset=["synthetic"], epochs=12, time_steps=[128],
                             learning_rate=[3e-3])
     args = parser.parse_args(argv)
     if (args.predict_steps is None) != (args.checkpoint is None):
         parser.error("--predict-steps and --checkpoint go together")
-    if args.seed < 0 or min(args.learning_rate) <= 0:
-        parser.error("--seed must not be negative, --learning-rate must be above 0")
     return args
 
 
