@@ -46,7 +46,8 @@ def no_data_of_this_machine(monkeypatch, tmp_path):
 
 
 def digits(*argv):
-    return bs.main(["--dataset", "digits", "--no-benchmark", "--jobs", "1", "--device", "cpu", *argv])
+    """Results of a run on the digits, without the pictures of each strategy."""
+    return bs.main(["--quick", "--dataset", "digits", "--no-benchmark", "--device", "cpu", *argv])
 
 
 def load(name):
@@ -605,8 +606,7 @@ def write_pets(path="pets.csv", rows=60, extra=""):
 def run_table(frame, *argv):
     """Results of a short run on a table."""
     frame.to_csv("table.csv", index=False)
-    return bs.main(["--data", "table.csv", "--epochs", "1", "--runs", "1", "--strategy", "random", "--jobs", "1",
-                    *argv])
+    return bs.main(["--quick", "--data", "table.csv", "--epochs", "1", "--runs", "1", "--strategy", "random", *argv])
 
 
 def test_own_csv_is_learned_and_its_header_names_the_classes(capsys):
@@ -864,7 +864,7 @@ def test_one_command_does_everything(capsys):
     first = records_of(results).query("dataset == 'digits' and noise == 0 and epoch == 0 and seed == 42")
     assert first["test_acc"].nunique() == 1, "the same first weights for every strategy"
     assert results["data"]["digits"]["source"] == "10 classes, 1,797 samples, embedded"
-    digits("--runs", "1", "--epochs", "1", "--strategy", "smart")
+    bs.main(["--dataset", "digits", "--no-benchmark", "--runs", "1", "--epochs", "1", "--strategy", "smart"])
     assert Path("outputs/vision/digits/smart/run-002/test_acc.png").exists()
     summary = Path("outputs/batch_selection/run-002/summary.md").read_text()
     assert "No verdict" in summary
@@ -918,6 +918,14 @@ PARALLEL = ["--dataset", "digits", "--no-benchmark", "--epochs", "2", "--runs", 
             "--device", "cpu"]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The output folder of these runs, one after the other."""
+    folder = tmp_path_factory.mktemp("alone")
+    bs.main(["--quick", *PARALLEL, "--jobs", "1", "--output-dir", str(folder)])
+    return folder
+
+
 def assert_equal_runs(root, other_root, runs):
     paths = sorted(Path(root).rglob("*.pt"))
     assert len(paths) == runs
@@ -929,16 +937,15 @@ def assert_equal_runs(root, other_root, runs):
         assert pd.DataFrame(one["history"])[columns].equals(pd.DataFrame(other["history"])[columns])
 
 
-def test_dask_and_loky_equal_sequential():
-    pytest.importorskip("distributed")
-    bs.main([*PARALLEL, "--jobs", "1", "--output-dir", "alone"])
-    bs.main([*PARALLEL, "--jobs", "2", "--backend", "dask", "--output-dir", "dask"])
-    assert_equal_runs("alone", Path("dask"), runs=4)
-    bs.main([*PARALLEL, "--jobs", "2", "--output-dir", "loky"])
-    assert_equal_runs("alone", Path("loky"), runs=4)
+@pytest.mark.parametrize("backend", ["dask", "loky"])
+def test_runs_side_by_side_equal_sequential(backend, alone):
+    if backend == "dask":
+        pytest.importorskip("distributed")
+    bs.main(["--quick", *PARALLEL, "--jobs", "2", "--backend", backend, "--output-dir", backend])
+    assert_equal_runs(alone, Path(backend), runs=4)
 
 
-def test_loky_in_a_notebook_equals_sequential(tmp_path):
+def test_loky_in_a_notebook_equals_sequential(tmp_path, alone):
     (tmp_path / "empty").mkdir()
     cells = [f"%%writefile common.py\n{(ROOT / 'common.py').read_text()}",
              (ROOT / "batch_selection.py").read_text().replace("    main()\n", "    pass\n"),
@@ -946,8 +953,7 @@ def test_loky_in_a_notebook_equals_sequential(tmp_path):
     outputs = run_notebook(cells, tmp_path / "empty")
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 1, "the pictures of each strategy are in their folders only"
-    bs.main([*PARALLEL, "--jobs", "1", "--output-dir", "alone"])
-    assert_equal_runs("alone", Path("empty/outputs"), runs=4)
+    assert_equal_runs(alone, Path("empty/outputs"), runs=4)
 
 
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, error_line):
@@ -976,18 +982,16 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path, error_
     assert "no unfinished run" in error_line(bs, ["--resume", "--output-dir", "killed"])
 
 
-def test_two_processes_that_resume_one_run_do_not_disturb_each_other(tmp_path, monkeypatch):
-    argv = [*PARALLEL, "--jobs", "1", "--strategy", "random", "smart"]
-    bs.main([*argv, "--output-dir", "alone"])
+def test_two_processes_that_resume_one_run_do_not_disturb_each_other(tmp_path, monkeypatch, alone):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(bs, "train_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        bs.main([*argv, "--output-dir", "twice"])
+        bs.main([*PARALLEL, "--jobs", "1", "--output-dir", "twice"])
     command = [sys.executable, ROOT / "batch_selection.py", "--resume", "twice/batch_selection/run-001"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(2)]
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert_equal_runs("alone/batch_selection", Path("twice/batch_selection"), runs=4)
+    assert_equal_runs(alone / "batch_selection", Path("twice/batch_selection"), runs=4)
     assert not list(Path("twice").rglob("*.part"))
 
 
