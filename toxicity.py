@@ -115,7 +115,7 @@ def parse_args(argv=None):
         "weights, no network: a minute")
     add_source("--dataset", choices=["civil_comments", "embedded"], help="data set; if unset, "
                "civil_comments, or embedded (synthetic) comments where the hub is out of reach")
-    add_source("--data", metavar="FILE", type=os.path.abspath, help="CSV, TSV, JSON, JSON lines or "
+    add_source("--data", type=os.path.abspath, help="CSV, TSV, JSON, JSON lines or "
                "Parquet file of your own")
     add("--text-column", default="text", help="column of --data with the texts")
     add("--label-column", default="toxicity", help="column of --data with labels")
@@ -125,9 +125,9 @@ def parse_args(argv=None):
         "label means toxic; labels go from 0 to 1, unless it is 1 or more")
     add("--sample-size", type=int, default=5000, help="training texts; validation and "
         "test have a fifth of it each; 0 takes all, split 80/10/10")
-    add("--data-dir", default="data", metavar="FOLDER", help="folder of downloads")
+    add("--data-dir", default="data", help="folder of downloads")
     add("--max-length", type=int, default=128, help="tokens of a text that are read")
-    add_weights("--model", metavar="ID|FOLDER", help="pretrained BERT to train; if unset, "
+    add_weights("--model", help="hub id or folder of a pretrained BERT to train; if unset, "
                 "prajjwal1/bert-tiny, or random weights where the hub is out of reach")
     add_weights("--from-scratch", action="store_true", help="start from random weights")
     add("--arm", choices=list(ARMS), default="library", help="what happens to the model every "
@@ -141,17 +141,17 @@ def parse_args(argv=None):
         "3e-4 from scratch")
     add("--distill", choices=["tfidf", "giant"], help="teacher on whose answers the model is "
         "trained: TF-IDF, or the mean of it and of the fine-tuned --giant")
-    add("--giant", metavar="ID|FOLDER", default="bert-base-uncased", help="large pretrained BERT "
+    add("--giant", default="bert-base-uncased", help="hub id or folder of a large pretrained BERT "
         "for --distill and --compare-base")
     add("--giant-epochs", type=int, default=3, help="epochs of its fine-tuning")
     add("--compare-dendrites", action="store_true", help="train all arms")
     add("--runs", type=int, default=1, help="number of seeds to repeat with")
     add("--seed", type=int, default=42, help="random seed of data, split and model")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
-    add("--output-dir", default="outputs", metavar="FOLDER", help="folder of all results")
-    add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
+    add("--output-dir", default="outputs", help="folder of all results")
+    add("--resume", nargs="?", const="newest", help="folder of an unfinished run to go on "
         "with; without a value, the newest")
-    add("--checkpoint", metavar="FILE", help="model for the jobs below; if unset, the newest "
+    add("--checkpoint", help="file of the model for the jobs below; if unset, the newest "
         "best_model.pt")
     add("--format", choices=["table", "json"], default="table", help="format of --predict")
     add_job("--evaluate", action="store_true", help="score --checkpoint on its own test part, or "
@@ -159,7 +159,7 @@ def parse_args(argv=None):
     add_job("--compare-base", action="store_true", help="fine-tune --giant on the same texts")
     add_job("--quantize", action="store_true", help="write model_int8.pt and compare it")
     add_job("--export-onnx", action="store_true", help="write model.onnx and compare it")
-    add_job("--export-hf", metavar="FOLDER", help="write the model for transformers")
+    add_job("--export-hf", help="folder to write the model to, for transformers")
     add_job("--benchmark-only", action="store_true", help="measure speed beside that of BERT-Base")
     add_job("--predict", nargs="*", metavar="TEXT", help="score texts, or the lines on stdin; the "
             "tier is monitor from half the threshold T on, review from T, remove from (1 + T) / 2")
@@ -315,7 +315,7 @@ def read_table(path):
     whose cells stay text. A quote within quotes is doubled, or escaped by a backslash."""
     name = Path(path).name.lower()
     if name.endswith(".parquet"):
-        return pd.read_parquet(path)
+        return pd.read_parquet(path).reset_index(drop=True)
     content = pa.input_stream(str(path)).read()  # unpacks .gz
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = content.decode("utf-16" if wide else "utf-8-sig")
@@ -348,12 +348,13 @@ def read_texts(path, args):
         known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
         toxic = values == args.positive_label.strip().lower()
     counts = cells.groupby(np.take(CLASSES, toxic)).value_counts().nlargest(MAX_CLASSES)
-    note(f"the labels (at most {MAX_CLASSES}) and their texts: {counts.to_dict()}")
-    good = known & (texts.str.strip().fillna("") != "")
+    note(f"labels with their numbers of texts: {counts.to_dict()}")
+    filled = [isinstance(text, str) and text.strip() != "" for text in texts]
+    good = known & np.array(filled, dtype=bool)
     if not good.all():
         row = good.argmin()
         raise UserError(
-            f"row {row + 1} has no text or no label: {texts.iloc[row]!r}, {cells.iloc[row]!r}; "
+            f"row {row + 1} has no text or no label: {table.iloc[row].to_dict()}; "
             "without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
             "--label-threshold is 1 or more")
     labels = toxic.astype(int)
@@ -375,13 +376,16 @@ def hub_in_reach():
 
 def fetch_civil_comments(args):
     """Path of a Parquet file with texts of the training part of Civil Comments, which are streamed
-    from the hub unless the file is there."""
+    from the hub unless the file is there; None where it is out of reach and not asked for."""
     path = Path(args.data_dir, f"civil_comments-{args.sample_size or 'all'}.parquet")
     if path.exists():
         return path
     if not hub_in_reach():
-        raise UserError(f"the Hugging Face hub is out of reach, and {path} (columns text and "
-                        "toxicity) is not there")
+        problem = f"the Hugging Face hub is out of reach, and {path} is not there"
+        if args.dataset:
+            raise UserError(problem)
+        note(f"{problem}; synthetic comments instead, all figures are about those")
+        return None
     import datasets
 
     rows = datasets.load_dataset("google/civil_comments", split="train", streaming=True)
@@ -397,23 +401,18 @@ def read_source(args):
     """(table [text, label, class] of what the arguments name, the name of the source)."""
     if args.data:
         return read_texts(args.data, args), Path(args.data).name
-    if args.dataset != "embedded":
-        try:
-            return read_texts(fetch_civil_comments(args), args), "civil_comments"
-        except (UserError, ValueError, OSError) as error:
-            if args.dataset:
-                raise
-            note(f"{error}; synthetic comments instead, all figures are about those")
+    if args.dataset != "embedded" and (path := fetch_civil_comments(args)):
+        return read_texts(path, args), "civil_comments"
     size = args.sample_size or 5000
     texts, labels = generate_comments(max(3000, 21 * size // 5), args.seed)
     return pd.DataFrame({"text": texts, "label": labels, "class": labels}), "embedded"
 
 
 def split_texts(table, sample_size, seed):
-    """{split: table} stratified by label, with each different text once.
+    """{split: table} stratified by label, the same text never on two sides.
 
-    With `sample_size`, so many texts for training and a fifth of it for each other split; if there
-    are not as many, or with 0, 80/10/10 % of all.
+    With `sample_size`, so many different texts for training and a fifth of it for each other
+    split; if there are not as many, or with 0, all rows, 80/10/10 % of the different texts.
     """
     from sklearn.model_selection import train_test_split
 
@@ -421,16 +420,18 @@ def split_texts(table, sample_size, seed):
     rest = table.loc[keys.drop_duplicates().sort_values().index]
     both = (table.groupby(keys)["label"].nunique() == 2).sum()
     if both:
-        note(f"{both:,} of {len(rest):,} different texts have both labels; the first one counts")
+        note(f"{both:,} of {len(rest):,} different texts have both labels")
     train, held_out = sample_size, sample_size // 5
-    if not 0 < train + 2 * held_out <= len(rest):
+    sampled = 0 < train + 2 * held_out <= len(rest)
+    if not sampled:
         train, held_out = len(rest), len(rest) // 10
     splits = {"test": held_out, "validation": held_out, "train": train}
     for split, size in splits.items():
-        splits[split] = rest
+        part = rest
         if size + 1 < len(rest):
-            rest, splits[split] = train_test_split(rest, test_size=size, random_state=seed,
-                                                   stratify=rest["label"])
+            rest, part = train_test_split(rest, test_size=size, random_state=seed,
+                                          stratify=rest["label"])
+        splits[split] = part if sampled else table[keys.isin(keys[part.index])]
     rng = np.random.default_rng(seed)
     return {split: splits[split].iloc[rng.permutation(len(splits[split]))] for split in SPLITS}
 
@@ -443,7 +444,7 @@ def load_data(args, only_test=False, seen=()):
         splits = {"test": table}
         if not only_test:
             splits = split_texts(table, args.sample_size, args.seed)
-    except (UserError, ValueError, OSError, AttributeError) as error:
+    except (UserError, ValueError, OSError) as error:
         raise UserError(f"{args.data or args.dataset}: {error}") from None
     test = splits["test"]
     new = ~np.isin(hash_texts(test["text"]), seen)
@@ -787,18 +788,17 @@ def make_examples(tokenizer, data, args, lesson=None):
     """{split: Examples} for training and validation. Targets are the labels, with weights that
     balance them; with a teacher's `lesson` (texts, probabilities [texts, classes]), which takes the
     place of the training texts, all classes of the data count as they are."""
-    texts, labels = data.split("train")
-    counts = np.bincount(labels)
-    weights = torch.tensor(counts.sum() / (2 * counts), dtype=torch.float32, device=args.device)
-    pairs = {"train": (texts, labels), "validation": data.split("validation")}
-    if lesson:
-        weights = None
-        pairs = {"train": lesson, "validation": data.split("validation", "class")}
+    column, weights = "class", None
+    if not lesson:
+        lesson, column = data.split("train"), "label"
+        counts = np.bincount(lesson[1])
+        weights = torch.tensor(counts.sum() / (2 * counts)).float().to(args.device)
+    pairs = {"train": lesson, "validation": data.split("validation", column)}
     examples = {}
     for split, (texts, targets) in pairs.items():
         tokens = tokenize(tokenizer, texts, args.max_length).to(args.device)
         targets = torch.as_tensor(targets, device=args.device)
-        examples[split] = Examples(tokens, targets, weights, len(labels))
+        examples[split] = Examples(tokens, targets, weights, len(data.splits["train"]))
     full = (text_lengths(examples["train"].tokens) == args.max_length).float().mean()
     if full:
         note(f"{full:.2%} of the training texts fill --max-length {args.max_length}; what follows "
@@ -809,12 +809,6 @@ def make_examples(tokenizer, data, args, lesson=None):
 def toxic_probability(logits, toxic):
     """Probability [texts] of the classes that are `toxic` [classes], together."""
     return logits.softmax(1).cpu().numpy()[:, toxic].sum(axis=1)
-
-
-def warm_up_then_decay(step, steps):
-    """Share of the largest learning rate: a rise over a tenth of the steps, then a fall to 0."""
-    warm_up = max(1, steps // 10)
-    return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
 def make_optimizer(model, rate):
@@ -840,7 +834,8 @@ def train_model(state, examples, toxic, args, rate, path):
     [classes] says which of its classes are.
 
     All that is random in an epoch follows from --seed and the epoch's number. At a switch the best
-    model so far goes through the function of the arm and begins a new cycle of the learning rate.
+    model so far goes through the function of the arm and begins a new cycle of the learning rate,
+    which rises in a tenth of its steps and falls to 0 in the others.
     """
     train, switch = examples["train"], ARMS[args.arm]
     cycle = (args.switch_every or max(1, args.epochs // 2)) if switch else args.epochs
@@ -859,11 +854,13 @@ def train_model(state, examples, toxic, args, rate, path):
         torch.manual_seed(1000 * args.seed + epoch)
         batches = bucket_batches(train.tokens, args.batch_size, train.epoch_texts)
         steps = cycle * len(batches)
+        warm_up = max(1, steps // 10)
         losses = []
         model.train()
         for rows in progress(batches, f"epoch {epoch} of {args.epochs}"):
             step = (epoch - 1) % cycle * len(batches) + len(losses)
-            optimizer.param_groups[0]["lr"] = rate * warm_up_then_decay(step, steps)
+            share = min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+            optimizer.param_groups[0]["lr"] = rate * share
             with torch.autocast(args.device.type, torch.bfloat16, enabled=half):
                 logits = model(**make_batch(train.tokens, rows)).logits
             loss = train.loss(logits.float(), rows)
@@ -873,7 +870,14 @@ def train_model(state, examples, toxic, args, rate, path):
             optimizer.step()
             losses.append(loss.detach())
         loss = torch.stack(losses).mean().item()
-        add_epoch(state, model.eval(), examples["validation"], toxic, loss, start_time)
+        validation_loss, pr_auc = validate(model.eval(), examples["validation"], toxic)
+        log(f"epoch {epoch}: training loss {loss:.3f}, validation PR AUC {pr_auc:.3f}")
+        state["model"] = pack_model(model)
+        state["history"].append({
+            "train_loss": loss, "validation_loss": validation_loss, "validation_pr_auc": pr_auc,
+            "seconds": time.perf_counter() - start_time})
+        if pr_auc > state["best"]["pr_auc"]:
+            state["best"] = {"pr_auc": pr_auc, "epoch": epoch, "model": state["model"]}
         if switch and epoch % cycle == 0 and epoch < args.epochs:
             model = switch(unpack_model(state["best"]["model"]), train, args).to(args.device)
             optimizer = make_optimizer(model, rate)
@@ -884,23 +888,16 @@ def train_model(state, examples, toxic, args, rate, path):
             torch.save(state, part)
 
 
-def add_epoch(state, model, validation, toxic, train_loss, start_time):
-    """Validate after an epoch; the model with the best PR AUC stays in the state."""
+def validate(model, validation, toxic):
+    """(loss, PR AUC) of the validation Examples."""
     from sklearn.metrics import average_precision_score
 
     logits = predict_logits(model, validation.tokens)
-    epoch = len(state["history"]) + 1
     if not logits.isfinite().all():
-        raise UserError(f"the loss in epoch {epoch} is not finite; lower --learning-rate")
+        raise UserError("the loss is not finite; lower --learning-rate")
     labels = np.array(toxic)[validation.targets.cpu()]
-    pr_auc = float(average_precision_score(labels, toxic_probability(logits, toxic)))
-    state["model"] = pack_model(model)
-    state["history"].append({
-        "train_loss": train_loss, "validation_loss": validation.loss(logits).item(),
-        "validation_pr_auc": pr_auc, "seconds": time.perf_counter() - start_time})
-    if pr_auc > state["best"]["pr_auc"]:
-        state["best"] = {"pr_auc": pr_auc, "epoch": epoch, "model": state["model"]}
-    log(f"epoch {epoch}: training loss {train_loss:.3f}, validation PR AUC {pr_auc:.3f}")
+    pr_auc = average_precision_score(labels, toxic_probability(logits, toxic))
+    return validation.loss(logits).item(), float(pr_auc)
 
 
 def fit_classifier(loaded, data, args, path, lesson=None):
@@ -1129,9 +1126,9 @@ def make_frozen_encoder(giant, args):
 def fit_by_class(model, data):
     """Fit a scikit-learn model of texts on all classes of the data; returns a function texts ->
     probabilities [texts, classes]."""
-    table = data.splits["train"][:TFIDF_TEXTS]
-    model.fit(table["text"].tolist(), table["class"])
-    counts = np.bincount(table["class"], minlength=len(data.toxic))
+    train = data.splits["train"][:TFIDF_TEXTS]
+    model.fit(train["text"].tolist(), train["class"])
+    counts = np.bincount(train["class"], minlength=len(data.toxic))
     to_classes = np.diag(counts)[model.classes_]  # undoes the balance; a class may be missing
 
     def predict_classes(texts):
@@ -1143,11 +1140,11 @@ def fit_by_class(model, data):
 
 @dataclass
 class Baseline:
-    """A name, scores and a threshold, as a Classifier has them."""
+    """What a Classifier has, too: a name, scores and a threshold."""
 
     name: str
     predict_classes: object  # a function texts -> probabilities [texts, classes]
-    toxic: list
+    toxic: list  # [classes] bool
     threshold: float | None = None
 
     def scores(self, texts):
@@ -1156,19 +1153,17 @@ class Baseline:
 
 def fit_baselines(data, args, giant=None):
     """[Baseline]; one that fails is left out."""
-    models = {}
-    if "train" in data.splits:
-        models["TF-IDF"] = make_tfidf()
+    models = {"TF-IDF": make_tfidf()} if "train" in data.splits else {}
     if giant:
         models["frozen encoder"] = make_frozen_encoder(giant, args)
-    baselines = []
+    never = Baseline("majority class", lambda texts: np.zeros((len(texts), 1)), [True], 0.5)
+    baselines = [never]
     for name, model in models.items():
         try:
             baselines.append(Baseline(name, fit_by_class(model, data), data.toxic))
         except Exception as error:  # whatever it is, the model is trained and must be saved
             note(f"baseline {name} left out: {error}")
-    never = Baseline("majority class", lambda texts: np.zeros((len(texts), 1)), [True], 0.5)
-    return [*baselines, never]
+    return baselines
 
 
 def measure_speed(classifier, texts):
@@ -1192,15 +1187,13 @@ def measure_speed(classifier, texts):
 def plot_learning(state, name, path):
     """Loss and PR AUC over the epochs; dotted lines are switches."""
     history = pd.DataFrame(state["history"])
+    history.index += 1
     fig, axes = new_figure(f"Training of {name}", 1, 2, (11, 4.2))
-    for i, column in enumerate(["train_loss", "validation_loss", "validation_pr_auc"]):
-        plot_curve(axes[i // 2], history.index + 1, history[column], column, i, "o")
-    for ax, label in zip(axes, ["loss", "PR AUC"]):
-        ax.set_ylabel(label)
-        for switch in state["switches"]:
-            ax.axvline(switch["epoch"], linestyle=":", color="0.3")
+    history.filter(like="loss").plot(ax=axes[0], style=["o-", "s--"], ylabel="loss")
+    history.filter(like="auc").plot(ax=axes[1], style="s--", ylabel="PR AUC")
+    for ax in axes:
+        ax.vlines([switch["epoch"] for switch in state["switches"]], *ax.get_ylim(), "0.3", ":")
         epoch_axis(ax, "epoch (dotted: a switch, after which the learning rate starts again)")
-        ax.legend()
     save_figure(fig, path)
 
 
@@ -1274,13 +1267,14 @@ def report(classifiers, data, args, run_dir, giant=None, **results):
     if giant:
         fitted = fit_giant(giant, data, args, run_dir / "checkpoint_giant.pt")
         fitted.save(run_dir / "giant.pt")
-        classifiers = [*classifiers, fitted]
-    compared = [*classifiers, *fit_baselines(data, args, giant)]
+        classifiers.append(fitted)
+    compared = list(classifiers)
     if classifier.arguments["arm"] == "library":
         threshold = None if "validation" in data.splits else classifier.threshold
-        compared.insert(len(classifiers), replace(
-            classifier, model=remove_dendrites(classifier.model), threshold=threshold,
-            name=f"{classifier.name}, dendrites switched off"))
+        compared.append(replace(classifier, model=remove_dendrites(classifier.model),
+                                name=f"{classifier.name}, dendrites switched off",
+                                threshold=threshold))
+    compared += fit_baselines(data, args, giant)
     scores, models = {}, {}
     for model in compared:
         scores[model.name], models[model.name] = evaluate(model, data)
@@ -1413,10 +1407,10 @@ def combine_runs(runs):
     for run in runs:
         model = next(iter(run["models"]))
         for name, row in run["models"].items():
-            arm = name.replace(model, run["arm"])
-            records.append({"arm": arm, "seed": run["seed"], **row})
+            if "int8" not in name:
+                arm = name.replace(model, run["arm"])
+                records.append(row | {"arm": arm, "seed": run["seed"]})
     records = pd.DataFrame(records).drop_duplicates(["arm", "seed"])
-    records = records[~records["arm"].str.endswith("int8")]
     arms = records.groupby("arm", sort=False)
     by_seed = records.pivot(index="seed", columns="arm", values="PR AUC")
     table = arms[COMPARED].agg(format_mean)
@@ -1527,8 +1521,7 @@ def export_hf(args):
     tokenizer = transformers.BertTokenizerFast(
         tokenizer_object=classifier.tokenizer, model_max_length=classifier.arguments["max_length"])
     tokenizer.save_pretrained(args.export_hf)
-    print(f"{classifier.name} for transformers is in {args.export_hf}; its scores changed by at "
-          f"most {change:.1g}")
+    print(f"{args.export_hf}: a model for transformers, scores changed by at most {change:.1g}")
     return {"folder": args.export_hf, "largest_change": change}
 
 
