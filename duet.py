@@ -74,6 +74,7 @@ EXPERIMENT = "duet"
 SEQ_LEN = 96
 PATCH_LEN = 16
 STRIDE = 8
+MIN_ROWS = 1296  # of a CSV file: 10 windows without common rows before the test part
 D_MODEL = 64
 DROPOUT = 0.1
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
@@ -88,6 +89,11 @@ FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fi
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
+INTERVALS = (
+    "±: 95 % interval of the mean over the seeds (Student's t), which vary the initial weights, "
+    "the order of batches and, in a transfer, the choice of labels, but not the test part. *: the "
+    "interval of a difference excludes 0 (paired t-test, not corrected for the number of "
+    "comparisons).")
 PROBES = ["temp", "temperature", "price"]  # is "temp" nearer to "temperature" than to "price"?
 
 # The embedded data sets: {column: (level, scale)} and the two columns that the class couples.
@@ -127,11 +133,16 @@ UNITS = {
 QUANTITIES = {"temperature", "voltage", "current", "duration", "time", "length", "period", "delay"}
 
 
-def positive(text):
-    """A whole number from 1 on."""
-    if int(text) < 1:
+def natural(text, least=0):
+    """A whole number from 0 on, or from `least` on."""
+    if int(text) < least:
         raise ValueError
     return int(text)
+
+
+def positive(text):
+    """A whole number from 1 on."""
+    return natural(text, 1)
 
 
 def parse_args(argv=None):
@@ -143,15 +154,15 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="every experiment on the original's easy synthetic "
         "data, no network: under a minute")
     add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help="embedded data "
-        f"sets {', '.join(EMBEDDED)}, or etth1, which is downloaded; if unset, all three, or the "
-        "embedded ones if etth1 cannot be downloaded")
+        "sets, or etth1, which is downloaded: %(choices)s; if unset, all three, or the embedded "
+        "ones if etth1 cannot be downloaded")
     add("--data", nargs="+", metavar="PATH", help="CSV files of time series, or .ts, .tsv and "
         ".txt files of the UEA and UCR archives, or folders of those")
-    add("--target", metavar="COLUMN", help="column of the CSV files whose next value is "
-        "classified: into its quantiles, or, with few distinct values, into these")
+    add("--target", help="column of the CSV files whose next value is classified: into its "
+        "quantiles, or, with few distinct values, into these")
     add("--num-classes", type=positive, default=3, help="number of quantile classes of --target")
-    add("--synthetic-schemas", type=int, default=0, metavar="N", help="number of synthetic data "
-        "sets with 3 to 12 columns each")
+    add("--synthetic-schemas", type=natural, default=0, help="number of synthetic data sets with "
+        "3 to 12 columns each")
     add("--windows", type=positive, default=2000, help="windows of each embedded data set; the "
         "original's have 1,000")
     add("--protocol", choices=["original", "holdout"], help="class limits of series from all rows "
@@ -159,7 +170,7 @@ def parse_args(argv=None):
         "and with --quick, holdout for --data; original also takes the original's synthetic data "
         "in place of the embedded ones, and removes 5 %% of ETTh1")
     add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="strategies for column "
-        f"names: {', '.join(STRATEGIES)}; if unset, all; --quick then leaves out frozen_bert, and "
+        "names: %(choices)s; if unset, all; --quick then leaves out frozen_bert, and "
         "--nan-robustness uses none")
     add("--shared", nargs="?", const="also", choices=["also", "only"], help="train one model for "
         "all data sets, in addition to one for each (also, which is what --shared alone means) or "
@@ -181,18 +192,18 @@ def parse_args(argv=None):
     add("--bert-model", default="bert-base-uncased", help="frozen encoder of frozen_bert: a name "
         "on the Hugging Face hub, or a folder")
     add("--runs", type=positive, default=1, help="number of seeds")
-    add("--seed", type=int, default=42, help="first seed")
+    add("--seed", type=natural, default=42, help="first seed")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
-    add("--threads", type=int, default=0, help="threads on a CPU, on which the last digits depend; "
-        "0: 2, or 1 where a short test shows that the machine is busy")
+    add("--threads", type=natural, default=0, help="threads on a CPU, on which the last digits "
+        "depend; 0: 2, or 1 where a short test shows that the machine is busy")
     add("--data-dir", default="data", help="folder of downloads and of cached name embeddings")
     add("--output-dir", default="outputs", help="folder of all results")
     add("--resume", nargs="?", const="newest", metavar="RUN_DIR", help="unfinished run to go on "
         "with; without a value, the newest")
-    add("--checkpoint", metavar="FILE", help="trained model for --predict and --columns")
-    add("--predict", metavar="FILE", help="classify the windows of a file and exit")
-    add("--columns", action="store_true", help="show which column names are near each other, by "
-        "the frozen encoder or the embeddings of --checkpoint, and exit")
+    add("--checkpoint", metavar="FILE", help="trained model for --predict")
+    add("--predict", metavar="FILE", help="classify the windows of a file by --checkpoint and exit")
+    add("--columns", action="store_true", help="show which column names the frozen encoder takes "
+        "to be near each other, and exit")
     add("--prewarm", metavar="FILE", help="cache the embeddings of the names in a file, one a "
         "line, show what is cached, and exit")
     if "--quick" in (argv or []):
@@ -202,9 +213,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
-    if min(args.seed, args.threads, args.synthetic_schemas) < 0 or args.learning_rate <= 0:
-        parser.error("--seed, --threads and --synthetic-schemas must not be negative, "
-                     "--learning-rate must be above 0")
     if args.predict and not args.checkpoint:
         parser.error("--predict needs --checkpoint, a file in models/ of a finished run")
     return args
@@ -241,14 +249,13 @@ def name_to_words(name):
     """A column name as English words: `tempC` -> "temperature celsius"."""
     words = []
     for token in re.findall(r"[^\W_]+", name):
-        is_unit = token.lower() in UNITS  # hPa is one word
-        words += [token] if is_unit else re.findall(
-            r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+", token)
-    words = [ABBREVIATIONS.get(word.lower(), word.lower()) for word in words]
-    *before, last = words or [name]
+        parts = re.findall(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+", token)
+        words += [token] if token.lower() in UNITS else parts  # hPa is one word
+    words = [ABBREVIATIONS.get(word.lower(), word.lower()) for word in words or [name]]
+    *before, last = words
     if before and (len(last) > 1 or before[-1] in QUANTITIES or before[-1].isdigit()):
-        last = UNITS.get(last, last)  # a unit is the last word
-    return " ".join([*before, last])
+        words[-1] = UNITS.get(last, last)  # a unit is the last word
+    return " ".join(words)
 
 
 def normalize_dataset(data):
@@ -260,25 +267,26 @@ def normalize_dataset(data):
               for split, windows in data.splits.items()}
     if not all(map(any, counts.values())) or np.count_nonzero(counts["train"]) < 2:
         raise UserError(f"{data.name}: too few windows of its classes: {counts}")
-    in_train = np.zeros(len(data.series), bool)
-    in_train[data.starts[data.splits["train"]][:, None] + np.arange(data.seq_len)] = True
     series = np.where(np.isfinite(data.series), data.series, np.nan)
+    windows = data.starts[data.splits["train"]][:, None] + np.arange(data.seq_len)
+    train = series[np.unique(windows)]
     with warnings.catch_warnings(action="ignore"):  # the mean of an empty column, an overflow
-        mean = np.nanmean(series[in_train], axis=0)
-        std = np.nanstd(series[in_train], axis=0)
+        mean = np.nanmean(train, axis=0)
+        std = np.nanstd(train, axis=0)
     varies = np.isfinite(std) & (std > 1e-12 * np.abs(mean))
+    columns = np.array(data.columns)
     if not varies.all():
         note(f"{data.name}: left out, constant, empty or too large in the training part: "
-             f"{', '.join(itertools.compress(data.columns, ~varies))}")
-    data.columns = list(itertools.compress(data.columns, varies))
+             f"{', '.join(columns[~varies])}")
+    data.columns = columns[varies].tolist()
     if not data.columns or data.target not in [None, *data.columns]:
         raise UserError(f"{data.name}: no column, or not --target, varies in the training part")
     data.mean = mean[varies].tolist()
     data.std = std[varies].tolist()
     data.series = standardize(series[:, varies], data.mean, data.std)
     if data.target:  # rounded like the series, so that a value at a limit stays there
-        target = data.columns.index(data.target)
-        data.limits = standardize(data.limits, data.mean[target], data.std[target]).tolist()
+        i = data.columns.index(data.target)
+        data.limits = standardize(data.limits, data.mean[i], data.std[i]).tolist()
     digest = hashlib.sha256(data.series.tobytes() + data.labels.tobytes())
     data.info |= {"sha256": digest.hexdigest(), "windows": counts, "classes": data.classes,
                   "missing": float(np.isnan(data.series).mean()), "columns": data.columns}
@@ -325,8 +333,8 @@ def windows_dataset(name, columns, x, labels, classes, info, is_test=None):
     splits = {"train": rest[~in_val], "val": rest[in_val], "test": np.flatnonzero(is_test)}
     windows, seq_len, _ = x.shape
     return normalize_dataset(Dataset(
-        name, list(columns), x.reshape(windows * seq_len, -1), seq_len * np.arange(windows),
-        labels, classes, splits, info, seq_len))
+        name, columns, x.reshape(windows * seq_len, -1), seq_len * np.arange(windows), labels,
+        classes, splits, info, seq_len))
 
 
 # --- Data: embedded generators ------------------------------------------------------------------
@@ -342,28 +350,30 @@ def embedded_dataset(name, columns, coupled, windows, seed):
     """
     rng = np.random.default_rng(seed)
     names = list(columns)
+    shape = (windows, len(names))
     labels = rng.integers(3, size=windows)
-    centre = rng.uniform(10, SEQ_LEN - 16, (windows, len(names)))
-    sign = rng.choice([-1, 1], (windows, len(names)))
+    centre = rng.uniform(10, SEQ_LEN - 16, shape)
+    sign = rng.choice([-1, 1], shape)
     lead, follower = map(names.index, coupled)
     others = [i for i in range(len(names)) if i not in (lead, follower)]
     for first, second in [(lead, follower), *zip(others[::2], others[1::2])]:
-        follows = (labels if first == lead else rng.integers(3, size=windows)) > 0
+        kind = labels if first == lead else rng.integers(3, size=windows)
         elsewhere = (centre[:, first] - 4 + rng.uniform(20, 50, windows)) % (SEQ_LEN - 20) + 10
-        centre[:, second] = np.where(follows, centre[:, first] + 6, elsewhere)
+        centre[:, second] = np.where(kind > 0, centre[:, first] + 6, elsewhere)
     sign[:, lead] = 1
-    sign[:, follower] = np.select([labels == 1, labels == 2], [1, -1], sign[:, follower])
-    height = sign * rng.uniform(1.6, 2.6, sign.shape)
+    sign[labels == 1, follower] = 1
+    sign[labels == 2, follower] = -1
+    height = sign * rng.uniform(1.6, 2.6, shape)
     # x is [windows, columns, time].
     x = height[..., None] * np.exp(-(((np.arange(SEQ_LEN) - centre[..., None]) / 4) ** 2))
     x += np.cumsum(rng.normal(0, 0.06, x.shape), axis=-1)
-    x += rng.normal(0, 0.5, sign.shape)[..., None]
+    x += rng.normal(0, 0.5, shape)[..., None]
     x += rng.normal(0, 0.2, x.shape)
-    level, scale = np.array(list(columns.values()), float).T[:, :, None]
+    level, scale = np.transpose(list(columns.values()))[:, :, None]
     x = level + scale * x
     x[rng.random(x.shape) < 0.05] = np.nan
-    return windows_dataset(name, columns, x.transpose(0, 2, 1), labels,
-                           ["apart", "along", "against"], {"source": "embedded"})
+    return windows_dataset(name, names, x.transpose(0, 2, 1), labels, ["apart", "along", "against"],
+                           {"source": "embedded"})
 
 
 def original_dataset(name, seed):
@@ -373,28 +383,24 @@ def original_dataset(name, seed):
     test; 5 % of the values are NaN, 3 % in user_metrics.
     """
     rng = np.random.default_rng(seed)
-    columns = EMBEDDED[name][0]
-    windows = 1000
-    labels = rng.integers(3, size=windows)
-    t = np.linspace(0, 1, SEQ_LEN)
-    wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)[..., None]  # [windows, time, 1]
-    x = rng.normal(size=(windows, SEQ_LEN, len(columns))) + wave
+    names = list(EMBEDDED[name][0])
+    labels = rng.integers(3, size=1000)
+    wave = np.sin(2 * np.pi * (labels[:, None] + 1) * np.linspace(0, 1, SEQ_LEN))
+    x = rng.normal(size=(1000, SEQ_LEN, len(names))) + wave[..., None]
     x[rng.random(x.shape) < (0.03 if name == "user_metrics" else 0.05)] = np.nan
-    return windows_dataset(name, columns, x, labels, ["1 period", "2 periods", "3 periods"],
-                           {"source": "original's synthetic"}, np.arange(windows) >= 800)
+    return windows_dataset(name, names, x, labels, ["1 period", "2 periods", "3 periods"],
+                           {"source": "original's synthetic"}, np.arange(1000) >= 800)
 
 
 def synthetic_schema(number, windows):
     """Data set `number` of a family with the same classes, 3 to 12 columns and their own names."""
     rng = np.random.default_rng([1, number])
-    round_number = number // 6  # from the second on, names begin with a place
-    coupled = [TEMPERATURES[number % 6], POWERS[number % 6]]
-    if round_number:
-        site = SITES[(round_number - 1) % 8]
-        coupled = [f"{site}{round_number}_{name}" for name in coupled]
-    others = rng.permutation(OTHERS)[: rng.integers(1, 11)]
-    names = rng.permutation([*coupled, *others]).tolist()
-    columns = {name: (rng.uniform(-5, 50), rng.uniform(0.5, 20)) for name in names}
+    place, kind = divmod(number, 6)  # from the seventh on, names begin with a place
+    prefix = f"{SITES[(place - 1) % 8]}{place}_" if place else ""
+    coupled = [prefix + TEMPERATURES[kind], prefix + POWERS[kind]]
+    names = [*coupled, *rng.permutation(OTHERS)[: rng.integers(1, 11)]]
+    columns = {name: (rng.uniform(-5, 50), rng.uniform(0.5, 20))
+               for name in rng.permutation(names).tolist()}
     return embedded_dataset(f"schema_{number + 1:02}", columns, coupled, windows, [2, number])
 
 
@@ -412,34 +418,26 @@ def read_csv(path):
         separator = max(",;\t", key=header.count)
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             frame = pd.read_csv(path, sep=separator, decimal="," if separator == ";" else ".",
-                                encoding="utf-8-sig", index_col=False, skipinitialspace=True)
+                                index_col=False, skipinitialspace=True)
     except (ValueError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
     frame.index = pd.RangeIndex(2, len(frame) + 2, name="row")  # row 1 is the header
+    numbers = pd.DataFrame(index=frame.index)
     dates = []
-    numbers = {}
     for name, column in frame.items():
         values = parse_numbers(column)
         wrong = values.isna() & column.notna()
-        if name.lower() in ("date", "time", "datetime", "timestamp") or (
-                wrong.all() and column.str.fullmatch(r"\d+([-/:.]\d+)+([ T].*)?").all()):
-            dates.append(column.astype(str))
-        elif 0 < wrong.mean() < 0.5:
-            row = wrong.idxmax()
-            raise UserError(f"{path}: row {row}, column {name!r}: {column[row]!r}, a number is "
-                            "needed")
-        elif wrong.any() or values.isna().all() or name.startswith("Unnamed: "):
-            note(f"{path}: column {name!r} left out, empty, not numeric or pandas' index")
+        if wrong.all() and column.str.fullmatch(r"\d+([-/:.]\d+)+([ T].*)?").all():
+            dates.append(column)
+        elif re.match(r"(?i)(date|time|datetime|timestamp)$|Unnamed: ", name) or (
+                wrong.mean() >= 0.5 or values.isna().all()):
+            note(f"{path}: column {name!r} left out, empty, not numeric, or a number of the row")
+        elif wrong.any():
+            cell = column[wrong].iloc[0]
+            raise UserError(f"{path}: column {name!r}: {cell!r}, a number is needed")
         else:
             numbers[name] = values.astype(float)
-    if not numbers:
-        raise UserError(f"{path}: no numbers in its columns {', '.join(frame)}")
-    numbers = pd.DataFrame(numbers)
-    if not dates:
-        return numbers
-    text = functools.reduce(lambda date, time: date + " " + time, dates)
-    numbers.index = pd.Index(text, name="date")
-    return numbers.iloc[sort_dates(path, text)]
+    return sort_rows(path, numbers, dates[0].str.cat(dates[1:], " ")) if dates else numbers
 
 
 def parse_numbers(column):
@@ -452,12 +450,13 @@ def parse_numbers(column):
     return pd.to_numeric(text, errors="coerce").reindex(column.index)
 
 
-def sort_dates(path, text):
-    """The order of the rows in time; a note tells if they are not in order and equally spaced.
+def sort_rows(path, numbers, text):
+    """The rows in order of their dates, with a note if they were not equally spaced in this order.
 
     Dates have the day or the month first, whichever reads more of them, has them in order, and has
     fewer different steps.
     """
+    numbers.index = pd.Index(text, name="date")
     with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
         readings = [pd.to_datetime(text, errors="coerce", utc=True, dayfirst=day_first)
                     for day_first in (False, True)]
@@ -465,27 +464,25 @@ def sort_dates(path, text):
                                              -times.diff().nunique()))
     if times.isna().any():
         note(f"{path}: {text[times.isna()].iloc[0]!r} is not a date; the rows keep their order")
-        return np.arange(len(times))
-    order = np.argsort(times.to_numpy(), kind="stable")
-    steps = times.iloc[order].diff()
-    falls = (np.diff(order) < 0).sum()
-    repeats = times.duplicated().sum()
-    gaps = (steps > 1.5 * steps.median()).sum()
-    if falls or repeats or gaps:
-        note(f"{path}: {falls:,} dates out of order, {repeats:,} repeated, {gaps:,} after a gap; "
-             "the rows are sorted and taken as one series of equal steps")
-    return order
+        return numbers
+    steps = times.diff()[1:]
+    usual = steps.abs().median()
+    uneven = ~steps.between(0.5 * usual, 1.5 * usual)
+    if uneven.any():
+        note(f"{path}: {uneven.sum():,} dates out of order, repeated, or after a gap; the rows are "
+             "sorted and taken as one series of equal steps")
+    return numbers.iloc[times.argsort(kind="stable")]
 
 
-def make_classes(values, num_classes, rows):
+def make_classes(values, known, num_classes):
     """(names, limits) of the classes of a target column: its distinct values, if they are few,
-    otherwise the quantiles of its first `rows`."""
+    otherwise the quantiles of the values `known`."""
     distinct = np.unique(values[np.isfinite(values)])
     if len(distinct) <= max(10, num_classes):
         return [f"{value:g}" for value in distinct], (distinct[1:] + distinct[:-1]) / 2
     percentiles = np.round(100 * np.arange(1, num_classes) / num_classes, 2)
-    limits = np.nanpercentile(values[:rows], percentiles)
-    return [f"quantile {k + 1}" for k in range(num_classes)], limits
+    names = [f"quantile {k + 1}" for k in range(num_classes)]
+    return names, np.nanpercentile(known, percentiles)
 
 
 def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
@@ -498,88 +495,79 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     """
     numbers = read_csv(path)
     if target not in numbers:
-        raise UserError(f"{path}: --target {target!r} is not one of the numeric columns "
+        raise UserError(f"{path}: --target {target} is not one of the numeric columns "
                         f"{', '.join(numbers)}")
-    series = numbers.to_numpy(copy=True)
+    if len(numbers) < MIN_ROWS:
+        raise UserError(f"{path}: {len(numbers)} rows, at least {MIN_ROWS} are needed")
     values = numbers[target].to_numpy()
-    starts = np.arange(len(series) - SEQ_LEN)
+    starts = np.arange(len(values) - SEQ_LEN)
     first_test = int(0.8 * len(starts))
-    if first_test < 10 * SEQ_LEN:
-        raise UserError(f"{path}: {len(series)} rows, at least {int(13.5 * SEQ_LEN)} are needed")
-    known = first_test if protocol == "holdout" else None
-    classes, limits = make_classes(values, num_classes, known)
-    train, val = split_blocks(first_test, gap=SEQ_LEN)
     before_test = first_test - SEQ_LEN
+    train, val = split_blocks(first_test, gap=SEQ_LEN)
+    known = values
     if protocol == "holdout":
+        known = values[:first_test]
         train = train[train < before_test]
-    next_values = values[starts + SEQ_LEN]
+    classes, limits = make_classes(values, known, num_classes)
+    next_values = values[SEQ_LEN:]
     splits = {"train": train, "val": val[val < before_test], "test": starts[first_test:]}
-    splits = {split: windows[np.isfinite(next_values[windows])]
-              for split, windows in splits.items()}
+    for split, windows in splits.items():
+        splits[split] = windows[np.isfinite(next_values[windows])]
+    series = numbers.to_numpy(copy=True)
     series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
-    info = {"source": f"real, protocol {protocol}", "path": str(path),
-            "class_limits": limits}
+    info = {"source": f"real, protocol {protocol}", "path": str(path), "class_limits": limits}
     return normalize_dataset(Dataset(
-        name or Path(path).stem, list(numbers), series, starts, np.digitize(next_values, limits),
+        name or path.stem, list(numbers), series, starts, np.digitize(next_values, limits),
         classes, splits, info, target=target, limits=limits))
 
 
-def read_archive_file(path):
-    """(cases, labels) of an archive file: cases [[float64 [length] of each dimension]].
+def read_archive(files):
+    """(x [cases, time, dimensions], names of the dimensions, labels, is_test) of the cases in files
+    of the archives; the shorter cases begin with NaN.
 
     A .ts file has a header, and `?` for a missing value; a .tsv or .txt file has one case a line,
-    the class first. A file without classes has `?` as labels.
+    the class first. Cases of a file without classes have `?` as labels.
     """
     cases = []
     labels = []
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+    is_test = []
+    separator = r" *[\t,] *| +"
+    for file in files:
+        text = file.read_text(encoding="utf-8-sig")
         if re.search(r"(?im)^@targetlabel\s+true", text):
-            raise ValueError("@targetlabel true: a regression file, which has no classes")
+            raise UserError(f"{file}: @targetlabel true: a regression file, which has no classes")
         has_label = not re.search(r"(?im)^@classlabel\s+false", text)
         for line in re.findall(r"(?m)^ *([^#%@\s].*?)\s*$", text):
-            if Path(path).suffix.lower() == ".ts":
-                *dimensions, label = (line if has_label else f"{line}:?").split(":")
+            if file.suffix.lower() == ".ts":
+                dimensions = line.split(":")
+                label = dimensions.pop() if has_label else "?"
             else:
-                label, *values = line.split("\t") if "\t" in line else re.split("[, ]+", line)
-                dimensions = [",".join(values)]
+                label, *dimensions = re.split(separator, line, maxsplit=1)
             labels.append(label.strip())
-            cases.append([np.array([cell.strip(" ?") or "nan" for cell in dimension.split(",")],
-                                   float) for dimension in dimensions])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+            is_test.append(file.stem.lower().endswith("_test"))
+            cells = [re.split(separator, series.strip().replace("?", "")) for series in dimensions]
+            try:
+                cases.append([torch.tensor([float(cell or "nan") for cell in row], dtype=float)
+                              for row in cells])
+            except ValueError as error:
+                raise UserError(f"{file}: {error}") from None
     if len({len(case) for case in cases}) != 1:
-        raise UserError(f"{path}: no cases, or not all with the same number of dimensions")
-    return cases, labels
-
-
-def stack_cases(cases, seq_len):
-    """The last seq_len steps of each case as x [cases, seq_len, dimensions]; NaN before shorter
-    ones."""
-    series = [torch.from_numpy(values[-seq_len:]) for case in cases for values in case]
-    x = nn.utils.rnn.pad_sequence(series, True, math.nan, "left")
-    x = F.pad(x, (seq_len - x.shape[1], 0), value=math.nan)
-    return x.unflatten(0, (len(cases), -1)).transpose(1, 2).numpy()
+        raise UserError(f"{file}: no cases, or not all with the same number of dimensions")
+    series = list(itertools.chain(*cases))
+    x = nn.utils.rnn.pad_sequence(series, True, math.nan, "left").unflatten(0, (len(cases), -1))
+    names = [f"dim_{i}" for i in range(x.shape[1])]
+    return x.transpose(1, 2).numpy(), names, labels, np.array(is_test)
 
 
 def archive_dataset(name, files):
     """The data set of one archive file, or of NAME_TRAIN and NAME_TEST together."""
-    cases = []
-    texts = []
-    is_test = []
-    for file in files:
-        file_cases, file_labels = read_archive_file(file)
-        cases += file_cases
-        texts += file_labels
-        is_test += [file.stem.lower().endswith("_test")] * len(file_cases)
-    if {"", "?"} & {*texts} or len({len(case) for case in cases}) > 1:
-        raise UserError(f"{name}: cases without a class, or of different dimensions")
-    x = stack_cases(cases, seq_len=max(len(values) for case in cases for values in case))
+    x, columns, texts, is_test = read_archive(files)
     classes, labels = np.unique(texts, return_inverse=True)
-    info = {"source": "archive", "path": list(map(str, files))}
-    return windows_dataset(
-        name, [f"dim_{i}" for i in range(x.shape[-1])], x, labels, classes.tolist(), info,
-        np.array(is_test) if len(files) > 1 else None)
+    if {"", "?"} & {*texts}:
+        raise UserError(f"{name}: cases without a class")
+    info = {"source": "archive", "path": [str(file) for file in files]}
+    return windows_dataset(name, columns, x, labels, classes.tolist(), info,
+                           is_test if len(files) > 1 else None)
 
 
 def fetch_etth1(data_dir):
@@ -600,7 +588,7 @@ def fetch_etth1(data_dir):
 
 
 def group_files(paths):
-    """{path without _TRAIN or _TEST: files} of files and of folders of archive files."""
+    """{path without _TRAIN or _TEST: its files} of files and of folders of archive files."""
     groups = {}
     for path in map(Path, paths):
         files = [path]
@@ -608,10 +596,9 @@ def group_files(paths):
             by_suffix = [sorted(path.glob(f"*{suffix}")) for suffix in ARCHIVE_SUFFIXES]
             files = max(by_suffix, key=bool)
         if not files:
-            raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder; CSV files must be "
-                            "named one by one")
+            raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder; name CSV files")
         for file in files:
-            group = re.sub(r"_(train|test)(\.(ts|tsv|txt))$", r"\2", str(file), flags=re.I)
+            group = re.sub(r"(?i)_(train|test)(\.(ts|tsv|txt))$", r"\2", str(file))
             groups.setdefault(Path(group), {})[file] = None  # named twice, read once
     return groups
 
@@ -619,37 +606,38 @@ def group_files(paths):
 def load_datasets(args):
     """The data sets [Dataset] that the arguments name; if they name none, the embedded ones and
     ETTh1, if that can be had."""
-    datasets = []
     names = args.dataset or []
     if not (names or args.data or args.synthetic_schemas):
-        names = list(EMBEDDED)
+        names = [*EMBEDDED]
         try:
             if not args.quick:
                 fetch_etth1(args.data_dir)
                 names.append("etth1")
         except UserError as error:
             note(f"etth1 is left out: {error}")
+    original = args.protocol == "original"
+    datasets = []
     for number, name in enumerate(names):
         if name == "etth1":
             path = fetch_etth1(args.data_dir)
-            protocol = args.protocol or "original"
-            missing = 0.05 if args.protocol == "original" else 0.0
-            datasets.append(csv_dataset(path, "OT", 3, protocol, name, missing))
-        elif args.protocol == "original":
-            datasets.append(original_dataset(name, [4, number]))
+            data = csv_dataset(path, "OT", 3, args.protocol or "original", name, 0.05 * original)
+        elif original:
+            data = original_dataset(name, [4, number])
         else:
-            datasets.append(embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number]))
+            data = embedded_dataset(name, *EMBEDDED[name], args.windows, [0, number])
+        datasets.append(data)
     for path, files in group_files(args.data or []).items():
         if path.suffix.lower() in ARCHIVE_SUFFIXES:
-            datasets.append(archive_dataset(path.stem, list(files)))
+            data = archive_dataset(path.stem, list(files))
         else:
-            protocol = args.protocol or "holdout"
-            datasets.append(csv_dataset(path, args.target, args.num_classes, protocol))
+            data = csv_dataset(path, args.target, args.num_classes, args.protocol or "holdout")
+        datasets.append(data)
     datasets += [synthetic_schema(number, args.windows) for number in range(args.synthetic_schemas)]
-    names = ["shared", "sources", *(data.name for data in datasets)]  # of files in models/
-    if len(set(names)) < len(names) or args.transfer not in (None, "last", *names):
-        raise UserError("data sets must have different names, neither shared nor sources, and "
-                        f"--transfer one of them: {', '.join(names[2:])}")
+    names = [data.name for data in datasets]
+    if len({"shared", "sources", *names}) < len(names) + 2:  # of files in models/
+        raise UserError(f"data sets must have other names than shared and sources: {names}")
+    if args.transfer and (len(names) < 2 or args.transfer not in ["last", *names]):
+        raise UserError(f"--transfer needs two data sets and the name of one of them: {names}")
     return sorted(datasets, key=lambda data: data.name == args.transfer)  # it comes last
 
 
@@ -660,27 +648,25 @@ class ColumnEmbedder(nn.Module):
     """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
     A strategy is a subclass that computes fixed vectors [names, dim] of new names in
-    compute(names), with dim = self.table.shape[1]; only the Linear is trained. One that learns its
-    vectors overrides add() and embed() instead.
+    compute(names); only the Linear is trained. One that learns its vectors overrides add() and
+    embed() instead.
     """
 
     def __init__(self, target_dim=1, dim=16):
         super().__init__()
-        self.rows = {}  # name: row of the table
-        self.register_buffer("table", torch.zeros(0, dim), persistent=False)
+        self.vectors = {}
         self.projection = nn.Linear(dim, target_dim)
 
     def add(self, names):
-        """Extend the table by the names that it lacks."""
-        new = [name for name in dict.fromkeys(names) if name not in self.rows]
+        """Compute the vectors of the names that are new."""
+        new = [name for name in dict.fromkeys(names) if name not in self.vectors]
         if new:
-            self.table = torch.cat([self.table, self.compute(new).to(self.table)])
-            self.rows |= {name: len(self.rows) + i for i, name in enumerate(new)}
+            self.vectors |= zip(new, self.compute(new))
 
     def embed(self, names):
         """Vectors [names, dim]."""
         self.add(names)
-        return self.table[[self.rows[name] for name in names]]
+        return torch.stack([self.vectors[name] for name in names]).to(self.projection.weight)
 
     def forward(self, names):
         return self.projection(self.embed(names))
@@ -695,7 +681,8 @@ class AutoExpandingEmbedder(ColumnEmbedder):
 
     def __init__(self, target_dim=1):
         super().__init__(target_dim)
-        self.embedding = nn.Embedding(1000, 16)  # in place of the table
+        self.rows = {}  # name: row of the table
+        self.embedding = nn.Embedding(1000, 16)
 
     def add(self, names):
         for name in names:
@@ -709,7 +696,7 @@ class AutoExpandingEmbedder(ColumnEmbedder):
         return self.embedding.weight[[self.rows[name] for name in names]]
 
     def get_extra_state(self):
-        return dict(self.rows)
+        return self.rows
 
     def set_extra_state(self, rows):
         self.rows = dict(rows)
@@ -719,12 +706,8 @@ class RandomNameEmbedder(ColumnEmbedder):
     """A fixed random vector for each name: identity without meaning, as a control."""
 
     def compute(self, names):
-        vectors = []
-        for name in names:
-            seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
-            generator = torch.Generator().manual_seed(seed)
-            vectors.append(torch.randn(self.table.shape[1], generator=generator))
-        return torch.stack(vectors)
+        seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) for name in names]
+        return [torch.randn(16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
 
 
 class FrozenBERTColumnEmbedder(ColumnEmbedder):
@@ -741,46 +724,37 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
                  target_dim=1):
         from safetensors.torch import load_file
 
-        file = re.sub(r"[^a-zA-Z0-9.-]+", "_", str(bert_model))
+        file = re.sub(r"[^a-zA-Z0-9.-]+", "_", bert_model)
         path = Path(cache_dir) / f"{file}.safetensors"
         vectors = load_file(path) if path.exists() else {}
         dims = [len(vector) for vector in vectors.values()]
         dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
         super().__init__(target_dim, dim)
+        self.vectors = vectors
         self.bert_model = bert_model
         self.cache_path = path
-        self.vectors = vectors
-
-    def compute(self, names):
-        new = [name for name in names if name not in self.vectors]
-        if new:
-            self.vectors |= self.read_names(new)
-            self.save_cache()
-        return torch.stack([self.vectors[name] for name in names])
 
     @torch.no_grad()
-    def read_names(self, names):
-        """{name: vector} from the encoder."""
+    def compute(self, names):
+        """Vectors from the encoder, which are cached."""
+        from safetensors.torch import save_file
+
         tokenizer, encoder = load_encoder(self.bert_model)
-        vectors = {}
+        vectors = []
         for name in names:
             tokens = tokenizer(name_to_words(name), return_tensors="pt", truncation=True)
             vector = encoder(**tokens).last_hidden_state[0].mean(0)
-            vectors[name] = vector * len(vector) ** 0.5 / vector.norm()
-        return vectors
-
-    def save_cache(self):
-        from safetensors.torch import save_file
-
+            vectors.append(vector * len(vector) ** 0.5 / vector.norm())
         self.cache_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.cache_path) as path:
-            save_file(self.vectors, path)
+            save_file(self.vectors | dict(zip(names, vectors)), path)
+        return vectors
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
         size = self.cache_path.stat().st_size / 1e6
         return {"cached_embeddings": len(self.vectors), "cache_size_mb": round(size, 3),
-                "bert_model": self.bert_model, "bert_dim": self.table.shape[1]}
+                "bert_model": self.bert_model, "bert_dim": self.projection.in_features}
 
 
 STRATEGIES = {"none": None, "auto_expanding": AutoExpandingEmbedder,
@@ -834,30 +808,31 @@ def cut_patches(x):
     return F.pad(x, (padding, 0)).unfold(-1, PATCH_LEN, STRIDE)
 
 
-class Head(nn.Module):
-    """Logits [batch, classes] from patch tokens [batch, patches, d_model] and the windows x.
-
-    `mean` is a Linear on the mean of the tokens, as the original's. `ordinal` is the cumulative
-    logit model of McCullagh (1980): the classes are intervals of one column's next value, so it
-    forecasts this as the last value plus a learned step, with a learned spread, and lets the class
-    limits cut that distribution; untrained, it is persistence. Where the data set has no such
-    column (target is None), `ordinal` is `mean`.
-    """
-
-    def __init__(self, kind, num_classes, target=None, limits=None):
-        super().__init__()
-        self.ordinal = kind == "ordinal" and target is not None
-        self.target = target
-        self.linear = nn.Linear(D_MODEL, 2 if self.ordinal else num_classes)
-        if self.ordinal:
-            self.register_buffer("limits", torch.tensor(limits))
-            nn.init.zeros_(self.linear.weight)
-            self.linear.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
+class MeanHead(nn.Linear):
+    """Logits [batch, classes] from the mean of the patch tokens [batch, patches, d_model], as the
+    original's; it does not need the windows x."""
 
     def forward(self, tokens, x):
-        if not self.ordinal:
-            return self.linear(tokens.mean(1))
-        step, log_spread = self.linear(tokens[:, -1]).float().unbind(-1)
+        return super().forward(tokens.mean(1))
+
+
+class OrdinalHead(nn.Linear):
+    """Log probabilities [batch, classes] of intervals of one column's next value.
+
+    This is the cumulative logit model of McCullagh (1980): it forecasts the value as the last one
+    plus a learned step, with a learned spread, and lets the class limits cut that distribution;
+    untrained, it is persistence.
+    """
+
+    def __init__(self, target, limits):
+        super().__init__(D_MODEL, 2)
+        self.target = target  # number of the column
+        self.register_buffer("limits", torch.tensor(limits))
+        nn.init.zeros_(self.weight)
+        self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
+
+    def forward(self, tokens, x):
+        step, log_spread = super().forward(tokens[:, -1]).float().unbind(-1)
         last_value = forward_fill(x[:, self.target]).nan_to_num()[:, -1]
         distance = self.limits - (last_value + step)[:, None]  # [batch, classes - 1]
         below = torch.sigmoid(distance * torch.exp(-log_spread)[:, None])
@@ -902,9 +877,9 @@ class MultiDatasetPatchDuET(nn.Module):
         if strategy != "none":
             self.embedder = STRATEGIES[strategy](target_dim=D_MODEL if shared else 1, **bert)
         self.heads = nn.ModuleList()
-        self.head_numbers = {}
-        self.column_names = {}
-        self.datasets = {}
+        self.head_of = {}  # {data set: its head}
+        self.columns = {}  # {data set: names}
+        self.datasets = {}  # {data set: metadata}
 
     @classmethod
     def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None,
@@ -926,14 +901,16 @@ class MultiDatasetPatchDuET(nn.Module):
         if not self.settings["shared"] and len(names) != c_in:
             raise ValueError(f"{len(names)} columns for a model of {c_in}, whose patch layer "
                              "has a fixed size; create_for_dataset(..., shared=True) takes any")
-        if num_classes is not None:
-            column = names.index(target) if target else None
-            head = Head(self.settings["head"], num_classes, column, limits)
-            self.head_numbers[dataset] = len(self.heads)
-            self.heads.append(head.to(self.positions.device))
         if self.embedder:
             self.embedder.add(names)
-        self.column_names[dataset] = list(names)
+        self.columns[dataset] = names
+        if num_classes:
+            if target and self.settings["head"] == "ordinal":
+                head = OrdinalHead(names.index(target), limits)
+            else:
+                head = MeanHead(D_MODEL, num_classes)
+            self.head_of[dataset] = head.to(self.positions.device)
+            self.heads.append(head)
 
     def add_dataset(self, metadata):
         """Serve the data set of a Dataset.metadata(), with a new head."""
@@ -941,22 +918,19 @@ class MultiDatasetPatchDuET(nn.Module):
                                  metadata["target"], metadata["limits"])
         self.datasets[metadata["name"]] = metadata
 
-    def head(self, dataset):
-        return self.heads[self.head_numbers[dataset]]
-
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x, self.settings["fill"])
-        names = self.embedder(self.column_names[dataset]) if self.embedder else None
+        names = self.embedder(self.columns[dataset]).to(x) if self.embedder else None
         embed = self.embed_each_column if self.settings["shared"] else self.embed_all_columns
         tokens = embed(values, mask, names)  # [batch, patches, d_model]
         tokens = self.encoder(tokens + self.positions[-tokens.shape[1] :])
-        return self.head(dataset)(tokens, x)
+        return self.head_of[dataset](tokens, x)
 
     def embed_all_columns(self, values, mask, names):
         """Tokens [batch, patches, d_model]; names [columns, 1] are a constant channel each."""
         channels = [values, mask]
         if names is not None:
-            channels.append(names.to(mask.dtype).expand(mask.shape))
+            channels.append(names.expand(mask.shape))
         patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
         return self.patch_layer(patches.transpose(1, 2).flatten(2))
 
@@ -965,8 +939,8 @@ class MultiDatasetPatchDuET(nn.Module):
         patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)
         tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
         if names is not None:
-            tokens = tokens + names.to(tokens.dtype)
-        weights = self.queries(tokens).softmax(dim=2).to(tokens.dtype)
+            tokens = tokens + names.to(tokens)
+        weights = self.queries(tokens).softmax(dim=2).to(tokens)
         pooled = weights.transpose(2, 3) @ tokens  # [batch, patches, queries, d_model]
         return self.join(pooled.flatten(2))
 
@@ -985,7 +959,7 @@ class ConvNet(nn.Module):
         layers = []
         channels = 3 * c_in
         for kernel, outputs in ((9, 128), (5, 128), (3, 64)):
-            layers += [nn.Conv1d(channels, outputs, kernel, padding=kernel // 2, bias=False),
+            layers += [nn.Conv1d(channels, outputs, kernel, padding="same", bias=False),
                        nn.BatchNorm1d(outputs), nn.ReLU()]
             channels = outputs
         self.layers = nn.Sequential(*layers)
@@ -1030,19 +1004,18 @@ def drop_values(x, share, missing="at random"):
 
     `share` is a number or a tensor [batch, 1, 1].
     """
-    share = torch.as_tensor(share, device=x.device)
     if missing == "at random":
         return x.masked_fill(torch.rand_like(x) < share, math.nan)
-    place = torch.rand(*x.shape[:2], 1, device=x.device)
+    batch, columns, seq_len = x.shape
+    place = torch.rand(batch, columns, 1, device=x.device)
     if missing == "whole columns":
         rank = place.argsort(1).argsort(1)
-        chance = torch.rand(len(x), 1, 1, device=x.device)  # rounds up or down, right on average
-        count = (share * x.shape[1] + chance).floor().clamp(max=x.shape[1] - 1)
+        chance = torch.rand(batch, 1, 1, device=x.device)  # rounds up or down, right on average
+        count = (share * columns + chance).floor().clamp(max=columns - 1)
         return x.masked_fill(rank < count, math.nan)
-    length = share * x.shape[-1]
-    first = (place * (x.shape[-1] - length)).round()
-    t = torch.arange(x.shape[-1], device=x.device)
-    return x.masked_fill((t >= first) & (t < first + length), math.nan)
+    t = torch.arange(seq_len, device=x.device)
+    after = t - (place * (seq_len - share * seq_len)).round()
+    return x.masked_fill((after >= 0) & (after < share * seq_len), math.nan)
 
 
 def autocast(device):
@@ -1054,7 +1027,7 @@ def autocast(device):
 def warm_up_then_cosine(step, steps):
     """Factor of the learning rate: linear over the first 5 %, then half a cosine to zero."""
     warm_up = max(1, steps // 20)
-    return min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
+    return min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def draw_batches(datasets, steps, batch_size, device):
@@ -1067,8 +1040,8 @@ def draw_batches(datasets, steps, batch_size, device):
         train = torch.from_numpy(data.splits["train"])
         size = min(max(16, len(train) // 8), len(train), batch_size)
         epochs = math.ceil(steps * size / len(train))
-        order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])[: steps * size]
-        batches += [(number, windows) for windows in train[order].to(device).split(size)]
+        order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])
+        batches += [(number, windows) for windows in train[order].to(device).split(size)[:steps]]
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
@@ -1085,29 +1058,28 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     device = next(model.parameters()).device
     tensors = [[torch.from_numpy(array).to(device)
                 for array in (data.series, data.starts, data.labels)] for data in datasets]
-    steps = args.steps * len(datasets)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01,
-                                  fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warm_up_then_cosine(step, steps))
-    modules = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     hashes = [data.info["sha256"] for data in datasets]
-    state = {"history": [], "best": None, "modules": {}, "hashes": hashes}
+    state = {"history": [], "hashes": hashes, "best_accuracy": -1.0, "training": None}
     if file.exists():
         state = load_checkpoint(file, file)
         if state["hashes"] != hashes:
             raise UserError(f"{file}: the run began with other data; start a new run")
-    for name, saved in state["modules"].items():  # of an unfinished training
-        modules[name].load_state_dict(saved)
+    if state["training"]:  # which was not finished
+        model.load_state_dict(state["training"]["model"])
+        optimizer.load_state_dict(state["training"]["optimizer"])
     evaluations = min(args.evaluations, args.steps)
-    ends = [args.steps * number // evaluations for number in range(evaluations + 1)]
     for number in range(len(state["history"]), evaluations):
         start_time = time.perf_counter()
         torch.manual_seed(1000 * seed + number)
         model.train()
-        batches = draw_batches(datasets, ends[number + 1] - ends[number], args.batch_size, device)
+        first, end = [args.steps * n // evaluations for n in (number, number + 1)]
+        batches = draw_batches(datasets, end - first, args.batch_size, device)
         losses = []
         for index, windows in progress(batches, f"{file.stem}, {number + 1} of {evaluations}"):
+            step = first * len(datasets) + len(losses)
+            rate = args.learning_rate * warm_up_then_cosine(step, args.steps * len(datasets))
+            optimizer.param_groups[0]["lr"] = rate
             series, starts, labels = tensors[index]
             x = gather_windows(series, starts[windows], datasets[index].seq_len)
             if drop:
@@ -1120,7 +1092,6 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            scheduler.step()
             losses.append(loss.detach())
         train_loss = torch.stack(losses).mean().item()
         if not math.isfinite(train_loss):
@@ -1129,25 +1100,24 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         val_accuracy = float(np.mean([accuracy(model, data, "val") for data in datasets]))
         state["history"].append({"train_loss": train_loss, "val_accuracy": val_accuracy,
                                  "train_seconds": train_seconds})
-        end_evaluation(state, modules, keep, file, finished=number + 1 == evaluations)
+        if keep == "last" or val_accuracy > state["best_accuracy"]:
+            state["best"] = copy.deepcopy(model.state_dict())
+            state["best_accuracy"] = val_accuracy
+        state["training"] = None
+        if number + 1 < evaluations:
+            state["training"] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(file, model, state)
     model.load_state_dict(state["best"])
     return state["history"]
 
 
-def end_evaluation(state, modules, keep, file, finished):
-    """Keep the best or the last weights and write the checkpoint, with all that prediction needs
-    and, until training is finished, all that this needs."""
-    model = modules["model"]
-    accuracies = [entry["val_accuracy"] for entry in state["history"]]
-    if keep == "last" or accuracies[-1] > max(accuracies[:-1], default=-1):
-        state["best"] = copy.deepcopy(model.state_dict())
-    state["modules"] = {} if finished else {name: module.state_dict()
-                                            for name, module in modules.items()}
+def save_checkpoint(file, model, state):
+    """Write the state of a training with all that prediction needs."""
     with atomic_write(file) as path:
         torch.save(state | {"class": type(model).__name__, "settings": model.settings,
                             "datasets": model.datasets}, path)
-    if finished and keep == "best":
-        log(f"{file.stem}: best validation accuracy {max(accuracies):.2%}")
+    if not state["training"]:
+        log(f"{file.stem} is trained, validation accuracy {state['best_accuracy']:.2%}")
 
 
 @torch.inference_mode()
@@ -1172,8 +1142,10 @@ def accuracy(model, data, split):
 # --- Evaluation: baselines ----------------------------------------------------------------------
 
 
-def make_record(data, model, predicted, seed, **columns):
-    """One row of the results: the accuracy of the classes [windows] predicted for the test part."""
+def make_record(data, model, outputs, seed, **columns):
+    """One row of the results: the accuracy of `outputs` for the test part, classes [windows] or
+    their probabilities [windows, classes]."""
+    predicted = outputs if outputs.ndim == 1 else outputs.argmax(1)
     accuracy = np.mean(predicted == data.labels[data.splits["test"]])
     return {"dataset": data.name, "model": model, "seed": seed, "accuracy": accuracy,
             "chance": 1 / len(data.classes)} | columns
@@ -1189,9 +1161,8 @@ def window_features(data, split):
         last = forward_fill(x)[..., -1].nan_to_num()
         mean = x.nanmean(-1).nan_to_num()
         x = torch.where(missing, mean[..., None], x)
-        features.append(torch.cat([
-            last, mean, x.std(-1, correction=0), x.amin(-1), x.amax(-1), x @ t / (t @ t),
-            missing.float().mean(-1)], dim=1))
+        features.append(torch.cat([last, mean, x.std(-1, correction=0), x.amin(-1), x.amax(-1),
+                                   x @ t / (t @ t), missing.float().mean(-1)], dim=1))
     return torch.cat(features).numpy()
 
 
@@ -1206,18 +1177,16 @@ class Hydra:
 
     def __init__(self, columns, seq_len, groups=64, kernels=8, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        self.kernels = kernels
-        self.parts = []  # (dilation, on differences, weights [kernels, 1, 9], columns)
+        half = groups // 2
+        self.parts = []  # (dilation, on differences, weights [groups, kernels, 9], columns)
         count = max(1, min(8, columns // 2))
-        exponents = range(1 + int(math.log2(max(1, (seq_len - 1) / 8))))
-        dilations = [2**exponent for exponent in exponents]
-        for dilation, on_differences in itertools.product(dilations, (False, True)):
-            weights = torch.randn(groups // 2 * kernels, 1, 9, generator=generator)
+        largest = 1 + int(math.log2(max(1, (seq_len - 1) / 8)))
+        for exponent, on_differences in itertools.product(range(largest), (False, True)):
+            weights = torch.randn(half, kernels, 9, generator=generator)
             weights = weights - weights.mean(-1, keepdim=True)
             weights = weights / weights.abs().sum(-1, keepdim=True)
-            chosen = torch.stack([torch.randperm(columns, generator=generator)[:count]
-                                  for _ in range(groups // 2)])
-            self.parts.append((dilation, on_differences, weights, chosen))
+            chosen = [torch.randperm(columns, generator=generator)[:count] for _ in range(half)]
+            self.parts.append((2**exponent, on_differences, weights, torch.stack(chosen)))
 
     def transform(self, x):
         """Features [batch, features] of x [batch, columns, time] without NaN."""
@@ -1226,19 +1195,20 @@ class Hydra:
         for dilation, on_differences, weights, chosen in self.parts:
             source = differences if on_differences else x
             mixed = F.pad(source[:, chosen].sum(2), (4 * dilation, 4 * dilation))
-            output = F.conv1d(mixed, weights, dilation=dilation, groups=len(chosen))
-            output = output.unflatten(1, (len(chosen), self.kernels))
+            output = F.conv1d(mixed, weights.flatten(0, 1)[:, None], dilation=dilation,
+                              groups=len(weights))
+            output = output.unflatten(1, weights.shape[:2])
             largest, winner = output.max(2)  # [batch, groups, time]
-            loser = output.min(2).indices
             empty = torch.zeros(output.shape[:3])
-            features.append(empty.scatter_add(2, winner, largest).flatten(1))
-            features.append(empty.scatter_add(2, loser, torch.ones_like(largest)).flatten(1))
-        return torch.cat(features, dim=1)
+            features.append(empty.scatter_add(2, winner, largest))
+            features.append(empty.scatter_add(2, output.argmin(2), torch.ones_like(largest)))
+        return torch.stack(features, dim=1).flatten(1)
 
 
 def fit_hydra(data):
     """Probabilities [windows, classes] for the test part by Hydra's features, scaled as its authors
     do, and a ridge classifier, fitted to at most 4,000 training windows."""
+    from scipy.special import softmax
     from sklearn.linear_model import RidgeClassifierCV
 
     hydra = Hydra(len(data.columns), data.seq_len)
@@ -1248,20 +1218,21 @@ def fit_hydra(data):
         features = torch.cat([hydra.transform(forward_fill(x).nan_to_num()) for x in batches])
         return features.clamp(min=0).sqrt()
 
+    def scale(features):
+        return ((features - mean) * (features != 0) / std).numpy()
+
     train = data.splits["train"]
     train = train[:: math.ceil(len(train) / 4000)]
     features = transform(train)
     mean = features.mean(0)
     # A rare count has hardly any spread: the more zeros, the more is added to it.
     std = features.std(0) + (features == 0).float().mean(0) ** 4 + 1e-8
-    x_train, x_test = [((values - mean) * (values != 0) / std).numpy()
-                       for values in (features, transform(data.splits["test"]))]
-    ridge = RidgeClassifierCV(np.logspace(-3, 3, 10)).fit(x_train, data.labels[train])
-    outputs = ridge.decision_function(x_test)  # about -1 or 1
+    ridge = RidgeClassifierCV(np.logspace(-3, 3, 10)).fit(scale(features), data.labels[train])
+    outputs = ridge.decision_function(scale(transform(data.splits["test"])))  # about -1 or 1
     if outputs.ndim == 1:  # two classes
         outputs = np.stack([-outputs, outputs], axis=1)
     probabilities = np.zeros((len(outputs), len(data.classes)))
-    probabilities[:, ridge.classes_] = torch.from_numpy(2 * outputs).softmax(1).numpy()
+    probabilities[:, ridge.classes_] = softmax(2 * outputs, axis=1)
     return probabilities
 
 
@@ -1271,10 +1242,9 @@ def with_validation(data):
     return replace(data, splits=data.splits | {"train": train})
 
 
-def baseline_records(data, seed, few=False):
+def baseline_records(data, seed):
     """(records, Hydra's probabilities): persistence, where a column's next value is classified, the
-    majority class, logistic regression and boosting on window features, and Hydra; with `few`, only
-    boosting and Hydra.
+    majority class, logistic regression and boosting on window features, and Hydra.
 
     They choose nothing on the validation part, so they are fitted to it as well.
     """
@@ -1289,21 +1259,20 @@ def baseline_records(data, seed, few=False):
     x_test = window_features(data, "test")
     y_train = data.labels[data.splits["train"]]
     leaf = int(np.clip(len(y_train) // 20, 1, 20))  # with 20, no tree can split 30 windows
-    boosting = HistGradientBoostingClassifier(early_stopping=False, min_samples_leaf=leaf,
-                                              random_state=0)
-    logistic = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    models = {"gradient boosting": boosting}
-    predicted = {}
-    if not few:
-        models = {"majority class": DummyClassifier(), "logistic regression": logistic} | models
-        if data.target:
-            last_value = x_test[:, data.columns.index(data.target)]  # of the first features
-            predicted["persistence"] = np.digitize(last_value, data.limits)
+    models = {
+        "majority class": DummyClassifier(),
+        "logistic regression": make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
+        "gradient boosting": HistGradientBoostingClassifier(
+            early_stopping=False, min_samples_leaf=leaf, random_state=0)}
+    outputs = {}
+    if data.target:
+        last_value = x_test[:, data.columns.index(data.target)]  # of the first features
+        outputs["persistence"] = np.digitize(last_value, data.limits)
     for name, model in models.items():
-        predicted[name] = model.fit(x_train, y_train).predict(x_test)
-    hydra = fit_hydra(data)
-    predicted["hydra"] = hydra.argmax(1)
-    return [make_record(data, name, values, seed) for name, values in predicted.items()], hydra
+        outputs[name] = model.fit(x_train, y_train).predict(x_test)
+    outputs["hydra"] = fit_hydra(data)
+    return [make_record(data, name, values, seed) for name, values in outputs.items()], (
+        outputs["hydra"])
 
 
 # --- Evaluation: tables -------------------------------------------------------------------------
@@ -1314,23 +1283,22 @@ def percent(values, sign=""):
 
     With `sign` "+" they are differences, and a star says that the interval excludes 0.
     """
-    values = pd.Series(values).dropna()
+    values = 100 * pd.Series(values).dropna()
     if values.empty:
         return None
-    mean, width = mean_and_interval(100 * values)
-    if len(values) == 1:
-        return f"{mean:{sign}.2f}"
+    mean, width = mean_and_interval(values)
+    interval = f" ± {width:.2f}" if len(values) > 1 else ""
     star = " *" if sign and abs(mean) > width else ""
-    return f"{mean:{sign}.2f} ± {width:.2f}{star}"
+    return f"{mean:{sign}.2f}{interval}{star}"
 
 
 def add_difference(records, column, reference, keys):
     """The records with `minus {reference}`: the accuracy minus that of the record with the same
     `keys` whose `column` is the reference."""
-    others = records.loc[records[column] == reference, [*keys, "accuracy"]]
-    merged = records.merge(others, "left", keys, suffixes=("", " of reference"))
-    difference = merged["accuracy"] - merged.pop("accuracy of reference")
-    return merged.assign(**{f"minus {reference}": difference.where(merged[column] != reference)})
+    is_reference = records[column] == reference
+    others = records.assign(other=records["accuracy"].where(is_reference))
+    difference = others["accuracy"] - others.groupby(keys)["other"].transform("max")
+    return records.assign(**{f"minus {reference}": difference.where(~is_reference)})
 
 
 def share_table(records, keys, values="accuracy"):
@@ -1339,8 +1307,7 @@ def share_table(records, keys, values="accuracy"):
     sign = "+" if values.startswith("minus") else ""
     table = records.pivot_table(values, keys, "share", functools.partial(percent, sign=sign),
                                 sort=False)
-    table = table[sorted(table)].rename(columns="{:.0%}".format)
-    return table.reset_index().to_dict("records")
+    return table[sorted(table)].rename(columns="{:.0%}".format).reset_index().to_dict("records")
 
 
 def add_means(records):
@@ -1370,21 +1337,18 @@ def benchmark_table(records, original):
 
 
 def plot_benchmark(records, path):
-    """Accuracy of every model: for each data set where there are few, otherwise on average."""
+    """Accuracy of every model on each data set."""
     names = records["dataset"].unique()
-    if len(names) > 7:
-        names = ["mean of all"]
+    groups = records[records["model"] != "majority class"].groupby(["model", "dataset"], sort=False)
+    means = 100 * groups["accuracy"].mean().unstack("model", sort=False)
+    widths = 100 * groups["accuracy"].agg(lambda runs: mean_and_interval(runs)[1])
+    widths = widths.unstack("model", sort=False)
     fig, (axis,) = new_figure("Test accuracy, with the 95 % interval where there are several runs",
                               size=(11, 2 + 1.4 * len(names)))
-    records = records[records["model"] != "majority class"]
-    models = records["model"].unique()
-    runs = records.groupby(["model", "dataset"])["accuracy"]
-    means = 100 * runs.mean().unstack()[names]
-    widths = 100 * runs.agg(lambda values: mean_and_interval(values)[1]).unstack()[names]
-    plot_dots(axis, names, means.T[models].to_dict("list"), errors=widths.T[models].to_dict("list"))
-    for row, chance in enumerate(records.groupby("dataset")["chance"].first()[names]):
-        label = None if row else "chance"
-        axis.vlines(100 * chance, row - 0.4, row + 0.4, "0.4", "--", label=label)
+    plot_dots(axis, names, means.to_dict("list"), errors=widths.to_dict("list"))
+    chance = 100 * records.groupby("dataset", sort=False)["chance"].first()
+    rows = np.arange(len(names))
+    axis.vlines(chance, rows - 0.4, rows + 0.4, "0.4", "--", label="chance")
     axis.set(xlabel="accuracy [%]", xlim=(0, 101))
     legend_below(axis, 5)
     save_figure(fig, path)
@@ -1394,18 +1358,13 @@ def plot_shares(records, title, xlabel, panel, path):
     """Accuracy over the column `share` of the records, a line for each model and a panel for each
     value of the column `panel`."""
     panels = list(records.groupby(panel, sort=False))
-    shares = sorted(records["share"].unique())
     fig, axes = new_figure(title, 1, len(panels), (5 * len(panels) + 3, 4.5))
     for axis, (name, shown) in zip(axes, panels):
-        by_model = list(shown.groupby("model", sort=False))
-        for i, (model, of_model) in enumerate(by_model):
-            runs = 100 * of_model.pivot_table("accuracy", "seed", "share")
-            # The bands of many models would hide each other.
-            values = runs.to_numpy() if len(by_model) < 6 else runs.mean().to_numpy()
-            x = np.searchsorted(shares, runs.columns)
-            plot_curve(axis, x, values, model, i, MARKERS[i % 7])
+        table = 100 * shown.pivot_table("accuracy", "model", "share", sort=False)
+        table = table[sorted(table)].rename(columns="{:.0%}".format)
+        for i, (model, values) in enumerate(table.iterrows()):
+            plot_curve(axis, table.columns, values, model, i, MARKERS[i % 7])
         axis.axhline(100 * shown["chance"].iloc[0], linestyle="--", color="0.4", label="chance")
-        axis.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
         axis.set(title=name, xlabel=xlabel, ylabel="test accuracy [%]", ylim=(0, 101))
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     save_figure(fig, path)
@@ -1434,11 +1393,10 @@ def bert_options(args):
 
 def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
     """The record of a trained model on the test part of a data set."""
-    predicted = predict(model, data, "test", corrupt).argmax(1)
     name = strategy if training == "own" else f"{strategy}, {training}"
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return make_record(data, name, predicted, seed, strategy=strategy, training=training,
-                       parameters=f"{parameters:,}", **columns)
+    return make_record(data, name, predict(model, data, "test", corrupt), seed, strategy=strategy,
+                       training=training, parameters=f"{parameters:,}", **columns)
 
 
 def train_convolutions(args, data, hydra, seed, run_dir):
@@ -1447,19 +1405,17 @@ def train_convolutions(args, data, hydra, seed, run_dir):
     They train on training and validation windows, for twice the steps, and choose nothing.
     """
     whole = with_validation(data)
-    probabilities = []
+    conv = 0
     for member in range(3):
-        member_seed = seed + 1000 * member
-        seed_everything(member_seed)
+        seed_everything(seed + 1000 * member)
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
         model.add_dataset(data.metadata())
         file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
-        fit(model, [whole], args, member_seed, file, keep="last", steps=2 * args.steps,
+        fit(model, [whole], args, seed + 1000 * member, file, keep="last", steps=2 * args.steps,
             batch_size=min(args.batch_size, 32))
-        probabilities.append(predict(model, data, "test"))
-    conv = np.mean(probabilities, axis=0)
-    return [make_record(data, "conv", conv.argmax(1), seed),
-            make_record(data, "conv + hydra", (conv + hydra).argmax(1), seed)]
+        conv += predict(model, data, "test")
+    return [make_record(data, "conv", conv, seed),
+            make_record(data, "conv + hydra", conv / 3 + hydra, seed)]
 
 
 def benchmark(args, datasets, strategies, run_dir):
@@ -1472,9 +1428,7 @@ def benchmark(args, datasets, strategies, run_dir):
         records += baselines
         for seed in seeds if data.info["source"] == "archive" else ():
             records += train_convolutions(args, data, hydra, seed, run_dir)
-    groups = []  # (name, data sets, training)
-    if args.shared != "only":
-        groups += [(data.name, [data], "own") for data in datasets]
+    groups = [(data.name, [data], "own") for data in datasets if args.shared != "only"]
     if args.shared:
         groups.append(("shared", datasets, "shared"))
     for seed, (name, group, training), strategy in itertools.product(seeds, groups, strategies):
@@ -1482,11 +1436,12 @@ def benchmark(args, datasets, strategies, run_dir):
         fit(model, group, args, seed, run_dir / f"models/{name}-{strategy}-{seed}.pt")
         records += [evaluate(model, data, strategy, training, seed) for data in group]
     records = add_means(pd.DataFrame(records))
-    plot_benchmark(records, run_dir / "benchmark.png")
-    with_original = args.protocol == "original" and args.head == "mean"
-    table = benchmark_table(records, ORIGINAL_TABLE if with_original else {})
+    shown = records
     if len(datasets) > 6:  # the records have every data set
-        table = [row for row in table if row["dataset"] == "mean of all"]
+        shown = records[records["dataset"] == "mean of all"]
+    plot_benchmark(shown, run_dir / "benchmark.png")
+    with_original = args.protocol == "original" and args.head == "mean"
+    table = benchmark_table(shown, ORIGINAL_TABLE if with_original else {})
     return records, {"accuracy": table}, (
         "own: a model for each data set. The original's figures, shown with --protocol original, "
         "are single runs, scored at their last or best epoch.")
@@ -1494,11 +1449,9 @@ def benchmark(args, datasets, strategies, run_dir):
 
 def with_labels(data, share, seed):
     """The data set with a share of its training and validation labels, at least one a class."""
-    splits = dict(data.splits)
-    for split in ("train", "val"):
-        windows = splits[split]
-        splits[split] = windows[choose_windows(data.labels[windows], share, seed, 1)]
-    return replace(data, splits=splits)
+    few = {split: windows[choose_windows(data.labels[windows], share, seed, 1)]
+           for split, windows in data.splits.items()}
+    return replace(data, splits=few | {"test": data.splits["test"]})
 
 
 def add_new_dataset(model, data, alike):
@@ -1506,10 +1459,10 @@ def add_new_dataset(model, data, alike):
     data sets `alike` [names], if there are some."""
     model = copy.deepcopy(model)
     model.add_dataset(data.metadata())
-    for name, parameter in model.head(data.name).named_parameters():
-        others = [model.head(other).get_parameter(name).detach() for other in alike]
-        if others:
-            parameter.data = torch.stack(others).mean(0)
+    if alike:
+        states = [model.head_of[name].state_dict() for name in alike]
+        model.head_of[data.name].load_state_dict(
+            {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
     return model
 
 
@@ -1527,23 +1480,24 @@ def transfer(args, datasets, strategies, run_dir):
     for seed in range(args.seed, args.seed + args.runs):
         limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES[1:]}
         for share, part in limited.items():
-            baselines, _ = baseline_records(part, seed, few=True)
-            records += [record | {"share": share} for record in baselines]
+            *_, boosting, hydra = baseline_records(part, seed)[0]
+            records += [record | {"share": share} for record in (boosting, hydra)]
         for strategy in strategies:
             base = make_model(args, sources, strategy, True, seed, seq_len=longest)
             fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
-            for share, training in itertools.product(LABEL_SHARES, ("pretrained", "scratch")):
+            if alike:
+                model = add_new_dataset(base, data, alike)
+                records.append(evaluate(model, data, strategy, "pretrained", seed, share=0.0))
+            for share, training in itertools.product(limited, ("pretrained", "scratch")):
                 seed_everything(seed)
                 if training == "pretrained":
                     model = add_new_dataset(base, data, alike)
                 else:
                     model = make_model(args, [data], strategy, True, seed)
-                if share:
-                    file = f"models/{data.name}-{strategy}-{training}-{share:g}-{seed}.pt"
-                    fit(model, [limited[share]], args, seed, run_dir / file,
-                        steps=args.steps if share == 1 else few_steps)
-                if share or (alike and training == "pretrained"):
-                    records.append(evaluate(model, data, strategy, training, seed, share=share))
+                name = f"{data.name}-{strategy}-{training}-{share:g}-{seed}"
+                fit(model, [limited[share]], args, seed, run_dir / f"models/{name}.pt",
+                    steps=args.steps if share == 1 else few_steps)
+                records.append(evaluate(model, data, strategy, training, seed, share=share))
     records = pd.DataFrame(records)
     plot_shares(records, "Shared model on a new data set", "share of its labels", "dataset",
                 run_dir / "transfer.png")
@@ -1557,18 +1511,17 @@ def transfer(args, datasets, strategies, run_dir):
 
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out with a note if its encoder cannot be had."""
-    strategies = args.strategies or list(STRATEGIES)
-    others = [name for name in strategies if name != "frozen_bert"]
-    if others == strategies or (args.quick and not args.strategies):
-        return others
+    strategies = args.strategies or [name for name in STRATEGIES
+                                     if not args.quick or name != "frozen_bert"]
     try:
-        embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-        embedder.add([name for data in datasets for name in data.columns])
+        if "frozen_bert" in strategies:
+            embedder = FrozenBERTColumnEmbedder(**bert_options(args))
+            embedder.add([name for data in datasets for name in data.columns])
     except (UserError, ModuleNotFoundError) as error:
-        if not others:
+        if strategies == ["frozen_bert"]:
             raise
         note(f"frozen_bert is not run: {error}")
-        return others
+        return [name for name in strategies if name != "frozen_bert"]
     return strategies
 
 
@@ -1585,11 +1538,10 @@ def choose_threads():
 
 def note_memory(datasets, args):
     """A note before a training that needs gigabytes."""
-    longest = max(data.seq_len for data in datasets)
-    gigabytes = args.batch_size * longest * 4700 / 1e9  # bytes a step, mostly hidden units
-    if gigabytes > 4:
-        note(f"windows of {longest:,} steps need about {gigabytes:.0f} GB in training; a lower "
-             "--batch-size needs less")
+    steps = args.batch_size * max(data.seq_len for data in datasets)
+    if steps > 800_000:
+        note(f"batches of {steps:,} steps need about {steps / 2e5:.0f} GB in training; lower "
+             "--batch-size")
 
 
 def run_experiment(args):
@@ -1599,20 +1551,16 @@ def run_experiment(args):
     datasets = load_datasets(args)
     note_memory(datasets, args)
     strategies = find_strategies(args, datasets)
-    experiments = []
-    if args.nan_robustness:
-        experiments.append(nan_robustness)
-    if args.transfer and len(datasets) < 2:
-        note("--transfer is not run: it needs two data sets")
-    elif args.transfer:
+    experiments = [nan_robustness] if args.nan_robustness else []
+    if args.transfer:
         experiments.append(transfer)
     if args.quick or not experiments:
         experiments.append(benchmark)
     run_dir = next_run_dir(args)
     (run_dir / "models").mkdir(exist_ok=True)
     results = {"data": {data.name: data.info for data in datasets}}
-    parts = [f"{data.name}: {data.info['source']}, {len(data.labels):,} windows of "
-             f"{len(data.columns)} columns" for data in datasets]
+    parts = [f"{data.name}: {data.info['source']}, {len(data.labels):,} windows"
+             for data in datasets]
     for experiment in experiments:
         name = experiment.__name__
         start_time = time.perf_counter()
@@ -1621,13 +1569,10 @@ def run_experiment(args):
                          "seconds": time.perf_counter() - start_time}
         for title, rows in tables.items():
             table = markdown_table(pd.DataFrame(rows).dropna(axis=1, how="all"))
-            parts.append(f"## {name.replace('_', ' ')}: {title}\n\n{table}")
+            parts.append(f"## {name}: {title}\n\n{table}")
         parts.append(text)
     if args.runs > 1:
-        parts.append("±: 95 % interval of the mean over the seeds (Student's t), which vary the "
-                     "initial weights, the order of batches and, in a transfer, the choice of "
-                     "labels, but not the test part. *: the interval of a difference excludes 0 "
-                     "(paired t-test, not corrected for the number of comparisons).")
+        parts.append(INTERVALS)
     return write_results(results, "\n\n".join(parts) + "\n", args, run_dir)
 
 
@@ -1685,68 +1630,59 @@ def restore_model(path, device):
             model.add_dataset(metadata)
         model.load_state_dict(checkpoint["best"])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a model of this {EXPERIMENT}.py ({error}); name a file in "
-                        "models/ of a run") from None
+        raise UserError(f"{path}: not a model of this {EXPERIMENT}.py ({error})") from None
     return model.to(device)
 
 
 def read_windows(path, datasets):
-    """(windows of a CSV or archive file as a Dataset, a DataFrame that identifies them, names of
-    missing columns).
+    """(windows of a CSV or archive file as a Dataset, a DataFrame that identifies them).
 
     The file is read as the one of `datasets` (metadata) with which it has most columns in common
     and, of several such, with whose name its own begins.
     """
     is_archive = path.suffix.lower() in ARCHIVE_SUFFIXES
     if is_archive:
-        cases, _ = read_archive_file(path)
-        found = [f"dim_{i}" for i in range(len(cases[0]))]
+        x, names, _, _ = read_archive([path])
     else:
         numbers = read_csv(path)
-        found = list(numbers)
-
-    def suitability(metadata):
-        return len({*metadata["columns"]} & {*found}), path.stem.startswith(metadata["name"])
-
-    metadata = max(datasets, key=suitability)
-    columns = metadata["columns"]
+        names = list(numbers)
+    metadata = max(datasets, key=lambda metadata: (
+        len({*metadata["columns"]} & {*names}), path.stem.startswith(metadata["name"])))
     seq_len = metadata["seq_len"]
-    missing = [name for name in columns if name not in found]
-    if len(missing) == len(columns):
-        raise UserError(f"{path}: none of the columns {', '.join(columns)}, only "
-                        f"{', '.join(found)}")
+    if is_archive:
+        x = F.pad(torch.from_numpy(x), (0, 0, seq_len - x.shape[1], 0), value=math.nan)
+        numbers = pd.DataFrame(x.flatten(0, 1).numpy(), columns=names)
+        starts = np.arange(0, len(numbers), seq_len)
+        table = pd.DataFrame({"case": 1 + starts // seq_len})
+    else:
+        seq_len = min(seq_len, len(numbers))  # a short file is one window
+        table = numbers.index[seq_len - 1 :].to_frame(index=False)  # of the last rows
+        starts = np.arange(len(table))
+    columns = metadata["columns"]
+    missing = [name for name in columns if name not in names]
+    if missing == columns:
+        raise UserError(f"{path}: none of the columns {', '.join(columns)}")
     if missing:
         note(f"{path}: no column {', '.join(missing)}; their values count as missing")
-    if is_archive:
-        x = stack_cases(cases, seq_len)
-        numbers = pd.DataFrame(x.reshape(-1, len(found)), columns=found)
-        starts = seq_len * np.arange(len(cases))
-        about = pd.DataFrame({"case": np.arange(1, len(cases) + 1)})
-    else:
-        padding = max(0, seq_len - len(numbers))  # a short file is one window
-        about = numbers.index[seq_len - padding - 1 :].to_frame(index=False)  # of the last rows
-        numbers = numbers.reset_index(drop=True).reindex(range(-padding, len(numbers)))
-        starts = np.arange(len(about))
-    series = numbers.reindex(columns=columns).to_numpy()
-    series = standardize(series, metadata["mean"], metadata["std"])
+    series = standardize(numbers.reindex(columns=columns), metadata["mean"], metadata["std"])
     data = Dataset(metadata["name"], columns, series, starts, None, metadata["classes"],
                    {"all": np.arange(len(starts))}, {}, seq_len)
-    return data, about, missing
+    return data, table
 
 
 def predict_file(args):
     """Write the class and the probabilities of every window of --predict to predictions.csv."""
     model = restore_model(args.checkpoint, args.device)
-    data, table, missing = read_windows(Path(args.predict), list(model.datasets.values()))
-    run_dir = next_run_dir(args)
+    data, table = read_windows(Path(args.predict), list(model.datasets.values()))
     probabilities = predict(model, data, "all")
     table["class"] = np.array(data.classes)[probabilities.argmax(1)]
     table[[f"p({name})" for name in data.classes]] = probabilities.round(4)
+    run_dir = next_run_dir(args)
     table.to_csv(run_dir / "predictions.csv", index=False)
     counts = table["class"].value_counts().to_dict()
     summary = (f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; "
                "each is in predictions.csv.\n")
-    results = {"dataset": data.name, "windows": len(table), "missing": missing, "classes": counts}
+    results = {"dataset": data.name, "windows": len(table), "classes": counts}
     return write_results(results, summary, args, run_dir)
 
 
@@ -1754,39 +1690,27 @@ def predict_file(args):
 
 
 def compare_columns(args):
-    """Cosine similarity of column names by the frozen encoder or the embeddings of --checkpoint."""
-    if args.checkpoint:
-        embedder = getattr(restore_model(args.checkpoint, "cpu"), "embedder", None)
-        if embedder is None:
-            raise UserError(f"{args.checkpoint}: a model without column embeddings")
-        names = list(embedder.rows)
-    else:
-        columns = [name for data in load_datasets(args) for name in data.columns]
-        names = list(dict.fromkeys([*PROBES, *columns]))
-        embedder = FrozenBERTColumnEmbedder(**bert_options(args))
+    """Cosine similarity of column names by the frozen encoder."""
+    columns = [name for data in load_datasets(args) for name in data.columns]
+    names = list(dict.fromkeys([*PROBES, *columns]))
+    embedder = FrozenBERTColumnEmbedder(**bert_options(args))
     vectors = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
     similarity = pd.DataFrame(vectors @ vectors.T, names, names)
     run_dir = next_run_dir(args)
-    plot_similarity(similarity, run_dir / "columns.png")
+    size = 4 + len(names) / 5
+    fig, (axis,) = new_figure("Column names by their embedding", size=(size + 1, size))
+    image = axis.imshow(similarity, cmap="Greys", vmax=1)
+    fig.colorbar(image, label="cosine similarity")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.grid(visible=False)
+    save_figure(fig, run_dir / "columns.png")
     others = similarity - 2 * np.eye(len(names))
     table = pd.DataFrame({"column": names, "read as": map(name_to_words, names),
                           "nearest": others.idxmax(), "similarity": others.max().round(2)})
     rows = table.to_dict("records")
     summary = f"{markdown_table(rows)}\n\nCosine similarity of the embeddings.\n"
     return write_results({"tables": {"nearest names": rows}}, summary, args, run_dir)
-
-
-def plot_similarity(similarity, path):
-    """Heatmap of the similarities."""
-    names = list(similarity)
-    size = 4 + 0.2 * len(names)
-    fig, (axis,) = new_figure("Column names by their embedding", size=(size + 1, size))
-    image = axis.imshow(similarity, cmap="Greys", vmax=1)
-    fig.colorbar(image, ax=axis, label="cosine similarity", shrink=0.8)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_xticks(range(len(names)), names, rotation=90)
-    axis.grid(visible=False)
-    save_figure(fig, path)
 
 
 def prewarm_cache(args):
