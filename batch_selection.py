@@ -44,7 +44,6 @@ arXiv:2307.06440, for the controls; the papers of the strategies at each of them
 
 import argparse
 import contextlib
-import fnmatch
 import gzip
 import hashlib
 import http.client
@@ -216,7 +215,7 @@ def focus_batches(learner, sign):
     """Batches of which EXPLORE are from all samples, and the rest from the TOP with the highest
     sign x loss, found anew for each batch, together with all that tie with the last of them."""
     loss, rng = learner.loss, learner.rng
-    top = max(1, round(TOP * len(loss)))
+    top = round(TOP * len(loss))
     for batch, _ in in_batches(loss, learner.args.batch_size):
         score = sign * loss
         focus = np.flatnonzero(score >= np.partition(score, -top)[-top])
@@ -457,8 +456,9 @@ def read_cifar(folder):
     size = 3074 if "100" in path.name else 3073
     arrays = []
     with tarfile.open(path) as archive:
-        for pattern in ("*/[dt][ar]*.bin", "*/test*.bin"):  # data_batch_1 to 5 or train, and test
-            names = sorted(fnmatch.filter(archive.getnames(), pattern))
+        for is_test in (False, True):
+            names = [name for name in sorted(archive.getnames())
+                     if name.endswith(".bin") and ("/test" in name) == is_test]
             content = b"".join(archive.extractfile(name).read() for name in names)
             records = np.frombuffer(content, np.uint8).reshape(-1, size)
             arrays += [records[:, -3072:].reshape(-1, 3, 32, 32), records[:, -3073]]
@@ -612,7 +612,7 @@ def make_data(name, arrays, source):
         x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
     else:
         mean = float(x_train.mean(dtype=np.float64))
-        std = float(x_train.std(dtype=np.float32)) or 1.0
+        std = float(x_train.std(dtype=np.float32))
         x_train, x_test = ((x.astype(np.float32) - mean) / std for x in (x_train, x_test))
     majority = np.bincount(y_train).argmax()
     info = {"source": source, "train": len(y_train), "test": len(y_test),
@@ -1148,9 +1148,10 @@ def run_experiment(args):
         texts += [f"## {title}", markdown_table(table), verdict(comparison, args)]
         runs = setting[~setting["control"]]
         plot_comparison(runs, comparison, title, args, run_dir / f"comparison_{title}.png")
-        for name, group in runs.groupby("strategy") if not args.quick else ():
-            parent = Path(args.output_dir, args.task, title, name)
-            folders.append(write_strategy_folder(group, parent))
+        if not args.quick:
+            for name, group in runs.groupby("strategy", sort=False):
+                parent = Path(args.output_dir, args.task, title, name)
+                folders.append(write_strategy_folder(group, parent))
     if len(comparisons) > 1:
         table = by_setting(comparisons, f"difference [{unit}]")
         texts += [f"## Differences from {name_control(args)}", markdown_table(table.reset_index())]

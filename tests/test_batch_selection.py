@@ -687,18 +687,19 @@ def rows(value):
     ("a,b\n1,2\n", "called `label`; the columns are ['a', 'b']"),
     ("0,0,3,1.5\n1,0,2,0.5\n", "has it a header, and commas?"), (rows("x"), "['a'] are not numbers alone"),
     ("label,a,day\n0,1,2024-05-01\n1,2,2024-05-02\n", "['day'] are not numbers"),
-    ("label,a\n0,1\n1,\n", "'a'"), ("label,a\n0,1.5\n1,\n", "row 2 has a missing value"),
-    (rows("inf"), "infinity"), ("", "No columns"),
+    ("label,a\n0,1\n1,\n", "row 2 has a missing value|column 'a'"),
+    ("label,a\n0,1.5\n1,\n", "row 2 has a missing value"), (rows("inf"), "infinity"),
+    ("", "No columns|Empty CSV"),
     ("label,a\n0,1\n0,2\n1,3\n", "only 1 member"), ("label,a\n0,1\n,2\n1,3\n", "row 2 has a missing value"),
     ("label,a\ncat,1\nNaN,2\n1,3\n", "row 2 has a missing value"), ("label,a\n0,1,7\n1,2,8\n", "Expected 2 columns"),
     ("label,a\n", "n_samples=0"), ("label,a\n1,2\n1,3\n1,5\n", "fewer than two classes"),
-    ("label,a\n0,1\n\xff,2\n", "UTF8"),
+    ("label,a\n0,1\n\xff,2\n", "UTF8|utf-8"),
     ("label,a\n0,1\n1,2,8\n", "Expected 2 columns, got 3"), ("label;a\n0;1\n", "['label;a']")])
 def test_a_bad_table_is_one_line(text, words, error_line):
     Path("bad.csv").write_bytes(text.encode("latin-1"))
     line = error_line(bs, ["--data", "bad.csv"])
     assert "bad.csv" in line
-    assert words in line
+    assert any(word in line for word in words.split("|")), "of pandas 2 or 3"
 
 
 def test_dropping_an_unknown_column_is_an_error(error_line):
