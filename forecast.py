@@ -889,7 +889,7 @@ def holdout_parts(rows):
 
 def holdout_errors(run, args, values):
     """Fit a run to the rows before each part of the hold-out. Returns ([forecast_errors of each
-    part], [Fitted of the test part], history of the last fold)."""
+    part], [Fitted of the test part, with the history of the last fold])."""
     if run.model == "combined":
         return combined_errors(run, args, values)
     parts, histories = [], []
@@ -897,7 +897,8 @@ def holdout_errors(run, args, values):
         fitted = fit(run, args, values, start)
         histories.append(fitted.history)
         parts.append(forecast_errors(fitted, values, start, stop, origins))
-    return parts, [fitted], histories[-2]
+    fitted.history = histories[-2]
+    return parts, [fitted]
 
 
 def combined_errors(run, args, values):
@@ -906,15 +907,15 @@ def combined_errors(run, args, values):
     members = [replace(run, model=model) for model in ["vq_ar", *BASELINES]]
     for model in ("vq_ar", "ridge", "nlinear"):
         members.append(replace(run, model=model, time_steps=max(2, run.time_steps // 4)))
-    network, *others = [holdout_errors(member, args, values) for member in members]
-    means = [{} for _ in network[0]]
+    (parts, network), *others = [holdout_errors(member, args, values) for member in members]
     best = {}
     for kind in KINDS:
-        scores = [validation_score(parts, kind) for parts, _, _ in others]
+        scores = [validation_score(other_parts, kind) for other_parts, _ in others]
         best[kind] = others[np.argmin(scores)]
-        for mean, ours, other in zip(means, network[0], best[kind][0]):
-            mean[kind] = (ours[kind] + other[kind]) / 2
-    return means, network[1] + best["free run"][1], []
+    means = []
+    for i, part in enumerate(parts):
+        means.append({kind: (part[kind] + best[kind][0][i][kind]) / 2 for kind in KINDS})
+    return means, network + best["free run"][1]
 
 
 def validation_score(parts, kind):
@@ -975,13 +976,12 @@ def execute(run, args, values, models):
     scores, widths = {}, {}
     try:
         if args.protocol != "holdout" and run.model != "combined":
-            fitted = fit(run, args, values, len(values), original=True)
-            members, history = [fitted], fitted.history
-            errors = forecast_errors(fitted, values, run.time_steps, len(values), 1)
+            members = [fit(run, args, values, len(values), original=True)]
+            errors = forecast_errors(members[0], values, run.time_steps, len(values), 1)
             scores = {f"original {kind}": np.mean(errors[kind] ** 2) for kind in KINDS}
-            scores.update(*history[-1:])
+            scores.update(*members[0].history[-1:])
         if args.protocol != "original":
-            parts, members, history = holdout_errors(run, args, values)
+            parts, members = holdout_errors(run, args, values)
             errors = parts[-1]
             widths = interval_widths(parts)
             scores |= holdout_scores(parts, widths, values)
@@ -993,7 +993,7 @@ def execute(run, args, values, models):
     row |= {name: float(score) for name, score in scores.items()}
     members = [vars(fitted) | {"run": asdict(fitted.run), "model": fitted.model.state_dict()}
                for fitted in members]
-    return run, {"row": row, "history": history, "members": members, "widths": widths,
+    return run, {"row": row, "members": members, "widths": widths,
                  "errors": {kind: errors[kind].ravel().tolist() for kind in KINDS}}
 
 
@@ -1127,12 +1127,13 @@ def draw_pictures(name, series, rows, checkpoints, args, run_dir):
     rows = rows.dropna(subset=column).sort_values(column)
     best = [checkpoints[id] for id in rows.drop_duplicates("model")["id"]]
     title = f"{name}, best runs by {column}: "
-    plot_forecasts(series, best, title, run_dir / f"forecasts_{name}.png")
-    plot_curves(series, best, title, run_dir / f"curves_{name}.png")
+    figures = {"forecasts": plot_forecasts(series, best, title),
+               "curves": plot_curves(series, best, title)}
     rows = rows[rows["model"].isin(args.model) & np.isfinite(rows[column])]
     if len(rows):
-        title = f"{name}: {column}, error [({series.name})²]"
-        plot_sweep(rows, column, title, run_dir / f"sweep_{name}.png")
+        figures["sweep"] = plot_sweep(rows, column, f"{name}: {column} [({series.name})²]")
+    for kind, fig in figures.items():
+        save_figure(fig, run_dir / f"{kind}_{name}.png")
 
 
 def forecast_table(times, free_run, widths):
@@ -1151,8 +1152,8 @@ def plot_free_run(ax, series, table):
     ax.set(xlabel=series.index.name, ylabel=series.name)
 
 
-def plot_forecasts(series, best, title, path):
-    """One step, free run and 80 % intervals."""
+def plot_forecasts(series, best, title):
+    """One step, free run and 80 % intervals of each model."""
     rows = math.ceil(len(best) / 3)
     title += "forecasts (time steps, learning rate, width)"
     fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 0.8))
@@ -1169,15 +1170,16 @@ def plot_forecasts(series, best, title, path):
         ax.set_ylim(shown.min() - margin, shown.max() + margin)
         ax.set_title("{model}: {settings}".format(**checkpoint["row"]), fontsize=9)
     legend_below(axes[0])
-    save_figure(fig, path)
+    return fig
 
 
-def plot_curves(series, best, title, path):
+def plot_curves(series, best, title):
     """Losses of the networks over the epochs, and the error of the free run by its length."""
     title += "training (loss of vq_ar: Huber, of the others: squared error) and errors"
     fig, axes = new_figure(title, 1, 3, (16, 5))
     for i, checkpoint in enumerate(best):
-        history = pd.DataFrame(checkpoint["history"], columns=["train_loss", "val_loss"])
+        history = pd.DataFrame(checkpoint["members"][0]["history"],
+                               columns=["train_loss", "val_loss"])
         squares = pd.Series(checkpoint["errors"]["free run"]) ** 2
         curves = {"training loss, mean of an epoch": history["train_loss"],
                   "validation loss, after an epoch": history["val_loss"],
@@ -1187,10 +1189,10 @@ def plot_curves(series, best, title, path):
             ax.set(xlabel="epoch", ylabel=label, yscale="log")
     axes[2].set_xlabel("horizon [values]")
     legend_below(axes[0])
-    save_figure(fig, path)
+    return fig
 
 
-def plot_sweep(rows, column, title, path):
+def plot_sweep(rows, column, title):
     """Heatmap of errors over models, learning rates and time steps: the least over seeds and the
     other settings."""
     names = rows["model"] + ", " + rows["learning_rate"].astype(str)
@@ -1203,7 +1205,7 @@ def plot_sweep(rows, column, title, path):
     ax.set_yticks(range(len(table)), table.index)
     ax.set(xlabel="time steps", ylabel="model, learning rate")
     ax.grid(visible=False)
-    save_figure(fig, path)
+    return fig
 
 
 # --- The experiment -----------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def fit(model, values, *argv, time_steps=16, stop=None):
 
 def score_holdout(run, args, values):
     """(scores, errors of the test part, widths of the intervals) of a run in the hold-out."""
-    parts, _, _ = forecast.holdout_errors(run, args, values)
+    parts, _ = forecast.holdout_errors(run, args, values)
     widths = forecast.interval_widths(parts)
     return forecast.holdout_scores(parts, widths, values), parts[-1], widths
 
@@ -255,7 +255,7 @@ def test_combined_is_the_mean_of_vq_ar_and_the_best_on_validation():
     args = forecast.parse_args(["--epochs", "1", "--protocol", "holdout", "--device", "cpu"])
     values = season_and_trend(300)
     run = Run("combined", "synthetic", 16, 1e-3)
-    parts, members, _ = forecast.holdout_errors(run, args, values)
+    parts, members = forecast.holdout_errors(run, args, values)
     candidates = [forecast.replace(run, model=model) for model in forecast.BASELINES]
     scores = [forecast.validation_score(forecast.holdout_errors(member, args, values)[0], "free run")
               for member in candidates]
@@ -278,10 +278,10 @@ def test_combined_chooses_for_one_step_and_for_the_free_run_separately(monkeypat
         if member.model == "last":
             for part in errors[:3]:
                 part["one step"][:] = 0.5  # the best on validation, not on the test part
-        return errors, [member], []
+        return errors, [member]
 
     monkeypatch.setattr(forecast, "holdout_errors", errors_of)
-    combined, members, _ = forecast.combined_errors(run, args, values)
+    combined, members = forecast.combined_errors(run, args, values)
     assert combined[-1]["one step"][0] == 4.0 / 2
     assert combined[-1]["free run"][0, 0] == 0.2 / 2
     assert [member.model for member in members] == ["vq_ar", "mean"]
