@@ -88,7 +88,7 @@ ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
 FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"]
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
+LABEL_SHARES = [0.05, 0.1, 1.0]  # beside none at all
 INTERVALS = (
     "±: 95 % interval of the mean over the seeds (Student's t), which vary the initial weights, "
     "the order of batches and, in a transfer, the choice of labels, but not the test part. *: the "
@@ -635,9 +635,9 @@ def load_datasets(args):
     datasets += [synthetic_schema(number, args.windows) for number in range(args.synthetic_schemas)]
     names = [data.name for data in datasets]
     if len({"shared", "sources", *names}) < len(names) + 2:  # of files in models/
-        raise UserError(f"data sets must have other names than shared and sources: {names}")
+        raise UserError(f"data sets must have different names, not shared or sources: {names}")
     if args.transfer and (len(names) < 2 or args.transfer not in ["last", *names]):
-        raise UserError(f"--transfer needs two data sets and the name of one of them: {names}")
+        raise UserError(f"--transfer needs two data sets, and the name of one of them: {names}")
     return sorted(datasets, key=lambda data: data.name == args.transfer)  # it comes last
 
 
@@ -1063,8 +1063,8 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     state = {"history": [], "hashes": hashes, "best_accuracy": -1.0, "training": None}
     if file.exists():
         state = load_checkpoint(file, file)
-        if state["hashes"] != hashes:
-            raise UserError(f"{file}: the run began with other data; start a new run")
+    if state["hashes"] != hashes:
+        raise UserError(f"{file}: the run began with other data; start a new run")
     if state["training"]:  # which was not finished
         model.load_state_dict(state["training"]["model"])
         optimizer.load_state_dict(state["training"]["optimizer"])
@@ -1166,43 +1166,45 @@ def window_features(data, split):
     return torch.cat(features).numpy()
 
 
-class Hydra:
-    """Features of windows by competing convolutions (Dempster et al. 2023, arXiv:2203.13652), for a
-    ridge classifier.
+def hydra_kernels(columns, seq_len, groups=64, kernels=8, seed=0):
+    """The random kernels of Hydra (Dempster et al. 2023, arXiv:2203.13652): a list of (dilation,
+    on_differences, weights [groups / 2, kernels, 9], columns of each group).
 
-    At each step the random kernels of a group compete: the one with the largest output gets that
-    output, the one with the smallest is counted. Every dilation has `groups` groups, half of them
-    on the differences between steps; of several columns, a group reads the sum of a random few.
+    Every dilation has `groups` groups, half of them on the differences between steps; of several
+    columns, a group reads the sum of a random few.
     """
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    count = max(1, min(8, columns // 2))
+    exponents = 1 + int(math.log2(max(1, (seq_len - 1) / 8)))
+    for exponent, on_differences in itertools.product(range(exponents), (False, True)):
+        weights = torch.randn(groups // 2, kernels, 9, generator=generator)
+        weights -= weights.mean(-1, keepdim=True)
+        weights /= weights.abs().sum(-1, keepdim=True)
+        chosen = [torch.randperm(columns, generator=generator)[:count] for _ in weights]
+        parts.append((2**exponent, on_differences, weights, torch.stack(chosen)))
+    return parts
 
-    def __init__(self, columns, seq_len, groups=64, kernels=8, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        half = groups // 2
-        self.parts = []  # (dilation, on differences, weights [groups, kernels, 9], columns)
-        count = max(1, min(8, columns // 2))
-        largest = 1 + int(math.log2(max(1, (seq_len - 1) / 8)))
-        for exponent, on_differences in itertools.product(range(largest), (False, True)):
-            weights = torch.randn(half, kernels, 9, generator=generator)
-            weights = weights - weights.mean(-1, keepdim=True)
-            weights = weights / weights.abs().sum(-1, keepdim=True)
-            chosen = [torch.randperm(columns, generator=generator)[:count] for _ in range(half)]
-            self.parts.append((2**exponent, on_differences, weights, torch.stack(chosen)))
 
-    def transform(self, x):
-        """Features [batch, features] of x [batch, columns, time] without NaN."""
-        features = []
-        differences = x.diff(dim=-1) if x.shape[-1] > 1 else x
-        for dilation, on_differences, weights, chosen in self.parts:
-            source = differences if on_differences else x
-            mixed = F.pad(source[:, chosen].sum(2), (4 * dilation, 4 * dilation))
-            output = F.conv1d(mixed, weights.flatten(0, 1)[:, None], dilation=dilation,
-                              groups=len(weights))
-            output = output.unflatten(1, weights.shape[:2])
-            largest, winner = output.max(2)  # [batch, groups, time]
-            empty = torch.zeros(output.shape[:3])
-            features.append(empty.scatter_add(2, winner, largest))
-            features.append(empty.scatter_add(2, output.argmin(2), torch.ones_like(largest)))
-        return torch.stack(features, dim=1).flatten(1)
+def hydra_features(x, parts):
+    """Features [batch, features] of x [batch, columns, time] without NaN, for a ridge classifier.
+
+    At each step the kernels of a group compete: the one with the largest output gets that output,
+    the one with the smallest is counted.
+    """
+    features = []
+    differences = x.diff(dim=-1) if x.shape[-1] > 1 else x
+    for dilation, on_differences, weights, chosen in parts:
+        source = differences if on_differences else x
+        mixed = source[:, chosen].sum(2)  # [batch, groups, time]
+        output = F.conv1d(mixed, weights.flatten(0, 1)[:, None], padding=4 * dilation,
+                          dilation=dilation, groups=len(weights))
+        output = output.unflatten(1, weights.shape[:2])
+        largest, winner = output.max(2)
+        empty = torch.zeros(output.shape[:3])
+        features.append(empty.scatter_add(2, winner, largest))
+        features.append(empty.scatter_add(2, output.argmin(2), torch.ones_like(largest)))
+    return torch.stack(features, dim=1).flatten(1)
 
 
 def fit_hydra(data):
@@ -1211,12 +1213,12 @@ def fit_hydra(data):
     from scipy.special import softmax
     from sklearn.linear_model import RidgeClassifierCV
 
-    hydra = Hydra(len(data.columns), data.seq_len)
+    parts = hydra_kernels(len(data.columns), data.seq_len)
 
     def transform(windows):
         batches = window_batches(data, windows, 64)
-        features = torch.cat([hydra.transform(forward_fill(x).nan_to_num()) for x in batches])
-        return features.clamp(min=0).sqrt()
+        features = [hydra_features(forward_fill(x).nan_to_num(), parts) for x in batches]
+        return torch.cat(features).clamp(min=0).sqrt()
 
     def scale(features):
         return ((features - mean) * (features != 0) / std).numpy()
@@ -1394,9 +1396,10 @@ def bert_options(args):
 def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
     """The record of a trained model on the test part of a data set."""
     name = strategy if training == "own" else f"{strategy}, {training}"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return make_record(data, name, predict(model, data, "test", corrupt), seed, strategy=strategy,
-                       training=training, parameters=f"{parameters:,}", **columns)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    outputs = predict(model, data, "test", corrupt)
+    return make_record(data, name, outputs, seed, strategy=strategy, training=training,
+                       parameters=f"{count:,}", **columns)
 
 
 def train_convolutions(args, data, hydra, seed, run_dir):
@@ -1460,9 +1463,10 @@ def add_new_dataset(model, data, alike):
     model = copy.deepcopy(model)
     model.add_dataset(data.metadata())
     if alike:
-        states = [model.head_of[name].state_dict() for name in alike]
-        model.head_of[data.name].load_state_dict(
-            {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
+        heads = [model.head_of[name] for name in alike]
+        for name in ("weight", "bias"):
+            values = [getattr(head, name).data for head in heads]
+            getattr(model.head_of[data.name], name).data = torch.stack(values).mean(0)
     return model
 
 
@@ -1478,7 +1482,7 @@ def transfer(args, datasets, strategies, run_dir):
     few_steps = min(args.steps, max(40, args.steps // 4))
     records = []
     for seed in range(args.seed, args.seed + args.runs):
-        limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES[1:]}
+        limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES}
         for share, part in limited.items():
             *_, boosting, hydra = baseline_records(part, seed)[0]
             records += [record | {"share": share} for record in (boosting, hydra)]

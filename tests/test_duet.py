@@ -1,6 +1,7 @@
 """What users of duet.py rely on: offline, on the CPU. Real files are read where ../shared/data lies beside."""
 
 import csv
+import functools
 import gc
 import http.server
 import json
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 import duet
 
@@ -23,14 +25,20 @@ new = duet.MultiDatasetPatchDuET.create_for_dataset
 NAMES = ["indoor_temp", "outdoor_temp", "humidity", "pressure", "wind", "rain", "sun"]
 
 
-def chance(data):
-    return np.full((len(data.splits["test"]), len(data.classes)), 1 / len(data.classes))
+def make_baselines_fast(patch):
+    """Hydra and boosting take the most of the time of runs that are not about them."""
+
+    def chance(data):
+        return np.full((len(data.splits["test"]), len(data.classes)), 1 / len(data.classes))
+
+    patch.setattr(duet, "fit_hydra", chance)
+    boosting = functools.partial(HistGradientBoostingClassifier, max_iter=2)
+    patch.setattr("sklearn.ensemble.HistGradientBoostingClassifier", boosting)
 
 
 @pytest.fixture
 def no_hydra(monkeypatch):
-    """Hydra takes the most of the time, and these tests are not about it."""
-    monkeypatch.setattr(duet, "fit_hydra", chance)
+    make_baselines_fast(monkeypatch)
 
 
 @pytest.fixture
@@ -82,7 +90,7 @@ def finished(small_csv, tmp_path_factory):
     arguments = ["--data", str(small_csv), "--target", "load", "--dataset", "user_metrics", "--shared", "--runs", "2",
                  "--strategies", "none", "auto_expanding", "--output-dir", str(output), *TINY]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duet, "fit_hydra", chance)
+        make_baselines_fast(patch)
         return output / "duet/run-001", duet.main(arguments)
 
 
@@ -90,11 +98,11 @@ def finished(small_csv, tmp_path_factory):
 
 
 def test_hydra_is_its_plain_definition():
-    hydra = duet.Hydra(3, 40, groups=4, kernels=3, seed=1)
+    parts = duet.hydra_kernels(3, 40, groups=4, kernels=3, seed=1)
     x = torch.randn(2, 3, 40, dtype=torch.float64).float()
-    features = iter(hydra.transform(x).split(6, dim=1))  # two groups of three kernels
-    assert [dilation for dilation, *_ in hydra.parts] == [1, 1, 2, 2, 4, 4]
-    for dilation, on_differences, weights, columns in hydra.parts:
+    features = iter(duet.hydra_features(x, parts).split(6, dim=1))  # two groups of three kernels
+    assert [dilation for dilation, *_ in parts] == [1, 1, 2, 2, 4, 4]
+    for dilation, on_differences, weights, columns in parts:
         source = (x[..., 1:] - x[..., :-1]) if on_differences else x
         largest, counts = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)
         for case, group, step in np.ndindex(2, 2, source.shape[-1]):
@@ -520,7 +528,7 @@ def toy_cases(count):
     return [f"{a}:{b}:{'up' if i % 2 else 'down'}" for i, (a, b) in enumerate(values)]
 
 
-def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path):
+def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, no_hydra):
     write_ts(tmp_path, ["1,2,?:4,5,6:down", "7,8:9,?,11,12:up"])
     x, names, labels, _ = duet.read_archive([tmp_path / "Toy.ts"])
     assert labels == ["down", "up"] and names == ["dim_0", "dim_1"]
@@ -598,7 +606,7 @@ def test_one_of_two_cases_of_a_class_is_for_validation():
 ])
 def test_bad_ts_files(tmp_path, error_line, lines, header, message):
     path = write_ts(tmp_path, lines, header=header)
-    assert message in error_line(duet, ["--data", path, "--output-dir", tmp_path])
+    assert message in error_line(duet, ["--data", path, "--threads", "1", "--output-dir", tmp_path])
 
 
 def test_downloads_are_checked(tmp_path, monkeypatch, capsys, error_line):
@@ -731,7 +739,9 @@ def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch,
     monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("the network was asked"))
     monkeypatch.setattr(duet, "MISSING_SHARES", [0.0, 0.5])
-    results = duet.main(["--quick", "--steps", "2", "--batch-size", "8", "--data-dir", str(tmp_path),
+    monkeypatch.setattr(duet, "LABEL_SHARES", [0.1, 1.0])
+    monkeypatch.delitem(duet.STRATEGIES, "random_names")
+    results = duet.main(["--quick", "--steps", "2", "--batch-size", "8", "--threads", "1", "--data-dir", str(tmp_path),
                          "--output-dir", str(tmp_path)])
     assert {"nan_robustness", "transfer", "benchmark"} <= set(results)
     assert not results["notes"]
