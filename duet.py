@@ -521,9 +521,9 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
         classes, splits, info, target=target, limits=limits))
 
 
-def read_archive(files):
+def read_archive(files, seq_len=0):
     """(x [cases, time, dimensions], names of the dimensions, labels, is_test) of the cases in files
-    of the archives; the shorter cases begin with NaN.
+    of the archives; cases that are shorter than the longest, or than seq_len, begin with NaN.
 
     A .ts file has a header, and `?` for a missing value; a .tsv or .txt file has one case a line,
     the class first. Cases of a file without classes have `?` as labels.
@@ -545,16 +545,17 @@ def read_archive(files):
                 label, *dimensions = re.split(separator, line, maxsplit=1)
             labels.append(label.strip())
             is_test.append(file.stem.lower().endswith("_test"))
-            cells = [re.split(separator, series.strip().replace("?", "")) for series in dimensions]
+            cells = [re.split(separator, values.strip(" ")) for values in dimensions]
             try:
-                cases.append([torch.tensor([float(cell or "nan") for cell in row], dtype=float)
-                              for row in cells])
+                cases.append([torch.tensor([float(cell.strip("?") or "nan") for cell in row],
+                                           dtype=float) for row in cells])
             except ValueError as error:
                 raise UserError(f"{file}: {error}") from None
     if len({len(case) for case in cases}) != 1:
         raise UserError(f"{file}: no cases, or not all with the same number of dimensions")
     series = list(itertools.chain(*cases))
     x = nn.utils.rnn.pad_sequence(series, True, math.nan, "left").unflatten(0, (len(cases), -1))
+    x = F.pad(x, (max(0, seq_len - x.shape[-1]), 0), value=math.nan)
     names = [f"dim_{i}" for i in range(x.shape[1])]
     return x.transpose(1, 2).numpy(), names, labels, np.array(is_test)
 
@@ -1642,33 +1643,29 @@ def read_windows(path, datasets):
     """(windows of a CSV or archive file as a Dataset, a DataFrame that identifies them).
 
     The file is read as the one of `datasets` (metadata) with which it has most columns in common
-    and, of several such, with whose name its own begins.
+    and, of several such, with whose name its own begins. A CSV file of few rows is one window.
     """
-    is_archive = path.suffix.lower() in ARCHIVE_SUFFIXES
-    if is_archive:
-        x, names, _, _ = read_archive([path])
+    step = 1  # from the end of a window to the next
+    if path.suffix.lower() in ARCHIVE_SUFFIXES:
+        x, names, _, _ = read_archive([path], max(metadata["seq_len"] for metadata in datasets))
+        step = x.shape[1]
+        cases = pd.RangeIndex(1, len(x) + 1, name="case").repeat(step)
+        numbers = pd.DataFrame(x.reshape(-1, len(names)), cases, names)
     else:
         numbers = read_csv(path)
-        names = list(numbers)
     metadata = max(datasets, key=lambda metadata: (
-        len({*metadata["columns"]} & {*names}), path.stem.startswith(metadata["name"])))
-    seq_len = metadata["seq_len"]
-    if is_archive:
-        x = F.pad(torch.from_numpy(x), (0, 0, seq_len - x.shape[1], 0), value=math.nan)
-        numbers = pd.DataFrame(x.flatten(0, 1).numpy(), columns=names)
-        starts = np.arange(0, len(numbers), seq_len)
-        table = pd.DataFrame({"case": 1 + starts // seq_len})
-    else:
-        seq_len = min(seq_len, len(numbers))  # a short file is one window
-        table = numbers.index[seq_len - 1 :].to_frame(index=False)  # of the last rows
-        starts = np.arange(len(table))
+        len({*metadata["columns"]} & {*numbers}), path.stem.startswith(metadata["name"])))
     columns = metadata["columns"]
-    missing = [name for name in columns if name not in names]
+    missing = [name for name in columns if name not in numbers]
     if missing == columns:
         raise UserError(f"{path}: none of the columns {', '.join(columns)}")
     if missing:
         note(f"{path}: no column {', '.join(missing)}; their values count as missing")
     series = standardize(numbers.reindex(columns=columns), metadata["mean"], metadata["std"])
+    seq_len = min(metadata["seq_len"], len(numbers))
+    starts = np.arange(step, len(numbers) + 1, step) - seq_len
+    starts = starts[starts >= 0]
+    table = numbers.index[starts + seq_len - 1].to_frame(index=False)  # of the last rows
     data = Dataset(metadata["name"], columns, series, starts, None, metadata["classes"],
                    {"all": np.arange(len(starts))}, {}, seq_len)
     return data, table

@@ -571,9 +571,9 @@ def test_the_older_archives_files_and_lower_case_parts_are_one_data_set(tmp_path
 
 
 def test_an_empty_cell_of_a_tsv_is_missing(tmp_path):
-    (tmp_path / "Gun.tsv").write_text("1\t1\t\t3.5\n2\t?\t0\t1\n")
+    (tmp_path / "Gun.tsv").write_text("1\t\t1\t\t3.5\n2\t?\t0\t1\t2\n")
     x, *_ = duet.read_archive([tmp_path / "Gun.tsv"])
-    np.testing.assert_array_equal(x[0, :, 0], [1, np.nan, 3.5])
+    np.testing.assert_array_equal(x[0, :, 0], [np.nan, 1, np.nan, 3.5])
 
 
 @pytest.mark.parametrize("line", ["  1  2.5  3.5  ", "1\t2.5\t3.5\t", "1, 2.5, 3.5"])
@@ -879,6 +879,18 @@ def test_archive_files_train_convolutions_that_learn_and_predict(tmp_path):
     right = np.mean([(row["class"] == "up") == bool(i % 2) for i, row in enumerate(rows)])
     assert predicted["windows"] == 40
     assert right > 0.8
+
+
+def test_a_short_case_to_predict_is_padded_as_in_training_and_a_short_csv_is_one_window(tmp_path):
+    metadata = {"name": "a", "columns": ["dim_0"], "classes": ["x"], "seq_len": 4, "mean": [0], "std": [1]}
+    (tmp_path / "a.ts").write_text("@classLabel false\n@data\n1,2\n1,2,3,4,5\n")
+    data, table = duet.read_windows(tmp_path / "a.ts", [metadata])
+    windows = data.series[data.starts[:, None] + np.arange(4), 0]
+    np.testing.assert_array_equal(windows, [[np.nan, np.nan, 1, 2], [2, 3, 4, 5]])
+    assert table["case"].tolist() == [1, 2]
+    (tmp_path / "a.csv").write_text("dim_0,b\n1,2\n3,4\n")
+    data, table = duet.read_windows(tmp_path / "a.csv", [metadata])
+    assert (data.seq_len, data.starts.tolist(), table["row"].tolist()) == (2, [0], [3])
 
 
 @pytest.mark.parametrize("value", ["inf", "1e30", "1e300"])
