@@ -178,7 +178,6 @@ def parse_args(argv=None):
     add("--original-model", action="store_true", help="the original's exact model: one row a "
         "token, no summary token")
     add("--d-model", type=positive, default=128, help="width of the transformer")
-    add("--num-heads", type=positive, default=4, help="attention heads")
     add("--num-layers", type=positive, default=3, help="transformer layers")
     add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
     add("--gain-noise", type=float, default=0.2, help="standard deviation of the logarithm of the "
@@ -216,7 +215,7 @@ def parse_args(argv=None):
     args.patch_len = args.patch_len or max(divisors)
     checks = {
         "--patch-len must divide --seq-len": args.seq_len % args.patch_len == 0,
-        "--num-heads must divide --d-model": args.d_model % args.num_heads == 0,
+        "--d-model must be a multiple of 4": args.d_model % 4 == 0,
         "--seq-len must be at least 2": args.seq_len > 1,
         "--dropout must be at least 0 and below 1": 0 <= args.dropout < 1,
         "--learning-rate must be above 0": args.learning_rate > 0,
@@ -478,19 +477,19 @@ def read_numbers(column, na_values):
 def read_area(frames, label, columns, args):
     """Area of its recordings {address: DataFrame}. Its sensors are `columns`, or, if None, all that
     remain; its labels are the column `label` as it is."""
-    first = next(iter(frames.values()))
+    address, first = next(iter(frames.items()))
     times = find_column(first, args.time_column, TIME_COLUMNS)
-    others = [label, times, args.area_column]
-    sensors = [name for name in columns or find_sensors(first, others) if name != label]
+    roles = [label, times, args.area_column]
+    sensors = [name for name in columns or find_sensors(first, roles) if name != label]
+    if not sensors:
+        raise UserError(f"{address}: no sensor column in {', '.join(first)}")
     for address, frame in frames.items():
         check_columns(frame, [label, times, *sensors], address)
-        if not sensors:
-            raise UserError(f"{address}: no sensor column in {', '.join(frame)}")
-        for name in frame.columns.difference([*others, *(columns or [])]):
-            if DEVICE_COLUMN.fullmatch(name) and frame[name].nunique() > 1:
-                raise UserError(f"{address}: column {name!r} seems to name devices or rooms; choose "
-                                "it with --area-column, or keep the rows of one")
     frame = pd.concat(frames)
+    for name in frame.columns.difference([*roles, *(columns or [])]):
+        if DEVICE_COLUMN.fullmatch(name) and frame[name].nunique() > 1:
+            raise UserError(f"{address}: column {name!r} seems to name devices or rooms; choose it "
+                            "with --area-column, or keep the rows of one")
     readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
         readings[:, i] = read_numbers(frame[name], args.na_values)
@@ -839,7 +838,7 @@ class OptimizedFireTransformer(nn.Module):
 
 def make_model(arguments, info):
     """The transformer for a run's arguments {name: value} and the description of its data."""
-    names = ("seq_len", "d_model", "num_heads", "num_layers", "dropout", "patch_len")
+    names = ("seq_len", "d_model", "num_layers", "dropout", "patch_len")
     return OptimizedFireTransformer(
         len(info["columns"]), num_areas=len(info["areas"]),
         summary_token=not arguments["original_model"], **{name: arguments[name] for name in names})
@@ -1099,23 +1098,23 @@ def score_answers(answers, labels, areas):
     [windows] are names."""
     from sklearn.metrics import classification_report, confusion_matrix
 
-    figures, by_area, scores = {}, {}, {}
+    answered = answers >= 0
+    correct = answers.eq(labels, axis=0).astype(float).where(answered)
+    alarms = answers.eq(2).astype(float).where(answered)
+    scores = {}
     for name in answers:
-        answered = answers[name] >= 0
-        answer, true = answers[name][answered], labels[answered]
+        answer, true = answers[name][answered[name]], labels[answered[name]]
         present = np.unique(true)
         report = classification_report(true, answer, labels=present, output_dict=True,
                                        target_names=np.array(CLASSES)[present], zero_division=0)
-        correct = answer == true
-        figures[name] = {"accuracy %": correct.mean(),
-                         "macro F1 %": report["macro avg"]["f1-score"],
-                         "false alarms %": (answer[true < 2] == 2).mean(),
-                         "missed fire %": (answer[true == 2] < 2).mean()}
-        by_area[name] = correct.groupby(areas[answered]).mean()
         matrix = confusion_matrix(true, answer, labels=range(len(CLASSES)))
         scores[name] = report | {"confusion_matrix": matrix}
-    table = pd.DataFrame(figures).T
-    return 100 * table, 100 * pd.DataFrame(by_area, pd.unique(areas)), scores
+    table = pd.DataFrame({
+        "accuracy %": correct.mean(),
+        "macro F1 %": {name: score["macro avg"]["f1-score"] for name, score in scores.items()},
+        "false alarms %": alarms[labels < 2].mean(),
+        "missed fire %": 1 - alarms[labels == 2].mean()})
+    return 100 * table, 100 * correct.groupby(areas, sort=False).mean(), scores
 
 
 def detection_delays(model, baselines, data, info):
@@ -1476,23 +1475,23 @@ def predict_file(args):
     """Class, probabilities and risk of each window of new readings, as predictions.csv. A window
     without any reading has no class. Returns the results."""
     model, trained, info = load_transformer(args.checkpoint)
-    inherited = {name: vars(args)[name] or trained[name]
-                 for name in ("stride", "na_values", "time_column")}
-    inherited["seq_len"] = seq_len = trained["seq_len"]
-    args = argparse.Namespace(**vars(args) | inherited)
+    for name in ("stride", "na_values", "time_column"):
+        trained[name] = vars(args)[name] or trained[name]
+    seq_len = trained["seq_len"]
+    options = argparse.Namespace(**trained | {"area_column": None, "device": args.device})
     name = args.area or name_areas([args.predict], "time")[0]
     if name not in info["areas"]:
         names = ", ".join(info["areas"])
-        raise UserError(f"{args.predict}: --area takes {names}, not {name!r}")
+        raise UserError(f"{args.predict}: --area must be one of {names}, not {name!r}")
     described = info["areas"][name]
-    frame, _ = read_frame(args.predict, args.na_values)
-    area = read_area({args.predict: frame}, None, described["sensors"], args)
+    frame, _ = read_frame(args.predict, options.na_values)
+    area = read_area({args.predict: frame}, None, described["sensors"], options)
     if not math.isclose(area.step, described["step"], rel_tol=0.01):
         note(f"a row is {area.step:g} s, in training it was {described['step']:g} s")
     remove_drift(area.readings, info["baseline_seconds"] / area.step)
     bounds = list(pairwise([*area.breaks, len(frame)]))
-    data = make_data({name: area}, info, {"new": bounds}, args)
-    starts = data.starts("new", args.stride)
+    data = make_data({name: area}, info, {"new": bounds}, options)
+    starts = data.starts("new", options.stride)
     if not len(starts):
         raise UserError(f"{args.predict}: a window needs {seq_len} rows without a gap")
     logits, risk = predict(model.to(args.device), data, starts)

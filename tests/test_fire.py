@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -492,7 +493,7 @@ def test_every_error_is_one_line_with_exit_code_2(tmp_path, error_line):
 
 @pytest.mark.parametrize("argv, words", [
     (["--patch-len", "7"], ["--patch-len must divide --seq-len"]),
-    (["--num-heads", "5"], ["--num-heads must divide --d-model"]),
+    (["--d-model", "30"], ["--d-model must be a multiple of 4"]),
     (["--epochs", "0"], ["--epochs: 0 is too small"]),
     (["--dropout", "x"], ["--dropout", "'x'"]),
     (["--dropout", "2"], ["--dropout must be"]),
@@ -663,13 +664,6 @@ def test_the_summary_has_arguments_notes_tables_and_the_answer(finished):
     assert "The transformer classifies" in summary
 
 
-def test_the_same_command_gives_the_same_numbers_and_a_new_folder(finished, folder):
-    run_dir, results = finished
-    again = fire.main(["--data", str(folder), "--output-dir", str(run_dir.parents[1]), *SMALL])
-    assert again["models"] == results["models"]
-    assert (run_dir.parent / "run-002/results.json").exists()
-
-
 def weights_of(run_dir):
     """Weights of the last epoch, their moving average, and the best ones."""
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
@@ -795,7 +789,7 @@ def test_s3_gives_the_same_data_as_the_folder(s3, folder):
     assert there["files"][0]["path"] == "s3://areas/data/basement_data_cleaned.csv"
 
 
-def test_s3_errors(s3, tmp_path, error_line):
+def test_s3_errors(s3, finished, tmp_path, error_line):
     s3.client.create_dir("areas/empty")
     output = ["--output-dir", tmp_path]
     for address, word in (("s3://nowhere/data", "no such file, folder or bucket"), ("s3://areas/dat", "no such file"),
@@ -803,7 +797,8 @@ def test_s3_errors(s3, tmp_path, error_line):
         line = error_line(fire, ["--data", address, *output])
         assert address in line
         assert word in line
-    assert "bucket does not exist" in error_line(fire, ["--save-to", "s3://nowhere/models", *SMALL, *output])
+    with pytest.raises(OSError, match="bucket does not exist"):
+        fire.save_version({}, "summary", finished[0], "s3://nowhere/models")
 
 
 def whole_versions(address, run_dir):
@@ -820,15 +815,23 @@ def whole_versions(address, run_dir):
     return sorted(names)
 
 
-def test_a_finished_run_is_saved_as_a_new_version(folder, models, tmp_path):
-    results = fire.main(["--data", str(folder), "--output-dir", str(tmp_path), "--save-to", models, *SMALL])
-    version = Path(results["saved_to"]).name
-    assert whole_versions(models, tmp_path / "fire/run-001") == [version]
-    metadata = json.loads(bytes(fire.read_bytes(f"{models}/{version}/metadata.json")))
-    assert metadata["models"] == results["models"]
-    assert metadata["arguments"] == results["arguments"]
-    fire.save_version(results, "summary", tmp_path / "fire/run-001", models)
-    assert len(whole_versions(models, tmp_path / "fire/run-001")) == 2
+def test_the_same_command_gives_the_same_numbers_a_new_folder_and_a_saved_version(finished, folder, s3):
+    run_dir, results = finished
+    again = fire.main(["--data", str(folder), "--output-dir", str(run_dir.parents[1]), *SMALL, "--save-to",
+                       "s3://areas/again"])
+    assert again["models"] == results["models"]
+    assert (run_dir.parent / "run-002/results.json").exists()
+    version = Path(again["saved_to"]).name
+    assert whole_versions("s3://areas/again", run_dir.parent / "run-002") == [version]
+    metadata = json.loads(bytes(fire.read_bytes(f"{again['saved_to']}/metadata.json")))
+    assert metadata["models"] == again["models"]
+    assert metadata["arguments"] == again["arguments"]
+
+
+def test_each_save_is_a_new_version(finished, models):
+    run_dir, results = finished
+    versions = [Path(fire.save_version(results, "summary", run_dir, models)).name for _ in range(2)]
+    assert whole_versions(models, run_dir) == sorted(versions)
 
 
 def test_an_upload_that_breaks_off_anywhere_does_not_look_complete(finished, s3):
@@ -846,11 +849,9 @@ def test_an_upload_that_breaks_off_anywhere_does_not_look_complete(finished, s3)
     assert writes > 5
 
 
-def test_prediction_equals_evaluation_on_the_same_windows(folder, tmp_path):
-    argv = ["--data", folder, *SMALL, "--sample-per-area", "6000"]
-    data, _ = load(*argv)
-    fire.main([*map(str, argv), "--output-dir", str(tmp_path / "trained")])
-    checkpoint = tmp_path / "trained/fire/run-001/transformer.pt"
+def test_prediction_equals_evaluation_on_the_same_windows(finished, folder, tmp_path):
+    data, _ = load("--data", folder, *SMALL)
+    checkpoint = finished[0] / "transformer.pt"
     frame = pd.read_csv(folder / "basement_data_cleaned.csv")
     frame[frame.columns[::-1]].assign(extra=1).to_csv(tmp_path / "basement_new.csv", index=False)
     results = fire.main(["--predict", str(tmp_path / "basement_new.csv"), "--checkpoint", str(checkpoint),
@@ -957,17 +958,28 @@ def test_two_processes_train_as_one_and_the_first_alone_writes(folder, tmp_path)
         assert second["val_loss"] == pytest.approx(first["val_loss"], abs=1e-3)  # the rounding of bfloat16
 
 
+def run_two_processes(script, argv, cwd):
+    """Run a script in two processes, as torchrun starts them; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, script, *argv], cwd=cwd, env=environment | {"RANK": rank},
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for rank in "01"]
+    return [process.wait() for process in processes]
+
+
 def test_a_killed_run_of_two_processes_ends_as_one_that_was_not(folder, tmp_path):
     argv = ["--data", str(folder), *SMALL, "--output-dir"]
-    subprocess.run([*TORCHRUN, *argv, "whole"], cwd=tmp_path, capture_output=True, check=True)
-    stop = tmp_path / "stopped.py"  # the same script, but every process ends after the first epoch
-    stop.write_text((ROOT / "fire.py").read_text().replace("average.update_parameters(model)\n",
-                    "average.update_parameters(model)\n            if epoch == 2: os._exit(1)\n"))
-    command = [*TORCHRUN[:-1], stop, *argv, "killed"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, env=environment)
-    assert not (tmp_path / "killed/fire/run-001/results.json").exists()
-    subprocess.run([*TORCHRUN, "--resume", "--output-dir", "killed"], cwd=tmp_path, capture_output=True, check=True)
+    text = (ROOT / "fire.py").read_text().replace("    if RANK > 0:\n        return None", "    return None")
+    train, stop = tmp_path / "train.py", tmp_path / "stop.py"
+    train.write_text(text)  # the same script, but it ends after training
+    stop.write_text(text.replace("average.update_parameters(model)\n", "average.update_parameters(model)\n"
+                                 "            if epoch == 2: os._exit(1)\n"))
+    assert run_two_processes(train, [*argv, "whole"], tmp_path) == [0, 0]
+    assert run_two_processes(stop, [*argv, "killed"], tmp_path) == [1, 1]
+    assert run_two_processes(train, ["--resume", "--output-dir", "killed"], tmp_path) == [0, 0]
     for name, weight in weights_of(tmp_path / "whole/fire/run-001").items():
         assert torch.equal(weight, weights_of(tmp_path / "killed/fire/run-001")[name]), name
 
