@@ -320,8 +320,7 @@ def read_table(path):
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = content.decode("utf-16" if wide else "utf-8-sig")
     if "json" in name:
-        lines = not text.lstrip().startswith("[")
-        return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
+        return pd.read_json(io.StringIO(text), lines=text.lstrip()[:1] != "[", dtype=False)
     header = text.partition("\n")[0]
     escaped = re.search(r'\\"[^",;\t\r\n]', text)
     table = pd.read_csv(io.StringIO(text), sep=max(",;\t|", key=header.count), dtype=str,
@@ -391,7 +390,7 @@ def fetch_civil_comments(args):
     rows = datasets.load_dataset("google/civil_comments", split="train", streaming=True)
     rows = rows.select_columns(["text", "toxicity"])
     table = pd.DataFrame(itertools.islice(rows, 2 * args.sample_size or None))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(args.data_dir, exist_ok=True)
     with atomic_write(path) as part:
         table[table["text"].str.strip() != ""].to_parquet(part)
     return path
@@ -446,14 +445,13 @@ def load_data(args, only_test=False, seen=()):
             splits = split_texts(table, args.sample_size, args.seed)
     except (UserError, ValueError, OSError) as error:
         raise UserError(f"{args.data or args.dataset}: {error}") from None
-    test = splits["test"]
-    new = ~np.isin(hash_texts(test["text"]), seen)
-    splits["test"] = test[new]
-    if not new.all():
-        note(f"{(~new).sum():,} of {len(new):,} texts were used to train the model and are left "
+    known = np.isin(hash_texts(splits["test"]["text"]), seen)
+    splits["test"] = splits["test"][~known]
+    if known.any():
+        note(f"{known.sum():,} of {len(known):,} texts were used to train the model and are left "
              "out")
-    digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy())
-    info = {"source": source, "sha256": digest.hexdigest()}
+    digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy()).hexdigest()
+    info = {"source": source, "sha256": digest}
     for split, part in splits.items():
         info[split] = {"texts": len(part), "toxic": int(part["label"].sum())}
         log(f"{source}, {split}: {info[split]}")
@@ -1176,6 +1174,7 @@ def measure_speed(classifier, texts):
         classifier.scores(batch)
         return time.perf_counter() - start_time
 
+    seconds(texts[:8])  # warm-up
     latency = [1000 * seconds([text]) for text in texts[:100]]
     megabytes = sum(weight.nbytes for weight in classifier.model.parameters()) / 1e6
     return {"MB": megabytes, "99 % latency [ms]": np.percentile(latency, 99),
@@ -1279,9 +1278,9 @@ def report(classifiers, data, args, run_dir, giant=None, **results):
     for model in compared:
         scores[model.name], models[model.name] = evaluate(model, data)
     texts, labels = data.split("test")
-    models[classifier.name] |= {
-        "parameters": count_live(classifier.model),
-        "dendrites carry %": dendrite_share(classifier.model, classifier.tokens(texts[:500]))}
+    share = dendrite_share(classifier.model, classifier.tokens(texts[:500]))
+    parameters = count_live(classifier.model)
+    models[classifier.name] |= {"parameters": parameters, "dendrites carry %": share}
     for model in classifiers:
         models[model.name] |= measure_speed(model, texts[:1000])
     results |= {"seed": args.seed, "data": data.info, "models": models,
@@ -1388,8 +1387,8 @@ def run_arms(args):
         finished = folder / "results.json"
         if not finished.exists():
             folder.mkdir(exist_ok=True)
-            NOTES.clear()  # those of a run are in its own results
             run_experiment(argparse.Namespace(**vars(args) | {"seed": seed, "arm": arm}), folder)
+            NOTES.clear()  # those of a run are in its own results
         runs.append(json.loads(finished.read_text()))
     return write_results(*combine_runs(runs), args, run_dir)
 
