@@ -125,8 +125,8 @@ def parse_args(argv=None):
         "rho_loss train on a fifth of the samples in each")
     add("--schedule", choices=["linear", "constant"], default="linear", help="learning rate: "
         "linear decay to zero, or constant as in the original")
-    add("--budget-seconds", type=float, default=0.0, metavar="SECONDS", help="if not 0, train for this "
-        "time instead of --epochs, selection included; the learning rate decays to zero")
+    add("--budget-seconds", type=float, default=0.0, metavar="SECONDS", help="if not 0, train for "
+        "this time instead of --epochs, selection included; the learning rate decays to zero")
     add("--runs", type=int, default=5, help="number of seeds; the t-test needs 3")
     add("--seed", type=int, default=42, help="first seed")
     add("--batch-size", type=int, default=64, help="samples in a batch; nlp: 16")
