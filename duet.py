@@ -263,8 +263,10 @@ def normalize_dataset(data):
 
     Raises UserError where no column varies, or a part lacks windows.
     """
-    counts = {split: np.bincount(data.labels[windows], minlength=len(data.classes)).tolist()
-              for split, windows in data.splits.items()}
+    counts = {}
+    for split, windows in data.splits.items():
+        labels = data.labels[windows]
+        counts[split] = np.bincount(labels, minlength=len(data.classes)).tolist()
     if not all(map(any, counts.values())) or np.count_nonzero(counts["train"]) < 2:
         raise UserError(f"{data.name}: too few windows of its classes: {counts}")
     series = np.where(np.isfinite(data.series), data.series, np.nan)
@@ -332,9 +334,10 @@ def windows_dataset(name, columns, x, labels, classes, info, is_test=None):
     in_val = choose_windows(labels[rest])
     splits = {"train": rest[~in_val], "val": rest[in_val], "test": np.flatnonzero(is_test)}
     windows, seq_len, _ = x.shape
-    return normalize_dataset(Dataset(
-        name, columns, x.reshape(windows * seq_len, -1), seq_len * np.arange(windows), labels,
-        classes, splits, info, seq_len))
+    series = x.reshape(windows * seq_len, -1)
+    starts = seq_len * np.arange(windows)
+    data = Dataset(name, columns, series, starts, labels, classes, splits, info, seq_len)
+    return normalize_dataset(data)
 
 
 # --- Data: embedded generators ------------------------------------------------------------------
@@ -358,14 +361,16 @@ def embedded_dataset(name, columns, coupled, windows, seed):
     others = [i for i in range(len(names)) if i not in (lead, follower)]
     for first, second in [(lead, follower), *zip(others[::2], others[1::2])]:
         kind = labels if first == lead else rng.integers(3, size=windows)
-        elsewhere = (centre[:, first] - 4 + rng.uniform(20, 50, windows)) % (SEQ_LEN - 20) + 10
+        distance = rng.uniform(20, 50, windows)
+        elsewhere = (centre[:, first] - 4 + distance) % (SEQ_LEN - 20) + 10
         centre[:, second] = np.where(kind > 0, centre[:, first] + 6, elsewhere)
     sign[:, lead] = 1
     sign[labels == 1, follower] = 1
     sign[labels == 2, follower] = -1
     height = sign * rng.uniform(1.6, 2.6, shape)
     # x is [windows, columns, time].
-    x = height[..., None] * np.exp(-(((np.arange(SEQ_LEN) - centre[..., None]) / 4) ** 2))
+    t = (np.arange(SEQ_LEN) - centre[..., None]) / 4
+    x = height[..., None] * np.exp(-(t**2))
     x += np.cumsum(rng.normal(0, 0.06, x.shape), axis=-1)
     x += rng.normal(0, 0.5, shape)[..., None]
     x += rng.normal(0, 0.2, x.shape)
@@ -385,7 +390,8 @@ def original_dataset(name, seed):
     rng = np.random.default_rng(seed)
     names = list(EMBEDDED[name][0])
     labels = rng.integers(3, size=1000)
-    wave = np.sin(2 * np.pi * (labels[:, None] + 1) * np.linspace(0, 1, SEQ_LEN))
+    t = np.linspace(0, 1, SEQ_LEN)
+    wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)
     x = rng.normal(size=(1000, SEQ_LEN, len(names))) + wave[..., None]
     x[rng.random(x.shape) < (0.03 if name == "user_metrics" else 0.05)] = np.nan
     return windows_dataset(name, names, x, labels, ["1 period", "2 periods", "3 periods"],
@@ -399,8 +405,9 @@ def synthetic_schema(number, windows):
     prefix = f"{SITES[(place - 1) % 8]}{place}_" if place else ""
     coupled = [prefix + TEMPERATURES[kind], prefix + POWERS[kind]]
     names = [*coupled, *rng.permutation(OTHERS)[: rng.integers(1, 11)]]
-    columns = {name: (rng.uniform(-5, 50), rng.uniform(0.5, 20))
-               for name in rng.permutation(names).tolist()}
+    columns = {}
+    for name in rng.permutation(names).tolist():
+        columns[name] = (rng.uniform(-5, 50), rng.uniform(0.5, 20))
     return embedded_dataset(f"schema_{number + 1:02}", columns, coupled, windows, [2, number])
 
 
@@ -460,8 +467,11 @@ def sort_rows(path, numbers, text):
     with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
         readings = [pd.to_datetime(text, errors="coerce", utc=True, dayfirst=day_first)
                     for day_first in (False, True)]
-    times = max(readings, key=lambda times: (times.count(), times.is_monotonic_increasing,
-                                             -times.diff().nunique()))
+
+    def quality(times):
+        return times.count(), times.is_monotonic_increasing, -times.diff().nunique()
+
+    times = max(readings, key=quality)
     if times.isna().any():
         note(f"{path}: {text[times.isna()].iloc[0]!r} is not a date; the rows keep their order")
         return numbers
@@ -479,7 +489,8 @@ def make_classes(values, known, num_classes):
     otherwise the quantiles of the values `known`."""
     distinct = np.unique(values[np.isfinite(values)])
     if len(distinct) <= max(10, num_classes):
-        return [f"{value:g}" for value in distinct], (distinct[1:] + distinct[:-1]) / 2
+        middles = (distinct[1:] + distinct[:-1]) / 2
+        return [f"{value:g}" for value in distinct], middles
     percentiles = np.round(100 * np.arange(1, num_classes) / num_classes, 2)
     names = [f"quantile {k + 1}" for k in range(num_classes)]
     return names, np.nanpercentile(known, percentiles)
@@ -516,9 +527,10 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     series = numbers.to_numpy(copy=True)
     series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
     info = {"source": f"real, protocol {protocol}", "path": str(path), "class_limits": limits}
-    return normalize_dataset(Dataset(
-        name or path.stem, list(numbers), series, starts, np.digitize(next_values, limits),
-        classes, splits, info, target=target, limits=limits))
+    labels = np.digitize(next_values, limits)
+    data = Dataset(name or path.stem, list(numbers), series, starts, labels, classes, splits, info,
+                   target=target, limits=limits)
+    return normalize_dataset(data)
 
 
 def read_archive(files, seq_len=0):
@@ -545,17 +557,21 @@ def read_archive(files, seq_len=0):
                 label, *dimensions = re.split(separator, line, maxsplit=1)
             labels.append(label.strip())
             is_test.append(file.stem.lower().endswith("_test"))
-            cells = [re.split(separator, values.strip(" ")) for values in dimensions]
-            try:
-                cases.append([torch.tensor([float(cell.strip("?") or "nan") for cell in row],
-                                           dtype=float) for row in cells])
-            except ValueError as error:
-                raise UserError(f"{file}: {error}") from None
+            case = []
+            for values in dimensions:
+                cells = re.split(separator, values.strip(" "))
+                try:
+                    numbers = [float(cell.strip("?") or "nan") for cell in cells]
+                except ValueError as error:
+                    raise UserError(f"{file}: {error}") from None
+                case.append(torch.tensor(numbers, dtype=float))
+            cases.append(case)
     if len({len(case) for case in cases}) != 1:
         raise UserError(f"{file}: no cases, or not all with the same number of dimensions")
     series = list(itertools.chain(*cases))
-    x = nn.utils.rnn.pad_sequence(series, True, math.nan, "left").unflatten(0, (len(cases), -1))
+    x = nn.utils.rnn.pad_sequence(series, True, math.nan, "left")
     x = F.pad(x, (max(0, seq_len - x.shape[-1]), 0), value=math.nan)
+    x = x.unflatten(0, (len(cases), -1))
     names = [f"dim_{i}" for i in range(x.shape[1])]
     return x.transpose(1, 2).numpy(), names, labels, np.array(is_test)
 
@@ -805,7 +821,8 @@ def values_and_mask(x, fill="forward fill and mask"):
 def cut_patches(x):
     """x [batch, channels, time] -> [batch, channels, patches, 16], every 8 steps, with zeros in
     front to make it fit."""
-    padding = max(PATCH_LEN - x.shape[-1], (PATCH_LEN - x.shape[-1]) % STRIDE)
+    lacking = PATCH_LEN - x.shape[-1]
+    padding = max(lacking, lacking % STRIDE)
     return F.pad(x, (padding, 0)).unfold(-1, PATCH_LEN, STRIDE)
 
 
@@ -915,9 +932,10 @@ class MultiDatasetPatchDuET(nn.Module):
 
     def add_dataset(self, metadata):
         """Serve the data set of a Dataset.metadata(), with a new head."""
-        self.set_dataset_columns(metadata["columns"], metadata["name"], len(metadata["classes"]),
+        name = metadata["name"]
+        self.datasets[name] = metadata
+        self.set_dataset_columns(metadata["columns"], name, len(metadata["classes"]),
                                  metadata["target"], metadata["limits"])
-        self.datasets[metadata["name"]] = metadata
 
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x, self.settings["fill"])
@@ -1028,7 +1046,8 @@ def autocast(device):
 def warm_up_then_cosine(step, steps):
     """Factor of the learning rate: linear over the first 5 %, then half a cosine to zero."""
     warm_up = max(1, steps // 20)
-    return min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return min((step + 1) / warm_up, cosine)
 
 
 def draw_batches(datasets, steps, batch_size, device):
@@ -1057,8 +1076,10 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     """
     args = argparse.Namespace(**vars(args) | changes)
     device = next(model.parameters()).device
-    tensors = [[torch.from_numpy(array).to(device)
-                for array in (data.series, data.starts, data.labels)] for data in datasets]
+    tensors = []
+    for data in datasets:
+        arrays = (data.series, data.starts, data.labels)
+        tensors.append([torch.from_numpy(array).to(device) for array in arrays])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     hashes = [data.info["sha256"] for data in datasets]
     state = {"history": [], "hashes": hashes, "best_accuracy": -1.0, "training": None}
@@ -1162,8 +1183,11 @@ def window_features(data, split):
         last = forward_fill(x)[..., -1].nan_to_num()
         mean = x.nanmean(-1).nan_to_num()
         x = torch.where(missing, mean[..., None], x)
-        features.append(torch.cat([last, mean, x.std(-1, correction=0), x.amin(-1), x.amax(-1),
-                                   x @ t / (t @ t), missing.float().mean(-1)], dim=1))
+        std = x.std(-1, correction=0)
+        slope = x @ t / (t @ t)
+        share_missing = missing.float().mean(-1)
+        parts = [last, mean, std, x.amin(-1), x.amax(-1), slope, share_missing]
+        features.append(torch.cat(parts, dim=1))
     return torch.cat(features).numpy()
 
 
@@ -1198,8 +1222,9 @@ def hydra_features(x, parts):
     for dilation, on_differences, weights, chosen in parts:
         source = differences if on_differences else x
         mixed = source[:, chosen].sum(2)  # [batch, groups, time]
-        output = F.conv1d(mixed, weights.flatten(0, 1)[:, None], padding=4 * dilation,
-                          dilation=dilation, groups=len(weights))
+        kernels = weights.flatten(0, 1)[:, None]
+        output = F.conv1d(mixed, kernels, padding=4 * dilation, dilation=dilation,
+                          groups=len(weights))
         output = output.unflatten(1, weights.shape[:2])
         largest, winner = output.max(2)
         empty = torch.zeros(output.shape[:3])
@@ -1411,12 +1436,14 @@ def train_convolutions(args, data, hydra, seed, run_dir):
     whole = with_validation(data)
     conv = 0
     for member in range(3):
-        seed_everything(seed + 1000 * member)
+        member_seed = seed + 1000 * member
+        seed_everything(member_seed)
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
         model.add_dataset(data.metadata())
         file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
-        fit(model, [whole], args, seed + 1000 * member, file, keep="last", steps=2 * args.steps,
-            batch_size=min(args.batch_size, 32))
+        batch_size = min(args.batch_size, 32)
+        fit(model, [whole], args, member_seed, file, keep="last", steps=2 * args.steps,
+            batch_size=batch_size)
         conv += predict(model, data, "test")
     return [make_record(data, "conv", conv, seed),
             make_record(data, "conv + hydra", conv / 3 + hydra, seed)]
@@ -1453,9 +1480,12 @@ def benchmark(args, datasets, strategies, run_dir):
 
 def with_labels(data, share, seed):
     """The data set with a share of its training and validation labels, at least one a class."""
-    few = {split: windows[choose_windows(data.labels[windows], share, seed, 1)]
-           for split, windows in data.splits.items()}
-    return replace(data, splits=few | {"test": data.splits["test"]})
+    splits = dict(data.splits)
+    for split in ("train", "val"):
+        windows = splits[split]
+        chosen = choose_windows(data.labels[windows], share, seed, at_least=1)
+        splits[split] = windows[chosen]
+    return replace(data, splits=splits)
 
 
 def add_new_dataset(model, data, alike):
@@ -1500,8 +1530,9 @@ def transfer(args, datasets, strategies, run_dir):
                 else:
                     model = make_model(args, [data], strategy, True, seed)
                 name = f"{data.name}-{strategy}-{training}-{share:g}-{seed}"
-                fit(model, [limited[share]], args, seed, run_dir / f"models/{name}.pt",
-                    steps=args.steps if share == 1 else few_steps)
+                file = run_dir / f"models/{name}.pt"
+                steps = args.steps if share == 1 else few_steps
+                fit(model, [limited[share]], args, seed, file, steps=steps)
                 records.append(evaluate(model, data, strategy, training, seed, share=share))
     records = pd.DataFrame(records)
     plot_shares(records, "Shared model on a new data set", "share of its labels", "dataset",
@@ -1564,8 +1595,9 @@ def run_experiment(args):
     run_dir = next_run_dir(args)
     (run_dir / "models").mkdir(exist_ok=True)
     results = {"data": {data.name: data.info for data in datasets}}
-    parts = [f"{data.name}: {data.info['source']}, {len(data.labels):,} windows"
-             for data in datasets]
+    parts = []
+    for data in datasets:
+        parts.append(f"{data.name}: {data.info['source']}, {len(data.labels):,} windows")
     for experiment in experiments:
         name = experiment.__name__
         start_time = time.perf_counter()
@@ -1653,8 +1685,12 @@ def read_windows(path, datasets):
         numbers = pd.DataFrame(x.reshape(-1, len(names)), cases, names)
     else:
         numbers = read_csv(path)
-    metadata = max(datasets, key=lambda metadata: (
-        len({*metadata["columns"]} & {*numbers}), path.stem.startswith(metadata["name"])))
+
+    def similarity(metadata):
+        common = {*metadata["columns"]} & {*numbers}
+        return len(common), path.stem.startswith(metadata["name"])
+
+    metadata = max(datasets, key=similarity)
     columns = metadata["columns"]
     missing = [name for name in columns if name not in numbers]
     if missing == columns:
