@@ -703,7 +703,7 @@ def load_all(args):
     if args.data:
         return [load_table(args.data, args.drop)]
     names = [args.dataset or "mnist"]
-    if not args.dataset and not find_folder("mnist", args.data_dir):
+    if not args.dataset:
         try:
             download("mnist", args.data_dir)
         except UserError as error:
