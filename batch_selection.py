@@ -631,8 +631,8 @@ def load_table(path, drop):
     that are as many as the pixels of a square are an image: x is [n, 1, side, side]."""
     try:
         table = pd.read_csv(path, engine="pyarrow", dtype={"label": "string"}).drop(columns=drop)
-        if "label" not in table:
-            raise UserError(f"{path}: no column is called `label`; the columns are "
+        if "label" not in table or "label.1" in table:  # pandas numbers columns of one name
+            raise UserError(f"{path}: one column must be called `label`; the columns are "
                             f"{list(table)[:5]}; has it a header, and commas?")
         is_missing = table.isna().any(axis=1)
         if is_missing.any():

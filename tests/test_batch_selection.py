@@ -687,7 +687,7 @@ def rows(value):
     ("a,b\n1,2\n", "called `label`; the columns are ['a', 'b']"),
     ("0,0,3,1.5\n1,0,2,0.5\n", "has it a header, and commas?"), (rows("x"), "['a'] are not numbers alone"),
     ("label,a,day\n0,1,2024-05-01\n1,2,2024-05-02\n", "['day'] are not numbers"),
-    ("label,a\n0,1\n1,\n", "row 2 has a missing value|column 'a'"),
+    ("label,label\n0,1\n", "one column must be"), ("label,a\n0,1\n1,\n", "row 2 has a missing value|column 'a'"),
     ("label,a\n0,1.5\n1,\n", "row 2 has a missing value"), (rows("inf"), "infinity"),
     ("", "No columns|Empty CSV"),
     ("label,a\n0,1\n0,2\n1,3\n", "only 1 member"), ("label,a\n0,1\n,2\n1,3\n", "row 2 has a missing value"),
