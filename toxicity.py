@@ -424,8 +424,8 @@ def split_texts(table, sample_size, seed):
     sampled = 0 < train + 2 * held_out <= len(rest)
     if not sampled:
         train, held_out = len(rest), len(rest) // 10
-    splits = {"test": held_out, "validation": held_out, "train": train}
-    for split, size in splits.items():
+    splits = {}
+    for split, size in {"test": held_out, "validation": held_out, "train": train}.items():
         part = rest
         if size + 1 < len(rest):
             rest, part = train_test_split(rest, test_size=size, random_state=seed,
