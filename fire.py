@@ -366,8 +366,10 @@ def name_areas(files, split):
     if split == "files":
         return ["all"] * len(files)
     stems = files.str.extract(r"([^/.]*)[^/]*$", expand=False)
-    candidates = (stems.str.split("_").str[0], stems)
-    return next((names for names in candidates if names.is_unique), files)
+    beginnings = stems.str.split("_").str[0]
+    if beginnings.is_unique:
+        return beginnings
+    return stems if stems.is_unique else files
 
 
 def read_csv(content, na_values):
@@ -412,7 +414,8 @@ def refuse(bad, column, problem):
     The index of the column is (file, row in it)."""
     if bad.any():
         (address, row), cell = next(column[bad].items())
-        raise UserError(f"{address}, row {row + 1}, column {column.name!r}: {str(cell)!r} {problem}")
+        place = f"{address}, row {row + 1}, column {column.name!r}"
+        raise UserError(f"{place}: {str(cell)!r} {problem}")
 
 
 def find_column(frame, chosen, usual_names):
@@ -421,13 +424,16 @@ def find_column(frame, chosen, usual_names):
 
 
 def find_sensors(frame, others):
-    """The columns of a recording but `others`, and those that give the answer away."""
+    """The columns of a recording without `others` and without those that give the answer away."""
     sensors, left_out = [], []
     for name in frame.columns.difference(others, sort=False):
         known = frame[name].dropna()
         rises = known.is_monotonic_increasing and known.nunique() > len(known) / 4
         is_label = name.startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
-        (left_out if rises or is_label else sensors).append(name)
+        if rises or is_label:
+            left_out.append(name)
+        else:
+            sensors.append(name)
     if left_out:
         note(f"left out {left_out}, since a row index, a clock, a counter or a second label gives "
              "the answer away; --columns keeps them")
@@ -636,8 +642,8 @@ def find_segments(areas, how, args):
     counts = pd.DataFrame(0, CLASSES, SPLITS)
     offset = 0
     for number, area in enumerate(areas):
+        seed = [args.seed, number]
         for split, stretches in split_area(area, how, args).items():
-            seed = [args.seed, number]
             for start, stop in sample_blocks(stretches, area.labels, split, args, seed):
                 segments[split].append((offset + start, offset + stop))
                 ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
@@ -651,9 +657,9 @@ def choose_split(areas, args):
     enough windows is chosen. Raises UserError where a split is empty or the training part has one
     class only."""
     splits = ["time", "runs"] if args.split == "auto" else [args.split]
-    candidates = [(how, *find_segments(areas, how, args)) for how in splits]
-    how, segments, counts = min(
-        candidates, key=lambda candidate: (candidate[2].to_numpy() < MIN_WINDOWS).sum())
+    candidates = {how: find_segments(areas, how, args) for how in splits}
+    how = min(splits, key=lambda how: (candidates[how][1].to_numpy() < MIN_WINDOWS).sum())
+    segments, counts = candidates[how]
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all "
              "scores are optimistic")
@@ -672,8 +678,12 @@ def choose_baseline(areas, how, args):
     training part lasts longer, since the baseline would adapt to it."""
     if args.baseline_seconds is not None:
         return args.baseline_seconds
-    longest = max(area.step * (np.bincount((area.labels[start:stop] == 0).cumsum()).max() - 1)
-                  for area in areas for start, stop in split_area(area, how, args)["train"])
+    longest = 0
+    for area in areas:
+        for start, stop in split_area(area, how, args)["train"]:
+            normal = area.labels[start:stop] == 0
+            rows = np.bincount(normal.cumsum()).max() - 1  # from one normal row to the next
+            longest = max(longest, rows * area.step)
     if longest <= BASELINE_SECONDS:
         return BASELINE_SECONDS
     note(f"no drift compensation, since an incident lasts {longest:,.0f} s")
@@ -728,10 +738,11 @@ def load_data(args):
     seconds = choose_baseline(areas, how, args)
     columns = pd.Series(assign_columns(areas))
     names = columns.index.to_series().groupby(columns).agg(" or ".join)
-    content = [segments, args.stride, [(area.readings, area.labels) for area in areas]]
-    info = {"files": files, "rows": int(np.diff(np.concatenate([*segments.values()])).sum()),
-            "hash": joblib.hash(content), "split": how, "baseline_seconds": seconds,
-            "columns": names.tolist(), "areas": {}}
+    bounds = np.concatenate(list(segments.values()))
+    rows = int(np.diff(bounds).sum())
+    digest = joblib.hash([segments, args.stride, [(area.readings, area.labels) for area in areas]])
+    info = {"files": files, "rows": rows, "hash": digest, "split": how,
+            "baseline_seconds": seconds, "columns": names.tolist(), "areas": {}}
     ends = np.cumsum([len(area.labels) for area in areas])
     is_train = np.zeros(ends[-1], bool)
     for start, stop in segments["train"]:
@@ -753,14 +764,14 @@ def make_data(areas, info, segments, args):
     rows = []
     for name, area in areas.items():
         described = info["areas"][name]
-        readings = np.zeros((len(area.readings), len(info["columns"])), np.float32)
         mean, std = np.float32([described["mean"], described["std"]])
+        readings = np.zeros((len(area.readings), len(info["columns"])), np.float32)
         readings[:, described["columns"]] = (area.readings - mean) / std
-        number = np.full(len(readings), list(info["areas"]).index(name), np.int16)
-        rows.append((readings, area.labels, number, area.oracle))
-    readings, labels, numbers, oracle = [
-        torch.from_numpy(np.concatenate(arrays)).to(args.device) for arrays in zip(*rows)]
-    return Data(readings, labels, numbers, oracle, segments, args.seq_len)
+        number = list(info["areas"]).index(name)
+        numbers = np.full(len(readings), number, np.int16)
+        rows.append((readings, area.labels, numbers, area.oracle))
+    tensors = [torch.from_numpy(np.concatenate(arrays)).to(args.device) for arrays in zip(*rows)]
+    return Data(*tensors, segments, args.seq_len)
 
 
 # --- Models -------------------------------------------------------------------------------------
@@ -1159,16 +1170,15 @@ def plot_dashboard(state, args, path):
     """Loss, accuracy, learning rate and memory, drawn again after every epoch; in place in a
     notebook."""
     history = state["history"]
-    epochs = range(1, len(history) + 1)
-    fig, axes = new_figure(f"Training, epoch {len(history)} of at most {args.epochs}", 2, 2, (10, 6))
+    epochs = len(history)
+    fig, axes = new_figure(f"Training, epoch {epochs} of at most {args.epochs}", 2, 2, (10, 6.5))
     plot_history(axes[:2], history)
-    axes[2].plot(epochs, [epoch["learning_rate"] for epoch in history], "o-")
-    axes[3].plot(epochs, [epoch["memory_mib"] for epoch in history], "o-")
-    axes[2].set_ylabel("learning rate")
-    axes[3].set_ylabel("resident memory [MiB]")
-    for ax in axes[2:]:
+    labels = {"learning_rate": "learning rate", "memory_mib": "resident memory [MiB]"}
+    for ax, name in zip(axes[2:], labels):
+        ax.plot(range(1, epochs + 1), [epoch[name] for epoch in history], "o-")
+        ax.set_ylabel(labels[name])
         epoch_axis(ax)
-    save_figure(fig, path, display_id=str(path.resolve()), update=len(history) > 1)
+    save_figure(fig, path, display_id=str(path.resolve()), update=epochs > 1)
 
 
 def plot_training(state, run_dir):
@@ -1464,11 +1474,12 @@ def load_transformer(address):
     """(model, arguments, description of the data) of a checkpoint, here or in S3."""
     checkpoint = load_checkpoint(io.BytesIO(read_bytes(address)), address)
     try:
-        model = make_model(checkpoint["arguments"], checkpoint["data"])
+        arguments, info = checkpoint["arguments"], checkpoint["data"]
+        model = make_model(arguments, info)
         model.load_state_dict(checkpoint["best"]["model"])
     except (LookupError, TypeError, AttributeError, RuntimeError):
         raise UserError(f"{address}: not a checkpoint of this version of the script") from None
-    return model, checkpoint["arguments"], checkpoint["data"]
+    return model, arguments, info
 
 
 def predict_file(args):
