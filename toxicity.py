@@ -444,7 +444,7 @@ def load_data(args, only_test=False, seen=()):
         if not only_test:
             splits = split_texts(table, args.sample_size, args.seed)
     except (UserError, ValueError, OSError) as error:
-        raise UserError(f"{args.data or args.dataset}: {error}") from None
+        raise UserError(f"{args.data or args.dataset or 'civil_comments'}: {error}") from None
     known = np.isin(hash_texts(splits["test"]["text"]), seen)
     splits["test"] = splits["test"][~known]
     if known.any():
@@ -454,7 +454,7 @@ def load_data(args, only_test=False, seen=()):
     info = {"source": source, "sha256": digest}
     for split, part in splits.items():
         info[split] = {"texts": len(part), "toxic": int(part["label"].sum())}
-        log(f"{source}, {split}: {info[split]}")
+        log(f"{split}: {info[split]}")
         if part["label"].nunique() < 2:
             raise UserError(f"{source}: the {split} texts are of one class only; see "
                             "--label-threshold and --positive-label")
@@ -1073,14 +1073,13 @@ def evaluate(model, data):
     texts, labels = data.split("test")
     scores = model.scores(texts)
     called = scores >= threshold
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        labels, called, average="binary", zero_division=0)
     return scores, {
-        "PR AUC": metrics.average_precision_score(labels, scores),
-        "F1": metrics.f1_score(labels, called),
+        "PR AUC": metrics.average_precision_score(labels, scores), "F1": f1,
         "95 % interval": f1_interval(labels, called), "threshold": threshold,
         "F1 at 0.5": metrics.f1_score(labels, scores >= 0.5),
-        "precision": metrics.precision_score(labels, called, zero_division=0),
-        "recall": metrics.recall_score(labels, called),
-        "accuracy": metrics.accuracy_score(labels, called),
+        "precision": precision, "recall": recall, "accuracy": (called == labels).mean(),
         "ROC AUC": metrics.roc_auc_score(labels, scores),
         "calibration error": calibration_error(labels, scores),
     }
