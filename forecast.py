@@ -1143,39 +1143,37 @@ def forecast_table(times, free_run, widths):
                         times)
 
 
-def plot_free_run(ax, series, table):
-    """A series and a forecast_table."""
-    ax.plot(series, color="0.7", linewidth=1, label="series")
-    ax.plot(table["free run"], "--", color=COLORS[3], label="free run")
+def plot_forecast(ax, series, table, title=""):
+    """A series, forecasts in columns of a table, and the interval of a forecast_table."""
+    lines = pd.concat([series.rename("series"), table.drop(columns=["low", "high"])], axis=1)
+    margin = 0.3 * np.ptp(series)
+    lines.plot(ax=ax, color=["0.7", COLORS[3], COLORS[0]], style=["-", "--", "-"], legend=False,
+               x_compat=True, ylim=(series.min() - margin, series.max() + margin), title=title,
+               xlabel=series.index.name, ylabel=series.name)
     ax.fill_between(table.index, table["low"], table["high"], color=COLORS[3], alpha=0.15,
                     label="80 % interval of the hold-out")
-    ax.set(xlabel=series.index.name, ylabel=series.name)
 
 
 def plot_forecasts(series, best, title):
     """One step, free run and 80 % intervals of each model."""
     rows = math.ceil(len(best) / 3)
-    title += "forecasts (time steps, learning rate, width)"
-    fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 0.8))
+    fig, axes = new_figure(f"{title}forecasts", rows, 3, (16, 1.9 * rows + 0.8))
     for ax in axes[len(best) :]:
         ax.set_axis_off()
     for ax, checkpoint in zip(axes, best):
         errors = checkpoint["errors"]
         truth = series.iloc[-len(errors["free run"]) :]
-        shown = series.iloc[-2 * len(truth) :]
-        free_run = truth + errors["free run"]
-        plot_free_run(ax, shown, forecast_table(truth.index, free_run, checkpoint["widths"]))
-        ax.plot(truth + errors["one step"], color=COLORS[0], linewidth=0.9, label="one step")
-        margin = 0.3 * np.ptp(shown)
-        ax.set_ylim(shown.min() - margin, shown.max() + margin)
-        ax.set_title("{model}: {settings}".format(**checkpoint["row"]), fontsize=9)
+        table = forecast_table(truth.index, truth + errors["free run"], checkpoint["widths"])
+        table["one step"] = truth + errors["one step"]
+        title = "{model}: {settings}".format(**checkpoint["row"])
+        plot_forecast(ax, series.iloc[-2 * len(truth) :], table, title)
     legend_below(axes[0])
     return fig
 
 
 def plot_curves(series, best, title):
     """Losses of the networks over the epochs, and the error of the free run by its length."""
-    title += "training (loss of vq_ar: Huber, of the others: squared error) and errors"
+    title += "losses (vq_ar: Huber, others: squared error) and errors"
     fig, axes = new_figure(title, 1, 3, (16, 5))
     for i, checkpoint in enumerate(best):
         history = pd.DataFrame(checkpoint["members"][0]["history"],
@@ -1280,7 +1278,7 @@ def predict_steps(args):
         table.to_csv(path, header=[series.name, "low", "high"], index_label=series.index.name)
     summary = f"{name}: {args.predict_steps} values by {checkpoint['row']['name']}"
     fig, (ax,) = new_figure(summary)
-    plot_free_run(ax, series, table)
+    plot_forecast(ax, series, table)
     legend_below(ax)
     save_figure(fig, run_dir / "forecast.png")
     summary += f", trained with {known} of its {len(values)} values, in forecast.csv and .png"
