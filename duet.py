@@ -438,7 +438,8 @@ def read_csv(path):
             dates.append(column)
         elif re.match(r"(?i)(date|time|datetime|timestamp)$|Unnamed: ", name) or (
                 wrong.mean() >= 0.5 or values.isna().all()):
-            note(f"{path}: column {name!r} left out, empty, not numeric, or the row's number or time")
+            note(f"{path}: column {name!r} left out, empty, not numeric, or the row's time or "
+                 "number")
         elif wrong.any():
             cell = column[wrong].iloc[0]
             raise UserError(f"{path}: column {name!r}: {cell!r}, a number is needed")
