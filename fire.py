@@ -1207,7 +1207,7 @@ def plot_training(state, run_dir):
     table = pd.DataFrame(state["stages"])
     fig, axes = new_figure("Time, and memory at the end of each stage and epoch", 1, 2)
     plot_ranking(axes[0], table.groupby("name")["seconds"].sum().to_dict(), "{:.1f}")
-    axes[1].plot(table["seconds"].cumsum(), table["memory_mib"], "o-")
+    axes[1].plot(table["seconds"].cumsum(), table["memory_mib"], "o-", clip_on=False)
     axes[0].set_xlabel("time [s]")
     axes[1].set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
     save_figure(fig, run_dir / "resources.png")
@@ -1555,7 +1555,7 @@ def compare_runs(args):
     table = pd.DataFrame(rows)
     models = table.columns[2:-1]
     table["differs in"] = [" ".join(row.index + " " + row) for _, row in flags.iterrows()]
-    table["data"] = ["OTHER" if digest != hashes[0] else "same" for digest in hashes]
+    table["run"] += np.where(np.equal(hashes, hashes[0]), "", " (OTHER DATA)")
     table["$ per h"] = args.price_per_hour
     table = pd.concat([table, pd.DataFrame([ORIGINAL_RUN])])
     table["cost $"] = table["training h"] * table["$ per h"]
