@@ -419,8 +419,9 @@ def refuse(bad, column, problem):
 
 
 def find_column(frame, chosen, usual_names):
-    """The column that was chosen, or else the first with a usual name, or None."""
-    return chosen or next((name for name in frame if name.lower() in usual_names), None)
+    """The column that was chosen, or else that with the first of the usual names, or None."""
+    found = {name.lower(): name for name in frame}
+    return chosen or next((found[name] for name in usual_names if name in found), None)
 
 
 def find_sensors(frame, others):
