@@ -171,30 +171,33 @@ def parse_args(argv=None):
         "machine, or a dask cluster at DASK_SCHEDULER_ADDRESS")
     add("--resume", nargs="?", const="newest", help="unfinished sweep to go on with; without a "
         "value, the newest")
-    for flag, convert, default, description in [
-        ("--column", str, "-1", "column of values, or its index; -1 is the last"),
-        ("--time-column", str, None, "column of times, or its index; if unset, rows are taken as "
-         "equally spaced"),
-        ("--series-column", str, None, "column that names the series of a row, or none"),
-        ("--series", str, None, "series to take, with --series-column"),
-        ("--data-dir", str, "data", "folder of downloads"),
-        ("--hidden-dim", positive, 64, "width of the LSTM"),
-        ("--num-layers", positive, 2, "layers of the LSTM"),
-        ("--n-heads", positive, None, "query heads of att_mh and vq_mh; if unset, 8"),
-        ("--kv-heads", positive, None, "key heads of att_mh and vq_mh; if unset, 1 and 4"),
-        ("--vocab-size", positive, 64, "codebook rows of vq and vq_mh"),
-        ("--block-size", positive, 512, "positions of the attention models"),
-        ("--epochs", positive, 50, "passes over the windows"),
-        ("--batch-size", positive, 64, "windows in a step"),
-        ("--seed", int, 42, "random seed of weights and order; the original's split has 42"),
-        ("--runs", positive, 1, "number of seeds; reports mean and interval"),
-        ("--jobs", positive, os.cpu_count(), "runs at a time, one thread each"),
-        ("--predict-steps", positive, None, "values to forecast after the end of --checkpoint"),
-        ("--checkpoint", str, None, "file in runs/ of a sweep, for --predict-steps"),
-        ("--device", detect_device, "auto", "auto, cuda, mps or cpu"),
-        ("--output-dir", str, "outputs", "folder of all results"),
+    for flag, default, description in [
+        ("--column", "-1", "column of values, or its index; -1 is the last"),
+        ("--time-column", None, "column of times, or its index; if unset, rows are equally spaced"),
+        ("--series-column", None, "column that names the series of a row, or none"),
+        ("--series", None, "series to take, with --series-column"),
+        ("--data-dir", "data", "folder of downloads"),
+        ("--checkpoint", None, "file in runs/ of a sweep, for --predict-steps"),
+        ("--output-dir", "outputs", "folder of all results"),
     ]:
-        add(flag, type=convert, default=default, help=description)
+        add(flag, default=default, help=description)
+    for flag, default, description in [
+        ("--hidden-dim", 64, "width of the LSTM"),
+        ("--num-layers", 2, "layers of the LSTM"),
+        ("--n-heads", None, "query heads of att_mh and vq_mh; if unset, 8"),
+        ("--kv-heads", None, "key heads of att_mh and vq_mh; if unset, 1 and 4"),
+        ("--vocab-size", 64, "codebook rows of vq and vq_mh"),
+        ("--block-size", 512, "positions of the attention models"),
+        ("--epochs", 50, "passes over the windows"),
+        ("--batch-size", 64, "windows in a step"),
+        ("--runs", 1, "number of seeds; reports mean and interval"),
+        ("--jobs", os.cpu_count(), "runs at a time, one thread each"),
+        ("--predict-steps", None, "values to forecast after the end of --checkpoint"),
+    ]:
+        add(flag, type=positive, default=default, help=description)
+    add("--seed", type=int, default=42, help="random seed of weights and order; the original's "
+        "split has 42")
+    add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     if "--quick" in (argv or []):
         parser.set_defaults(dataset=["synthetic"], epochs=12, time_steps=[128],
                             learning_rate=[3e-3])
@@ -283,15 +286,15 @@ def read_times(column):
     texts = column.astype(str)
     if texts.str.match(r"\s*T?\d{1,2}:\d\d").any():
         raise ValueError("times of day need a date; or leave out --time-column")
-    readings = [pd.to_datetime(texts, format=digits, errors="coerce")
-                for digits in ("%Y%m%d", "%Y%m")]
+    offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False)
+    options = {"errors": "coerce", "utc": offsets.nunique() > 1}  # two as summer time begins
+    readings = [pd.to_datetime(texts, format="%Y%m%d", **options),
+                pd.to_datetime(texts, format="%Y%m", **options)]
     if column.dtype.kind in "iuf":
         readings.append(column)
     else:
-        offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$")
-        has_summer_time = offsets.nunique().item() > 1
-        readings += [pd.to_datetime(texts, format="mixed", errors="coerce", dayfirst=day_first,
-                                    utc=has_summer_time) for day_first in (False, True)]
+        for day_first in (False, True):
+            readings.append(pd.to_datetime(texts, format="mixed", dayfirst=day_first, **options))
     return min(readings, key=lambda times: (times.isna().sum(), span_in_steps(times)))
 
 
@@ -882,9 +885,11 @@ def forecast_errors(fitted, values, start, stop, origins):
 
 def holdout_parts(rows):
     """The parts of the hold-out as (start, stop, origins): validation of each fold, then test."""
-    starts = [int(share * rows) for share in FOLDS]
-    validation = [(start, start + int(VALIDATION_SHARE * rows), ORIGINS) for start in starts]
-    return [*validation, (int(TEST_START * rows), rows, 1)]
+    parts = []
+    for share in FOLDS:
+        start = int(share * rows)
+        parts.append((start, start + int(VALIDATION_SHARE * rows), ORIGINS))
+    return [*parts, (int(TEST_START * rows), rows, 1)]
 
 
 def holdout_errors(run, args, values):
@@ -908,14 +913,13 @@ def combined_errors(run, args, values):
     for model in ("vq_ar", "ridge", "nlinear"):
         members.append(replace(run, model=model, time_steps=max(2, run.time_steps // 4)))
     (parts, network), *others = [holdout_errors(member, args, values) for member in members]
-    best = {}
-    for kind in KINDS:
+    means = [{} for _ in parts]
+    for kind in ("one step", "free run"):
         scores = [validation_score(other_parts, kind) for other_parts, _ in others]
-        best[kind] = others[np.argmin(scores)]
-    means = []
-    for i, part in enumerate(parts):
-        means.append({kind: (part[kind] + best[kind][0][i][kind]) / 2 for kind in KINDS})
-    return means, network + best["free run"][1]
+        best_parts, best = others[np.argmin(scores)]
+        for mean, part, best_part in zip(means, parts, best_parts):
+            mean[kind] = (part[kind] + best_part[kind]) / 2
+    return means, network + best  # which is that of the free run
 
 
 def validation_score(parts, kind):
@@ -928,8 +932,8 @@ def validation_score(parts, kind):
 def interval_widths(parts):
     """Half widths of split-conformal intervals (Vovk et al. 2005) from the validation parts:
     [1] for one step, and [horizon] for the free run, pooled over similar horizons."""
-    one_step, free_run = (np.concatenate([part[kind] for part in parts[:-1]])
-                          for kind in ("one step", "free run"))
+    one_step = np.concatenate([part["one step"] for part in parts[:-1]])
+    free_run = np.concatenate([part["free run"] for part in parts[:-1]])
     edges = np.unique(np.geomspace(1, free_run.shape[1] + 1, 9).astype(int)) - 1
     pools = np.split(free_run, edges[1:-1], axis=1)
     widths = np.repeat([conformal_quantile(pool) for pool in pools], np.diff(edges))
@@ -991,10 +995,13 @@ def execute(run, args, values, models):
                          "name": getattr(members[0].model, "name", run.model),
                          "seconds": time.perf_counter() - start_time}
     row |= {name: float(score) for name, score in scores.items()}
-    members = [vars(fitted) | {"run": asdict(fitted.run), "model": fitted.model.state_dict()}
-               for fitted in members]
-    return run, {"row": row, "members": members, "widths": widths,
-                 "errors": {kind: errors[kind].ravel().tolist() for kind in KINDS}}
+    checkpoint = {"row": row, "widths": widths, "errors": {}, "members": []}
+    for kind in KINDS:
+        checkpoint["errors"][kind] = errors[kind].ravel().tolist()
+    for fitted in members:
+        state = {"run": asdict(fitted.run), "model": fitted.model.state_dict()}
+        checkpoint["members"].append(vars(fitted) | state)
+    return run, checkpoint
 
 
 # --- The sweep ----------------------------------------------------------------------------------
@@ -1148,8 +1155,9 @@ def plot_forecast(ax, series, table, title=""):
     lines = pd.concat([series.rename("series"), table.drop(columns=["low", "high"])], axis=1)
     margin = 0.3 * np.ptp(series)
     lines.plot(ax=ax, color=["0.7", COLORS[3], COLORS[0]], style=["-", "--", "-"], legend=False,
-               x_compat=True, ylim=(series.min() - margin, series.max() + margin), title=title,
-               xlabel=series.index.name, ylabel=series.name)
+               x_compat=True)
+    ax.set(xlabel=series.index.name, ylabel=series.name, title=title)
+    ax.set_ylim(series.min() - margin, series.max() + margin)
     ax.fill_between(table.index, table["low"], table["high"], color=COLORS[3], alpha=0.15,
                     label="80 % interval of the hold-out")
 
