@@ -213,8 +213,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
-    if args.predict and not args.checkpoint:
-        parser.error("--predict needs --checkpoint, a file in models/ of a finished run")
+    if bool(args.predict) != bool(args.checkpoint):
+        parser.error("--predict needs --checkpoint, a file in models/ of a run, and the reverse")
     return args
 
 

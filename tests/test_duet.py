@@ -963,6 +963,7 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--target", "load"], "--target is for the CSV files of --data"),
     (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
+    (["--columns", "--checkpoint", "MODEL"], "--predict needs --checkpoint"),
     (["--predict", "CSV", "--checkpoint", "no.pt"], "no.pt"),
     (["--seed", "-1"], "invalid natural value: '-1'"),
     (["--threads", "-1"], "invalid natural value: '-1'"),
