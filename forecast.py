@@ -1138,7 +1138,8 @@ def draw_pictures(name, series, rows, checkpoints, args, run_dir):
                "curves": plot_curves(series, best, title)}
     rows = rows[rows["model"].isin(args.model) & np.isfinite(rows[column])]
     if len(rows):
-        figures["sweep"] = plot_sweep(rows, column, f"{name}: {column} [({series.name})²]")
+        title = f"{name}: {column}, squared error [({series.name})²]"
+        figures["sweep"] = plot_sweep(rows, column, title)
     for kind, fig in figures.items():
         save_figure(fig, run_dir / f"{kind}_{name}.png")
 
