@@ -140,7 +140,7 @@ LABELS = {"0": 0, "normal": 0, "no fire": 0, "no": 0, "off": 0, "false": 0, "1":
 LABEL_COLUMNS = ("label", "is_anomaly")
 TIME_COLUMNS = ("timestamp", "datetime", "time", "date", "utc")
 DEVICE_COLUMN = re.compile(r"(device|room|area|node|zone|location|sensor)(_?(id|name|no))?", re.I)
-DATA_FILE = re.compile(r"/[^._/][^/]*\.(csv|csv\.gz|tsv|parquet)$", re.I)  # none that is hidden
+DATA_FILE = re.compile(r"(/[^._/][^/]*)+\.(csv|csv\.gz|tsv|parquet)", re.I)  # nothing hidden
 CO = re.compile(r"(?:^|[^a-z])co(?:[^a-z0-9]|$)|carbon.?monoxide", re.I)
 
 
@@ -347,9 +347,8 @@ def list_files(address):
     if filesystem.get_file_info(path).is_file:
         return [address]
     selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
-    paths = sorted(info.path for info in filesystem.get_file_info(selector))
-    files = [address.rstrip("/") + file.removeprefix(path) for file in paths
-             if DATA_FILE.search(file)]
+    names = sorted(info.path.removeprefix(path) for info in filesystem.get_file_info(selector))
+    files = [address.rstrip("/") + name for name in names if DATA_FILE.fullmatch(name)]
     if not files:
         raise UserError(f"{address}: no such file, folder or bucket, or no .csv, .csv.gz, .tsv or "
                         ".parquet file in it")
@@ -424,14 +423,17 @@ def find_column(frame, chosen, usual_names):
     return chosen or next((found[name] for name in usual_names if name in found), None)
 
 
-def find_sensors(frame, others):
-    """The columns of a recording without `others` and without those that give the answer away."""
-    sensors, left_out = [], []
-    for name in frame.columns.difference(others, sort=False):
-        known = frame[name].dropna()
-        rises = known.is_monotonic_increasing and known.nunique() > len(known) / 4
+def find_sensors(recordings, others):
+    """The columns of recordings without `others` and without those that give the answer away:
+    times, labels, and what only rises in all recordings, through more than two values."""
+    sensors = []
+    left_out = []
+    for name in recordings[0].columns.difference(others, sort=False):
+        known = [frame[name].dropna() for frame in recordings if name in frame]
+        is_time = known[0].dtype.kind == "M"
         is_label = name.startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
-        if rises or is_label:
+        rises = all(column.is_monotonic_increasing for column in known)
+        if is_time or is_label or (rises and known[0].nunique() > 2):
             left_out.append(name)
         else:
             sensors.append(name)
@@ -455,7 +457,7 @@ def read_times(column, recordings):
         # The right order of day and month has neither holes nor jumps.
         times = min(candidates, key=lambda times: (times.isna().sum(), times.max() - times.min()))
         seconds = (times - times.min()).dt.total_seconds()
-    refuse(seconds.isna(), column, "is not a time like the others")
+    refuse(seconds.isna(), column, "is not a date and time")
     steps = seconds.diff()
     steps.iloc[recordings] = np.inf
     refuse(steps <= 0, column, "is not later than the row above. Sort the file; after a clock "
@@ -484,28 +486,28 @@ def read_numbers(column, na_values):
 def read_area(frames, label, columns, args):
     """Area of its recordings {address: DataFrame}. Its sensors are `columns`, or, if None, all that
     remain; its labels are the column `label` as it is."""
-    address, first = next(iter(frames.items()))
-    times = find_column(first, args.time_column, TIME_COLUMNS)
+    recordings = list(frames.values())
+    times = find_column(recordings[0], args.time_column, TIME_COLUMNS)
     roles = [label, times, args.area_column]
-    sensors = [name for name in columns or find_sensors(first, roles) if name != label]
-    if not sensors:
-        raise UserError(f"{address}: no sensor column in {', '.join(first)}")
+    sensors = [name for name in columns or find_sensors(recordings, roles) if name != label]
     for address, frame in frames.items():
         check_columns(frame, [label, times, *sensors], address)
+    if not sensors:
+        raise UserError(f"{address}: no sensor column in {', '.join(frame)}")
     frame = pd.concat(frames)
     for name in frame.columns.difference([*roles, *(columns or [])]):
         if DEVICE_COLUMN.fullmatch(name) and frame[name].nunique() > 1:
-            raise UserError(f"{address}: column {name!r} seems to name devices or rooms; choose it "
+            raise UserError(f"{address}: column {name!r} seems to name devices or rooms: train "
                             "with --area-column, or keep the rows of one")
     readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
         readings[:, i] = read_numbers(frame[name], args.na_values)
-    recordings = np.cumsum([0, *map(len, frames.values())])[:-1]
+    starts = np.cumsum([0, *map(len, recordings)])[:-1]
     oracle = np.full(len(frame), -1, np.int8)
-    area = Area(sensors, readings, frame.get(label, oracle), oracle, 1.0, recordings, recordings)
+    area = Area(sensors, readings, frame.get(label, oracle), oracle, 1.0, starts, starts)
     if times:
         area.times = frame[times]
-        area.step, area.breaks = read_times(area.times, recordings)
+        area.step, area.breaks = read_times(area.times, starts)
     return area
 
 
@@ -527,8 +529,11 @@ def read_labels(areas):
 
 def file_areas(args):
     """({area: Area}, [{path, rows, sha256}, …]) of the files in args.data."""
+    pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps what is freed
     addresses = [file for address in args.data for file in list_files(address)]
-    recordings, areas, files = {}, {}, []
+    recordings = {}
+    areas = {}
+    files = []
     for address, area in zip(addresses, name_areas(addresses, args.split)):
         frame, digest = read_frame(address, args.na_values)
         files.append({"path": address, "rows": len(frame), "sha256": digest})
@@ -542,6 +547,7 @@ def file_areas(args):
         first = next(iter(frames.values()))
         label = find_column(first, args.label_column, LABEL_COLUMNS) or "label"
         areas[name] = read_area(frames, label, args.columns, args)
+        frames.clear()  # to free memory
     read_labels(areas.values())
     return areas, files
 

@@ -335,11 +335,21 @@ def test_columns_that_give_the_answer_away_are_left_out(tmp_path, capsys):
     frame["CNT"] = np.arange(6000) // 2 + 7.0
     frame.loc[9, "CNT"] = np.nan
     frame["UTC"] = 1_654_733_331 + np.arange(6000)
+    frame["day"] = np.arange(6000) // 600
+    frame["received"] = frame["timestamp"] + pd.to_timedelta(np.arange(6000) % 7, unit="s")
     areas = sensors_of(frame, tmp_path / "a.csv")
     assert areas["a"].sensors == list(fire.SENSORS["basement"])
-    assert "left out ['Unnamed: 0', 'CNT', 'UTC']" in capsys.readouterr().err
+    assert "left out ['Unnamed: 0', 'CNT', 'UTC', 'day', 'received']" in capsys.readouterr().err
     areas = sensors_of(frame, tmp_path / "a.csv", "--columns", "CNT", "co_ppm", "is_anomaly")
     assert areas["a"].sensors == ["CNT", "co_ppm"]
+
+
+def test_a_sensor_that_rises_in_one_recording_and_a_latched_alarm_stay(tmp_path):
+    for number in range(3):
+        frame = CLEAN.assign(c=[0, np.arange(3000), 1][number], latch=np.arange(3000) > 2000)
+        frame.to_csv(tmp_path / f"x{number}.csv", index=False)
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path), "--split", "files"]))
+    assert areas["all"].sensors == ["a", "b", "c", "latch"]
 
 
 def test_any_number_of_sensors(tmp_path):
@@ -382,7 +392,8 @@ def test_hidden_files_are_no_data_and_folders_can_name_areas(tmp_path):
     for name in ("area=hall/x.parquet", "area=attic/x.parquet"):
         (tmp_path / name).parent.mkdir()
         CLEAN.to_parquet(tmp_path / name)
-    for name in ("._room.csv", ".DS_Store"):
+    (tmp_path / "area=hall/.ipynb_checkpoints").mkdir()
+    for name in ("._room.csv", ".DS_Store", "area=hall/.ipynb_checkpoints/x.csv"):
         (tmp_path / name).write_bytes(b"\0")
     areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path)]))
     assert set(areas) == {"hall", "attic"}
