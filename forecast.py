@@ -204,6 +204,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.predict_steps is None) != (args.checkpoint is None):
         parser.error("--predict-steps and --checkpoint go together")
+    if args.seed < 0 or not min(args.learning_rate) > 0:
+        parser.error("--seed must not be negative, and --learning-rate must be above 0")
     return args
 
 
@@ -256,6 +258,8 @@ def read_frame(path):
 
 def find_column(frame, name):
     """The name of a column of a frame that is called `name` or has this index."""
+    if f"{name}.1" in frame:  # as pandas calls the second one of the same name
+        raise ValueError(f"two columns are called {name!r}; choose one by its index")
     if name in frame:
         return name
     try:
@@ -285,7 +289,7 @@ def read_times(column):
     them, such as day or month first, the one with the fewest invalid and missing times."""
     texts = column.astype(str)
     if texts.str.match(r"\s*T?\d{1,2}:\d\d").any():
-        raise ValueError("times of day need a date; or leave out --time-column")
+        raise ValueError("times of day need a date; add one, or leave out --time-column")
     offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False)
     options = {"errors": "coerce", "utc": offsets.nunique() > 1}  # two as summer time begins
     readings = [pd.to_datetime(texts, format="%Y%m%d", **options),
@@ -313,7 +317,7 @@ def index_by_time(frame, time_column):
         raise ValueError(f"line {is_bad.idxmax()}: the time is invalid or occurs twice; "
                          "--series-column and --series choose one of several series")
     if not span_in_steps(times) <= 10 * len(times):
-        raise ValueError("most times are missing; is one of them wrong?")
+        raise ValueError("too few rows, or most times are missing; is one of them wrong?")
     frame = frame.set_index(times).sort_index()
     times = frame.index
     steps = times.to_series().diff()
@@ -403,8 +407,8 @@ def digest(values):
 
 
 class Network(nn.Module):
-    """Base of all models. A new one needs __init__(run, args), with a Run and the command line,
-    forward, and an entry in MODELS; with a longer horizon its own loss, too.
+    """Base of all models. A new one needs __init__(run, args), which takes a Run and the command
+    line, forward, and an entry in MODELS; with a longer horizon, a loss of its own, too.
 
     forward(x, last_only) takes x [batch, time] to the forecasts [batch, horizon] of the values
     after x; without last_only to one-step forecasts [batch, time] from every step.
@@ -518,7 +522,7 @@ def fit_theta(z, time_steps):
     def smoothing_error(strength):
         return ((remainder.ewm(alpha=strength).mean().shift() - remainder) ** 2).mean()
 
-    strength = min(np.arange(0.05, 1.01, 0.05).clip(max=1), key=smoothing_error)
+    strength = min(np.linspace(0.05, 1, 20), key=smoothing_error)
     ages = np.arange(1, min(len(z), 300) + 1)  # 1 for the last value
     weights = strength * (1 - strength) ** (ages - 1)
     weights /= weights.sum()
@@ -1022,15 +1026,18 @@ def make_runs(args, series):
                      f"values, {needed - rows} more; take shorter windows")
                 continue
             for model in [*BASELINES, *args.model]:
-                options = {"rates": args.learning_rate, "widths": [None], "encodings": [None],
-                           "seeds": range(args.seed, args.seed + args.runs)}
+                rates = args.learning_rate
+                widths = encodings = [None]
+                seeds = range(args.seed, args.seed + args.runs)
                 if model in BASELINES:
-                    options |= {"rates": [None], "seeds": [args.seed]}
+                    rates = [None]
+                    seeds = [args.seed]
                 if model in ATTENTION:
-                    options |= {"widths": args.d_model, "encodings": args.pe}
+                    widths = args.d_model
+                    encodings = args.pe
                 if model == "combined":
-                    options["rates"] = [] if in_sample else [COMBINED_RATE]
-                for combination in itertools.product(*options.values()):
+                    rates = [] if in_sample else [COMBINED_RATE]
+                for combination in itertools.product(rates, widths, encodings, seeds):
                     run = Run(model, name, time_steps, *combination)
                     runs[run] = None  # each once
                     if model in MODELS:
@@ -1069,7 +1076,7 @@ def show(values):
     mean, width = mean_and_interval(values)
     if np.isnan(mean):
         return None
-    text = f"{round(mean, 4):.6g}".replace("inf", "diverged")
+    text = f"{mean:.5g}".replace("inf", "diverged")
     return f"{text} ± {width:.3g}" if np.isfinite(width) else text
 
 
@@ -1077,8 +1084,8 @@ def over_seeds(rows):
     """(means, texts): two DataFrames with a row for each combination of settings."""
     groups = rows.groupby(["dataset", "model", "name", "settings", "time_steps", "learning_rate"],
                           dropna=False, sort=False)
-    scores = rows.filter(regex="loss$|free run$|one step$").columns
-    return groups[list(scores)].mean().reset_index(), groups[list(scores)].agg(show).reset_index()
+    scores = list(rows.filter(regex="loss$|free run$|one step$"))
+    return groups[scores].mean().reset_index(), groups[scores].agg(show).reset_index()
 
 
 def original_table(means, texts):
@@ -1146,27 +1153,32 @@ def draw_pictures(name, series, rows, checkpoints, args, run_dir):
 
 def forecast_table(times, free_run, widths):
     """DataFrame of a free run, with its 80 % interval if there are widths."""
-    width = extend(widths["free run"], len(free_run)) if widths else np.nan
-    return pd.DataFrame({"free run": free_run, "low": free_run - width, "high": free_run + width},
-                        times)
+    table = pd.DataFrame({"free run": free_run}, times)
+    if widths:
+        width = extend(widths["free run"], len(table))
+        table["low"] = free_run - width
+        table["high"] = free_run + width
+    return table
 
 
 def plot_forecast(ax, series, table, title=""):
-    """A series, forecasts in columns of a table, and the interval of a forecast_table."""
-    lines = pd.concat([series.rename("series"), table.drop(columns=["low", "high"])], axis=1)
-    margin = 0.3 * np.ptp(series)
+    """A series, and the forecasts and the interval in a table."""
+    lines = pd.concat([series.rename("series"), table.filter(regex="run|step")], axis=1)
+    margin = 0.3 * np.ptp(series) or 1.0
     lines.plot(ax=ax, color=["0.7", COLORS[3], COLORS[0]], style=["-", "--", "-"], legend=False,
                x_compat=True)
     ax.set(xlabel=series.index.name, ylabel=series.name, title=title)
     ax.set_ylim(series.min() - margin, series.max() + margin)
-    ax.fill_between(table.index, table["low"], table["high"], color=COLORS[3], alpha=0.15,
-                    label="80 % interval of the hold-out")
+    if "low" in table:
+        ax.fill_between(table.index, table["low"], table["high"], color=COLORS[3], alpha=0.15,
+                        label="80 % interval")
 
 
 def plot_forecasts(series, best, title):
-    """One step, free run and 80 % intervals of each model."""
+    """One step, free run and its 80 % interval of each model."""
+    title += "forecasts (time steps, learning rate, width)"
     rows = math.ceil(len(best) / 3)
-    fig, axes = new_figure(f"{title}forecasts", rows, 3, (16, 1.9 * rows + 0.8))
+    fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 0.8))
     for ax in axes[len(best) :]:
         ax.set_axis_off()
     for ax, checkpoint in zip(axes, best):
@@ -1264,8 +1276,8 @@ def run(args):
 
 def predict_steps(args):
     """Forecast --predict-steps values after the end of the series of a checkpoint, which may have
-    grown since, with --data for a file that has moved: forecast.csv with 80 % intervals, and
-    forecast.png. The weights are those of the hold-out, fitted on the first 80 %."""
+    grown since, with --data for a file that has moved: forecast.csv and forecast.png. After the
+    hold-out, the weights are those of the first 80 %, and the forecast has 80 % intervals."""
     checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
     if "members" not in checkpoint:
         raise UserError(f"{args.checkpoint}: not a checkpoint of forecast.py")
@@ -1277,30 +1289,32 @@ def predict_steps(args):
     if digest(values[:known]) != checkpoint["data"]["sha256"]:
         raise UserError(f"{args.checkpoint}: {name} does not begin with the values that it was "
                         "trained with")
-    members = [unpack(member, arguments) for member in checkpoint["members"]]
+    members = [unpack(member, checkpoint["arguments"]) for member in checkpoint["members"]]
     paths = [member.free_run(values, [len(values)], args.predict_steps)[0] for member in members]
     forecast = np.mean(paths, axis=0)
     times = next_times(series.index, args.predict_steps)
     table = forecast_table(times, forecast, checkpoint["widths"])
     run_dir = next_run_dir(args)
-    with atomic_write(run_dir / "forecast.csv") as path:
-        table.to_csv(path, header=[series.name, "low", "high"], index_label=series.index.name)
+    file = run_dir / "forecast.csv"
+    table.rename(columns={"free run": series.name}).to_csv(file, index_label=series.index.name)
     summary = f"{name}: {args.predict_steps} values by {checkpoint['row']['name']}"
     fig, (ax,) = new_figure(summary)
-    plot_forecast(ax, series, table)
+    plot_forecast(ax, series.iloc[-max(200, 4 * len(table)) :], table)
     legend_below(ax)
     save_figure(fig, run_dir / "forecast.png")
     summary += f", trained with {known} of its {len(values)} values, in forecast.csv and .png"
+    if not checkpoint["widths"]:
+        note("there are no intervals, which need --protocol holdout or both")
     return write_results({"forecast": forecast}, summary, args, run_dir)
 
 
-def unpack(member, args):
+def unpack(member, arguments):
     """The Fitted model of a checkpoint."""
     run = Run(**member["run"])
     if run.model in BASELINES:
         model = LinearForecaster(**member["model"])
     else:
-        model = MODELS[run.model](run, args).eval()
+        model = MODELS[run.model](run, argparse.Namespace(**arguments)).eval()
         model.load_state_dict(member["model"])
     return Fitted(**member | {"run": run, "model": model})
 

@@ -346,6 +346,10 @@ def test_training_decays_the_learning_rate_of_vq_ar_only(monkeypatch):
     assert fit("lstm", values).model.fc_out.bias.any()
 
 
+def test_small_errors_are_not_rounded_to_zero():
+    assert forecast.show([1.2345678e-7]) == "1.2346e-07"
+
+
 def test_the_split_of_the_original_is_random_and_fixed():
     train, val = forecast.original_split(621)
     assert (len(train), len(val)) == (496, 125)
@@ -372,7 +376,7 @@ def test_a_sweep_end_to_end(sweep):
     assert not results["failed"]
     pair = rows[(rows["model"] == "lstm") & (rows["learning_rate"] == 3e-3)]["original one step"]
     mean, width = forecast.mean_and_interval(pair)
-    assert f"| {mean:.6g} ± {width:.3g} |" in out
+    assert f"| {mean:.5g} ± {width:.3g} |" in out
     holdout = out.partition("The hold-out")[2]
     shown = [line.split(" | ") for line in holdout.splitlines() if line.startswith("| ")][2:]
     errors = [float(cells[2].split(" ± ")[0]) for cells in shown]
@@ -567,6 +571,7 @@ def test_a_network_forecasts_from_its_checkpoint(without_pictures):
     run_small("--model", "lstm", "--protocol", "original")
     checkpoint = next(Path("outputs/forecast/run-001/runs").glob("lstm*.pt"))
     results = forecast.main(["--predict-steps", "7", "--checkpoint", str(checkpoint)])
+    assert results["notes"] == ["there are no intervals, which need --protocol holdout or both"]
     table = pd.read_csv("outputs/forecast/run-002/forecast.csv")
     np.testing.assert_allclose(table["time [h]"], (720 + np.arange(7)) / 30)
     values = forecast.generate_series()
@@ -629,6 +634,7 @@ def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(cont
 
 def test_columns_of_the_same_name_are_told_apart():
     assert read("a,a\n0,1\n1,2\n").name == "a.1"
+    assert read("a,a\n0,1\n1,2\n", "--column", "0").name == "a"
 
 
 def test_whole_numbers_remain_whole():
@@ -707,6 +713,7 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n0,1e200\n1,2e200\n", [], "too large"),
     ("t,a\n0,1\n1,2\n", ["--column", "b"], "no column 'b', only t, a"),
     ("t,a\n0,1\n1,2\n", ["--time-column", "b"], "no column 'b', only t, a"),
+    ("a,a\n0,1\n1,2\n", ["--column", "a"], "two columns are called 'a'; choose one by its index"),
     ("t,a\n0,1\n1,2,3\n", [], "Expected 2 fields in line 3, saw 3"),
     ("t,a\n0,50,13\n1,50,14\n", [], "Length of header or names does not match"),
     ("50,13\n50,14\n51,13\n", [], "names the columns"),
@@ -751,6 +758,8 @@ def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, t
     (["--dataset", "synthetic", "--model", "att_mh", "--kv-heads", "3"], "must divide"),
     (["--model", "gru"], "invalid choice: 'gru'"),
     (["--epochs", "0"], "from 1 to a million"),
+    (["--learning-rate", "0"], "--learning-rate must be above 0"),
+    (["--seed", "-1"], "--seed must not be negative"),
     (["--device", "abacus"], "unknown device 'abacus'"),
     (["--predict-steps", "3"], "go together"),
     (["--predict-steps", "1000000000000", "--checkpoint", "a.pt"], "from 1 to a million"),
