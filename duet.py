@@ -213,6 +213,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
+    if not args.learning_rate > 0:
+        parser.error("--learning-rate must be above 0")
     if bool(args.predict) != bool(args.checkpoint):
         parser.error("--predict needs --checkpoint, a file in models/ of a run, and the reverse")
     return args
@@ -434,9 +436,10 @@ def read_csv(path):
     for name, column in frame.items():
         values = parse_numbers(column)
         wrong = values.isna() & column.notna()
-        if wrong.all() and column.str.fullmatch(r"\d+([-/:.]\d+)+([ T].*)?").all():
-            dates.append(column)
-        elif re.match(r"(?i)(date|time|datetime|timestamp)$|Unnamed: ", name) or (
+        if re.match(r"(?i)(date|datetime|timestamp)$", name) or (
+                wrong.all() and column.str.fullmatch(r"\d+([-/:.]\d+)+([ T].*)?").all()):
+            dates.append(column.astype(str))
+        elif re.match(r"(?i)time$|Unnamed: ", name) or (
                 wrong.mean() >= 0.5 or values.isna().all()):
             note(f"{path}: column {name!r} left out, empty, not numeric, or the row's time or "
                  "number")
@@ -534,6 +537,14 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     return normalize_dataset(data)
 
 
+def read_text(path):
+    """The text of a file in UTF-8. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def read_archive(files, seq_len=0):
     """(x [cases, time, dimensions], names of the dimensions, labels, is_test) of the cases in files
     of the archives; cases that are shorter than the longest, or than seq_len, begin with NaN.
@@ -546,7 +557,7 @@ def read_archive(files, seq_len=0):
     is_test = []
     separator = r" *[\t,] *| +"
     for file in files:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
         if re.search(r"(?im)^@targetlabel\s+true", text):
             raise UserError(f"{file}: @targetlabel true: a regression file, which has no classes")
         has_label = not re.search(r"(?im)^@classlabel\s+false", text)
@@ -1082,15 +1093,7 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         arrays = (data.series, data.starts, data.labels)
         tensors.append([torch.from_numpy(array).to(device) for array in arrays])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    hashes = [data.info["sha256"] for data in datasets]
-    state = {"history": [], "hashes": hashes, "best_accuracy": -1.0, "training": None}
-    if file.exists():
-        state = load_checkpoint(file, file)
-    if state["hashes"] != hashes:
-        raise UserError(f"{file}: the run began with other data; start a new run")
-    if state["training"]:  # which was not finished
-        model.load_state_dict(state["training"]["model"])
-        optimizer.load_state_dict(state["training"]["optimizer"])
+    state = load_state(file, datasets, model, optimizer)
     evaluations = min(args.evaluations, args.steps)
     for number in range(len(state["history"]), evaluations):
         start_time = time.perf_counter()
@@ -1126,21 +1129,36 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         if keep == "last" or val_accuracy > state["best_accuracy"]:
             state["best"] = copy.deepcopy(model.state_dict())
             state["best_accuracy"] = val_accuracy
-        state["training"] = None
-        if number + 1 < evaluations:
-            state["training"] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(file, model, state)
+        save_checkpoint(file, model, optimizer, state, finished=number + 1 == evaluations)
     model.load_state_dict(state["best"])
     return state["history"]
 
 
-def save_checkpoint(file, model, state):
-    """Write the state of a training with all that prediction needs."""
+def load_state(file, datasets, model, optimizer):
+    """The state of a training: that in `file`, from which an unfinished one goes on, or a new
+    one."""
+    hashes = [data.info["sha256"] for data in datasets]
+    if not file.exists():
+        return {"history": [], "hashes": hashes, "best_accuracy": -1.0, "training": None}
+    state = load_checkpoint(file, file)
+    if state["hashes"] != hashes:
+        raise UserError(f"{file}: the run began with other data; start a new run")
+    if state["training"]:
+        model.load_state_dict(state["training"]["model"])
+        optimizer.load_state_dict(state["training"]["optimizer"])
+    return state
+
+
+def save_checkpoint(file, model, optimizer, state, finished):
+    """Write the state of a training with all that prediction needs and, until it is finished, what
+    going on with it needs."""
+    training = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state["training"] = None if finished else training
     with atomic_write(file) as path:
         torch.save(state | {"class": type(model).__name__, "settings": model.settings,
                             "datasets": model.datasets}, path)
-    if not state["training"]:
-        log(f"{file.stem} is trained, validation accuracy {state['best_accuracy']:.2%}")
+    if finished:
+        log(f"{file.stem} is trained")
 
 
 @torch.inference_mode()
@@ -1358,6 +1376,7 @@ def benchmark_table(records, original):
     table = records.groupby(["dataset", "model"], sort=False).agg(**{
         "accuracy %": ("accuracy", percent), "minus none": ("minus none", signed),
         "minus own": ("minus own", signed), "parameters": ("parameters", "first")})
+    table = table.loc[records["dataset"].unique()]
     table["original %"] = [original.get(name, {}).get(model) for name, model in table.index]
     return table.reset_index().to_dict("records")
 
@@ -1368,10 +1387,11 @@ def benchmark_table(records, original):
 def plot_benchmark(records, path):
     """Accuracy of every model on each data set."""
     names = records["dataset"].unique()
-    groups = records[records["model"] != "majority class"].groupby(["model", "dataset"], sort=False)
-    means = 100 * groups["accuracy"].mean().unstack("model", sort=False)
-    widths = 100 * groups["accuracy"].agg(lambda runs: mean_and_interval(runs)[1])
-    widths = widths.unstack("model", sort=False)
+    shown = records[records["model"] != "majority class"]
+    pivot = functools.partial(shown.pivot_table, "accuracy", "dataset", "model", sort=False,
+                              dropna=False)
+    means = 100 * pivot(aggfunc="mean")
+    widths = 100 * pivot(aggfunc=lambda runs: float(mean_and_interval(runs)[1]))
     fig, (axis,) = new_figure("Test accuracy, with the 95 % interval where there are several runs",
                               size=(11, 2 + 1.4 * len(names)))
     plot_dots(axis, names, means.to_dict("list"), errors=widths.to_dict("list"))
@@ -1700,6 +1720,9 @@ def read_windows(path, datasets):
         note(f"{path}: no column {', '.join(missing)}; their values count as missing")
     series = standardize(numbers.reindex(columns=columns), metadata["mean"], metadata["std"])
     seq_len = min(metadata["seq_len"], len(numbers))
+    if seq_len < metadata["seq_len"]:
+        note(f"{path}: {seq_len} rows, which are one window, shorter than those of the training; "
+             "its class is unreliable")
     starts = np.arange(step, len(numbers) + 1, step) - seq_len
     starts = starts[starts >= 0]
     table = numbers.index[starts + seq_len - 1].to_frame(index=False)  # of the last rows
@@ -1753,7 +1776,7 @@ def compare_columns(args):
 
 def prewarm_cache(args):
     """Cache the embeddings of the names in --prewarm; returns and prints what the cache holds."""
-    names = Path(args.prewarm).read_text(encoding="utf-8-sig").split("\n")
+    names = read_text(args.prewarm).split("\n")
     embedder = FrozenBERTColumnEmbedder(**bert_options(args))
     embedder.add(filter(None, map(str.strip, names)))
     stats = embedder.get_cache_stats()

@@ -439,7 +439,7 @@ def test_numbers_as_people_write_them_are_read(text, values, tmp_path):
     assert list(numbers) == ["a", "b"]
 
 
-@pytest.mark.parametrize("pattern", ["%d/%m/%Y", "%d.%m.%Y", "%m/%d/%Y", "%Y-%m-%d", "%d-%m-%Y %H:%M"])
+@pytest.mark.parametrize("pattern", ["%d/%m/%Y", "%d.%m.%Y", "%m/%d/%Y", "%Y-%m-%d", "%d-%m-%Y %H:%M", "%d %b %Y"])
 def test_dates_of_one_file_are_read_in_one_order(pattern, tmp_path, capsys):
     days = duet.pd.date_range("2024-01-01", periods=300).strftime(pattern)
     (tmp_path / "a.csv").write_text("date,a\n" + "\n".join(f"{day},{i}" for i, day in enumerate(days)))
@@ -464,6 +464,13 @@ def test_dates_are_known_by_their_look(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("Zeitpunkt;a\n" + "\n".join(reversed(rows)))
     assert duet.read_csv(tmp_path / "a.csv")["a"].tolist() == [i + 0.5 for i in range(300)]
     assert "299 dates out of order" in capsys.readouterr().err
+
+
+def test_a_column_called_date_may_hold_plain_numbers(tmp_path, capsys):
+    days = duet.pd.date_range("2024-01-01", periods=90).strftime("%Y%m%d")
+    (tmp_path / "a.csv").write_text("Date,a\n" + "\n".join(f"{days[i]},{i}" for i in reversed(range(90))))
+    assert duet.read_csv(tmp_path / "a.csv")["a"].tolist() == list(range(90))
+    assert "89 dates out of order" in capsys.readouterr().err
 
 
 def test_an_hour_of_the_day_does_not_sort_the_rows(tmp_path):
@@ -684,8 +691,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(shared, tmp_path, monkeypatch,
     whole = duet.main([*arguments, "--output-dir", str(tmp_path / "whole")])
     end, ends = duet.save_checkpoint, []
 
-    def stop(*state):
-        end(*state)
+    def stop(*state, finished):
+        end(*state, finished)
         ends.append(0)
         if len(ends) == (5 if shared else 3):  # within the shared model, or the second data set
             raise KeyboardInterrupt
@@ -881,7 +888,7 @@ def test_archive_files_train_convolutions_that_learn_and_predict(tmp_path):
     assert right > 0.8
 
 
-def test_a_short_case_to_predict_is_padded_as_in_training_and_a_short_csv_is_one_window(tmp_path):
+def test_a_short_case_to_predict_is_padded_as_in_training_and_a_short_csv_is_one_window(tmp_path, capsys):
     metadata = {"name": "a", "columns": ["dim_0"], "classes": ["x"], "seq_len": 4, "mean": [0], "std": [1]}
     (tmp_path / "a.ts").write_text("@classLabel false\n@data\n1,2\n1,2,3,4,5\n")
     data, table = duet.read_windows(tmp_path / "a.ts", [metadata])
@@ -891,6 +898,7 @@ def test_a_short_case_to_predict_is_padded_as_in_training_and_a_short_csv_is_one
     (tmp_path / "a.csv").write_text("dim_0,b\n1,2\n3,4\n")
     data, table = duet.read_windows(tmp_path / "a.csv", [metadata])
     assert (data.seq_len, data.starts.tolist(), table["row"].tolist()) == (2, [0], [3])
+    assert "2 rows, which are one window, shorter than those of the training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["inf", "1e30", "1e300"])
@@ -927,6 +935,13 @@ def test_the_picture_shows_each_model_on_each_data_set_and_on_average(tmp_path, 
     duet.plot_benchmark(duet.add_means(records), tmp_path / "benchmark.png")
     assert shown["names"] == ["a", "b", "mean of all"]
     assert shown["none"] == pytest.approx([50, 60, 55])
+    shared = records.assign(model="none, shared", training="shared", accuracy=[0.7, 0.9])
+    other = records.assign(model="learned", strategy="learned", accuracy=[0.8, 0.4])
+    records = duet.pd.concat([other[:1], records[:1], records[1:], other[1:], shared])  # not in the order of a table
+    duet.plot_benchmark(duet.add_means(records), tmp_path / "benchmark.png")
+    assert {name: shown[name] for name in ("learned", "none", "none, shared")} == {
+        "learned": pytest.approx([80, 40, 60]), "none": pytest.approx([50, 60, 55]),
+        "none, shared": pytest.approx([70, 90, 80])}
 
 
 def test_differences_are_paired_by_seed():
@@ -976,6 +991,9 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--predict", "no.csv", "--checkpoint", "MODEL"], "no.csv"),
     (["--transfer", "nothing", "--dataset", *duet.EMBEDDED], "the name of one of them: ['temperature_sensors', "),
     (["--steps", "0"], "invalid positive value: '0'"),
+    (["--learning-rate", "0"], "--learning-rate must be above 0"),
+    (["--data", "UTF16.ts"], "codec can't decode"),
+    (["--prewarm", "UTF16.ts"], "codec can't decode"),
     (["--device", "tpu"], "unknown device 'tpu'"),
     (["--resume"], "no unfinished run"),
     (["--resume", "--steps", "5"], "no unfinished run"),
@@ -993,9 +1011,10 @@ def test_errors_are_one_line(arguments, message, finished, small_csv, tmp_path, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "other/ett").mkdir(parents=True)
     (tmp_path / "other/ett/ETTh1.csv").write_text("OT\n1\n")
+    (tmp_path / "UTF16.ts").write_text("@data\n1,2:a\n", encoding="utf-16")
     places = {name: tmp_path / f"{name}.csv" for name in files}
     places |= {"CSV": small_csv, "EMPTY": tmp_path / "empty", "OTHER": tmp_path / "other",
-               "MODEL": finished[0] / "models/plant-none-42.pt"}
+               "UTF16.ts": tmp_path / "UTF16.ts", "MODEL": finished[0] / "models/plant-none-42.pt"}
     argv = ["--threads", "1", *(places.get(word, word) for word in arguments)]
     line = error_line(duet, [*argv, "--output-dir", tmp_path / "out"])
     assert line.startswith("duet.py: error: ")
@@ -1032,6 +1051,9 @@ def test_figures_carry_their_interval_and_the_originals_stand_beside_its_protoco
                 "chance": 0.5, "parameters": 5} for name in ("user_metrics", "b")]
     table = duet.benchmark_table(duet.add_means(duet.pd.DataFrame(records)), duet.ORIGINAL_TABLE)
     assert [row["original %"] for row in table[:1]] == [99.0]
+    records += [record | {"model": "none, shared", "training": "shared"} for record in records]
+    table = duet.benchmark_table(duet.add_means(duet.pd.DataFrame(records)), {})
+    assert [row["dataset"] for row in table] == ["user_metrics"] * 2 + ["b"] * 2 + ["mean of all"] * 2
     assert table[-1]["dataset"] == "mean of all"
 
 
