@@ -219,7 +219,6 @@ def parse_args(argv=None):
         "--seq-len must be at least 2": args.seq_len > 1,
         "--dropout must be at least 0 and below 1": 0 <= args.dropout < 1,
         "--learning-rate must be above 0": args.learning_rate > 0,
-        "--gain-noise must not be negative": args.gain_noise >= 0,
         "--baseline-seconds must not be negative": (args.baseline_seconds or 0) >= 0,
         "--seed must be from 0 to 2**32 - 1": 0 <= args.seed < 2**32,
         "--predict needs --checkpoint": args.checkpoint or not args.predict,
@@ -244,7 +243,7 @@ class Area:
     step: float = 1.0  # usual seconds from one row to the next
     recordings: tuple = (0,)  # first row of each file
     breaks: tuple = (0,)  # rows that follow a gap or begin a recording
-    times: pd.Series | None = None  # time column
+    times: pd.Series = None  # time column, if there is one
 
 
 def intensity(seconds, growth, burn, decay, scale):
@@ -265,7 +264,8 @@ def lookalike(kind, t, start, length, rng):
     if kind == "solvent":
         return np.where(phase > 0, np.exp(-4 * (t - start).clip(0) / length), 0)
     bursts = start + length * rng.random((12, 1))  # dust and switching arcs
-    return np.exp(-np.abs(t - bursts) / rng.uniform(4, 20, (12, 1))).max(axis=0)
+    widths = rng.uniform(4, 20, (12, 1))
+    return np.exp(-np.abs(t - bursts) / widths).max(axis=0)
 
 
 def generate_block(area, block, seed):
@@ -290,12 +290,16 @@ def generate_block(area, block, seed):
     distance = 0.1 * rng.standard_normal() + 0.25 * rng.standard_normal((len(level), 1))
 
     x = level + swing * np.sin(2 * np.pi * (hours - 9) / 24)
-    phases = np.random.default_rng([seed, number]).uniform(0, 2 * np.pi, (3, len(level), 1))
+    area_rng = np.random.default_rng([seed, number])
+    phases = area_rng.uniform(0, 2 * np.pi, (3, len(level), 1))
     for period, phase in zip((7.3, 31.0, 170.0), phases):
-        x = x + drift / math.sqrt(3) * np.sin(2 * np.pi * hours / period + phase)
+        wave = np.sin(2 * np.pi * hours / period + phase)
+        x = x + drift / math.sqrt(3) * wave
     x += rise * np.exp(distance) * sensed
-    for start, length, size in rng.uniform((0, 300, -0.5), (BLOCK_ROWS - 900, 900, 0.5), (3, 3)):
-        x += false_rise * math.exp(size) * lookalike(LOOKALIKES[area], t, start, length, rng)
+    events = rng.uniform((0, 300, -0.5), (BLOCK_ROWS - 900, 900, 0.5), (3, 3))
+    for start, length, size in events:
+        shape = lookalike(LOOKALIKES[area], t, start, length, rng)
+        x += false_rise * math.exp(size) * shape
     x += noise * (1 + 0.5 * sensed) * rng.standard_normal(x.shape, dtype=np.float32)
     x = np.maximum(x, 0)
     x[rng.random(x.shape, dtype=np.float32) < 0.002] = np.nan
@@ -426,21 +430,19 @@ def find_column(frame, chosen, usual_names):
 def find_sensors(recordings, others):
     """The columns of recordings without `others` and without those that give the answer away:
     times, labels, and what only rises in all recordings, through more than two values."""
-    sensors = []
+    columns = recordings[0].columns.difference(others, sort=False)
     left_out = []
-    for name in recordings[0].columns.difference(others, sort=False):
+    for name in columns:
         known = [frame[name].dropna() for frame in recordings if name in frame]
         is_time = known[0].dtype.kind == "M"
         is_label = name.startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
         rises = all(column.is_monotonic_increasing for column in known)
         if is_time or is_label or (rises and known[0].nunique() > 2):
             left_out.append(name)
-        else:
-            sensors.append(name)
     if left_out:
         note(f"left out {left_out}, since a row index, a clock, a counter or a second label gives "
              "the answer away; --columns keeps them")
-    return sensors
+    return columns.difference(left_out, sort=False)
 
 
 def read_times(column, recordings):
@@ -586,8 +588,9 @@ def cut_rows(labels, start, stop, gap):
     cuts = []
     for share in CUTS:
         cut = start + int(share * rows)
-        ahead = np.lib.stride_tricks.sliding_window_view(labels[cut : cut + rows // 20 + gap], gap)
-        cuts.append(cut + int(ahead.max(axis=1).argmin()))
+        ahead = labels[cut : cut + rows // 20 + gap]
+        severity = np.lib.stride_tricks.sliding_window_view(ahead, gap).max(axis=1)
+        cuts.append(cut + int(severity.argmin()))
     val, test = cuts
     return [("train", start, val), ("val", val + gap, test), ("test", test + gap, stop)]
 
@@ -599,7 +602,8 @@ def split_area(area, how, args):
     parts of one incident are on both sides, which is optimistic. "files" deals whole recordings in
     random order, but those with fire first.
     """
-    labels, gap = area.labels, args.seq_len
+    labels = area.labels
+    gap = args.seq_len
     if how == "time":
         cuts = cut_rows(labels, 0, len(labels), gap)
     elif how == "runs":
@@ -631,8 +635,10 @@ def sample_blocks(stretches, labels, split, args, seed):
         return stretches
     block_rows = min(50 * args.seq_len, rows // 10) if split == "train" else rows // 4
     block_rows = max(args.seq_len, block_rows)
-    blocks = [(begin, min(begin + block_rows, stop)) for start, stop in stretches
-              for begin in range(start, stop - args.seq_len + 1, block_rows)]
+    blocks = []
+    for start, stop in stretches:
+        for begin in range(start, stop - args.seq_len + 1, block_rows):
+            blocks.append((begin, min(begin + block_rows, stop)))
     blocks = np.random.default_rng(seed).permutation(blocks)
     if split == "train":
         incidents = np.array([np.count_nonzero(labels[start:stop]) for start, stop in blocks])
@@ -758,7 +764,8 @@ def load_data(args):
         for recording in np.split(area.readings, area.recordings[1:]):
             remove_drift(recording, seconds / area.step)
         train = pd.DataFrame(area.readings[mask])
-        mean, std = train.mean(), train.std(ddof=0)  # NaN for a sensor without any reading
+        mean = train.mean()  # NaN for a sensor without any reading
+        std = train.std(ddof=0)
         std = std.mask(std <= 1e-6 * mean.abs(), 1)  # 1 for a constant
         info["areas"][name] = {"sensors": area.sensors, "columns": columns[area.sensors].tolist(),
                                "mean": mean.tolist(), "std": std.tolist(), "step": area.step}
@@ -857,9 +864,9 @@ class OptimizedFireTransformer(nn.Module):
 def make_model(arguments, info):
     """The transformer for a run's arguments {name: value} and the description of its data."""
     names = ("seq_len", "d_model", "num_layers", "dropout", "patch_len")
-    return OptimizedFireTransformer(
-        len(info["columns"]), num_areas=len(info["areas"]),
-        summary_token=not arguments["original_model"], **{name: arguments[name] for name in names})
+    sizes = {name: arguments[name] for name in names}
+    return OptimizedFireTransformer(len(info["columns"]), num_areas=len(info["areas"]),
+                                    summary_token=not arguments["original_model"], **sizes)
 
 
 def window_features(data, starts):
@@ -899,7 +906,8 @@ def fit_baselines(train, val, args):
     validation. The validation loss ends the boosting, and chooses its learning rate."""
     features, labels = val
     known = np.isin(labels, train[1])
-    models, seconds = {}, {}
+    models = {}
+    seconds = {}
     for name, candidates in make_baselines(args).items():
         start_time = time.perf_counter()
         stopping = {}
@@ -923,16 +931,21 @@ def smoke_times_co(train, test, areas):
     """
     from sklearn.tree import DecisionTreeClassifier
 
-    answers = np.full(len(test[1]), -1)
+    train_features, train_labels = train
+    test_features, _ = test
+    answers = np.full(len(test_features), -1)
     for number, area in enumerate(areas.values()):
-        columns = pd.Series(area["columns"], area["sensors"])
-        pair = [*columns.filter(regex="(?i)smoke")[:1], *columns.filter(regex=CO)[:1]]
-        here, there = [features[:, number - len(areas)] == 1 for features, _ in (train, test)]
-        if len(pair) == 2 and here.any() and there.any():
-            known, new = [features[:, pair].clip(0).prod(axis=1, keepdims=True)
-                          for features, _ in (train, test)]  # the first statistic is the mean
-            rule = DecisionTreeClassifier(max_leaf_nodes=3).fit(known[here], train[1][here])
-            answers[there] = rule.predict(new[there])
+        columns = pd.Series(area["columns"], area["sensors"])  # of the first statistic, the mean
+        smoke = columns.filter(regex="(?i)smoke")[:1]
+        co = columns.filter(regex=CO)[:1]
+        here = train_features[:, number - len(areas)] == 1
+        there = test_features[:, number - len(areas)] == 1
+        known = train_features[here].clip(0)
+        new = test_features[there].clip(0)
+        if len(smoke) and len(co) and len(known) and len(new):
+            rule = DecisionTreeClassifier(max_leaf_nodes=3)
+            rule.fit(known[:, smoke] * known[:, co], train_labels[here])
+            answers[there] = rule.predict(new[:, smoke] * new[:, co])
     return answers
 
 
@@ -966,7 +979,8 @@ def fire_loss(logits, risk, labels):
 def warm_up_then_cosine(step, steps):
     """Share of the largest learning rate: a rise over 5 % of the steps, then half a cosine to 0."""
     warm_up = max(1, steps // 20)
-    return min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step / steps))
+    return min((step + 1) / warm_up, cosine)
 
 
 def vary_gains(readings, noise):
@@ -1023,7 +1037,8 @@ def train_transformer(model, data, args, state, run_dir):
     resumed run needs no random state; under torchrun all processes draw the same windows, and each
     takes its share. `state` is that of new_state or of a checkpoint, and is kept up to date.
     """
-    train_starts, val_starts = data.starts("train", 1), data.starts("val", args.stride)
+    train_starts = data.starts("train", 1)
+    val_starts = data.starts("val", args.stride)
     val_labels = data.window_labels(val_starts)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=WEIGHT_DECAY,
                                   fused=True)
@@ -1038,14 +1053,16 @@ def train_transformer(model, data, args, state, run_dir):
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     while not is_finished(state, args):
-        epoch, start_time = len(state["history"]) + 1, time.perf_counter()
+        start_time = time.perf_counter()
+        epoch = len(state["history"]) + 1
         seed = 1000 * args.seed + epoch
         generator = torch.Generator().manual_seed(seed)
         windows = (args.steps_per_epoch, args.batch_size)
         starts = train_starts[torch.randint(len(train_starts), windows, generator=generator)]
         torch.manual_seed(seed * WORLD_SIZE + RANK)  # for dropout and gains
         model.train()
-        losses, correct = [], 0
+        losses = []
+        correct = 0
         for batch in progress(starts, f"epoch {epoch} of {args.epochs}"):
             readings, area, labels = data.windows(batch[RANK::WORLD_SIZE])
             with autocast(args.device):
@@ -1077,8 +1094,10 @@ def train_transformer(model, data, args, state, run_dir):
 
 def end_epoch(state, modules, args, run_dir):
     """Keep the best weights, write the checkpoint and draw the dashboard."""
-    epoch, metrics = len(state["history"]), state["history"][-1]
-    log(f"epoch {epoch}: " + ", ".join(f"{name} {metrics[name]:.4g}" for name in metrics))
+    epoch = len(state["history"])
+    metrics = state["history"][-1]
+    texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
+    log(f"epoch {epoch}: {', '.join(texts)}")
     loss = metrics["val_loss"]
     if not math.isfinite(loss):
         raise UserError(f"the loss in epoch {epoch} is not finite; lower --learning-rate")
@@ -1121,15 +1140,18 @@ def score_answers(answers, labels, areas):
     alarms = answers.eq(2).astype(float).where(answered)
     scores = {}
     for name in answers:
-        answer, true = answers[name][answered[name]], labels[answered[name]]
+        rows = answered[name]
+        answer = answers[name][rows]
+        true = labels[rows]
         present = np.unique(true)
         report = classification_report(true, answer, labels=present, output_dict=True,
                                        target_names=np.array(CLASSES)[present], zero_division=0)
         matrix = confusion_matrix(true, answer, labels=range(len(CLASSES)))
         scores[name] = report | {"confusion_matrix": matrix}
+    macro_f1 = {name: score["macro avg"]["f1-score"] for name, score in scores.items()}
     table = pd.DataFrame({
         "accuracy %": correct.mean(),
-        "macro F1 %": {name: score["macro avg"]["f1-score"] for name, score in scores.items()},
+        "macro F1 %": macro_f1,
         "false alarms %": alarms[labels < 2].mean(),
         "missed fire %": 1 - alarms[labels == 2].mean()})
     return 100 * table, 100 * correct.groupby(areas, sort=False).mean(), scores
@@ -1295,7 +1317,8 @@ def add_stage(stages, name, start_time):
 
 def format_summary(results, table, by_area):
     """The tables of one seed as Markdown; the main table and the answer come last."""
-    data, accuracy = results["data"], table["accuracy %"]
+    data = results["data"]
+    accuracy = table["accuracy %"]
     baseline = accuracy[BASELINES].idxmax()
     return f"""Test accuracy by area [%]:
 
@@ -1481,7 +1504,8 @@ def load_transformer(address):
     """(model, arguments, description of the data) of a checkpoint, here or in S3."""
     checkpoint = load_checkpoint(io.BytesIO(read_bytes(address)), address)
     try:
-        arguments, info = checkpoint["arguments"], checkpoint["data"]
+        arguments = checkpoint["arguments"]
+        info = checkpoint["data"]
         model = make_model(arguments, info)
         model.load_state_dict(checkpoint["best"]["model"])
     except (LookupError, TypeError, AttributeError, RuntimeError):
