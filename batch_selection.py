@@ -161,10 +161,10 @@ def parse_args(argv=None):
         alone = args.device.type != "cpu" or args.budget_seconds
         args.jobs = 1 if alone else os.cpu_count()
     counts = (args.epochs, args.runs, args.batch_size, args.text_bytes, args.jobs)
-    if not min(*counts, args.learning_rate) > 0:
+    if not min(args.learning_rate, *counts) > 0:  # the first one may be NaN
         parser.error("--epochs, --runs, --batch-size, --text-bytes, --jobs and --learning-rate "
                      "must be above 0")
-    if min(args.seed, args.budget_seconds) < 0:
+    if not min(args.budget_seconds, args.seed) >= 0:
         parser.error("--seed and --budget-seconds must not be negative")
     if not all(0 <= share <= 1 for share in args.label_noise):
         parser.error("--label-noise must be from 0 to 1")
@@ -473,8 +473,9 @@ def read_cinic(folder):
     from PIL import Image
 
     if not any(folder.glob("**/train/*/*.png")):
-        shutil.unpack_archive(folder / "CINIC-10.tar.gz", folder / "part", filter="data")
-        (folder / "part").rename(folder / "images")
+        part = folder.with_suffix(".part")  # elsewhere, so that a part is not taken for the whole
+        shutil.unpack_archive(folder / "CINIC-10.tar.gz", part, filter="data")
+        part.rename(folder / "images")
     arrays = []
     for split in ("train", "test"):
         paths = sorted(folder.glob(f"**/{split}/*/*.png"))
@@ -673,6 +674,8 @@ def load_text(args):
 
     Without --data the text is the standard library's source, its files in a fixed random order.
     """
+    from sklearn.model_selection import train_test_split
+
     root = Path(args.data or Path(os.__file__).parent)
     paths = sorted(path for path in root.glob("**/*" if args.data else "*.py") if path.is_file())
     paths = np.random.default_rng(0).permutation(paths or [root])
@@ -683,9 +686,7 @@ def load_text(args):
     size = (len(text) - 1) // WINDOW * WINDOW
     x = values[:size].reshape(-1, WINDOW)
     y = values[1 : size + 1].reshape(-1, WINDOW)
-    cut = 9 * len(x) // 10
-    x_train, x_test = np.split(x, [cut])
-    y_train, y_test = np.split(y, [cut])
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.1, shuffle=False)
     pairs = np.ones((256, 256))  # each pair of bytes once more than seen
     np.add.at(pairs, (x_train, y_train), 1)
     bits = -np.log2(pairs / pairs.sum(1, keepdims=True))
@@ -731,8 +732,8 @@ class SmallCNN(nn.Sequential):
     [batch, classes]."""
 
     def __init__(self, shape, classes, width=16):
-        if len(shape) != 3:
-            raise UserError("--model cnn needs images")
+        if len(shape) != 3 or shape[2] < 4:
+            raise UserError("--model cnn needs images of at least 4 x 4 pixels")
         channels, height, side = shape
         super().__init__(
             nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -787,11 +788,11 @@ class Learner:
     The same seed means the same first weights and random numbers for every strategy.
     """
 
-    def __init__(self, data, make_model, seed, args, epochs=None):
+    def __init__(self, data, make_model, seed, args, epochs):
         torch.manual_seed(seed)
         self.data = data
         self.args = args
-        self.epochs = epochs or args.epochs  # a control may end within one
+        self.epochs = epochs  # of a control not a whole number
         self.model = make_model(data.x_train.shape[1:], data.num_classes).to(args.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), args.learning_rate, fused=True)
         self.rng = np.random.default_rng(seed)
@@ -1125,7 +1126,8 @@ def write_strategy_folder(runs, parent):
     lines = [f"{folder}, runs: {len(last)}, after the last epoch; mean and 95 % interval"]
     for metric in runs.columns.intersection(METRICS):
         lines.append(f"{METRICS[metric]}: {mean_text(last[metric], digits=4)}")
-        fig, (ax,) = new_figure(f"{folder}, runs: {len(last)}", size=(7, 4))
+        fig, (ax,) = new_figure(f"{parent.parent.name}, {parent.name}: mean of {len(last)} runs",
+                                size=(7, 4))
         plot_runs(ax, runs, "epoch", metric)
         epoch_axis(ax)
         save_figure(fig, folder / f"{metric}.png", show=False)
