@@ -132,7 +132,7 @@ SENSORS = {area: rows.drop(columns="area").T
 LOOKALIKES = {"basement": "cooking", "laundry": "dryer cycle", "asd": "dust", "voc": "solvent",
               "arc": "switching arcs"}
 BLOCK_ROWS = 3600
-WARNING_LIMIT, FIRE_LIMIT = 0.17, 1.0  # of the hidden intensity
+LIMITS = np.array([0.17, 1.0])  # of warning and of fire, in the hidden intensity
 
 # Files. A label is compared in lower case; 1 means fire where no label means warning.
 LABELS = {"0": 0, "normal": 0, "no fire": 0, "no": 0, "off": 0, "false": 0, "1": 1, "warning": 1,
@@ -307,10 +307,9 @@ def generate_block(area, block, seed):
         start, length = rng.integers((0, 10), (BLOCK_ROWS, 300))
         x[sensor, start : start + length] = np.nan
 
-    limits = np.array([WARNING_LIMIT, FIRE_LIMIT])
-    annotated = limits * np.exp(rng.normal(0, (0.15, 0.10)))  # annotators differ a little
+    annotated = LIMITS * np.exp(rng.normal(0, (0.15, 0.10)))  # annotators differ a little
     labels = np.searchsorted(annotated, hidden, side="right").astype(np.int8)
-    oracle = np.searchsorted(limits, hidden, side="right").astype(np.int8)
+    oracle = np.searchsorted(LIMITS, hidden, side="right").astype(np.int8)
     return x.T.astype(np.float32), labels, oracle
 
 
@@ -666,9 +665,9 @@ def find_segments(areas, how, args):
 
 
 def choose_split(areas, args):
-    """(name of the split, its segments). Of two splits the one that leaves fewer classes without
-    enough windows is chosen. Raises UserError where a split is empty or the training part has one
-    class only."""
+    """(name of the split, its segments, the number of windows [classes, splits] in them). Of two
+    splits the one that leaves fewer classes without enough windows is chosen. Raises UserError
+    where a split is empty or the training part has one class only."""
     splits = ["time", "runs"] if args.split == "auto" else [args.split]
     candidates = {how: find_segments(areas, how, args) for how in splits}
     how = min(splits, key=lambda how: (candidates[how][1].to_numpy() < MIN_WINDOWS).sum())
@@ -677,13 +676,13 @@ def choose_split(areas, args):
         note("each run of one label is split, so parts of one incident are on both sides: all "
              "scores are optimistic")
     windows = counts[counts.any(axis=1)].stack()
-    if windows.min() < MIN_WINDOWS:
-        few = windows[windows < MIN_WINDOWS].to_dict()
+    few = windows[windows < MIN_WINDOWS].to_dict()
+    if few:
         note(f"fewer than {MIN_WINDOWS} windows are too few to score: {few}")
     if (counts["train"] > 0).sum() < 2 or not counts.any().all():
         raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
                         "or --stride, or another --split")
-    return how, segments
+    return how, segments, counts
 
 
 def choose_baseline(areas, how, args):
@@ -747,7 +746,7 @@ def load_data(args):
     them in results.json, and tells what a checkpoint needs for new readings."""
     by_name, files = file_areas(args) if args.data else (generate_areas(args), [])
     areas = list(by_name.values())
-    how, segments = choose_split(areas, args)
+    how, segments, counts = choose_split(areas, args)
     seconds = choose_baseline(areas, how, args)
     columns = pd.Series(assign_columns(areas))
     names = columns.index.to_series().groupby(columns).agg(" or ".join)
@@ -755,7 +754,8 @@ def load_data(args):
     rows = int(np.diff(bounds).sum())
     digest = joblib.hash([segments, args.stride, [(area.readings, area.labels) for area in areas]])
     info = {"files": files, "rows": rows, "hash": digest, "split": how,
-            "baseline_seconds": seconds, "columns": names.tolist(), "areas": {}}
+            "baseline_seconds": seconds, "columns": names.tolist(), "areas": {},
+            "windows": counts.to_dict("list")}
     ends = np.cumsum([len(area.labels) for area in areas])
     is_train = np.zeros(ends[-1], bool)
     for start, stop in segments["train"]:
@@ -1379,9 +1379,7 @@ def run_experiment(args, run_dir=None):
 
     times = pd.DataFrame(stages).groupby("name")["seconds"].sum()
     table["training s"] = pd.Series(seconds | {"transformer": times["transformer"].round(1)})
-    counts = pd.DataFrame({split: np.bincount(labels, minlength=len(CLASSES))
-                           for split, (_, labels) in tables.items()})
-    plot_data(counts, importance, run_dir)
+    plot_data(pd.DataFrame(info["windows"]), importance, run_dir)
     plot_training(state, run_dir)
     plot_models(table, by_area, scores, run_dir)
     with atomic_write(run_dir / "transformer.pt") as path:
@@ -1391,8 +1389,8 @@ def run_experiment(args, run_dir=None):
     html = HTML.replace("ROWS", to_json(rows))
     (run_dir / "model_comparison.html").write_text(html, encoding="utf-8")
     results = {"seed": args.seed, "table": rows, "areas": by_area.to_dict("index"),
-               "models": scores, "data": info | {"windows": counts.to_dict("list")},
-               "importance": importance.to_dict(), "history": state["history"], "stages": stages,
+               "models": scores, "data": info, "importance": importance.to_dict(),
+               "history": state["history"], "stages": stages,
                "parameters": sum(weight.numel() for weight in model.parameters())}
     summary = format_summary(results, table, by_area)
     if args.save_to:
@@ -1453,15 +1451,16 @@ def format_mean(values):
 
 def combine_runs(runs):
     """(results, summary) of several seeds: means with intervals, and what a paired test finds."""
-    from scipy.stats import ttest_rel
+    from scipy.stats import ttest_1samp
 
     tables = pd.concat([pd.DataFrame(run["table"]).assign(seed=run["seed"]) for run in runs])
     accuracy = tables.pivot(index="seed", columns="model", values="accuracy %")
-    ranking = accuracy.mean().sort_values(ascending=False).index
+    mean = accuracy.mean()
+    ranking = mean.sort_values(ascending=False).index
     table = tables.drop(columns="seed").groupby("model").agg(format_mean).loc[ranking]
-    baseline = ranking[ranking.isin(BASELINES)][0]
+    baseline = mean[BASELINES].idxmax()
     difference = accuracy["transformer"] - accuracy[baseline]
-    p = ttest_rel(accuracy["transformer"], accuracy[baseline]).pvalue
+    p = ttest_1samp(difference, 0).pvalue  # a paired test
     rows = table.reset_index().to_dict("records")
     summary = f"""Test part, mean ± 95 % interval over {len(runs)} seeds:
 
