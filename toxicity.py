@@ -91,7 +91,7 @@ ORIGINAL = {"the original, a claim (other data)": {"F1": 0.36, "recall": 0.71, "
 COMPARED = ["PR AUC", "F1", "ROC AUC"]  # columns of the table of arms
 TIERS = ["allow", "monitor", "review", "remove"]
 INFERENCE_BATCH = 64
-NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
+NO_LABEL = ["", "nan", "null", "na", "n/a", "-1", "-1.0"]
 MAX_CLASSES = 20  # a column with more label values holds a scale
 FOLDS = 3  # of the training texts for --distill
 COPIES = 4  # altered copies of each text for --distill
@@ -319,7 +319,7 @@ def read_table(path):
     content = pa.input_stream(str(path)).read()  # unpacks .gz
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = content.decode("utf-16" if wide else "utf-8-sig")
-    if "json" in name:
+    if re.search(r"\.(nd)?jsonl?(\.gz)?$", name):
         return pd.read_json(io.StringIO(text), lines=text.lstrip()[:1] != "[", dtype=False)
     header = text.partition("\n")[0]
     escaped = re.search(r'\\"[^",;\t\r\n]', text)
@@ -338,7 +338,7 @@ def read_texts(path, args):
         if name not in table:
             raise UserError(f"no column {name!r} among {list(table)}")
     texts, cells = table[args.text_column], table[args.label_column].map(str)
-    values = cells.str.strip().str.lower()
+    values = numbers = cells.str.strip().str.lower()
     if args.positive_label is None:
         numbers = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
         known = numbers.between(0, 1 if args.label_threshold < 1 else math.inf)
@@ -346,18 +346,22 @@ def read_texts(path, args):
     else:
         known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
         toxic = values == args.positive_label.strip().lower()
-    counts = cells.groupby(np.take(CLASSES, toxic)).value_counts().nlargest(MAX_CLASSES)
-    note(f"labels with their numbers of texts: {counts.to_dict()}")
+    placed = np.where(known, np.take(CLASSES, toxic), "no label")
+    few = values.nunique() <= MAX_CLASSES
+    counts = cells.groupby(placed).value_counts().to_dict()
+    if not few:
+        counts = numbers.groupby(placed).agg(["size", "min", "max"]).to_dict("index")
+    note(f"labels with their numbers of texts: {counts}")
     filled = [isinstance(text, str) and text.strip() != "" for text in texts]
     good = known & np.array(filled, dtype=bool)
     if not good.all():
         row = good.argmin()
         raise UserError(
-            f"row {row + 1} has no text or no label: {table.iloc[row].to_dict()}; "
+            f"row {row + 1} has no text or no valid label: {texts[row]!r:.80}, {cells[row]!r}; "
             "without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
             "--label-threshold is 1 or more")
     labels = toxic.astype(int)
-    classes = pd.factorize(values)[0] if values.nunique() <= MAX_CLASSES else labels
+    classes = pd.factorize(values)[0] if few else labels
     return pd.DataFrame({"text": texts.map(clean_text), "label": labels, "class": classes})
 
 
@@ -502,14 +506,12 @@ def tokenize(tokenizer, texts, max_length):
     return nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
 
-def bucket_batches(tokens, batch_size, shuffled=None):
-    """Rows of each batch, texts of like lengths together. With `shuffled`, a number, so many texts
-    are drawn and sorted within runs of 50 batches, and the batches shuffled."""
+def bucket_batches(tokens, batch_size, count):
+    """Rows of each batch of an epoch of `count` texts drawn at random, shuffled; texts of like
+    lengths are together, since the texts are sorted within runs of 50 batches."""
     lengths = text_lengths(tokens)
-    if shuffled is None:
-        return lengths.argsort().split(batch_size)
     batches = []
-    for run in torch.randperm(len(lengths))[:shuffled].split(50 * batch_size):
+    for run in torch.randperm(len(lengths))[:count].split(50 * batch_size):
         batches += run[lengths[run].argsort(stable=True)].split(batch_size)
     return [batches[i] for i in torch.randperm(len(batches))]
 
@@ -519,7 +521,7 @@ def run_in_buckets(function, tokens, device):
     """What a function of the arguments of a BERT says about each text [texts, …], in their order,
     computed in batches of texts of like lengths."""
     tokens = tokens.to(device)
-    batches = bucket_batches(tokens, INFERENCE_BATCH)
+    batches = text_lengths(tokens).argsort().split(INFERENCE_BATCH)
     outputs = [function(**make_batch(tokens, rows)).float() for rows in batches]
     return torch.cat(outputs)[torch.cat(batches).argsort()]
 
@@ -797,10 +799,6 @@ def make_examples(tokenizer, data, args, lesson=None):
         tokens = tokenize(tokenizer, texts, args.max_length).to(args.device)
         targets = torch.as_tensor(targets, device=args.device)
         examples[split] = Examples(tokens, targets, weights, len(data.splits["train"]))
-    full = (text_lengths(examples["train"].tokens) == args.max_length).float().mean()
-    if full:
-        note(f"{full:.2%} of the training texts fill --max-length {args.max_length}; what follows "
-             "is not read")
     return examples
 
 
@@ -972,7 +970,7 @@ def load_classifier(path, device):
         state["model"] = model.to("cpu" if is_int8(model) else device).eval()
         state["tokenizer"] = Tokenizer.from_str(state["tokenizer"])
         return Classifier(**state)
-    except (KeyError, TypeError, RuntimeError):
+    except (LookupError, TypeError, RuntimeError):
         raise UserError(f"{path}: no best_model.pt of this version of the script") from None
 
 
@@ -1187,8 +1185,9 @@ def plot_learning(state, name, path):
     history = pd.DataFrame(state["history"])
     history.index += 1
     fig, axes = new_figure(f"Training of {name}", 1, 2, (11, 4.2))
-    history.filter(like="loss").plot(ax=axes[0], style=["o-", "s--"], ylabel="loss")
-    history.filter(like="auc").plot(ax=axes[1], style="s--", ylabel="PR AUC")
+    history.plot(y=["train_loss", "validation_loss"], label=["training", "validation"],
+                 ax=axes[0], style=["o-", "s--"], ylabel="loss")
+    history["validation_pr_auc"].plot(ax=axes[1], style="s--", ylabel="validation PR AUC")
     for ax in axes:
         ax.vlines([switch["epoch"] for switch in state["switches"]], *ax.get_ylim(), "0.3", ":")
         epoch_axis(ax, "epoch (dotted: a switch, after which the learning rate starts again)")
@@ -1199,7 +1198,7 @@ def plot_curves(scores, metrics, labels, path):
     """Precision over recall, and ROC, of the rows of the table."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    fig, axes = new_figure("Toxic texts of the test part", 1, 2, (11, 5.2))
+    fig, axes = new_figure("Toxic texts of the test part (PR AUC, ROC AUC)", 1, 2, (11, 5.2))
     for i, (name, row) in enumerate(metrics.items()):
         precision, recall, _ = precision_recall_curve(labels, scores[name])
         precision[-1] = precision[-2]  # scikit-learn lets every curve end at 1
@@ -1208,7 +1207,7 @@ def plot_curves(scores, metrics, labels, path):
         plot_curve(axes[0], recall, precision, label, i)
         plot_curve(axes[1], false_alarms, found, label, i)
     axes[0].set(title="precision and recall", xlabel="recall", ylabel="precision")
-    axes[1].set(title="ROC (areas: left, right)", ylabel="recall",
+    axes[1].set(title="ROC", ylabel="recall",
                 xlabel="share of harmless texts called toxic")
     legend_below(axes[1], 2)
     save_figure(fig, path)
@@ -1239,22 +1238,18 @@ measured on the CPU (threads: {torch.get_num_threads()}).
     return f"{text}\n{results['answer']}\n"
 
 
-def format_answer(models):
-    """The sentence at the end of a run."""
-    areas = pd.Series({name: row["PR AUC"] for name, row in models.items()})
-    ranking = [f"{name} {area:.3f}" for name, area in areas.sort_values()[::-1].items()]
-    return f"PR AUC on the test part, from the best to the worst: {'; '.join(ranking)}."
-
-
 def giant_killer(tiny, giant):
     """Rows [{column: value}]: what the original asks of a giant-killer, and what was measured."""
     f1 = 100 * tiny["F1"] / max(giant["F1"], 1e-12)
-    speed, latency = tiny["texts/s"] / giant["texts/s"], tiny["99 % latency [ms]"]
-    rows = [("F1 [% of the giant's]", "at least 98", f1, f1 >= 98),
-            ("speed [times the giant's]", "at least 15", speed, speed >= 15),
-            ("size of the weights [MB]", "under 25", tiny["MB"], tiny["MB"] < 25),
-            ("99 % of the texts on a CPU [ms]", "under 100", latency, latency < 100)]
-    return pd.DataFrame(rows, columns=["criterion", "asked", "measured", "met"]).to_dict("records")
+    speed = tiny["texts/s"] / giant["texts/s"]
+    size, latency = tiny["MB"], tiny["99 % latency [ms]"]
+    met = [f1 >= 98, speed >= 15, size < 25, latency < 100]
+    table = pd.DataFrame({
+        "criterion": ["F1 [% of the giant's]", "speed [times the giant's]",
+                      "size of the weights [MB]", "99 % of the texts on a CPU [ms]"],
+        "asked": ["at least 98", "at least 15", "under 25", "under 100"],
+        "measured": [f1, speed, size, latency], "met": np.where(met, "yes", "no")})
+    return table.to_dict("records")
 
 
 def report(classifiers, data, args, run_dir, giant=None, **results):
@@ -1277,13 +1272,21 @@ def report(classifiers, data, args, run_dir, giant=None, **results):
     for model in compared:
         scores[model.name], models[model.name] = evaluate(model, data)
     texts, labels = data.split("test")
-    share = dendrite_share(classifier.model, classifier.tokens(texts[:500]))
+    tokens = classifier.tokens(texts)
+    max_length = classifier.arguments["max_length"]
+    full = (text_lengths(tokens) == max_length).float().mean()
+    if full:
+        note(f"{full:.2%} of the test texts fill --max-length {max_length}; what follows is not "
+             "read")
+    share = dendrite_share(classifier.model, tokens[:500])
     parameters = count_live(classifier.model)
     models[classifier.name] |= {"parameters": parameters, "dendrites carry %": share}
     for model in classifiers:
         models[model.name] |= measure_speed(model, texts[:1000])
-    results |= {"seed": args.seed, "data": data.info, "models": models,
-                "answer": format_answer(models)}
+    ranking = sorted(((row["PR AUC"], name) for name, row in models.items()), reverse=True)
+    ranked = "; ".join(f"{name} {area:.3f}" for area, name in ranking)
+    answer = f"PR AUC on the test part, from the best to the worst: {ranked}."
+    results |= {"seed": args.seed, "data": data.info, "models": models, "answer": answer}
     if giant:
         results["giant_killer"] = giant_killer(models[classifier.name], models[fitted.name])
     plot_curves(scores, models, labels, run_dir / "pr_roc.png")
@@ -1307,8 +1310,8 @@ def run_experiment(args, run_dir=None):
     classifier.save(run_dir / "best_model.pt")
     plot_learning(state, classifier.name, run_dir / "learning_curves.png")
     best_epoch, switches = state["best"]["epoch"], state["switches"]
-    if switches and best_epoch <= switches[0]["epoch"]:
-        note("the best epoch was before the first switch, so the model is as it was before it")
+    if ARMS[args.arm] and all(best_epoch <= switch["epoch"] for switch in switches):
+        note("the best epoch was before any switch, so the model has been through none")
     classifiers = [classifier, to_int8(classifier, run_dir)]
     return report(classifiers, data, args, run_dir, giant, arm=args.arm, switches=switches,
                   best_epoch=best_epoch, history=state["history"])
@@ -1320,7 +1323,7 @@ def run(args):
         return predict(args)
     if args.export_hf:
         return export_hf(args)
-    if args.evaluate or args.compare_base or any(getattr(args, job) for job in VERSIONS):
+    if any(getattr(args, job) for job in ["evaluate", "compare_base", *VERSIONS]):
         return evaluate_checkpoint(args)
     if args.compare_dendrites or args.arm == "library":
         with sandbox_perforatedai():
@@ -1413,7 +1416,7 @@ def combine_runs(runs):
     by_seed = records.pivot(index="seed", columns="arm", values="PR AUC")
     table = arms[COMPARED].agg(format_mean)
     first = table.index[0]
-    table["difference"] = (-by_seed.sub(by_seed[first], axis=0)).agg(format_mean)
+    table["difference"] = by_seed.rsub(by_seed[first], axis=0).agg(format_mean)
     table["dendrites carry %"] = arms["dendrites carry %"].max()
     table = table.reset_index().to_dict("records")
     source, seeds = runs[0]["data"]["source"], by_seed.index.tolist()
@@ -1447,11 +1450,12 @@ def evaluate_checkpoint(args):
     trained with, beside the baselines and what the arguments ask for: other versions of it, a
     BERT-Base, the fine-tuned --giant."""
     classifier = find_classifier(args)
-    foreign = bool(args.data or args.dataset)
+    foreign = args.data or args.dataset
     if foreign and args.compare_base:
         raise UserError("--compare-base takes the texts of the checkpoint, not --data or --dataset")
     if not foreign:
         args = argparse.Namespace(**vars(args) | classifier.arguments)
+    seed_everything(args.seed)
     data = load_data(args, foreign, classifier.hashes)
     giant = load_pretrained(args.giant, len(data.toxic)) if args.compare_base else None
     if args.export_onnx:
@@ -1532,14 +1536,17 @@ def predict(args):
     texts = (line.rstrip("\r\n") for line in args.predict or sys.stdin if line.strip())
     try:
         while batch := list(itertools.islice(texts, INFERENCE_BATCH)):
-            scores = classifier.scores([clean_text(text) for text in batch]).astype(float)
-            tiers = np.take(TIERS, np.searchsorted(cuts, scores, side="right"))
-            table = pd.DataFrame({"score": scores.round(4), "toxic": scores >= threshold,
-                                  "tier": tiers, "text": batch})
-            lines = table.to_string(index=False, formatters={"text": repr})
-            if args.format == "json":
-                lines = table.to_json(orient="records", lines=True, force_ascii=False).strip()
-            print(lines, flush=True)
+            scores = classifier.scores([clean_text(text) for text in batch]).tolist()
+            "".join(batch).encode()  # an error where bytes were not UTF-8
+            for score, text in zip(scores, batch):
+                toxic = score >= threshold
+                tier = TIERS[sum(score >= cut for cut in cuts)]
+                line = f"{score:.4f}  {CLASSES[toxic]:9}  {tier:7}  {text!r}"
+                if args.format == "json":
+                    row = {"score": round(score, 4), "toxic": toxic, "tier": tier, "text": text}
+                    line = json.dumps(row, ensure_ascii=False)
+                print(line)
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeError as error:

@@ -145,7 +145,7 @@ def test_no_text_is_on_two_sides_and_the_splits_are_stratified():
         assert len(splits["train"]) == (400 if size == 400 else 2400)
 
 
-KINDS = ["csv", "csv.gz", "tsv", "semicolon.csv", "escaped.csv", "utf16.csv", "jsonl", "json", "parquet"]
+KINDS = ["csv", "csv.gz", "tsv", "semicolon.csv", "escaped.csv", "utf16.csv", "jsonl", "json", "of.json.csv", "parquet"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,7 +195,8 @@ REFUSED = [  # labels that cannot be placed, further flags, what the error names
     (["toxic", "", "ok"], ["--positive-label", "toxic"], "row 2"),
     (["1", "0", "-1"], [], "row 3"),
     (["1", "0", "-1"], ["--positive-label", "1"], "row 3"),
-    (["0", "80", "3"], [], "row 2 has no text or no label: {'text': 'text number 1', 'toxicity': '80'}"),
+    (["1.0", "0.0", "-1.0"], ["--positive-label", "1.0"], "row 3"),
+    (["0", "80", "3"], [], "row 2 has no text or no valid label: 'text number 1', '80'"),
     (["0", "1", "nan"], [], "row 3"),
     (["good", "bad", "good"], [], "'good'"),
     (["good", "bad", "good"], ["--positive-label", "worse"], "of one class only"),
@@ -219,6 +220,13 @@ def test_each_label_value_is_named_with_its_count(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], ["Toxic", "toxic ", "ok"] * 40)
     read(path, "--positive-label", "toxic")
     line = "{('not toxic', 'ok'): 40, ('toxic', 'Toxic'): 40, ('toxic', 'toxic '): 40}"
+    assert line in capsys.readouterr().err
+
+
+def test_a_scale_is_named_by_its_range(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], range(120))
+    read(path, "--label-threshold", "40")
+    line = "{'not toxic': {'size': 40, 'min': 0, 'max': 39}, 'toxic': {'size': 80, 'min': 40, 'max': 119}}"
     assert line in capsys.readouterr().err
 
 
@@ -310,7 +318,7 @@ def test_buckets_give_the_logits_of_plain_padding():
     with torch.no_grad():
         whole = model(input_ids=ids, attention_mask=(ids > 0).long()).logits
     torch.testing.assert_close(bucketed, whole, atol=2e-6, rtol=0)
-    seen = torch.cat(toxicity.bucket_batches(ids, 5, shuffled=37))
+    seen = torch.cat(toxicity.bucket_batches(ids, 5, 37))
     assert sorted(seen.tolist()) == list(range(37))
 
 
@@ -452,6 +460,13 @@ def test_an_arm_is_one_entry(fast, tmp_path, monkeypatch):
     assert run["switches"] == [{"epoch": 1, "parameters": 4_386_178}]
 
 
+def test_a_model_that_went_through_no_switch_is_noted(fast, plain, tmp_path):
+    argv = [*SMALL, "--arm", "restart", "--epochs", "1", "--sample-size", "100", "--output-dir", str(tmp_path)]
+    line = "the best epoch was before any switch, so the model has been through none"
+    assert line in toxicity.main(argv)["notes"]
+    assert line not in plain[1]["notes"]  # that arm has no switches
+
+
 def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch, error_line):
     def fail(model, train, args):
         raise toxicity.UserError("out of luck")
@@ -533,6 +548,8 @@ def test_a_student_learns_from_a_giant_that_was_trained(fast, giant, tmp_path):
     before = toxicity.load_pretrained(str(giant), 2)[0].state_dict()
     assert all((weights[name] != before[name]).any() for name in weights if name.endswith("LayerNorm.weight"))
     assert [row["criterion"].split()[0] for row in results["giant_killer"]] == ["F1", "speed", "size", "99"]
+    assert [row["met"] for row in results["giant_killer"][1:]] == ["no", "yes", "yes"]  # of the speed in `fast`
+    assert len([line for line in results["notes"] if "fill --max-length" in line]) == 1  # not one for each teacher
     assert "frozen encoder" in results["models"]
 
 
@@ -609,12 +626,13 @@ def test_foreign_and_truncated_files_are_refused(dendritic, tmp_path, error_line
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"model": {}}, tmp_path / "other.pt")
+    torch.save(torch.ones(3), tmp_path / "tensor.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "pickle.pt")  # a pickled class is not loaded
     state = torch.load(model_of(dendritic), weights_only=True)
     state["model"]["config"]["hidden_size"] = 64
     torch.save(state, tmp_path / "layout.pt")
-    for name in ("half", "text", "other", "pickle", "layout", "absent"):
-        for mode in (["--evaluate", tmp_path / f"{name}.pt"],
+    for name in ("half", "text", "other", "tensor", "pickle", "layout", "absent"):
+        for mode in (["--evaluate", "--checkpoint", tmp_path / f"{name}.pt"],
                      ["--predict", "hello", "--checkpoint", tmp_path / f"{name}.pt"]):
             line = error_line(toxicity, [*mode, "--output-dir", tmp_path])
             assert f"{name}.pt" in line
@@ -837,7 +855,9 @@ def test_quick_takes_a_file_or_a_model_of_ones_own(giant, tmp_path):
 
 def test_control_characters_are_escaped_in_the_table(dendritic, capsys):
     toxicity.main(["--predict", "red \x1b[31m\nnew line", "--output-dir", str(dendritic[0])])
-    assert r"red \x1b[31m\nnew line" in capsys.readouterr().out.splitlines()[-1]
+    line = capsys.readouterr().out.rstrip()
+    assert line.endswith(r"  'red \x1b[31m\nnew line'")
+    assert line.split()[1] in ("toxic", "not")
 
 
 def test_predictions_need_texts_in_utf_8(dendritic, monkeypatch, error_line):
@@ -854,7 +874,6 @@ def test_lines_stream_and_a_reader_may_leave(dendritic, tmp_path):
     lines = b"you are a clown\n" * toxicity.INFERENCE_BATCH
     process.stdin.write(lines)
     process.stdin.flush()
-    process.stdout.readline()
     assert process.stdout.readline().endswith(b"'you are a clown'\n")  # an answer before the input ends
     process.stdout.close()
     with contextlib.suppress(BrokenPipeError):
@@ -895,7 +914,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
     (tmp_path / "cut.csv.gz").write_bytes((tmp_path / "cut.csv.gz").read_bytes()[:500])
     cases = [
         ([good, "--text-column", "comment"], "no column 'comment' among ['text', 'toxicity']"),
-        ([blank], "row 5 has no text or no label: {'text': ' '"),
+        ([blank], "row 5 has no text or no valid label: ' '"),
         ([one], "of one class only"),
         ([tmp_path / "latin.csv"], "utf-8"), ([tmp_path / "latin.jsonl"], "utf-8"),
         ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "head.csv"),
