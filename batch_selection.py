@@ -788,11 +788,11 @@ class Learner:
     The same seed means the same first weights and random numbers for every strategy.
     """
 
-    def __init__(self, data, make_model, seed, args, epochs):
+    def __init__(self, data, make_model, seed, args, epochs=None):
         torch.manual_seed(seed)
         self.data = data
         self.args = args
-        self.epochs = epochs  # of a control not a whole number
+        self.epochs = epochs or args.epochs  # a control may end within one
         self.model = make_model(data.x_train.shape[1:], data.num_classes).to(args.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), args.learning_rate, fused=True)
         self.rng = np.random.default_rng(seed)
