@@ -1625,8 +1625,8 @@ def run_experiment(args):
         records, tables, text = experiment(args, datasets, strategies, run_dir)
         results[name] = {"records": records.to_dict("records"), "tables": tables,
                          "seconds": time.perf_counter() - start_time}
-        for title, rows in tables.items():
-            table = markdown_table(pd.DataFrame(rows).dropna(axis=1, how="all"))
+        for title in filter(tables.get, tables):  # not without rows: there may be no reference
+            table = markdown_table(pd.DataFrame(tables[title]).dropna(axis=1, how="all"))
             parts.append(f"## {name}: {title}\n\n{table}")
         parts.append(text)
     if args.runs > 1:
