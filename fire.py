@@ -188,8 +188,10 @@ def parse_args(argv=None):
         help="steps from one validation to the next")
     add("--patience", type=positive, help="epochs to wait for a lower validation loss; if unset, a "
         "quarter of --epochs, at least 5")
-    add("--batch-size", type=positive, default=256, help="windows in a step, over all processes")
-    add("--learning-rate", type=float, default=0.001, help="largest learning rate")
+    add("--batch-size", type=positive, help="windows in a step, over all processes; if unset, 512, "
+        "or 1024 for more than 500,000 rows an area")
+    add("--learning-rate", type=float, help="largest learning rate; if unset, 0.001 for 256 "
+        "windows in a step, and in proportion to the root of their number")
     add("--num-trees", type=positive, default=100, help="trees of a forest")
     add("--seed", type=int, default=42, help="random seed")
     add("--runs", type=positive, default=1, help="number of seeds; reports mean and interval")
@@ -204,11 +206,16 @@ def parse_args(argv=None):
     add("--compare", nargs="+", help="results.json of runs to set side by side")
     add("--price-per-hour", type=float, default=1.624, help="price of the machine [$], to compare")
     if "--quick" in (argv or []):
-        parser.set_defaults(sample_per_area=30_000, epochs=4, batch_size=128, num_trees=30)
+        parser.set_defaults(sample_per_area=30_000, epochs=4, num_trees=30, batch_size=128,
+                            learning_rate=0.001)
     args = parser.parse_args(argv)
     if not args.predict:
         args.stride = args.stride or args.seq_len
-    args.epochs = args.epochs or (60 if args.sample_per_area > 500_000 else 20)
+    is_large = args.sample_per_area > 500_000
+    args.epochs = args.epochs or (60 if is_large else 20)
+    args.batch_size = args.batch_size or (1024 if is_large else 512)
+    if args.learning_rate is None:
+        args.learning_rate = 0.001 * math.sqrt(args.batch_size / 256)
     args.patience = args.patience or max(5, args.epochs // 4)
     longest_patch = 1 if args.original_model else 15
     divisors = [n for n in range(1, longest_patch + 1) if args.seq_len % n == 0]

@@ -58,7 +58,8 @@ def fire_training(repeats=5):
     data.segments["val"] = data.segments["test"] = torch.tensor([[0, 60]])  # training alone is timed
     device = args.device
     model = fire.make_model(vars(args), info).to(device)
-    starts = data.random_starts("train", args.steps_per_epoch * args.batch_size, torch.Generator().manual_seed(0))
+    starts = data.starts("train", 1)
+    starts = starts[torch.randint(len(starts), (args.steps_per_epoch * args.batch_size,))]
     batches = [data.windows(rows) for rows in starts.split(args.batch_size)]
     batches = [(readings.contiguous(), area, label) for readings, area, label in batches]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
@@ -217,20 +218,6 @@ def selection_training(repeats=5):
               f"{medians[name] / medians['bare loop']:.2f} of the bare loop; {count:,} samples trained on")
 
 
-def selection_csv():
-    """Rows per second of the conversion of 60,000 x 784 to CSV, and back; of pyarrow.csv alone."""
-    rng = np.random.default_rng(0)
-    x, y = (rng.integers(0, high, shape).astype(np.uint8) for high, shape in ((256, (60_000, 1, 28, 28)), (10, 60_000)))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.csv"
-        write = seconds(lambda: batch_selection.write_csv(path, x, y))
-        read = seconds(lambda: batch_selection.read_csv(path, dict.fromkeys(map("p{}".format, range(784)), "uint8")))
-        alone = seconds(lambda: pa.csv.read_csv(path))
-    report("CSV written", "rows/s", len(x), write, "pyarrow reads", alone)
-    report("CSV read", "rows/s", len(x), read, "pyarrow reads", alone)
-    print(f"{'':16} written in {write:.2f} s, read back in {read:.2f} s")
-
-
 def forecast_training(repeats=3, epochs=10):
     """Windows per second of train(), and of a bare loop over the same model and ready batches; both with validation."""
     torch.set_num_threads(1)
@@ -325,7 +312,7 @@ def toxicity_scoring():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     functions = (fire_training, fire_generator, fire_drift, fire_csv, fire_predict, duet_training, selection_training,
-                 selection_csv, forecast_training, toxicity_training, toxicity_scoring)
+                 forecast_training, toxicity_training, toxicity_scoring)
     benchmarks = {function.__name__: function for function in functions}
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(benchmarks)}")
     for name in parser.parse_args().names or benchmarks:

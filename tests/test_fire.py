@@ -660,7 +660,7 @@ def test_results_agree_with_themselves(finished):
 def test_results_say_what_made_them(finished):
     _, results = finished
     assert results["changed_arguments"]["seq_len"] == 30
-    assert "learning_rate" not in results["changed_arguments"]
+    assert "dropout" not in results["changed_arguments"]
     assert len(results["script_sha256"]) == 64
     assert results["git_clean"] in (True, False, None)
 
@@ -1019,7 +1019,7 @@ def test_help_shows_defaults(capsys):
         fire.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert "(default: 0.001)" in text
+    assert "(default: 0.1)" in text
 
 
 @pytest.mark.skipif(not SMOKE.exists(), reason="the real smoke-detector file is not beside the checkout")
