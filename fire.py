@@ -188,7 +188,7 @@ def parse_args(argv=None):
         help="steps from one validation to the next")
     add("--patience", type=positive, help="epochs to wait for a lower validation loss; if unset, a "
         "quarter of --epochs, at least 5")
-    add("--batch-size", type=positive, help="windows in a step, over all processes; if unset, 512, "
+    add("--batch-size", type=positive, help="windows in a step, over all processes; if unset, 256, "
         "or 1024 for more than 500,000 rows an area")
     add("--learning-rate", type=float, help="largest learning rate; if unset, 0.001 for 256 "
         "windows in a step, and in proportion to the root of their number")
@@ -213,7 +213,7 @@ def parse_args(argv=None):
         args.stride = args.stride or args.seq_len
     is_large = args.sample_per_area > 500_000
     args.epochs = args.epochs or (60 if is_large else 20)
-    args.batch_size = args.batch_size or (1024 if is_large else 512)
+    args.batch_size = args.batch_size or (1024 if is_large else 256)
     if args.learning_rate is None:
         args.learning_rate = 0.001 * math.sqrt(args.batch_size / 256)
     args.patience = args.patience or max(5, args.epochs // 4)
