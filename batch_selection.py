@@ -155,8 +155,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)  # with the defaults of the task
     if args.model not in MODELS[args.task]:
         parser.error(f"--model {args.model}: --task {args.task} has {', '.join(MODELS[args.task])}")
-    if args.task == "nlp" and any(args.label_noise):
-        parser.error("--label-noise is for --task vision")
+    if args.task == "nlp" and (any(args.label_noise) or (args.dataset and not args.quick)):
+        parser.error("--label-noise and --dataset are for --task vision")
     if args.jobs is None:
         alone = args.device.type != "cpu" or args.budget_seconds
         args.jobs = 1 if alone else os.cpu_count()

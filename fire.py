@@ -503,6 +503,9 @@ def read_area(frames, label, columns, args):
     if not sensors:
         raise UserError(f"{address}: no sensor column in {', '.join(frame)}")
     frame = pd.concat(frames)
+    later = frame.columns.difference(recordings[0].columns).tolist()
+    if later and not columns:
+        note(f"{address}: columns {later} are not in the first file, and are left out")
     for name in frame.columns.difference([*roles, *(columns or [])]):
         if DEVICE_COLUMN.fullmatch(name) and frame[name].nunique() > 1:
             raise UserError(f"{address}: column {name!r} seems to name devices or rooms: train "

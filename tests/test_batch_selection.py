@@ -1054,6 +1054,7 @@ def test_a_killed_worker_is_one_line(monkeypatch, error_line):
     ("--label-noise nan", "from 0 to 1"), ("--budget-seconds -1", "must not be negative"),
     ("--device quantum", "unknown device 'quantum'"), ("--model transformer", "--task vision has mlp, cnn"),
     ("--task nlp --model cnn", "--task nlp has transformer"), ("--task nlp --label-noise 0.1", "--task vision"),
+    ("--task nlp --dataset digits", "--task vision"),
     ("--dataset digits --data x.csv", "not allowed with"), ("--data nowhere.csv", "nowhere.csv"),
     ("--dataset cifar10", "cifar-10-binary.tar.gz"), ("--download cifar100", "cannot download"),
     ("--task nlp --data nowhere", "No such file"), ("--resume", "no unfinished run"), ("--jobs 0", "--jobs"),

@@ -1031,3 +1031,12 @@ def test_the_real_smoke_file(capsys):
     assert info["areas"]["smoke"]["sensors"] == ["Temperature[C]", "Humidity[%]", "eCO2[ppm]"]
     assert info["baseline_seconds"] == 0
     assert set(data.labels.unique().tolist()) == {0, 2}  # 0 and 1 are normal and fire
+
+
+def test_a_sensor_that_the_first_recording_lacks_is_named():
+    first = pd.DataFrame({"co": np.arange(5.0) % 2, "label": 0})
+    second = first.assign(smoke=1.0)
+    fire.NOTES.clear()
+    area = fire.read_area({"a.csv": first, "b.csv": second}, "label", None, fire.parse_args([]))
+    assert area.sensors == ["co"]
+    assert "columns ['smoke'] are not in the first file" in fire.NOTES[0]
