@@ -667,6 +667,9 @@ def load_datasets(args):
         raise UserError(f"data sets must have different names, not shared or sources: {names}")
     if args.transfer and (len(names) < 2 or args.transfer not in ["last", *names]):
         raise UserError(f"--transfer needs two data sets, and the name of one of them: {names}")
+    without_target = [data.name for data in datasets if not data.target]
+    if args.head == "ordinal" and without_target:
+        note(f"no --target, so --head mean is used: {', '.join(without_target)}")
     return sorted(datasets, key=lambda data: data.name == args.transfer)  # it comes last
 
 

@@ -1073,3 +1073,9 @@ def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsy
     assert "damaged" in error_line(duet, ["--resume", "--output-dir", tmp_path])
     (tmp_path / "file").write_text("")
     assert "file" in error_line(duet, [*arguments, "--output-dir", tmp_path / "file"])
+
+
+def test_an_ordinal_head_without_a_target_is_noted():
+    duet.NOTES.clear()
+    duet.load_datasets(duet.parse_args(["--dataset", "user_metrics", "--head", "ordinal", "--windows", "100"]))
+    assert duet.NOTES[-1].endswith("--head mean is used: user_metrics")
