@@ -607,7 +607,9 @@ def make_data(name, arrays, source):
     num_classes = len(encoder.classes_)
     if num_classes < 2:
         raise ValueError("fewer than two classes")
-    content = b"".join(array.tobytes() for array in (x_train, y_train, x_test, y_test))
+    digest = hashlib.sha256()
+    for array in (x_train, y_train, x_test, y_test):
+        digest.update(np.ascontiguousarray(array))
     if x_train.ndim == 2:
         scaler = StandardScaler().fit(x_train)  # float32 would lose small steps of large numbers
         x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
@@ -619,7 +621,7 @@ def make_data(name, arrays, source):
     info = {"source": source, "train": len(y_train), "test": len(y_test),
             "classes": ", ".join(map(str, encoder.classes_)),
             "majority class [%]": round(100 * (y_test == majority).mean(), 2),
-            "sha256": hashlib.sha256(content).hexdigest()}
+            "sha256": digest.hexdigest()}
     return Data(name, x_train.astype(np.float32), y_train, x_test.astype(np.float32), y_test,
                 num_classes, info)
 

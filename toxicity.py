@@ -280,6 +280,7 @@ def generate_comments(count, seed):
 
 # --- Data: files, the hub, splits ---------------------------------------------------------------
 
+
 @dataclass
 class Data:
     """The texts of a run."""
@@ -467,6 +468,7 @@ def load_data(args, only_test=False, seen=()):
 
 # --- Tokens -------------------------------------------------------------------------------------
 
+
 def text_lengths(tokens):
     """Tokens of each text."""
     return (tokens > 0).sum(1).cpu()  # 0 is [PAD]
@@ -532,6 +534,7 @@ def predict_logits(model, tokens):
 
 
 # --- Model --------------------------------------------------------------------------------------
+
 
 def build_bert(config):
     """A BertForSequenceClassification with random weights and the given config entries."""
@@ -770,6 +773,7 @@ ARMS = {"library": library, "plain": None, "restart": restart, "wider": wider}
 
 # --- Training -----------------------------------------------------------------------------------
 
+
 @dataclass
 class Examples:
     """Tokenized texts and the answers to them."""
@@ -930,6 +934,7 @@ def fit_giant(loaded, data, args, path):
 
 # --- The finished classifier ----------------------------------------------------------------------
 
+
 @dataclass
 class Classifier:
     """What best_model.pt holds, ready to score texts."""
@@ -1024,6 +1029,7 @@ def to_int8(classifier, run_dir):
 
 
 # --- Evaluation and baselines -------------------------------------------------------------------
+
 
 def choose_threshold(labels, scores):
     """Score from which on a text is called toxic: the one with the highest expected F1 under a
@@ -1180,6 +1186,7 @@ def measure_speed(classifier, texts):
 
 # --- Pictures -----------------------------------------------------------------------------------
 
+
 def plot_learning(state, name, path):
     """Loss and PR AUC over the epochs; dotted lines are switches."""
     history = pd.DataFrame(state["history"])
@@ -1214,6 +1221,7 @@ def plot_curves(scores, metrics, labels, path):
 
 
 # --- The experiment -----------------------------------------------------------------------------
+
 
 def rounded_table(rows):
     """Rows [{column: value}] as a Markdown table with three digits behind the point."""
@@ -1335,6 +1343,7 @@ def run(args):
 
 # --- Extras: learning from a teacher (--distill) --------------------------------------------------
 
+
 def altered_copies(texts, rng):
     """COPIES altered versions of each text, in turn with a fifth of its words left out and with the
     end of another text."""
@@ -1376,6 +1385,7 @@ def teach(giant, data, args, run_dir):
 
 
 # --- Extras: arms and seeds (--compare-dendrites, --runs) -----------------------------------------
+
 
 def run_arms(args):
     """Run every arm with every seed in a folder of its own, unless it is finished; returns what
@@ -1431,6 +1441,7 @@ than chance where its interval (Student's t) lies on one side of 0.
 
 
 # --- Extras: what works on a checkpoint -----------------------------------------------------------
+
 
 def find_classifier(args):
     """The Classifier in --checkpoint, or in the newest best_model.pt."""
