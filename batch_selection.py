@@ -24,7 +24,7 @@ outputs/vision/DATASET/STRATEGY/run-001/ has summary.txt and four pictures of ea
 
 A strategy, a data set and a model of your own are one line each, in a notebook before main([...]);
 other changes from a notebook need --jobs 1, since workers import this file anew:
-    STRATEGIES["sorted"] = lambda learner: in_batches(learner.loss.argsort(), 64)
+    STRATEGIES["sorted"] = lambda learner: learner.batches(learner.loss.argsort())
     DATASETS["mine"] = Dataset(read_mine)  # read_mine(folder): x_train, y_train, x_test, y_test
     MODELS["vision"]["wide"] = lambda shape, classes: SimpleMLP(shape, classes, hidden=1024)
 
@@ -81,8 +81,12 @@ BASELINE = "random"
 METRICS = {"bits_per_byte": "test [bits per byte]", "test_acc": "test accuracy [%]",
            "test_loss": "test loss", "train_acc": "accuracy on a part of the training samples [%]",
            "train_loss": "loss on a part of the training samples"}
-# The metric that decides: its name, 1 if more of it is better, and its unit.
-DECIDING = {"vision": ("test_acc", 1, "points"), "nlp": ("bits_per_byte", -1, "bits per byte")}
+# The deciding metric: its name, 1 if more of it is better and -1 if less, and the unit.
+DECIDING = {"vision": ("test_acc", 1, "points"),
+            "nlp": ("bits_per_byte", -1, "bits per byte, fewer are better")}
+# Columns of the tables and their formats.
+NUMBERS = {"p": "{:.2g}", "samples": "{:,.0f}", "seconds": "{:.2f}",
+           "samples to target": "{:,.0f}", "seconds to target": "{:.2f}"}
 MIN_RUNS = 3  # a paired t-test of two runs has one degree of freedom
 ALPHA = 0.05
 # As in the original: the share of a batch of smart and easy_first that is drawn from all samples;
@@ -92,8 +96,6 @@ EXPLORE = 0.5
 TOP = 0.2
 DECAY = 0.9
 WINDOW = 64  # bytes in a sample of text
-# Unless --benchmark-datasets names others, those of them that are already here are used.
-BENCHMARK = ["digits", "mnist", "fashion_mnist"]
 
 
 def parse_args(argv=None):
@@ -113,16 +115,16 @@ def parse_args(argv=None):
                "image); nlp: a text file or a folder of them")
     add("--drop", nargs="+", default=[], metavar="COLUMN", help="columns of --data to leave out")
     add("--data-dir", default="data", help="folder of the known data sets, one folder each")
-    add("--benchmark-datasets", nargs="+", choices=DATASETS, metavar="NAME", help="further data "
-        "sets; if unset, those of digits, mnist and fashion_mnist that are here")
+    add("--benchmark-datasets", nargs="+", choices=DATASETS, default=["digits"], metavar="NAME",
+        help="further data sets")
     add("--no-benchmark", action="store_true", help="no further data sets")
     add("--strategy", nargs="+", choices=STRATEGIES, default=list(STRATEGIES), metavar="NAME",
         help="strategies to compare")
     add("--model", default="mlp", help="mlp or cnn; nlp: transformer")
     add("--label-noise", nargs="+", type=float, default=[0.0], metavar="SHARE", help="share of "
         "training labels that are replaced by another class; several shares are compared")
-    add("--epochs", type=int, default=5, help="calls of a strategy; importance and "
-        "rho_loss train on a fifth of the samples in each")
+    add("--epochs", type=int, default=5, help="calls of a strategy; importance and rho_loss train "
+        "on a fifth of the samples in each")
     add("--schedule", choices=["linear", "constant"], default="linear", help="learning rate: "
         "linear decay to zero, or constant as in the original")
     add("--budget-seconds", type=float, default=0.0, metavar="SECONDS", help="if not 0, train for "
@@ -153,22 +155,22 @@ def parse_args(argv=None):
         parser.set_defaults(runs=3, jobs=1, text_bytes=15_000, dataset="digits",
                             benchmark_datasets=["breast_cancer"])
     args = parser.parse_args(argv)  # with the defaults of the task
+    if args.jobs is None:
+        in_turn = args.device.type != "cpu" or args.budget_seconds
+        args.jobs = 1 if in_turn else os.cpu_count()
     if args.model not in MODELS[args.task]:
         parser.error(f"--model {args.model}: --task {args.task} has {', '.join(MODELS[args.task])}")
     if args.task == "nlp" and (any(args.label_noise) or (args.dataset and not args.quick)):
         parser.error("--label-noise and --dataset are for --task vision")
-    if args.jobs is None:
-        alone = args.device.type != "cpu" or args.budget_seconds
-        args.jobs = 1 if alone else os.cpu_count()
     counts = (args.epochs, args.runs, args.batch_size, args.text_bytes, args.jobs)
     if not min(args.learning_rate, *counts) > 0:  # the first one may be NaN
         parser.error("--epochs, --runs, --batch-size, --text-bytes, --jobs and --learning-rate "
                      "must be above 0")
     if not min(args.budget_seconds, args.seed) >= 0:
-        parser.error("--seed and --budget-seconds must not be negative")
+        parser.error("--budget-seconds and --seed must not be negative")
     if not all(0 <= share <= 1 for share in args.label_noise):
         parser.error("--label-noise must be from 0 to 1")
-    args.strategy = list(dict.fromkeys(args.strategy))
+    args.strategy = list(dict.fromkeys(args.strategy))  # named twice, each is trained once
     args.label_noise = list(dict.fromkeys(args.label_noise))
     return args
 
@@ -180,27 +182,23 @@ def parse_args(argv=None):
 #   learner.loss                 moving average of each sample's loss [samples]; inf, thus harder
 #                                than all others, where unseen
 #   learner.last_loss            its latest loss [samples], inf where unseen
-#   learner.score(rows)          present losses of these samples, by a forward pass
-#   learner.gradient_norm(rows)  and the norms of the loss's gradients at the logits
+#   learner.score(rows)          present losses of these samples, by a forward pass; with
+#                                gradient_norms=True the norms of their gradients at the logits
+#   learner.batches(rows)        these rows in batches without weights
 #   learner.progress()           share of the training that is done, from 0 to 1
 #   learner.rng, learner.args    a numpy Generator and the command line
 # What it keeps as an attribute of the learner is there in the next epoch.
 
 
-def in_batches(rows, size):
-    """These rows in batches without weights; the last one may be smaller."""
-    return [(batch, None) for batch in np.split(rows, range(size, len(rows), size))]
-
-
 def random_batches(learner, pool=1):
     """Every sample once an epoch, in a new random order; in `pool` batches at a time."""
     order = learner.rng.permutation(len(learner.loss))
-    return in_batches(order, pool * learner.args.batch_size)
+    return learner.batches(order, pool)
 
 
 def fixed_batches(learner):
     """Every sample once an epoch, always in the order of the file."""
-    return in_batches(np.arange(len(learner.loss)), learner.args.batch_size)
+    return learner.batches(np.arange(len(learner.loss)))
 
 
 def random_until(learner, samples):
@@ -216,7 +214,7 @@ def focus_batches(learner, sign):
     sign x loss, found anew for each batch, together with all that tie with the last of them."""
     loss, rng = learner.loss, learner.rng
     top = round(TOP * len(loss))
-    for batch, _ in in_batches(loss, learner.args.batch_size):
+    for batch, _ in learner.batches(loss):
         score = sign * loss
         focus = np.flatnonzero(score >= np.partition(score, -top)[-top])
         explored = rng.choice(len(loss), round(EXPLORE * len(batch)), replace=False)
@@ -278,14 +276,13 @@ def loss_threshold(learner, threshold=0.5):
     rows = np.flatnonzero(learner.loss > threshold)
     if len(rows) < size:
         rows = np.argsort(-learner.loss, kind="stable")[:size]
-    return in_batches(learner.rng.permutation(rows), size)
+    return learner.batches(learner.rng.permutation(rows))
 
 
-def selective_backprop(learner, history=1024, power=1):
+def selective_backprop(learner, history=1024):
     """Train on a sample with the probability of its loss's percentile (Jiang et al. 2019).
 
-    The percentile, to this power, is among the last `history` losses of this epoch.
-    arXiv:1910.00762.
+    The percentile is among the last `history` losses of this epoch. arXiv:1910.00762.
     """
     recent = np.empty(0)
 
@@ -293,7 +290,7 @@ def selective_backprop(learner, history=1024, power=1):
         nonlocal recent
         recent = np.concatenate([recent, losses])[-history:]
         percentile = np.searchsorted(np.sort(recent), losses, side="right") / len(recent)
-        return learner.rng.random(len(losses)) < percentile**power
+        return learner.rng.random(len(losses)) < percentile
 
     return accepted_batches(learner, accept)
 
@@ -312,7 +309,7 @@ def infobatch(learner):
     is_easy = loss < loss.mean()
     is_left_out = is_easy & (learner.rng.random(len(loss)) < 0.5)
     weights = np.where(is_easy, 2, 1)
-    batches = in_batches(order[~is_left_out[order]], learner.args.batch_size)
+    batches = learner.batches(order[~is_left_out[order]])
     return [(rows, weights[rows]) for rows, _ in batches]
 
 
@@ -324,7 +321,7 @@ def importance(learner, pool=5):
     stays the same. Without their switch that waits until the variance falls. arXiv:1803.00942.
     """
     for candidates, _ in random_batches(learner, pool):
-        norms = learner.gradient_norm(candidates).astype(float) + 1e-8
+        norms = learner.score(candidates, gradient_norms=True).astype(float) + 1e-8
         probabilities = norms / norms.sum()
         size = math.ceil(len(candidates) / pool)
         drawn = learner.rng.choice(len(candidates), size, p=probabilities)
@@ -344,7 +341,7 @@ def loss_rank(learner, pressure=100):
     order = order[np.argsort(-learner.last_loss[order], kind="stable")]
     chances = pressure ** ((learner.progress() - 1) * np.arange(n) / n)
     drawn = learner.rng.choice(order, n, p=chances / chances.sum())
-    return in_batches(drawn, learner.args.batch_size)
+    return learner.batches(drawn)
 
 
 def rho_loss(learner, pool=5):
@@ -374,14 +371,13 @@ def holdout_losses(learner):
     for seen, unseen in (halves, halves[::-1]):
         model = HOLDOUT_MODELS[args.task](data.x_train.shape[1:], data.num_classes).to(args.device)
         optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
-        for rows, _ in in_batches(seen, args.batch_size):
+        for rows, _ in learner.batches(seen):
             loss = sample_losses(model, *data.training_samples(rows))[0].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         learner.samples += len(seen)
-        for rows, _ in in_batches(unseen, 1000):
-            losses[rows] = learner.score(rows, model)
+        losses[unseen] = evaluate(model, *data.training_samples(unseen))[0].cpu()
     return losses
 
 
@@ -408,7 +404,7 @@ class Data:
     x_test: np.ndarray
     y_test: np.ndarray
     num_classes: int
-    info: dict  # source, numbers of samples, classes, score of a simple baseline, sha256
+    info: dict  # source, classes, score of a simple baseline, sha256: a row of the summary
 
     def to(self, device):
         """The same as tensors on the device."""
@@ -433,55 +429,56 @@ class Dataset:
 
 
 def read_idx(folder):
-    """The four gzipped IDX files of MNIST and those like it: a header, then values. QMNIST has
-    eight columns of labels, the first of which is the class."""
+    """The four gzipped IDX files of MNIST and those like it: a header, then bytes. QMNIST has eight
+    four-byte columns of labels, the first of which is the class."""
     arrays = []
     for path in sorted(folder.glob("*-idx*.gz")):
         content = gzip.decompress(path.read_bytes())
-        owner = OWNERS.get(hashlib.md5(content).hexdigest())
-        if owner and owner != folder.name.replace("-", "_"):
+        owner = OWNERS.get(hashlib.md5(content).hexdigest(), folder.name)
+        if owner != folder.name:
             raise UserError(f"{path} is a file of {owner}; move it to a folder {owner}")
-        if "idx3" in path.name:
-            arrays.append(np.frombuffer(content, np.uint8, offset=16).reshape(-1, 1, 28, 28))
-        elif "idx1" in path.name:
-            arrays.append(np.frombuffer(content, np.uint8, offset=8))
-        else:
-            arrays.append(np.frombuffer(content, ">i4", offset=12)[::8])
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
+        if "images" in path.name:
+            values = values.reshape(-1, 1, 28, 28)
+        elif "idx2" in path.name:
+            values = values[3::32]
+        arrays.append(values)
     return arrays[2:] + arrays[:2]  # the test part is first by name
 
 
 def read_cifar(folder):
     """CIFAR's binary archive: records that end with the (fine) label and the image."""
     (path,) = folder.glob("cifar-*-binary.tar.gz")
-    size = 3074 if "100" in path.name else 3073
-    arrays = []
+    splits = {"train": b"", "test": b""}
     with tarfile.open(path) as archive:
-        for is_test in (False, True):
-            names = [name for name in sorted(archive.getnames())
-                     if name.endswith(".bin") and ("/test" in name) == is_test]
-            content = b"".join(archive.extractfile(name).read() for name in names)
-            records = np.frombuffer(content, np.uint8).reshape(-1, size)
-            arrays += [records[:, -3072:].reshape(-1, 3, 32, 32), records[:, -3073]]
+        for name in sorted(archive.getnames()):
+            if name.endswith(".bin"):
+                split = "test" if "/test" in name else "train"
+                splits[split] += archive.extractfile(name).read()
+    arrays = []
+    for content in splits.values():
+        records = np.frombuffer(content, np.uint8).reshape(-1, 3074 if "100" in path.name else 3073)
+        arrays += [records[:, -3072:].reshape(-1, 3, 32, 32), records[:, -3073]]
     return arrays
 
 
 def read_cinic(folder):
-    """CINIC-10's folders train/CLASS/*.png and test/CLASS/*.png, unpacked first where need be.
-
-    In a fixed random order, since the folders are sorted by class; `valid` is not used.
-    """
+    """CINIC-10's folders train/CLASS/*.png and test/CLASS/*.png, unpacked first where need be; in a
+    fixed random order, since the folders are sorted by class. `valid` is not used."""
     from PIL import Image
+    from sklearn.datasets import load_files
 
-    if not any(folder.glob("**/train/*/*.png")):
+    if not any(folder.glob("**/train")):
         part = folder.with_suffix(".part")  # elsewhere, so that a part is not taken for the whole
         shutil.unpack_archive(folder / "CINIC-10.tar.gz", part, filter="data")
         part.rename(folder / "images")
     arrays = []
     for split in ("train", "test"):
-        paths = sorted(folder.glob(f"**/{split}/*/*.png"))
-        paths = np.random.default_rng(0).permutation(paths)
-        images = [Image.open(path).convert("RGB") for path in progress(paths, split)]
-        arrays += [np.stack(images).transpose(0, 3, 1, 2), [path.parent.name for path in paths]]
+        (root,) = folder.glob(f"**/{split}")
+        found = load_files(root, load_content=False)
+        images = [Image.open(path).convert("RGB") for path in progress(found.filenames, split)]
+        labels = np.array(found.target_names)[found.target]
+        arrays += [np.stack(images).transpose(0, 3, 1, 2), labels]
     return arrays
 
 
@@ -547,16 +544,13 @@ DATASETS = {
 # Whose training images these are, by the MD5 of the unpacked file.
 OWNERS = {"6bbc9ace898e44ae57da46a324031adb": "mnist",
           "f4a8712d7a061bf5bd6d2ca38dc4d50a": "fashion_mnist"}
-SYSTEM_DIR = "/usr/share/datasets"  # of Debian's package dataset-fashion-mnist
 
 
 def find_folder(name, data_dir):
     """The folder with the files of a known data set; None when they are not here."""
-    for folder in (Path(data_dir, name), Path(SYSTEM_DIR, name.replace("_", "-"))):
-        is_packed = all((folder / file).exists() for file in DATASETS[name].files)
-        if is_packed or any(folder.glob("**/train/*/*.png")):
-            return folder
-    return None
+    folder = Path(data_dir, name)
+    is_packed = all((folder / file).exists() for file in DATASETS[name].files)
+    return folder if is_packed or any(folder.glob("**/train")) else None
 
 
 def download(name, data_dir):
@@ -589,7 +583,7 @@ def load_dataset(name, data_dir):
     folder = find_folder(name, data_dir) or download(name, data_dir)
     try:
         return make_data(name, DATASETS[name].read(folder), DATASETS[name].about)
-    except (ValueError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except (ValueError, IndexError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"{name} in {folder}: a file is damaged or incomplete ({error}); delete "
                         "it, then it is downloaded again") from None
 
@@ -604,26 +598,24 @@ def make_data(name, arrays, source):
     x_test, y_test = check_X_y(*arrays[2:], allow_nd=True)
     encoder = LabelEncoder().fit(y_train)
     y_train, y_test = encoder.transform(y_train), encoder.transform(y_test)
-    num_classes = len(encoder.classes_)
-    if num_classes < 2:
+    if len(encoder.classes_) < 2:
         raise ValueError("fewer than two classes")
     digest = hashlib.sha256()
     for array in (x_train, y_train, x_test, y_test):
         digest.update(np.ascontiguousarray(array))
+    majority = np.bincount(y_train).argmax()
+    info = {"source": source, "train": len(y_train), "test": len(y_test),
+            "classes": encoder.classes_.tolist(),
+            "majority class [%]": round(100 * (y_test == majority).mean(), 2),
+            "sha256": digest.hexdigest()}
     if x_train.ndim == 2:
         scaler = StandardScaler().fit(x_train)  # float32 would lose small steps of large numbers
-        x_train, x_test = scaler.transform(x_train), scaler.transform(x_test)
+        x_train, x_test = (scaler.transform(x).astype(np.float32) for x in (x_train, x_test))
     else:
         mean = float(x_train.mean(dtype=np.float64))
         std = float(x_train.std(dtype=np.float32))
         x_train, x_test = ((x.astype(np.float32) - mean) / std for x in (x_train, x_test))
-    majority = np.bincount(y_train).argmax()
-    info = {"source": source, "train": len(y_train), "test": len(y_test),
-            "classes": ", ".join(map(str, encoder.classes_)),
-            "majority class [%]": round(100 * (y_test == majority).mean(), 2),
-            "sha256": digest.hexdigest()}
-    return Data(name, x_train.astype(np.float32), y_train, x_test.astype(np.float32), y_test,
-                num_classes, info)
+    return Data(name, x_train, y_train, x_test, y_test, len(encoder.classes_), info)
 
 
 # --- Data: CSV and text -------------------------------------------------------------------------
@@ -635,40 +627,31 @@ def load_table(path, drop):
     try:
         table = pd.read_csv(path, engine="pyarrow", dtype={"label": "string"}).drop(columns=drop)
         if "label" not in table or "label.1" in table:  # pandas numbers columns of one name
-            raise UserError(f"{path}: one column must be called `label`; the columns are "
-                            f"{list(table)[:5]}; has it a header, and commas?")
-        is_missing = table.isna().any(axis=1)
-        if is_missing.any():
-            raise UserError(f"{path}: row {is_missing.argmax() + 1} has a missing value")
-        words = table.drop(columns="label").select_dtypes(exclude=["number", "bool"])
-        if words.size:
-            raise UserError(f"{path}: columns {list(words)} are not numbers alone; see --drop")
-        table = without_repeated_rows(table, path)
-        labels = table.pop("label").to_numpy()
-        x = table.to_numpy()
+            raise ValueError("one column must be called `label`; the columns are "
+                             f"{list(table)[:5]}; has it a header, and commas?")
+        missing = list(table.columns[table.isna().any()])
+        if missing:
+            raise ValueError(f"values are missing in columns {missing}")
+        distinct = table.drop_duplicates()
+        if len(distinct) < len(table):
+            note(f"{path}: {len(distinct):,} of {len(table):,} rows are distinct and are used")
+        y = distinct.pop("label")
+        if y.str.strip().str.casefold().nunique() < y.nunique():
+            note(f"{path}: some labels differ in case or spaces only: {sorted(y.unique())}")
+        ids = [name for name in distinct.select_dtypes("integer") if distinct[name].is_unique]
+        if ids:
+            note(f"{path}: columns {ids} seem to number the rows; if these are sorted by class, a "
+                 "number gives the class away; see --drop")
+        words = list(distinct.select_dtypes(exclude=["number", "bool"]))
+        if words:
+            raise ValueError(f"columns {words} are not numbers alone; see --drop")
+        x = distinct.to_numpy()
         side = math.isqrt(x.shape[1])
-        if list(table) == [f"p{i}" for i in range(side * side)]:
+        if list(distinct) == [f"p{i}" for i in range(side * side)]:
             x = x.reshape(-1, 1, side, side)
-        return make_data(Path(path).stem, split_samples(x, labels), path)
+        return make_data(Path(path).stem, split_samples(x, y.to_numpy()), path)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def without_repeated_rows(table, path):
-    """The table without its repeated rows; what makes its result doubtful is noted."""
-    distinct = table.drop_duplicates()
-    repeated = len(table) - len(distinct)
-    if repeated:
-        note(f"{path}: {repeated:,} of {len(table):,} rows repeat an earlier one and are left out")
-    integers = distinct.select_dtypes("integer").items()
-    ids = [name for name, column in integers if column.is_unique]
-    if ids:
-        note(f"{path}: columns {ids} seem to number the rows; if these are sorted by class, a "
-             "number gives the class away; see --drop")
-    classes = table["label"].drop_duplicates()
-    if classes.str.strip().str.casefold().duplicated().any():
-        note(f"{path}: some labels differ in case or spaces only: {sorted(classes)}")
-    return distinct
 
 
 def load_text(args):
@@ -685,10 +668,9 @@ def load_text(args):
     if len(text) <= 2 * WINDOW:
         raise UserError(f"{root}: {len(text)} bytes are less than two windows of {WINDOW}")
     values = np.frombuffer(text, np.uint8).astype(np.int64)
-    size = (len(text) - 1) // WINDOW * WINDOW
-    x = values[:size].reshape(-1, WINDOW)
-    y = values[1 : size + 1].reshape(-1, WINDOW)
-    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.1, shuffle=False)
+    windows = np.lib.stride_tricks.sliding_window_view(values, WINDOW + 1)[::WINDOW]
+    x_train, x_test, y_train, y_test = train_test_split(
+        windows[:, :-1], windows[:, 1:], test_size=0.1, shuffle=False)
     pairs = np.ones((256, 256))  # each pair of bytes once more than seen
     np.add.at(pairs, (x_train, y_train), 1)
     bits = -np.log2(pairs / pairs.sum(1, keepdims=True))
@@ -713,8 +695,7 @@ def load_all(args):
             note(f"no mnist ({error}); scikit-learn's digits are used")
             names = ["digits"]
     if not args.no_benchmark:
-        here = [name for name in BENCHMARK if find_folder(name, args.data_dir)]
-        names += args.benchmark_datasets or here
+        names += args.benchmark_datasets
     return [load_dataset(name, args.data_dir) for name in dict.fromkeys(names)]
 
 
@@ -771,7 +752,7 @@ HOLDOUT_MODELS = {"vision": partial(SimpleMLP, hidden=32),
 
 def sample_losses(model, x, y):
     """(cross-entropy of each sample [batch], of a window the mean over its bytes; logits). Raises
-    UserError if one is NaN or infinite."""
+    UserError if a loss is NaN or infinite."""
     logits = model(x)
     losses = F.cross_entropy(logits, y, reduction="none")
     if losses.dim() > 1:
@@ -806,26 +787,23 @@ class Learner:
         self.seconds = 0.0  # of training and selection, without evaluation
         self.history = []  # metrics before training and after each epoch
 
+    def batches(self, rows, pool=1):
+        """These rows in batches, `pool` together, without weights; the last one may be smaller."""
+        size = pool * self.args.batch_size
+        return [(batch, None) for batch in np.split(rows, range(size, len(rows), size))]
+
     @torch.inference_mode()
-    def predict(self, rows, model=None):
-        """(losses, logits, y) of the training samples `rows`, by one forward pass."""
-        model = model or self.model
+    def score(self, rows, gradient_norms=False):
+        """Present losses of the training samples `rows`, as an array; or the norms of softmax minus
+        one-hot, the gradient of the loss at the logits."""
         x, y = self.data.training_samples(rows)
-        model.eval()
-        losses, logits = sample_losses(model, x, y)
-        model.train()
-        return losses, logits, y
-
-    def score(self, rows, model=None):
-        """Present losses of the training samples `rows`, as an array."""
-        losses, _, _ = self.predict(rows, model)
-        return losses.cpu().numpy()
-
-    def gradient_norm(self, rows):
-        """Norms of softmax minus one-hot, the gradient of the loss at the logits."""
-        _, logits, y = self.predict(rows)
-        error = logits.softmax(1) - F.one_hot(y, logits.shape[1]).movedim(-1, 1)
-        return error.flatten(1).norm(dim=1).cpu().numpy()
+        self.model.eval()
+        scores, logits = sample_losses(self.model, x, y)
+        self.model.train()
+        if gradient_norms:
+            error = logits.softmax(1) - F.one_hot(y, logits.shape[1]).movedim(-1, 1)
+            scores = error.flatten(1).norm(dim=1)
+        return scores.cpu().numpy()
 
     def progress(self):
         """Share of the training that is done, from 0 to 1. An epoch of unknown length is taken to
@@ -833,14 +811,7 @@ class Learner:
         if self.args.budget_seconds:
             return min(1, self.seconds / self.args.budget_seconds)
         share = (self.steps - self.history[-1]["steps"]) / self.epoch_steps
-        # The learning rate stays above 0.
-        return min(0.999, (len(self.history) - 1 + share) / self.epochs)
-
-    def is_done(self):
-        """Whether the time or the epochs are used up."""
-        if self.args.budget_seconds:
-            return self.seconds >= self.args.budget_seconds
-        return len(self.history) - 1 >= self.epochs
+        return min(1, (len(self.history) - 1 + share) / self.epochs)
 
 
 def train_epoch(learner, strategy):
@@ -853,7 +824,8 @@ def train_epoch(learner, strategy):
         learner.epoch_steps = len(batches)
     for rows, weights in batches:
         if args.schedule == "linear":
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - learner.progress())
+            remaining = max(0.001, 1 - learner.progress())  # the learning rate stays above 0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         losses, _ = sample_losses(learner.model, *learner.data.training_samples(rows))
         loss = losses.mean()
         if weights is not None:
@@ -866,7 +838,7 @@ def train_epoch(learner, strategy):
         learner.samples += len(rows)
         learner.steps += 1
         learner.seconds = time.perf_counter() - start_time
-        if learner.is_done():
+        if args.budget_seconds and learner.progress() == 1:
             break
     learner.epoch_steps = max(1, learner.steps - learner.history[-1]["steps"])
     learner.seconds = time.perf_counter() - start_time
@@ -884,61 +856,59 @@ def track_losses(learner, rows, losses):
 
 @torch.inference_mode()
 def evaluate(model, x, y):
-    """(mean loss, accuracy in percent) over all samples."""
-    total, correct = 0, 0
+    """(losses of all samples [n], accuracy in percent), by forward passes of 1,000 at a time."""
     model.eval()
+    losses, correct = [], 0
     for x_part, y_part in zip(x.split(1000), y.split(1000)):
-        losses, logits = sample_losses(model, x_part, y_part)
-        total += losses.sum().item()
+        part_losses, logits = sample_losses(model, x_part, y_part)
+        losses.append(part_losses)
         correct += (logits.argmax(1) == y_part).sum().item()
-    return total / len(x), 100 * correct / y.numel()
+    return torch.cat(losses), 100 * correct / y.numel()
 
 
 def measure(learner):
     """Append the metrics of this moment to the history; those of training are of every k-th sample,
     as many as the test part has."""
-    data, model = learner.data, learner.model
+    data = learner.data
     k = max(1, len(data.x_train) // len(data.x_test))
-    train_loss, train_acc = evaluate(model, data.x_train[::k], data.y_train[::k])
-    test_loss, test_acc = evaluate(model, data.x_test, data.y_test)
     metrics = {"epoch": len(learner.history), "steps": learner.steps, "samples": learner.samples,
-               "seconds": learner.seconds, "train_loss": train_loss, "train_acc": train_acc,
-               "test_loss": test_loss, "test_acc": test_acc}
+               "seconds": learner.seconds}
+    splits = {"train": (data.x_train[::k], data.y_train[::k]), "test": (data.x_test, data.y_test)}
+    for split, (x, y) in splits.items():
+        losses, metrics[f"{split}_acc"] = evaluate(learner.model, x, y)
+        metrics[f"{split}_loss"] = losses.double().mean().item()
     if learner.args.task == "nlp":
         metrics["bits_per_byte"] = metrics.pop("test_loss") / math.log(2)
     learner.history.append(metrics)
 
 
-def add_label_noise(y, classes, share, seed):
-    """The labels y, but `share` of them, drawn by `seed`, are another class."""
+def add_label_noise(data, share, seed):
+    """Data of which this share of the training labels, drawn by `seed`, are another class."""
+    if not share:
+        return data
     rng = np.random.default_rng([seed, 1])
+    y = data.y_train.copy()
     wrong = rng.choice(len(y), round(share * len(y)), replace=False)
-    shift = np.zeros_like(y)
-    shift[wrong] = rng.integers(1, classes, len(wrong))
-    return (y + shift) % classes
+    shift = rng.integers(1, data.num_classes, len(wrong))
+    y[wrong] = (y[wrong] + shift) % data.num_classes
+    return replace(data, name=f"{data.name}-noise-{share}", y_train=y)
 
 
 def train_with_control(data, noise, seed, name, strategies, make_model, args, folder):
-    """Records of one strategy with one seed, and of its control: random with exactly as many
-    trained samples, or with the same time budget.
-
-    What `folder` has is not trained again: a run that was finished before --resume, and a control
-    that is equal to another one or to the run of random itself.
-    """
+    """Records of one strategy with one seed, a row for each epoch. `difference` is that of the
+    deciding metric from the last value of the control: random with exactly as many trained samples,
+    or with the same time budget. What `folder` has is not trained again."""
     torch.set_num_threads(1)  # alone as in parallel: the numbers are the same, and it is as fast
+    data = add_label_noise(data, noise, seed).to(args.device)
     # Other data are other files, so a run is never resumed with data that have changed.
-    prefix = f"{data.name}-{data.info['sha256'][:8]}-noise-{noise}-seed-{seed}"
-    if noise:
-        noisy = add_label_noise(data.y_train, data.num_classes, noise, seed)
-        data = replace(data, y_train=noisy)
-    data = data.to(args.device)
+    prefix = f"{data.name}-{data.info['sha256'][:8]}-seed-{seed}"
 
     def train(name, strategy, samples):
         file = folder / f"{prefix}-{name}-{samples}.pt"
         if not file.exists():
             learner = Learner(data, make_model, seed, args, samples / len(data.x_train))
             measure(learner)
-            while not learner.is_done():
+            while learner.progress() < 1:
                 train_epoch(learner, strategy)
                 measure(learner)
             with atomic_write(file) as path:
@@ -946,14 +916,17 @@ def train_with_control(data, noise, seed, name, strategies, make_model, args, fo
         return pd.DataFrame(load_checkpoint(file, file)["history"])
 
     samples = args.epochs * len(data.x_train)
-    records = train(name, strategies[name], samples).assign(control=False)
+    records = train(name, strategies[name], samples)
+    records = records.assign(setting=data.name, strategy=name, seed=seed, difference=math.nan)
     if name != BASELINE:
         control = random_batches
         if not args.budget_seconds:
             samples = records["samples"].iloc[-1]
             control = partial(random_until, samples=samples)
-        records = pd.concat([records, train(BASELINE, control, samples).assign(control=True)])
-    return records.assign(dataset=data.name, noise=noise, strategy=name, seed=seed)
+        metric = DECIDING[args.task][0]
+        difference = records[metric] - train(BASELINE, control, samples)[metric].iloc[-1]
+        records["difference"] = difference.round(9)  # equal ones are equal
+    return records
 
 
 def train_all(all_data, args, run_dir):
@@ -964,9 +937,9 @@ def train_all(all_data, args, run_dir):
     folder.mkdir(exist_ok=True)
     seeds = range(args.seed, args.seed + args.runs)
     make_model = MODELS[args.task][args.model]
-    settings = itertools.product(all_data, args.label_noise, seeds, args.strategy)
-    tasks = [delayed(train_with_control)(*setting, STRATEGIES, make_model, args, folder)
-             for setting in settings]
+    combinations = itertools.product(all_data, args.label_noise, seeds, args.strategy)
+    tasks = [delayed(train_with_control)(*combination, STRATEGIES, make_model, args, folder)
+             for combination in combinations]
     client = dask_client(args.jobs) if args.backend == "dask" else contextlib.nullcontext()
     with client, parallel_config(args.backend, n_jobs=min(args.jobs, len(tasks))):
         try:
@@ -988,220 +961,205 @@ def dask_client(jobs):
     return client
 
 
-# --- Evaluation: paired tests and tables ----------------------------------------------------------
+# --- Evaluation: paired tests and tables --------------------------------------------------------
 
 
-def holm(p_values):
-    """Holm's step-down correction (1979) of an array of p-values."""
-    steps = np.sort(p_values) * np.arange(len(p_values), 0, -1)
-    corrected = np.maximum.accumulate(steps).clip(max=1)
-    return corrected[p_values.argsort().argsort()]
+def half_width(values):
+    """Half width of the 95 % confidence interval, by Student's t; NaN for one run."""
+    return mean_and_interval(values)[1].item()
 
 
-def mean_text(values, sign="", digits=2):
-    """`mean ± interval` of the runs, without interval for a single one."""
-    mean, interval = mean_and_interval(values)
-    text = f"{mean:{sign}.{digits}f}"
-    return f"{text} ± {interval:.{digits}f}" if len(values) > 1 else text
+def p_value(differences):
+    """The p-value of a paired t-test over the seeds; NaN for fewer than MIN_RUNS of them, and where
+    every seed has the same difference."""
+    from scipy import stats
+
+    if len(differences) < MIN_RUNS or differences.nunique() < 2:
+        return math.nan
+    return stats.ttest_1samp(differences, 0).pvalue
+
+
+def holm(p):
+    """Holm's correction of p-values for as many tests as there are; NaN stay NaN."""
+    ordered = p.sort_values()  # NaN last
+    tests_left = p.count() - np.arange(len(p))
+    return (ordered * tests_left).cummax().clip(upper=1).reindex(p.index)
+
+
+def plus_minus(means, intervals, sign=""):
+    """Means and their intervals as texts, `+0.80 ± 0.12`; NaN without a mean."""
+    texts = means.map(f"{{:{sign}.2f}}".format) + intervals.map(" ± {:.2f}".format)
+    return texts.str.removesuffix(" ± nan").where(means.notna())
 
 
 def compare(records, args):
-    """The strategies of one setting, each against its control by a paired t-test over the seeds.
-
-    Returns a table with a row for each: mean and interval (95 %, of this pair alone) of the
-    difference and p after Holm's correction, as numbers, and what is printed, as text. Where the
-    difference is the same for every seed, there is nothing to test: p is NaN.
-    """
-    from scipy import stats
-
-    metric, sign, unit = DECIDING[args.task]
-    finals = records.pivot_table(metric, "strategy", ["control", "seed"], "last")
-    finals = finals.reindex(args.strategy)
-    differences = finals[False] - finals.get(True, np.nan)
-    table = pd.DataFrame(index=finals.index)
-    table["mean"], table["interval"] = mean_and_interval(differences.T)
-    tested = differences[(differences.std(axis=1) > 1e-9) & (args.runs >= MIN_RUNS)]
-    table["p"] = pd.Series(holm(stats.ttest_1samp(tested, 0, axis=1).pvalue), tested.index)
-    table[METRICS[metric]] = finals[False].apply(mean_text, axis=1)
-    stars = np.where(table["p"] < ALPHA, " *", "")
-    texts = differences.apply(mean_text, axis=1, sign="+") + stars
-    table[f"difference [{unit}]"] = texts.where(table["mean"].notna())
-    table["p (Holm)"] = table["p"].map("{:.2g}".format, na_action="ignore")
-    # The target is 1 % worse than what the first strategy has in the end.
-    target = (1 - 0.01 * sign) * finals[False].iloc[0].mean()
-    return table.join(mean_costs(records[~records["control"]], target, args))
-
-
-def mean_costs(runs, target, args):
-    """Samples and seconds of training, in all and until the mean of a strategy's runs first reaches
-    the target: a table with a row for each strategy."""
+    """A table with one row for each setting and strategy: the metric that decides, after the last
+    epoch; its paired difference from the control; and samples and seconds, in all and until the
+    mean of the runs first comes within 1 % of what the first strategy has in the end."""
     metric, sign, _ = DECIDING[args.task]
-    columns = ["samples", "seconds"]
-    totals = runs.groupby(["strategy", "seed"])[columns].last().groupby("strategy").mean()
-    means = runs.groupby(["strategy", "epoch"])[[metric, *columns]].mean()
-    reached = means[sign * means[metric] >= sign * target].groupby("strategy").first()
-    table = totals.join(reached[columns].add_suffix(f" to {target:.2f}"))
-    for column in table.filter(like="samples"):
-        table[column] = table[column].map("{:,.0f}".format, na_action="ignore")
-    return table.round(2)
+    keys = ["setting", "strategy"]
+    final = records.groupby([*keys, "seed"], sort=False).last()
+    table = final.groupby(keys, sort=False).agg(
+        mean=(metric, "mean"), interval=(metric, half_width), difference=("difference", "mean"),
+        width=("difference", half_width), p=("difference", p_value), samples=("samples", "mean"),
+        seconds=("seconds", "mean"))
+    by_setting = table.groupby("setting", sort=False)
+    table["p"] = by_setting["p"].transform(holm)
+    stars = np.where(table["p"] < ALPHA, " *", "")
+    table["effect"] = plus_minus(table["difference"], table["width"], "+") + stars
+    target = by_setting["mean"].transform("first") * (1 - 0.01 * sign)
+    curves = records.groupby([*keys, "epoch"], sort=False).mean().join(target.rename("target"))
+    reached = curves[sign * (curves[metric] - curves["target"]) >= 0].groupby(keys).first()
+    return table.join(reached[["samples", "seconds"]].add_suffix(" to target"))
 
 
 def name_control(args):
-    """What strategies are compared with, for tables, pictures and sentences."""
+    """What the strategies are compared with."""
     if args.budget_seconds:
         return f"{BASELINE} in the same time ({args.budget_seconds:g} s)"
     return f"{BASELINE} with as many trained samples"
 
 
-def verdict(comparison, args):
-    """Sentences on what the tests find."""
+def format_table(table, args):
+    """The rows of one setting as a Markdown table."""
+    metric, _, unit = DECIDING[args.task]
+    texts = pd.DataFrame({
+        "strategy": table.index, METRICS[metric]: plus_minus(table["mean"], table["interval"]),
+        f"difference [{unit}]": table["effect"]})
+    for column, number_format in NUMBERS.items():
+        texts[column] = table[column].map(number_format.format, na_action="ignore")
+    return markdown_table(texts)
+
+
+def verdict(table, args):
+    """Which strategies differ from their control by the paired t-test, and which do not."""
     if args.runs < MIN_RUNS:
         return f"No verdict: a paired t-test needs {MIN_RUNS} runs."
-    _, sign, unit = DECIDING[args.task]
     control = name_control(args)
-    is_shown = comparison["p"] < ALPHA
-    sentences = []
-    for name, row in comparison[is_shown].iterrows():
-        word = "better" if sign * row["mean"] > 0 else "worse"
-        sentences.append(f"{name} is {abs(row['mean']):.2f} ± {row['interval']:.2f} {unit} {word} "
-                         f"than {control}, p = {row['p']:.2g}.")
-    others = comparison.index[~is_shown & comparison["mean"].notna()]
-    if len(others):
-        sentences.append(f"No difference from {control} is shown for {', '.join(others)}.")
-    return "\n\n".join(sentences)
+    table = table.dropna(subset="difference")
+    is_better = DECIDING[args.task][1] * table["difference"] > 0
+    is_shown = table["p"] < ALPHA
+    outcomes = np.select([is_shown & is_better, is_shown],
+                         [f"Better than {control}", f"Worse than {control}"],
+                         f"No difference from {control} is shown")
+    names = table.index + " (" + table["effect"] + ")"
+    return " ".join(f"{outcome}: {', '.join(group)}."
+                    for outcome, group in names.groupby(outcomes))
 
 
 # --- Pictures -----------------------------------------------------------------------------------
 
 
-def plot_runs(ax, runs, column, metric):
-    """A metric of each strategy, the mean of its runs with the 95 % interval, by epoch, samples or
-    seconds, to their last common epoch."""
-    for i, (name, group) in enumerate(runs.groupby("strategy", sort=False)):
-        last_epoch = group.groupby("seed")["epoch"].max().min()
-        group = group[group["epoch"].between(1, last_epoch)]
-        x = group.groupby("epoch")[column].mean()
-        y = group.pivot(index="seed", columns="epoch", values=metric)
-        plot_curve(ax, x, y, name, i, MARKERS[i % 7])
-    ax.set(xlabel=f"{column} of training", ylabel=METRICS[metric])
+def plot_runs(ax, records, x, y):
+    """The mean of y over the seeds of each strategy, with its 95 % interval, over the mean of x,
+    from the first epoch to the last that all seeds have."""
+    records = records.query("epoch > 0")
+    for i, (strategy, runs) in enumerate(records.groupby("strategy", sort=False)):
+        values = runs.pivot(index="epoch", columns="seed", values=y).dropna()
+        positions = runs.groupby("epoch")[x].mean()[values.index]
+        plot_curve(ax, positions, values.T, strategy, i, MARKERS[i % 7])
+    ax.set(xlabel=f"{x} of training", ylabel=METRICS[y])
+    if x == "epoch":
+        epoch_axis(ax)
 
 
-def plot_comparison(runs, comparison, title, args, path):
-    """The metric by epoch, by samples trained on and by seconds; and the differences from the
-    controls."""
-    metric, _, _ = DECIDING[args.task]
-    fig, axes = new_figure(f"{title}: mean of {args.runs} runs", 2, 2, (12, 9))
-    for ax, column in zip(axes, ("epoch", "samples", "seconds")):
-        plot_runs(ax, runs, column, metric)
-    epoch_axis(axes[0])
-    plot_differences(axes[3], {title: comparison}, args)
+def plot_differences(ax, table, args):
+    """The differences of all strategies from their controls, a marker for each setting."""
+    table = table.dropna(subset="difference")
+    means = table["difference"].unstack("setting", sort=False)
+    widths = table["width"].unstack("setting", sort=False)
+    plot_dots(ax, list(means.index), means.to_dict("list"), errors=widths)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_xlabel(f"difference from {name_control(args)}\n[{DECIDING[args.task][2]}]; bars: 95 % "
+                  "interval\nof each alone, uncorrected; p in the table: corrected after Holm")
+
+
+def plot_comparison(records, table, setting, args, run_dir):
+    """The metric that decides over epochs, samples and seconds, and the differences."""
+    runs = records.query("setting == @setting")
+    fig, axes = new_figure(f"{setting}: mean of {args.runs} runs", 2, 2, (12, 9))
+    for ax, x in zip(axes, ("epoch", "samples", "seconds")):
+        plot_runs(ax, runs, x, DECIDING[args.task][0])
+    plot_differences(axes[3], table.loc[[setting]], args)
     legend_below(axes[0])
-    save_figure(fig, path)
+    save_figure(fig, run_dir / f"comparison_{setting}.png")
 
 
-def by_setting(comparisons, column):
-    """A column of all comparisons: [strategies that have a control, settings]."""
-    table = pd.concat(comparisons, axis=1).xs(column, axis=1, level=1)
-    return table.drop(index=BASELINE, errors="ignore")
-
-
-def plot_differences(ax, comparisons, args):
-    """The differences from the controls: a row for each strategy, a marker for each setting."""
-    _, sign, unit = DECIDING[args.task]
-    means = by_setting(comparisons, "mean")
-    plot_dots(ax, means.index, dict(means), errors=by_setting(comparisons, "interval"))
-    ax.axvline(0, color="k", linewidth=0.8)
-    direction = "more" if sign > 0 else "less"
-    ax.set_xlabel(f"difference from {name_control(args)}\n[{unit}; {direction} is better]; bars: "
-                  "95 % interval\nof each alone, uncorrected; p in the table: corrected after Holm")
+def write_strategy_folders(records, args):
+    """As in the original, summary.txt and four pictures of each strategy; returns the folders."""
+    metrics = [metric for metric in METRICS if metric in records]
+    folders = []
+    for (setting, strategy), runs in records.groupby(["setting", "strategy"], sort=False):
+        folder = free_run_dir(Path(args.output_dir, args.task, setting, strategy))
+        folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
+        for metric in metrics:
+            fig, (ax,) = new_figure(f"{strategy} on {setting}: mean of {args.runs} runs")
+            plot_runs(ax, runs, "epoch", metric)
+            save_figure(fig, folder / f"{metric}.png", show=False)
+        final = runs.groupby("seed")[metrics].last().rename(columns=METRICS)
+        summary = final.agg(["mean", half_width]).set_axis(["mean", "± 95 % interval"])
+        text = f"{strategy} on {setting}, runs: {args.runs}, after the last epoch\n"
+        text += summary.T.to_string(na_rep="–")
+        (folder / "summary.txt").write_text(f"{text}\n", encoding="utf-8")
+        folders.append(str(folder))
+    return folders
 
 
 # --- The experiment -----------------------------------------------------------------------------
 
-
-def write_strategy_folder(runs, parent):
-    """A new folder of one strategy in `parent`: summary.txt and a picture of each metric, its mean
-    over the runs by epoch with the 95 % interval. Returns the folder."""
-    folder = free_run_dir(parent)
-    folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
-    last = runs.groupby("seed").last()
-    lines = [f"{folder}, runs: {len(last)}, after the last epoch; mean and 95 % interval"]
-    for metric in runs.columns.intersection(METRICS):
-        lines.append(f"{METRICS[metric]}: {mean_text(last[metric], digits=4)}")
-        fig, (ax,) = new_figure(f"{parent.parent.name}, {parent.name}: mean of {len(last)} runs",
-                                size=(7, 4))
-        plot_runs(ax, runs, "epoch", metric)
-        epoch_axis(ax)
-        save_figure(fig, folder / f"{metric}.png", show=False)
-    (folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(folder)
+ABOUT = """±: 95 % interval over the seeds, of that figure alone. p: paired t-test, after Holm's \
+correction for all tests of a table; none where every seed has the same difference; * is p < 0.05. \
+Seconds: training and selection, without evaluation; runs side by side (--jobs) share the machine. \
+The last two columns: until the mean of the runs first comes within 1 % of what the first strategy \
+has in the end."""
 
 
 def run_experiment(args):
-    """Train all strategies on all data sets with all seeds, then compare them."""
+    """Train every strategy and its controls, compare them, and write tables and pictures."""
     all_data = load_all(args)
     run_dir = next_run_dir(args)
     records = train_all(all_data, args, run_dir)
-    _, _, unit = DECIDING[args.task]
-    texts = [markdown_table([{"data set": data.name} | data.info for data in all_data])]
-    comparisons, folders = {}, []
-    for (dataset, noise), setting in records.groupby(["dataset", "noise"], sort=False):
-        title = f"{dataset}-noise-{noise:g}" if noise else dataset
-        comparison = comparisons[title] = compare(setting, args)
-        table = comparison.drop(columns=["mean", "interval", "p"]).reset_index()
-        texts += [f"## {title}", markdown_table(table), verdict(comparison, args)]
-        runs = setting[~setting["control"]]
-        plot_comparison(runs, comparison, title, args, run_dir / f"comparison_{title}.png")
-        if not args.quick:
-            for name, group in runs.groupby("strategy", sort=False):
-                parent = Path(args.output_dir, args.task, title, name)
-                folders.append(write_strategy_folder(group, parent))
-    if len(comparisons) > 1:
-        table = by_setting(comparisons, f"difference [{unit}]")
-        texts += [f"## Differences from {name_control(args)}", markdown_table(table.reset_index())]
-        fig, (ax,) = new_figure(f"Mean of {args.runs} runs", size=(9, 2 + table.size / 4))
-        plot_differences(ax, comparisons, args)
+    table = compare(records, args)
+    sections = [markdown_table([{"data set": data.name, **data.info} for data in all_data])]
+    for setting in table.index.unique("setting"):
+        rows = table.loc[setting]
+        sections += [f"## {setting}", format_table(rows, args), verdict(rows, args)]
+        plot_comparison(records, table, setting, args, run_dir)
+    effects = table["effect"].dropna().unstack("setting", sort=False)
+    if effects.shape[1] > 1:
+        sections += [f"## Differences from {name_control(args)}",
+                     markdown_table(effects.reset_index())]
+        fig, (ax,) = new_figure(f"Mean of {args.runs} runs", size=(9, 2 + len(table) / 4))
+        plot_differences(ax, table, args)
         legend_below(ax, 3)
         save_figure(fig, run_dir / "benchmark.png")
-    texts.append("±: 95 % interval over the seeds, of that figure alone. p: paired t-test, after "
-                 "Holm's correction for all tests of a table; none where every seed has the same "
-                 f"difference; * is p < {ALPHA}. Seconds: training and selection, without "
-                 "evaluation; runs side by side (--jobs) share the machine. The last two columns: "
-                 "until the mean of the runs first comes within 1 % of what the first strategy has "
-                 "in the end.")
-    if folders:
-        texts.append(f"Each strategy alone: {', '.join(folders)}")
-    results = {"data": {data.name: data.info for data in all_data},
-               "comparisons": {title: table.reset_index().to_dict("records")
-                               for title, table in comparisons.items()},
-               "records": records.to_dict("records"), "folders": folders}
-    return write_results(results, "\n\n".join(texts), args, run_dir)
-
-
-def run(args):
-    """Do what the arguments ask for."""
-    if args.check_device:
-        return check_device()
-    if args.list_datasets or args.download:
-        return list_datasets(args)
-    return run_experiment(args)
+    folders = [] if args.quick else write_strategy_folders(records, args)
+    sections += [ABOUT, f"Pictures of each strategy: {', '.join(folders) or 'not with --quick'}"]
+    results = {
+        "data": {data.name: data.info for data in all_data},
+        "comparisons": table.reset_index().to_dict("records"),
+        "records": records.to_dict("records"),
+        "folders": folders,
+    }
+    return write_results(results, "\n\n".join(sections), args, run_dir)
 
 
 # --- Extras: data sets and device ---------------------------------------------------------------
 
 
-def list_datasets(args):
-    """Download the data sets of --download, then print which ones are here."""
-    for name in args.download or []:
-        download(name, args.data_dir)
-    rows = [{"data set": name, "what": dataset.about, "here": find_folder(name, args.data_dir)}
-            for name, dataset in DATASETS.items()]
-    print(markdown_table(rows))
-
-
-def check_device():
-    """Print what this machine computes with."""
-    print(f"auto: {detect_device()}; cpu: {os.cpu_count()} cores; torch: {torch.__version__}")
+def run(args):
+    """Do what the arguments ask for."""
+    if args.list_datasets:
+        print(markdown_table([
+            {"data set": name, "what": dataset.about, "here": find_folder(name, args.data_dir)}
+            for name, dataset in DATASETS.items()]))
+    elif args.check_device:
+        print(f"auto: {detect_device()}; cpu: {os.cpu_count()} cores; torch: {torch.__version__}")
+    elif args.download:
+        for name in args.download:
+            log(f"{name} is in {download(name, args.data_dir)}")
+    else:
+        return run_experiment(args)
 
 
 # --- Plumbing: nothing below is about the experiment --------------------------------------------

@@ -170,7 +170,7 @@ def duet_training(repeats=5):
 
 
 def selection_data():
-    """Data of 60,000 x 784: Fashion-MNIST where it is in data/ or Debian's package has it, else random bytes."""
+    """Data of 60,000 x 784: Fashion-MNIST where it is in data/, else random bytes."""
     if batch_selection.find_folder("fashion_mnist", "data"):
         return batch_selection.load_dataset("fashion_mnist", "data")
     rng = np.random.default_rng(0)
