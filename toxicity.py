@@ -22,10 +22,11 @@ fine-tuned MiniLM (--distill giant) has F1 0.451 ± 0.018 and PR AUC 0.397 ± 0.
     python toxicity.py --predict "you are a clown" "that joke killed me"  # or lines on stdin
 
 Results are in outputs/toxicity/run-001/, with the next free number: results.json, summary.md,
-best_model.pt, model_int8.pt and two pictures. Without --data it reads Civil Comments from the
-Hugging Face hub, or synthetic comments where the hub is out of reach; without --model,
-prajjwal1/bert-tiny from there, or else a BERT of the same size with random weights and a vocabulary
-of the training texts.
+best_model.pt, model_int8.pt (its matrices in int8) and two pictures; with --runs or
+--compare-dendrites, each model has a folder of its own in there. Without --data it reads Civil
+Comments from the Hugging Face hub, or synthetic comments where the hub is out of reach; without
+--model, prajjwal1/bert-tiny from there, or else a BERT of the same size with random weights and a
+vocabulary of the training texts.
 
 Sources: "Giant-Killer NLP", here "the original" (no dendrite was ever added there, and its giant
 was never fine-tuned); Turc et al. 2019 (BERT-Tiny, distillation); perforatedai (dendrites); Borkan
@@ -50,7 +51,6 @@ import html
 import io
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -62,7 +62,6 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -86,20 +85,28 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 RATE_PRETRAINED = 5e-5
 RATE_FROM_SCRATCH = 3e-4  # this and the dropout were chosen by PR AUC on validation texts
 DROPOUT_FROM_SCRATCH = 0.3
-WEIGHT_DECAY = 0.01
-ORIGINAL = {"the original, a claim (other data)": {"F1": 0.36, "recall": 0.71, "accuracy": 0.785}}
-COMPARED = ["PR AUC", "F1", "ROC AUC"]  # columns of the table of arms
-TIERS = ["allow", "monitor", "review", "remove"]
+ORIGINAL = {"model": "the original, a claim (other data)", "F1": 0.36, "recall": 0.71,
+            "accuracy": 0.785}
 INFERENCE_BATCH = 64
-NO_LABEL = ["", "nan", "null", "na", "n/a", "-1", "-1.0"]
-MAX_CLASSES = 20  # a column with more label values holds a scale
+TIERS = ["allow", "monitor", "review", "remove"]
 FOLDS = 3  # of the training texts for --distill
+GIANT_EPOCHS = 3  # of fine-tuning
 COPIES = 4  # altered copies of each text for --distill
 TFIDF_TEXTS = 100_000  # a baseline is fitted on so many texts at most
+NO_LABEL = ["", "nan", "null", "na", "n/a", "-1", "-1.0"]
+MAX_CLASSES = 20  # a column with more label values holds a scale
+COMPARED = ["PR AUC", "F1", "ROC AUC"]  # what the table of several seeds or arms shows
+LEGEND = """\
+PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on the
+validation texts of the training. For one seed, F1 low and F1 high are the 95 % interval of F1 on
+these test texts, speed is measured on the CPU, and MB is the size of the file. For several, ± is
+the 95 % interval of the mean (Student's t); differences are paired by seed, and more than chance
+where their interval lies on one side of 0. The int8 model has its matrices in int8 and computes in
+float32."""
 # The arguments that decide which texts there are and how they are read. Jobs on a checkpoint take
-# those of its training, and its arm.
+# those of its training.
 DATA_ARGUMENTS = ["dataset", "data", "text_column", "label_column", "positive_label",
-                  "label_threshold", "sample_size", "data_dir", "seed", "max_length", "arm"]
+                  "label_threshold", "sample_size", "data_dir", "seed", "max_length"]
 
 
 def parse_args(argv=None):
@@ -143,7 +150,6 @@ def parse_args(argv=None):
         "trained: TF-IDF, or the mean of it and of the fine-tuned --giant")
     add("--giant", default="bert-base-uncased", help="hub id or folder of a large pretrained BERT "
         "for --distill and --compare-base")
-    add("--giant-epochs", type=int, default=3, help="epochs of its fine-tuning")
     add("--compare-dendrites", action="store_true", help="train all arms")
     add("--runs", type=int, default=1, help="number of seeds to repeat with")
     add("--seed", type=int, default=42, help="random seed of data, split and model")
@@ -157,7 +163,8 @@ def parse_args(argv=None):
     add_job("--evaluate", action="store_true", help="score --checkpoint on its own test part, or "
             "on all texts of --data")
     add_job("--compare-base", action="store_true", help="fine-tune --giant on the same texts")
-    add_job("--quantize", action="store_true", help="write model_int8.pt and compare it")
+    add_job("--quantize", action="store_true", help="write model_int8.pt, whose matrices are in "
+            "int8, and compare it; it computes in float32")
     add_job("--export-onnx", action="store_true", help="write model.onnx and compare it")
     add_job("--export-hf", help="folder to write the model to, for transformers")
     add_job("--benchmark-only", action="store_true", help="measure speed beside that of BERT-Base")
@@ -166,9 +173,9 @@ def parse_args(argv=None):
     if "--quick" in (argv or []):
         parser.set_defaults(sample_size=3000, epochs=8, dataset="embedded", from_scratch=True)
     args = parser.parse_args(argv)
-    refused = {"seed": -1, "sample_size": -1, "max_length": 3}
+    too_small = {"seed": -1, "sample_size": -1, "max_length": 3}
     for name, value in vars(args).items():
-        if type(value) in (int, float) and value <= refused.get(name, 0):
+        if type(value) in (int, float) and value <= too_small.get(name, 0):
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
     if args.max_length > 512:
         parser.error("--max-length must be at most 512, which is what BERT reads")
@@ -179,80 +186,144 @@ def parse_args(argv=None):
 
 INSULTS = ["idiot", "moron", "clown", "loser", "fool", "liar", "coward", "imbecile", "parasite",
            "disgrace"]
-SUBJECTS = ["the new bus lane", "this budget", "the school plan", "your last post", "the referee",
-            "the mayor's speech", "that recipe", "the tax reform", "the concert", "this article",
-            "the housing vote", "the weather report", "the software update", "our team",
-            "the museum", "the hospital merger", "the bike path", "this movie"]
 GROUPS = ["voters", "drivers", "neighbours", "tourists", "reporters", "teachers", "fans", "readers",
           "students"]
+SUBJECTS = """\
+the new bus lane
+this budget
+the school plan
+your last post
+the referee
+the mayor's speech
+that recipe
+the tax reform
+the concert
+this article
+the housing vote
+the weather report
+the software update
+our team
+the museum
+the hospital merger
+the bike path
+this movie
+""".splitlines()
 OPENERS = ["", "", "", "Honestly, ", "Well, ", "Look, ", "As for {s}: ", "About {s}, ",
            "I read the piece twice. ", "Sorry, but ", "After ten years here, ", "OK. "]
 CLOSERS = ["", "", "", " Just my view.", " That is all.", " Think about it.",
            " And {s} changes nothing.", " Again.", " Thanks for the article.",
            " We talked about {s} before.", " Good night.", " Ask the {g}."]
-PRAISES = ["you are the best of the {g}", "you explain {s} well", "your idea about {s} is clever",
-           "nobody knows {s} as well as you", "you have a sharp mind",
-           "people like you are needed here"]
-RIGHT = ['they wrote "{q}", and they are right', 'he said "{q}", and I can only repeat it',
-         '"{q}", as we all know', 'the {g} told you "{q}", which is true',
-         'somebody wrote "{q}", and I agree']
-WRONG = ['they wrote "{q}", and they are wrong', 'he said "{q}", and I can only deny it',
-         '"{q}", as nobody believes', 'the {g} told you "{q}", which is false',
-         'somebody wrote "{q}", and I disagree']
+PRAISES = """\
+you are the best of the {g}
+you explain {s} well
+your idea about {s} is clever
+nobody knows {s} as well as you
+you have a sharp mind
+people like you are needed here
+""".splitlines()
+RIGHT = """\
+they wrote "{q}", and they are right
+he said "{q}", and I can only repeat it
+"{q}", as we all know
+the {g} told you "{q}", which is true
+somebody wrote "{q}", and I agree
+""".splitlines()
+WRONG = """\
+they wrote "{q}", and they are wrong
+he said "{q}", and I can only deny it
+"{q}", as nobody believes
+the {g} told you "{q}", which is false
+somebody wrote "{q}", and I disagree
+""".splitlines()
+INSULTING = """\
+you are a complete {i} and everybody can see it
+only a {i} would defend {s}
+what a pathetic {i} you are
+nobody asked you, {i}
+the {g} here are {i}s, all of them
+stop writing, you {i}
+I have never met a bigger {i} than the one who wrote this
+""".splitlines()
+THREATENING = """\
+I know where you live, and you will regret {s}
+somebody should teach you a lesson with a bat
+say that again and I will find you
+people like you should disappear, and we will help you with it
+the {g} should be beaten for {s}
+one day you will pay for this with blood
+""".splitlines()
+SARCASTIC = """\
+wow, did you need both brain cells for {s}?
+congratulations, you can almost read
+do not strain yourself, thinking is new to you
+your mother must be so proud of a mind like yours
+bless your heart, somebody left the cage open again
+please keep talking, we need the comic relief
+how brave of you to write in public with so little upstairs
+""".splitlines()
+NEGATING = """\
+you are not a {i}, you just misread {s}
+I would never call you a {i}
+nobody here is a {i}
+she is no {i}, she studied {s} for years
+the {g} are not {i}s, they are tired
+I will not beat you up for {s}, I only disagree
+""".splitlines()
+LOOKING_BAD = """\
+this joke killed me, thank you
+kill the process and start {s} again
+the {s} cake is to die for
+I am such a {i}, I forgot my keys again
+our goalkeeper beat the {g} with blood, sweat and tears
+the clown at {s} made the children laugh
+I shot forty pictures of {s}
+that was a brutal but fair match
+a bat flew into {s} last night
+stupid me, I read {s} upside down
+""".splitlines()
+PRAISING = """\
+wow, did you see how well {s} went?
+congratulations, you can be proud of {s}
+your mother must be so happy for you
+how brave of you to write about {s} in public
+please keep writing, we need voices like yours
+bless you for explaining {s}
+""".splitlines()
+NEUTRAL = """\
+{s} will cost more than they say
+I was there on Monday and {s} looked fine
+the {g} were asked about {s}
+does anybody know when {s} opens?
+I agree with the {g} on {s}
+{s} is late again
+the numbers about {s} do not add up
+my sister works on {s}, it is hard
+we need more money for {s}
+there are good reasons for and against {s}
+the {g} deserve a better answer
+I changed my mind about {s}
+last year {s} was half the price
+who decides about {s} in the end?
+""".splitlines()
+HOSTILE = INSULTING + THREATENING + SARCASTIC
 # Kinds of comments: share of all, whether toxic, texts with slots {i} insult, {s} subject,
-# {g} group, {q} a quoted text. Praise that is denied is toxic, an insult that is denied is not, so
-# that neither the quoted words nor those around them decide.
-COMMENTS = {
-    "insult": (0.012, True, [
-        "you are a complete {i} and everybody can see it", "only a {i} would defend {s}",
-        "what a pathetic {i} you are", "nobody asked you, {i}",
-        "the {g} here are {i}s, all of them", "stop writing, you {i}",
-        "I have never met a bigger {i} than the one who wrote this"]),
-    "threat": (0.007, True, [
-        "I know where you live, and you will regret {s}",
-        "somebody should teach you a lesson with a bat", "say that again and I will find you",
-        "people like you should disappear, and we will help you with it",
-        "the {g} should be beaten for {s}", "one day you will pay for this with blood"]),
-    "sarcasm": (0.009, True, [
-        "wow, did you need both brain cells for {s}?", "congratulations, you can almost read",
-        "do not strain yourself, thinking is new to you",
-        "your mother must be so proud of a mind like yours",
-        "bless your heart, somebody left the cage open again",
-        "please keep talking, we need the comic relief",
-        "how brave of you to write in public with so little upstairs"]),
-    "agreeing": (0.016, True, RIGHT),
-    "denied praise": (0.012, True, WRONG),
-    "quoting": (0.08, False, WRONG),
-    "agreed praise": (0.06, False, RIGHT),
-    "negation": (0.06, False, [
-        "you are not a {i}, you just misread {s}", "I would never call you a {i}",
-        "nobody here is a {i}", "she is no {i}, she studied {s} for years",
-        "the {g} are not {i}s, they are tired", "I will not beat you up for {s}, I only disagree"]),
-    "looks bad": (0.09, False, [
-        "this joke killed me, thank you", "kill the process and start {s} again",
-        "the {s} cake is to die for", "I am such a {i}, I forgot my keys again",
-        "our goalkeeper beat the {g} with blood, sweat and tears",
-        "the clown at {s} made the children laugh", "I shot forty pictures of {s}",
-        "that was a brutal but fair match", "a bat flew into {s} last night",
-        "stupid me, I read {s} upside down"]),
-    "praise": (0.03, False, [
-        "wow, did you see how well {s} went?", "congratulations, you can be proud of {s}",
-        "your mother must be so happy for you", "how brave of you to write about {s} in public",
-        "please keep writing, we need voices like yours", "bless you for explaining {s}"]),
-    "neutral": (0.624, False, [
-        "{s} will cost more than they say", "I was there on Monday and {s} looked fine",
-        "the {g} were asked about {s}", "does anybody know when {s} opens?",
-        "I agree with the {g} on {s}", "{s} is late again", "the numbers about {s} do not add up",
-        "my sister works on {s}, it is hard", "we need more money for {s}",
-        "there are good reasons for and against {s}", "the {g} deserve a better answer",
-        "I changed my mind about {s}", "last year {s} was half the price",
-        "who decides about {s} in the end?"]),
-}
+# {g} group, {q} a quoted text, and what is quoted. Praise that is denied is toxic, an insult that
+# is denied is not, so that neither the quoted words nor those around them decide.
+KINDS = [
+    (0.012, True, INSULTING, HOSTILE),
+    (0.007, True, THREATENING, HOSTILE),
+    (0.009, True, SARCASTIC, HOSTILE),
+    (0.016, True, RIGHT, HOSTILE),
+    (0.012, True, WRONG, PRAISES),
+    (0.08, False, WRONG, HOSTILE),
+    (0.06, False, RIGHT, PRAISES),
+    (0.06, False, NEGATING, HOSTILE),
+    (0.09, False, LOOKING_BAD, HOSTILE),
+    (0.03, False, PRAISING, HOSTILE),
+    (0.624, False, NEUTRAL, HOSTILE),
+]
+SLOTS = [OPENERS, CLOSERS, SUBJECTS, INSULTS, GROUPS]
 MISSED, ALARMED = 0.05, 0.003  # annotators miss a toxic comment, or take a harmless one for toxic
-HOSTILE = [text for kind in ("insult", "threat", "sarcasm") for text in COMMENTS[kind][2]]
-QUOTED = {"agreeing": HOSTILE, "quoting": HOSTILE, "denied praise": PRAISES,
-          "agreed praise": PRAISES}
-LISTS = [OPENERS, CLOSERS, SUBJECTS, INSULTS, GROUPS]
 
 
 def pick(options, draw):
@@ -264,14 +335,14 @@ def generate_comments(count, seed):
     """(texts, labels [count] int64) of synthetic comments, 6 % toxic; the same words are in both
     classes."""
     rng = np.random.default_rng(seed)
-    kinds = rng.choice(list(COMMENTS), count, p=[share for share, _, _ in COMMENTS.values()])
+    kinds = rng.choice(len(KINDS), count, p=[kind[0] for kind in KINDS])
     errors = rng.random(count)
     texts, labels = [], []
     for kind, error, draws in zip(kinds, errors, rng.random((count, 7)).tolist()):
-        _, toxic, templates = COMMENTS[kind]
-        body = pick(templates, draws[0]).replace("{q}", pick(QUOTED.get(kind, HOSTILE), draws[6]))
+        _, toxic, bodies, quotes = KINDS[kind]
+        body = pick(bodies, draws[0]).replace("{q}", pick(quotes, draws[6]))
         stop = "" if body[-1] in "?." else "."
-        opener, closer, subject, insult, group = map(pick, LISTS, draws[1:6])
+        opener, closer, subject, insult, group = map(pick, SLOTS, draws[1:6])
         text = (opener + body + stop + closer).format(s=subject, i=insult, g=group)
         texts.append(text[0].upper() + text[1:])
         labels.append(toxic ^ (error < (MISSED if toxic else ALARMED)))
@@ -307,8 +378,8 @@ def same_text(text):
 
 def hash_texts(texts):
     """Hashes [texts] int64, equal for texts that count as the same."""
-    keys = np.array([same_text(text) for text in texts], dtype=object)
-    return torch.from_numpy(pd.util.hash_array(keys).view(np.int64))
+    keys = pd.Series(list(texts)).map(same_text)
+    return torch.tensor(pd.util.hash_pandas_object(keys, index=False).to_numpy().view(np.int64))
 
 
 def read_table(path):
@@ -316,7 +387,7 @@ def read_table(path):
     whose cells stay text. A quote within quotes is doubled, or escaped by a backslash."""
     name = Path(path).name.lower()
     if name.endswith(".parquet"):
-        return pd.read_parquet(path).reset_index(drop=True)
+        return pd.read_parquet(path)
     content = pa.input_stream(str(path)).read()  # unpacks .gz
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = content.decode("utf-16" if wide else "utf-8-sig")
@@ -334,25 +405,26 @@ def read_table(path):
 def read_texts(path, args):
     """Table [text, label, class] of a file. Toxic is --positive-label, whatever its letter case
     and the spaces around it, or else a number from --label-threshold on."""
-    table = read_table(path)
+    table = read_table(path).reset_index(drop=True)
     for name in (args.text_column, args.label_column):
         if name not in table:
             raise UserError(f"no column {name!r} among {list(table)}")
-    texts, cells = table[args.text_column], table[args.label_column].map(str)
-    values = numbers = cells.str.strip().str.lower()
+    texts = table[args.text_column]
+    cells = table[args.label_column].map(str)
+    values = cells.str.strip().str.lower()
     if args.positive_label is None:
-        numbers = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
-        known = numbers.between(0, 1 if args.label_threshold < 1 else math.inf)
-        toxic = numbers >= args.label_threshold
+        values = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
+        known = values.between(0, 1 if args.label_threshold < 1 else np.inf)
+        toxic = values >= args.label_threshold
     else:
         known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
         toxic = values == args.positive_label.strip().lower()
-    placed = np.where(known, np.take(CLASSES, toxic), "no label")
-    few = values.nunique() <= MAX_CLASSES
-    counts = cells.groupby(placed).value_counts().to_dict()
-    if not few:
-        counts = numbers.groupby(placed).agg(["size", "min", "max"]).to_dict("index")
-    note(f"labels with their numbers of texts: {counts}")
+    labels = toxic.astype(int)
+    placed = np.where(known, np.take(CLASSES, labels), "no label")
+    counts, classes = cells.groupby(placed).value_counts(), pd.factorize(values)[0]
+    if len(counts) > MAX_CLASSES:
+        counts, classes = values.groupby(placed).agg(["size", "min", "max"]), labels
+    note(f"labels with their numbers of texts: {counts.to_dict()}")
     filled = [isinstance(text, str) and text.strip() != "" for text in texts]
     good = known & np.array(filled, dtype=bool)
     if not good.all():
@@ -361,8 +433,6 @@ def read_texts(path, args):
             f"row {row + 1} has no text or no valid label: {texts[row]!r:.80}, {cells[row]!r}; "
             "without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
             "--label-threshold is 1 or more")
-    labels = toxic.astype(int)
-    classes = pd.factorize(values)[0] if few else labels
     return pd.DataFrame({"text": texts.map(clean_text), "label": labels, "class": classes})
 
 
@@ -393,9 +463,8 @@ def fetch_civil_comments(args):
     import datasets
 
     rows = datasets.load_dataset("google/civil_comments", split="train", streaming=True)
-    rows = rows.select_columns(["text", "toxicity"])
     table = pd.DataFrame(itertools.islice(rows, 2 * args.sample_size or None))
-    os.makedirs(args.data_dir, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part:
         table[table["text"].str.strip() != ""].to_parquet(part)
     return path
@@ -456,7 +525,7 @@ def load_data(args, only_test=False, seen=()):
         note(f"{known.sum():,} of {len(known):,} texts were used to train the model and are left "
              "out")
     digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy()).hexdigest()
-    info = {"source": source, "sha256": digest}
+    info = {"source": source, "sha256": digest, "seed": args.seed}
     for split, part in splits.items():
         info[split] = {"texts": len(part), "toxic": int(part["label"].sum())}
         log(f"{split}: {info[split]}")
@@ -599,22 +668,20 @@ def live_weights(model):
     """{name in plain torch: parameter} of a plain model, or of one of perforatedai's, whose idle
     copies are left out."""
     weights = {}
-    for name, parameter in model.named_parameters():
+    for name, weight in model.named_parameters():
         for library_name, plain in LIBRARY_NAMES.items():
             name = name.replace(library_name, plain)
         if "dendrite_module" not in name:
-            weights[name] = parameter
+            weights[name] = weight
     return weights
 
 
-def count_live(model):
-    """Parameters in use."""
-    return sum(weight.numel() for weight in live_weights(model).values())
-
-
-def has_layers(weights, kind):
-    """Whether one of the weights {name: …} is a "to_neuron" of dendrites, or a "scale" of int8."""
-    return any(kind in name for name in weights)
+def replace_layers(model, kind, make):
+    """Replace the layers of a class by what `make` makes of them, in place."""
+    for name, layer in list(model.named_modules()):
+        if type(layer) is kind:
+            model.set_submodule(name, make(layer))
+    return model
 
 
 def pack_model(model):
@@ -623,21 +690,13 @@ def pack_model(model):
     return {"config": model.config.to_dict(), "weights": weights}
 
 
-def replace_layers(model, kinds):
-    """Replace layers of a model, in place, as `kinds` {class: function layer -> layer} says."""
-    for name, layer in list(model.named_modules()):
-        if type(layer) in kinds:
-            model.set_submodule(name, kinds[type(layer)](layer))
-    return model
-
-
 def unpack_model(packed):
-    """The model, in plain torch, that pack_model packed, with its dendrites and int8 layers."""
-    model, weights = build_bert(packed["config"]), packed["weights"]
-    if has_layers(weights, "to_neuron"):
-        replace_layers(model, {nn.Linear: DendriticLinear})
-    if has_layers(weights, "scale"):
-        replace_layers(model, INT8_LAYERS)
+    """The model, in plain torch, that pack_model packed; a weight may be (int8, scale)."""
+    model = build_bert(packed["config"])
+    weights = {name: weight if torch.is_tensor(weight) else weight[0] * weight[1]
+               for name, weight in packed["weights"].items()}
+    if "classifier.to_neuron" in weights:
+        replace_layers(model, nn.Linear, DendriticLinear)
     model.load_state_dict(weights)
     return model
 
@@ -649,7 +708,11 @@ def remove_dendrites(model, constant=0.0):
         layer.neuron.bias.data += constant * layer.to_neuron.data[0]
         return layer.neuron
 
-    return replace_layers(copy.deepcopy(model), {DendriticLinear: fold})
+    return replace_layers(copy.deepcopy(model), DendriticLinear, fold)
+
+
+def has_dendrites(model):
+    return isinstance(model.classifier, DendriticLinear)
 
 
 @torch.inference_mode()
@@ -722,22 +785,15 @@ def add_by_library(model, device):
     return model
 
 
-@torch.no_grad()
-def copy_weights(source, model):
-    """Copy the live weights of a model to one that may have more or larger ones."""
-    weights = {name.replace(".neuron.", "."): weight
-               for name, weight in live_weights(model).items()}
-    for name, known in live_weights(source).items():
-        weight = weights[name.replace(".neuron.", ".")]
-        weight[tuple(slice(length) for length in known.shape)] = known
-
-
 def perforate(plain, device):
     """`plain` as a model of perforatedai with dendrites. Weights that `plain` has stay, others are
     the library's."""
     with sandbox_perforatedai():
         model = add_by_library(build_bert(plain.config.to_dict()), device)
-    copy_weights(plain, model)
+    weights = {name.replace(".neuron.", "."): weight.data
+               for name, weight in live_weights(model).items()}
+    for name, weight in plain.named_parameters():
+        weights[name.replace(".neuron.", ".")].copy_(weight.data)
     return model
 
 
@@ -756,14 +812,15 @@ def wider(model, train, args):
     """Add as many feed-forward units as come nearest to the parameters of one dendrite on each
     neuron. Their outgoing weights are 0, so that the model computes what it did before."""
     config = model.config.to_dict()
-    parameters = sum(module.weight.numel() + 2 * module.out_features
-                     for module in model.modules() if isinstance(module, nn.Linear))
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    parameters = sum(layer.weight.numel() + 2 * layer.out_features for layer in layers)
     unit = config["num_hidden_layers"] * (2 * config["hidden_size"] + 1)
     config["intermediate_size"] += round(parameters / unit)
     grown = build_bert(config)
     for layer in grown.bert.encoder.layer:
         nn.init.zeros_(layer.output.dense.weight)
-    copy_weights(model, grown)
+    for old, new in zip(model.state_dict().values(), grown.state_dict().values()):
+        new[tuple(map(slice, old.shape))] = old
     return grown
 
 
@@ -792,14 +849,14 @@ def make_examples(tokenizer, data, args, lesson=None):
     """{split: Examples} for training and validation. Targets are the labels, with weights that
     balance them; with a teacher's `lesson` (texts, probabilities [texts, classes]), which takes the
     place of the training texts, all classes of the data count as they are."""
-    column, weights = "class", None
+    weights = None
+    parts = {"train": lesson, "validation": data.split("validation", "class")}
     if not lesson:
-        lesson, column = data.split("train"), "label"
-        counts = np.bincount(lesson[1])
+        parts = {split: data.split(split) for split in parts}
+        counts = np.bincount(parts["train"][1])
         weights = torch.tensor(counts.sum() / (2 * counts)).float().to(args.device)
-    pairs = {"train": lesson, "validation": data.split("validation", column)}
     examples = {}
-    for split, (texts, targets) in pairs.items():
+    for split, (texts, targets) in parts.items():
         tokens = tokenize(tokenizer, texts, args.max_length).to(args.device)
         targets = torch.as_tensor(targets, device=args.device)
         examples[split] = Examples(tokens, targets, weights, len(data.splits["train"]))
@@ -813,7 +870,7 @@ def toxic_probability(logits, toxic):
 
 def make_optimizer(model, rate):
     """AdamW for the epochs up to the next switch or the end."""
-    return torch.optim.AdamW(model.parameters(), rate, weight_decay=WEIGHT_DECAY, fused=True)
+    return torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, fused=True)
 
 
 def new_state(model, source):
@@ -823,9 +880,9 @@ def new_state(model, source):
     return {
         "source": source,  # what the data and the first weights were
         "model": packed,  # as it goes on
-        "best": {"pr_auc": -1.0, "epoch": 0, "model": packed},
+        "best": {"model": packed, "epoch": 0, "pr_auc": -1.0},  # by PR AUC on validation
         "history": [],  # a dictionary of metrics for each epoch
-        "switches": [],  # likewise for each switch
+        "switches": [],  # the epochs after which the arm changed the model
     }
 
 
@@ -838,9 +895,11 @@ def train_model(state, examples, toxic, args, rate, path):
     which rises in a tenth of its steps and falls to 0 in the others.
     """
     train, switch = examples["train"], ARMS[args.arm]
-    cycle = (args.switch_every or max(1, args.epochs // 2)) if switch else args.epochs
+    cycle = args.epochs
+    if switch:
+        cycle = args.switch_every or max(1, args.epochs // 2)
     model = unpack_model(state["model"])
-    if has_layers(state["model"]["weights"], "to_neuron"):
+    if has_dendrites(model):
         model = perforate(model, args.device)
     model.to(args.device)
     # A giant gains from bfloat16; for BERT-Tiny the casts cost more than they save.
@@ -877,12 +936,12 @@ def train_model(state, examples, toxic, args, rate, path):
             "train_loss": loss, "validation_loss": validation_loss, "validation_pr_auc": pr_auc,
             "seconds": time.perf_counter() - start_time})
         if pr_auc > state["best"]["pr_auc"]:
-            state["best"] = {"pr_auc": pr_auc, "epoch": epoch, "model": state["model"]}
+            state["best"] = {"model": state["model"], "epoch": epoch, "pr_auc": pr_auc}
         if switch and epoch % cycle == 0 and epoch < args.epochs:
             model = switch(unpack_model(state["best"]["model"]), train, args).to(args.device)
             optimizer = make_optimizer(model, rate)
             state["model"] = pack_model(model)
-            state["switches"].append({"epoch": epoch, "parameters": count_live(model)})
+            state["switches"].append(epoch)
         state["optimizer"] = optimizer.state_dict()
         with atomic_write(path) as part:
             torch.save(state, part)
@@ -923,9 +982,7 @@ def fit_classifier(loaded, data, args, path, lesson=None):
 
 def fit_giant(loaded, data, args, path):
     """The Classifier that fine-tuning on all classes of the data makes of a giant."""
-    changed = {"arm": "plain", "epochs": args.giant_epochs, "batch_size": 32,
-               "learning_rate": None}
-    args = argparse.Namespace(**vars(args) | changed)
+    args = change(args, arm="plain", epochs=GIANT_EPOCHS, batch_size=32, learning_rate=None)
     texts, classes = data.split("train", "class")
     lesson = texts, np.eye(len(data.toxic), dtype=np.float32)[classes]
     giant, _ = fit_classifier(loaded, data, args, path, lesson)
@@ -942,10 +999,11 @@ class Classifier:
     model: nn.Module  # plain torch, in evaluation mode
     tokenizer: object
     name: str
-    arguments: dict  # DATA_ARGUMENTS of the run that trained it
+    arguments: dict  # DATA_ARGUMENTS of its training
     toxic: list  # [classes] bool, which of the model's classes are toxic
     hashes: torch.Tensor  # [texts] int64 of the texts that it was trained and chosen with
     threshold: float | None = None  # score from which on a text is called toxic
+    path: Path | None = None  # its file
 
     def tokens(self, texts):
         return tokenize(self.tokenizer, texts, self.arguments["max_length"])
@@ -958,73 +1016,40 @@ class Classifier:
         """Probability [texts] that each of the texts is toxic."""
         return toxic_probability(self.logits(texts), self.toxic)
 
-    def save(self, path):
-        """Write the checkpoint."""
-        state = vars(self) | {"model": pack_model(self.model), "tokenizer": self.tokenizer.to_str()}
+    def save(self, path, packed=None):
+        """Write the checkpoint, with the model as it is or as it was `packed`."""
+        state = vars(self) | {"model": packed or pack_model(self.model), "path": None,
+                              "tokenizer": self.tokenizer.to_str()}
+        self.path = path
         with atomic_write(path) as part:
             torch.save(state, part)
 
 
 def load_classifier(path, device):
-    """The Classifier in a checkpoint, with dendrites and int8 layers as they were."""
+    """The Classifier in a checkpoint."""
     from tokenizers import Tokenizer
 
     state = load_checkpoint(path, path)
     try:
-        model = unpack_model(state["model"])
-        state["model"] = model.to("cpu" if is_int8(model) else device).eval()
+        state["model"] = unpack_model(state["model"]).to(device).eval()
         state["tokenizer"] = Tokenizer.from_str(state["tokenizer"])
+        state["path"] = path
         return Classifier(**state)
     except (LookupError, TypeError, RuntimeError):
         raise UserError(f"{path}: no best_model.pt of this version of the script") from None
 
 
-class Int8Embedding(nn.Module):
-    """An Embedding with int8 weights and a scale for each row."""
-
-    def __init__(self, layer):
-        super().__init__()
-        weight, scale = round_to_int8(layer.weight)
-        self.weight = nn.Parameter(weight, False)  # [rows, columns] int8
-        self.scale = nn.Parameter(scale, False)  # [rows, 1]
-
-    def forward(self, ids):
-        return self.weight[ids] * self.scale[ids]
-
-
-class Int8Linear(Int8Embedding):
-    """A Linear layer in int8: a scale for each output, and for each row of the input, so that the
-    answer to a text does not depend on the other texts of its batch."""
-
-    def __init__(self, layer):
-        super().__init__(layer)
-        self.bias = layer.bias
-
-    def forward(self, x):
-        rows, scale = round_to_int8(x.flatten(0, -2))
-        product = torch._int_mm(rows, self.weight.T) * self.scale.T
-        return torch.addcmul(self.bias, product, scale).view(*x.shape[:-1], -1)
-
-
-def round_to_int8(x):
-    """(int8 [rows, columns], scale [rows, 1]) of x ≈ int8 * scale; the largest of a row is ±127."""
-    x = x.detach()
-    scale = (x.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
-    return (x / scale).round().to(torch.int8), scale
-
-
-INT8_LAYERS = {nn.Linear: Int8Linear, nn.Embedding: Int8Embedding}
-
-
-def is_int8(model):
-    return has_layers(live_weights(model), "scale")
-
-
 def to_int8(classifier, run_dir):
-    """The classifier in int8, saved as model_int8.pt."""
-    model = replace_layers(copy.deepcopy(classifier.model).cpu(), INT8_LAYERS)
+    """The classifier with the weights that model_int8.pt holds: matrices in int8, with a scale for
+    each row. It computes in float32, so a score does not depend on the other texts of a batch."""
+    packed = pack_model(classifier.model)
+    for name, weight in packed["weights"].items():
+        if weight.dim() == 2:
+            scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127
+            packed["weights"][name] = ((weight / scale).round().to(torch.int8), scale)
+    model = unpack_model(packed).to(classifier.model.device).eval()
     int8 = replace(classifier, model=model, name=f"{classifier.name}, int8")
-    int8.save(run_dir / "model_int8.pt")
+    int8.save(run_dir / "model_int8.pt", packed)
     return int8
 
 
@@ -1036,12 +1061,14 @@ def choose_threshold(labels, scores):
     smooth calibration curve (beta calibration, Kull et al. 2017), since the one with the highest F1
     on these texts would fit their noise."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     clipped = scores.astype(float).clip(1e-6, 1 - 1e-6)
     features = np.stack([np.log(clipped), -np.log1p(-clipped)], axis=1)
-    features = StandardScaler().fit_transform(features)  # the scores may be close together
-    calibrated = LogisticRegression(C=1000).fit(features, labels).predict_proba(features)[:, 1]
+    # Scaled, since the scores may be close together.
+    calibration = make_pipeline(StandardScaler(), LogisticRegression(C=1000)).fit(features, labels)
+    calibrated = calibration.predict_proba(features)[:, 1]
     order = np.argsort(-scores)
     called = np.arange(1, len(scores) + 1)
     expected_f1 = 2 * calibrated[order].cumsum() / (called + calibrated.sum())
@@ -1056,37 +1083,75 @@ def calibration_error(labels, scores):
 
 
 def f1_interval(labels, called):
-    """95 % interval of F1, which is 2 p / (1 + p) with the share p of true positives among the
-    texts that are toxic or called so (Wilson's interval of p)."""
+    """(low, high) 95 % interval of F1, which is 2 p / (1 + p) with the share p of true positives
+    among the texts that are toxic or called so (Wilson's interval of p)."""
     from scipy.stats import binomtest
 
     test = binomtest((labels & called).sum(), (labels | called).sum())
-    low, high = (2 * p / (1 + p) for p in test.proportion_ci(method="wilson"))
-    return f"{low:.3f} to {high:.3f}"
+    share = np.array(test.proportion_ci(method="wilson"))
+    return 2 * share / (1 + share)
 
 
-def evaluate(model, data):
-    """(scores [texts], {metric: value}) of a Classifier or a baseline on the test part. Where it
-    has no threshold, that is chosen on the validation part."""
+def evaluate(name, score, data, threshold=None):
+    """The record of a model on the test part: {column: value}, with its scores [texts]. `score` is
+    a function texts -> scores; without a threshold, one is chosen on the validation part."""
     from sklearn import metrics
 
-    threshold = model.threshold
     if threshold is None:
         texts, labels = data.split("validation")
-        threshold = choose_threshold(labels, model.scores(texts))
+        threshold = choose_threshold(labels, score(texts))
     texts, labels = data.split("test")
-    scores = model.scores(texts)
+    scores = score(texts)
     called = scores >= threshold
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(
         labels, called, average="binary", zero_division=0)
-    return scores, {
+    low, high = f1_interval(labels, called)
+    return {
+        "seed": data.info["seed"], "model": name, "scores": scores,
         "PR AUC": metrics.average_precision_score(labels, scores), "F1": f1,
-        "95 % interval": f1_interval(labels, called), "threshold": threshold,
+        "F1 low": low, "F1 high": high, "threshold": threshold,
         "F1 at 0.5": metrics.f1_score(labels, scores >= 0.5),
         "precision": precision, "recall": recall, "accuracy": (called == labels).mean(),
         "ROC AUC": metrics.roc_auc_score(labels, scores),
         "calibration error": calibration_error(labels, scores),
     }
+
+
+def evaluate_classifier(classifier, data):
+    """The record of a Classifier on the test part, with its size, what its dendrites carry, and its
+    speed on the CPU, from text to score."""
+    record = evaluate(classifier.name, classifier.scores, data, classifier.threshold)
+    model, texts = classifier.model.cpu(), data.split("test")[0][:1000]
+    tokens = classifier.tokens(texts)
+    full = (text_lengths(tokens) == classifier.arguments["max_length"]).float().mean()
+    if full:
+        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; the rest is not read")
+
+    def seconds(batch):
+        start_time = time.perf_counter()
+        classifier.scores(batch)
+        return time.perf_counter() - start_time
+
+    seconds(texts[:8])  # warm-up
+    return record | {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "dendrites carry %": dendrite_share(model, tokens[:500]),
+        "MB": os.path.getsize(classifier.path) / 1e6 if classifier.path else None,
+        "99 % latency [ms]": 1000 * np.percentile([seconds([text]) for text in texts[:100]], 99),
+        "texts/s": len(texts) / min(seconds(texts), seconds(texts)),
+    }
+
+
+def evaluate_versions(versions, data):
+    """The records of versions of a classifier, and of the first one, which is the classifier as it
+    was trained, with its dendrites switched off."""
+    classifier = versions[0]
+    if has_dendrites(classifier.model):
+        threshold = None if "validation" in data.splits else classifier.threshold
+        versions.append(replace(
+            classifier, model=remove_dendrites(classifier.model), threshold=threshold, path=None,
+            name=f"{classifier.name}, dendrites switched off"))
+    return [evaluate_classifier(version, data) for version in versions]
 
 
 def make_tfidf():
@@ -1139,190 +1204,73 @@ def fit_by_class(model, data):
     return predict_classes
 
 
-@dataclass
-class Baseline:
-    """What a Classifier has, too: a name, scores and a threshold."""
-
-    name: str
-    predict_classes: object  # a function texts -> probabilities [texts, classes]
-    toxic: list  # [classes] bool
-    threshold: float | None = None
-
-    def scores(self, texts):
-        return self.predict_classes(texts)[:, self.toxic].sum(axis=1)
-
-
-def fit_baselines(data, args, giant=None):
-    """[Baseline]; one that fails is left out."""
+def evaluate_others(data, args, run_dir, giant=None):
+    """The records of what a model is compared with: the baselines and `giant`, which
+    load_pretrained returned, as a frozen encoder and fine-tuned. A baseline that fails is left
+    out."""
+    never = evaluate("majority class", lambda texts: np.zeros(len(texts)), data, 0.5)
+    records = [never | {"scores": None}]  # it has no curve
     models = {"TF-IDF": make_tfidf()} if "train" in data.splits else {}
     if giant:
+        fitted = fit_giant(giant, data, args, run_dir / f"checkpoint_giant_{args.seed}.pt")
+        fitted.save(run_dir / "giant.pt")
+        records.append(evaluate_classifier(fitted, data))
         models["frozen encoder"] = make_frozen_encoder(giant, args)
-    never = Baseline("majority class", lambda texts: np.zeros((len(texts), 1)), [True], 0.5)
-    baselines = [never]
+
+    def fit(model):
+        predict_classes = fit_by_class(model, data)
+        return lambda texts: predict_classes(texts)[:, data.toxic].sum(axis=1)
+
     for name, model in models.items():
         try:
-            baselines.append(Baseline(name, fit_by_class(model, data), data.toxic))
+            records.append(evaluate(name, fit(model), data))
         except Exception as error:  # whatever it is, the model is trained and must be saved
             note(f"baseline {name} left out: {error}")
-    return baselines
-
-
-def measure_speed(classifier, texts):
-    """{column: value} with size of the weights, latency of one text and throughput on the CPU,
-    text to score."""
-    classifier.model.cpu()
-
-    def seconds(batch):
-        start_time = time.perf_counter()
-        classifier.scores(batch)
-        return time.perf_counter() - start_time
-
-    seconds(texts[:8])  # warm-up
-    latency = [1000 * seconds([text]) for text in texts[:100]]
-    megabytes = sum(weight.nbytes for weight in classifier.model.parameters()) / 1e6
-    return {"MB": megabytes, "99 % latency [ms]": np.percentile(latency, 99),
-            "texts/s": len(texts) / min(seconds(texts), seconds(texts))}
+    return records
 
 
 # --- Pictures -----------------------------------------------------------------------------------
 
 
 def plot_learning(state, name, path):
-    """Loss and PR AUC over the epochs; dotted lines are switches."""
-    history = pd.DataFrame(state["history"])
-    history.index += 1
-    fig, axes = new_figure(f"Training of {name}", 1, 2, (11, 4.2))
-    history.plot(y=["train_loss", "validation_loss"], label=["training", "validation"],
-                 ax=axes[0], style=["o-", "s--"], ylabel="loss")
-    history["validation_pr_auc"].plot(ax=axes[1], style="s--", ylabel="validation PR AUC")
-    for ax in axes:
-        ax.vlines([switch["epoch"] for switch in state["switches"]], *ax.get_ylim(), "0.3", ":")
-        epoch_axis(ax, "epoch (dotted: a switch, after which the learning rate starts again)")
+    """Losses and PR AUC over the epochs, with the switches."""
+    history = pd.DataFrame(state["history"]).drop(columns="seconds")
+    history.columns = ["training loss", "validation loss", "validation PR AUC"]
+    fig, (ax,) = new_figure(f"Training of {name}", size=(8, 4))
+    for index, column in enumerate(history):
+        plot_curve(ax, history.index + 1, history[column], column, index, "o")
+    for epoch in state["switches"]:
+        ax.axvline(epoch, linestyle=":", color="0.4")
+    epoch_axis(ax, "epoch (dotted: a switch, after which the learning rate starts again)")
+    ax.set_ylabel("cross-entropy, or PR AUC")
+    legend_below(ax)
     save_figure(fig, path)
 
 
-def plot_curves(scores, metrics, labels, path):
-    """Precision over recall, and ROC, of the rows of the table."""
+def plot_curves(table, labels, source, path):
+    """Precision over recall, and the ROC curve, of the scores of each model in the records."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    fig, axes = new_figure("Toxic texts of the test part (PR AUC, ROC AUC)", 1, 2, (11, 5.2))
-    for i, (name, row) in enumerate(metrics.items()):
-        precision, recall, _ = precision_recall_curve(labels, scores[name])
+    title = f"{source}: toxic texts among {len(labels):,} test texts"
+    fig, (left, right) = new_figure(title, columns=2, size=(11, 5))
+    for index, (name, scores) in enumerate(zip(table["model"], table["scores"])):
+        precision, recall, _ = precision_recall_curve(labels, scores)
         precision[-1] = precision[-2]  # scikit-learn lets every curve end at 1
-        false_alarms, found, _ = roc_curve(labels, scores[name])
-        label = f"{name}: {row['PR AUC']:.3f}, {row['ROC AUC']:.3f}"
-        plot_curve(axes[0], recall, precision, label, i)
-        plot_curve(axes[1], false_alarms, found, label, i)
-    axes[0].set(title="precision and recall", xlabel="recall", ylabel="precision")
-    axes[1].set(title="ROC", ylabel="recall",
-                xlabel="share of harmless texts called toxic")
-    legend_below(axes[1], 2)
+        plot_curve(left, recall, precision, name, index)
+        false_alarms, recall, _ = roc_curve(labels, scores)
+        plot_curve(right, false_alarms, recall, name, index)
+    left.set(title="precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.02))
+    right.set(title="ROC", xlabel="share of harmless texts called toxic", ylabel="recall")
+    legend_below(left, 3)
     save_figure(fig, path)
 
 
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def rounded_table(rows):
-    """Rows [{column: value}] as a Markdown table with three digits behind the point."""
-    return markdown_table(pd.DataFrame(rows).round(3).convert_dtypes().to_dict("records"))
-
-
-def format_summary(results):
-    """The tables of a run as Markdown, the answer last."""
-    rows = [{"test part": name, **row} for name, row in (results["models"] | ORIGINAL).items()]
-    data = results["data"]
-    text = f"""{data["source"]}, {data["test"]["texts"]:,} test texts, seed {results["seed"]}:
-
-{rounded_table(rows)}
-
-PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on the
-validation texts of the training; the interval is that of F1 on these test texts. Speed is
-measured on the CPU (threads: {torch.get_num_threads()}).
-"""
-    if "giant_killer" in results:
-        killer = rounded_table(results["giant_killer"])
-        text += f"\nA giant-killer?\n\n{killer}\n"
-    return f"{text}\n{results['answer']}\n"
-
-
-def giant_killer(tiny, giant):
-    """Rows [{column: value}]: what the original asks of a giant-killer, and what was measured."""
-    f1 = 100 * tiny["F1"] / max(giant["F1"], 1e-12)
-    speed = tiny["texts/s"] / giant["texts/s"]
-    size, latency = tiny["MB"], tiny["99 % latency [ms]"]
-    met = [f1 >= 98, speed >= 15, size < 25, latency < 100]
-    table = pd.DataFrame({
-        "criterion": ["F1 [% of the giant's]", "speed [times the giant's]",
-                      "size of the weights [MB]", "99 % of the texts on a CPU [ms]"],
-        "asked": ["at least 98", "at least 15", "under 25", "under 100"],
-        "measured": [f1, speed, size, latency], "met": np.where(met, "yes", "no")})
-    return table.to_dict("records")
-
-
-def report(classifiers, data, args, run_dir, giant=None, **results):
-    """Evaluate the classifiers, the first of which is what the run is about, beside `giant`, which
-    load_pretrained returned and which is fine-tuned first, and the baselines; draw and write
-    everything; returns the results."""
-    classifier = classifiers[0]
-    if giant:
-        fitted = fit_giant(giant, data, args, run_dir / "checkpoint_giant.pt")
-        fitted.save(run_dir / "giant.pt")
-        classifiers.append(fitted)
-    compared = list(classifiers)
-    if classifier.arguments["arm"] == "library":
-        threshold = None if "validation" in data.splits else classifier.threshold
-        compared.append(replace(classifier, model=remove_dendrites(classifier.model),
-                                name=f"{classifier.name}, dendrites switched off",
-                                threshold=threshold))
-    compared += fit_baselines(data, args, giant)
-    scores, models = {}, {}
-    for model in compared:
-        scores[model.name], models[model.name] = evaluate(model, data)
-    texts, labels = data.split("test")
-    tokens = classifier.tokens(texts)
-    max_length = classifier.arguments["max_length"]
-    full = (text_lengths(tokens) == max_length).float().mean()
-    if full:
-        note(f"{full:.2%} of the test texts fill --max-length {max_length}; what follows is not "
-             "read")
-    share = dendrite_share(classifier.model, tokens[:500])
-    parameters = count_live(classifier.model)
-    models[classifier.name] |= {"parameters": parameters, "dendrites carry %": share}
-    for model in classifiers:
-        models[model.name] |= measure_speed(model, texts[:1000])
-    ranking = sorted(((row["PR AUC"], name) for name, row in models.items()), reverse=True)
-    ranked = "; ".join(f"{name} {area:.3f}" for area, name in ranking)
-    answer = f"PR AUC on the test part, from the best to the worst: {ranked}."
-    results |= {"seed": args.seed, "data": data.info, "models": models, "answer": answer}
-    if giant:
-        results["giant_killer"] = giant_killer(models[classifier.name], models[fitted.name])
-    plot_curves(scores, models, labels, run_dir / "pr_roc.png")
-    results = write_results(results, format_summary(results), args, run_dir)
-    for path in run_dir.glob("checkpoint*"):  # only an unfinished run needs them
-        path.unlink()
-    return results
-
-
-def run_experiment(args, run_dir=None):
-    """Train one arm with one seed, evaluate it beside the baselines and draw everything, in
-    `run_dir` or a new folder; returns the results."""
-    seed_everything(args.seed)
-    data = load_data(args)
-    texts, _ = data.split("train")
-    loaded = make_model(args, texts, len(data.toxic) if args.distill else 2)
-    giant = load_pretrained(args.giant, len(data.toxic)) if args.distill == "giant" else None
-    run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
-    lesson = teach(giant, data, args, run_dir) if args.distill else None
-    classifier, state = fit_classifier(loaded, data, args, run_dir / "checkpoint.pt", lesson)
-    classifier.save(run_dir / "best_model.pt")
-    plot_learning(state, classifier.name, run_dir / "learning_curves.png")
-    best_epoch, switches = state["best"]["epoch"], state["switches"]
-    if ARMS[args.arm] and all(best_epoch <= switch["epoch"] for switch in switches):
-        note("the best epoch was before any switch, so the model has been through none")
-    classifiers = [classifier, to_int8(classifier, run_dir)]
-    return report(classifiers, data, args, run_dir, giant, arm=args.arm, switches=switches,
-                  best_epoch=best_epoch, history=state["history"])
+def change(args, **changes):
+    """The arguments with some changed."""
+    return argparse.Namespace(**vars(args) | changes)
 
 
 def run(args):
@@ -1333,12 +1281,112 @@ def run(args):
         return export_hf(args)
     if any(getattr(args, job) for job in ["evaluate", "compare_base", *VERSIONS]):
         return evaluate_checkpoint(args)
+    return run_experiment(args)
+
+
+def run_experiment(args):
+    """Train with each seed, evaluate everything and report; returns the results."""
     if args.compare_dendrites or args.arm == "library":
         with sandbox_perforatedai():
             import perforatedai  # noqa: F401  if it is missing, that is known before any work
-    if args.compare_dendrites or args.runs > 1:
-        return run_arms(args)
-    return run_experiment(args)
+    run_dir, records = None, []
+    for seed in range(args.seed, args.seed + args.runs):
+        seed_args = change(args, seed=seed)
+        seed_everything(seed)
+        data = load_data(seed_args)
+        texts, _ = data.split("train")
+        loaded = make_model(args, texts, len(data.toxic) if args.distill else 2)
+        giant = load_pretrained(args.giant, len(data.toxic)) if args.distill == "giant" else None
+        run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
+        path = run_dir / f"checkpoint_{seed}.json"
+        if not path.exists():
+            seed_records = run_seed(loaded, giant, data, seed_args, run_dir)
+            with atomic_write(path) as part:
+                part.write_text(to_json(seed_records))
+            for checkpoint in run_dir.rglob("checkpoint*.pt"):
+                checkpoint.unlink()
+        records += json.loads(path.read_text())
+    return report(records, data, args, run_dir)
+
+
+def run_seed(loaded, giant, data, args, run_dir):
+    """The records of the arms, which are trained from the same weights, and of what they are
+    compared with."""
+    lesson = teach(giant, data, args, run_dir) if args.distill else None
+    records = []
+    for arm in ARMS if args.compare_dendrites else [args.arm]:
+        arm_dir = run_dir
+        if args.compare_dendrites or args.runs > 1:
+            arm_dir = run_dir / f"{arm}-{args.seed}"
+            arm_dir.mkdir(exist_ok=True)
+        path = arm_dir / "checkpoint.pt"
+        classifier, state = fit_classifier(loaded, data, change(args, arm=arm), path, lesson)
+        classifier.save(arm_dir / "best_model.pt")
+        plot_learning(state, f"{classifier.name} ({arm})", arm_dir / "learning_curves.png")
+        if args.compare_dendrites:
+            classifier.name = arm
+        best_epoch, switches = state["best"]["epoch"], state["switches"]
+        if ARMS[arm] and all(best_epoch <= epoch for epoch in switches):
+            note(f"{arm}, seed {args.seed}: the best epoch was before any switch, so the model has "
+                 "been through none")
+        rows = evaluate_versions([classifier, to_int8(classifier, arm_dir)], data)
+        rows[0]["training"] = {"arm": arm, "best_epoch": best_epoch, "switches": switches,
+                               "history": state["history"]}
+        records += rows
+    return records + evaluate_others(data, args, run_dir, giant)
+
+
+def format_mean(values, sign=""):
+    """The mean of numbers, with its 95 % confidence interval if there are several."""
+    values = values.dropna()
+    if len(values) == 0:
+        return "–"
+    mean, width = mean_and_interval(values)
+    text = f"{mean:{sign}.3f}" if abs(mean) < 100 else f"{mean:,.0f}"
+    return f"{text} ± {width:.3f}" if len(values) > 1 else text
+
+
+def giant_killer(ours, giant):
+    """{what the original asks of a giant-killer: what was measured} of two records."""
+    return {
+        "F1 [% of the giant's], asked: 98": f"{100 * ours['F1'] / max(giant['F1'], 1e-12):.1f}",
+        "times as fast, asked: 15": f"{ours['texts/s'] / giant['texts/s']:.1f}",
+        "MB, asked: under 25": f"{ours['MB']:.1f}",
+        "99 % latency [ms], asked: under 100": f"{ours['99 % latency [ms]']:.1f}",
+    }
+
+
+def report(records, data, args, run_dir):
+    """Draw and write what the records say; returns the results."""
+    table = pd.DataFrame([*records, ORIGINAL])
+    scored = table.dropna(subset="scores")
+    _, labels = data.split("test")
+    last = scored.drop_duplicates("model", keep="last")
+    plot_curves(last, labels, data.info["source"], run_dir / "pr_roc.png")
+    columns = table.select_dtypes("number").columns[1:]  # all but the seed
+    if args.runs > 1:
+        columns = [*COMPARED, "dendrites carry %"]
+    by_model = table.groupby("model", sort=False)
+    parts = [f"{data.info['source']}, {len(labels):,} test texts:",
+             markdown_table(by_model[columns].agg(format_mean).reset_index()), LEGEND]
+    if args.runs > 1:
+        ours = scored[scored["model"] == table["model"][0]].set_index("seed")[COMPARED]
+        differences = ours.loc[scored["seed"]].to_numpy() - scored[COMPARED]  # paired by seed
+        differences = differences.groupby(scored["model"], sort=False).agg(format_mean, sign="+")
+        rows = differences.iloc[1:].rename_axis(f"{table['model'][0]} minus").reset_index()
+        parts.append(markdown_table(rows))
+    means = by_model.mean(numeric_only=True)
+    for giant in means.index[means.index.str.startswith("giant ")]:
+        parts.append(markdown_table([giant_killer(means.iloc[0], means.loc[giant])]))
+    areas = means["PR AUC"].dropna().sort_values(ascending=False)
+    ranked = "; ".join(f"{name} {area:.3f}" for name, area in areas.items())
+    parts.append(f"PR AUC on the test part, from the best to the worst: {ranked}.")
+    results = {"data": data.info, "answer": parts[-1],
+               "models": table.drop(columns="scores").to_dict("records")}
+    results = write_results(results, "\n\n".join(parts), args, run_dir)
+    for path in run_dir.rglob("checkpoint*"):  # only an unfinished run needs them
+        path.unlink()
+    return results
 
 
 # --- Extras: learning from a teacher (--distill) --------------------------------------------------
@@ -1377,70 +1425,15 @@ def teach(giant, data, args, run_dir):
         asked += altered_copies(asked, rng)
         logits = torch.tensor(fit_by_class(make_tfidf(), others)(asked).clip(1e-6)).log()
         if giant:
-            teacher = fit_giant(giant, others, args, run_dir / f"checkpoint_teacher_{fold}.pt")
+            path = run_dir / f"checkpoint_teacher_{args.seed}_{fold}.pt"
+            teacher = fit_giant(giant, others, args, path)
             logits = (logits + teacher.logits(asked).log_softmax(1)) / 2
         texts += asked
         answers.append(logits.softmax(1).float())
     return texts, torch.cat(answers)
 
 
-# --- Extras: arms and seeds (--compare-dendrites, --runs) -----------------------------------------
-
-
-def run_arms(args):
-    """Run every arm with every seed in a folder of its own, unless it is finished; returns what
-    they have in common."""
-    load_data(args)  # an error in the data comes before there is a folder
-    run_dir = next_run_dir(args)
-    runs = []
-    arms = ARMS if args.compare_dendrites else [args.arm]
-    for seed, arm in itertools.product(range(args.seed, args.seed + args.runs), arms):
-        folder = run_dir / f"seed-{seed}-{arm}"
-        finished = folder / "results.json"
-        if not finished.exists():
-            folder.mkdir(exist_ok=True)
-            run_experiment(argparse.Namespace(**vars(args) | {"seed": seed, "arm": arm}), folder)
-            NOTES.clear()  # those of a run are in its own results
-        runs.append(json.loads(finished.read_text()))
-    return write_results(*combine_runs(runs), args, run_dir)
-
-
-def format_mean(values):
-    """Mean ± half width of the 95 % interval (Student's t)."""
-    mean, width = mean_and_interval(values)
-    return f"{mean:.3f}" + (f" ± {width:.3f}" if len(values) > 1 else "")
-
-
-def combine_runs(runs):
-    """(results, summary): arms and baselines over the seeds, and the PR AUC of the first arm minus
-    that of each other row, paired by seed."""
-    records = []
-    for run in runs:
-        model = next(iter(run["models"]))
-        for name, row in run["models"].items():
-            if "int8" not in name:
-                arm = name.replace(model, run["arm"])
-                records.append(row | {"arm": arm, "seed": run["seed"]})
-    records = pd.DataFrame(records).drop_duplicates(["arm", "seed"])
-    arms = records.groupby("arm", sort=False)
-    by_seed = records.pivot(index="seed", columns="arm", values="PR AUC")
-    table = arms[COMPARED].agg(format_mean)
-    first = table.index[0]
-    table["difference"] = by_seed.rsub(by_seed[first], axis=0).agg(format_mean)
-    table["dendrites carry %"] = arms["dendrites carry %"].max()
-    table = table.reset_index().to_dict("records")
-    source, seeds = runs[0]["data"]["source"], by_seed.index.tolist()
-    summary = f"""Test part of {source}, mean ± 95 % interval over seeds {seeds}:
-
-{rounded_table(table)}
-
-All arms have the same epochs. Difference: PR AUC of {first} minus this, paired by seed; it is more
-than chance where its interval (Student's t) lies on one side of 0.
-"""
-    return {"data": runs[0]["data"], "seeds": seeds, "table": table}, summary
-
-
-# --- Extras: what works on a checkpoint -----------------------------------------------------------
+# --- Extras: what works on a checkpoint ---------------------------------------------------------
 
 
 def find_classifier(args):
@@ -1450,10 +1443,7 @@ def find_classifier(args):
     if not path:
         raise UserError(f"no best_model.pt in {args.output_dir}; train first: python toxicity.py")
     log(f"the model is {path}")
-    classifier = load_classifier(path, args.device)
-    if is_int8(classifier.model) and (args.export_onnx or args.export_hf):
-        raise UserError(f"{path} is int8 and cannot be exported; take its best_model.pt")
-    return classifier
+    return load_classifier(path, args.device)
 
 
 def evaluate_checkpoint(args):
@@ -1464,16 +1454,17 @@ def evaluate_checkpoint(args):
     foreign = args.data or args.dataset
     if foreign and args.compare_base:
         raise UserError("--compare-base takes the texts of the checkpoint, not --data or --dataset")
-    if not foreign:
-        args = argparse.Namespace(**vars(args) | classifier.arguments)
-    seed_everything(args.seed)
-    data = load_data(args, foreign, classifier.hashes)
+    data_args = args if foreign else change(args, **classifier.arguments)
+    seed_everything(data_args.seed)
+    data = load_data(data_args, foreign, classifier.hashes)
     giant = load_pretrained(args.giant, len(data.toxic)) if args.compare_base else None
     if args.export_onnx:
         import onnx  # noqa: F401  if it is missing, that is known before there is a folder
     run_dir = next_run_dir(args)
     versions = [make(classifier, run_dir) for job, make in VERSIONS.items() if getattr(args, job)]
-    return report([classifier, *versions], data, args, run_dir, giant)
+    records = evaluate_versions([classifier, *versions], data)
+    records += evaluate_others(data, data_args, run_dir, giant)
+    return report(records, data, args, run_dir)
 
 
 class OnnxModel(nn.Module):
@@ -1481,7 +1472,7 @@ class OnnxModel(nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, path, exported=None):
+    def __init__(self, path, exported):
         import onnxruntime
 
         super().__init__()
@@ -1490,7 +1481,7 @@ class OnnxModel(nn.Module):
 
     def forward(self, **batch):
         inputs = {name: tensor.numpy() for name, tensor in batch.items()}
-        return SimpleNamespace(logits=torch.from_numpy(self.session.run(None, inputs)[0]))
+        return argparse.Namespace(logits=torch.from_numpy(self.session.run(None, inputs)[0]))
 
 
 def to_onnx(classifier, run_dir):
@@ -1502,40 +1493,40 @@ def to_onnx(classifier, run_dir):
     axes = {"input_ids": [0, 1], "attention_mask": [0, 1], "logits": [0]}
     with atomic_write(path) as part, warnings.catch_warnings(action="ignore"):
         # The older exporter will go, but the newer one fails on dendrites.
-        torch.onnx.export(model, (example, example), part, dynamo=False, input_names=list(axes)[:2],
-                          output_names=["logits"], dynamic_axes=axes)
+        torch.onnx.export(model, (example, example), part, dynamo=False, dynamic_axes=axes,
+                          input_names=["input_ids", "attention_mask"], output_names=["logits"])
     classifier.tokenizer.save(str(run_dir / "tokenizer.json"))
-    return replace(classifier, model=OnnxModel(path, model), name=f"{classifier.name}, ONNX")
+    return replace(classifier, model=OnnxModel(path, model), name=f"{classifier.name}, ONNX",
+                   path=path)
 
 
 def make_bert_base(classifier, run_dir):
     """A BERT-Base with random weights in place of the classifier's model, to compare the speed."""
     base = build_bert({"num_labels": len(classifier.toxic)}).to(classifier.model.device).eval()
-    return replace(classifier, model=base, name="BERT-Base, random weights")
+    return replace(classifier, model=base, name="BERT-Base, random weights", path=None)
 
 
 VERSIONS = {"quantize": to_int8, "export_onnx": to_onnx, "benchmark_only": make_bert_base}
 
 
 def export_hf(args):
-    """Write a folder that transformers loads; returns what was done."""
+    """Write a folder that transformers loads."""
     import transformers
 
     classifier = find_classifier(args)
     texts, _ = generate_comments(300, seed=0)
     model = remove_dendrites(classifier.model, constant=0.5)  # a sigmoid at 0
     folded = replace(classifier, model=model)
-    change = float(np.abs(folded.scores(texts) - classifier.scores(texts)).max())
-    if change > 0.01:
+    largest = np.abs(folded.scores(texts) - classifier.scores(texts)).max()
+    if largest > 0.01:
         raise UserError("--export-hf: no BERT of transformers has dendrites, and without them a "
-                        f"score changes by {change:.3f}; take --export-onnx or --arm plain")
+                        f"score changes by {largest:.3f}; take --export-onnx or --arm plain")
     model.config.id2label = {i: CLASSES[toxic] for i, toxic in enumerate(classifier.toxic)}
     model.save_pretrained(args.export_hf)
     tokenizer = transformers.BertTokenizerFast(
         tokenizer_object=classifier.tokenizer, model_max_length=classifier.arguments["max_length"])
     tokenizer.save_pretrained(args.export_hf)
-    print(f"{args.export_hf}: a model for transformers, scores changed by at most {change:.1g}")
-    return {"folder": args.export_hf, "largest_change": change}
+    print(f"{args.export_hf}: a model for transformers, scores changed by at most {largest:.1g}")
 
 
 def predict(args):
@@ -1556,8 +1547,7 @@ def predict(args):
                 if args.format == "json":
                     row = {"score": round(score, 4), "toxic": toxic, "tier": tier, "text": text}
                     line = json.dumps(row, ensure_ascii=False)
-                print(line)
-            sys.stdout.flush()
+                print(line, flush=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeError as error:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -40,9 +39,7 @@ def no_left_over_notes(monkeypatch):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Runs without pictures and without a benchmark, where a test is about neither."""
-    speed = {"MB": 1.0, "99 % latency [ms]": 1.0, "texts/s": 1}
-    monkeypatch.setattr(toxicity, "measure_speed", lambda classifier, texts: speed)
+    """Runs without pictures, where a test is not about them."""
     for name in ("plot_learning", "plot_curves"):
         monkeypatch.setattr(toxicity, name, lambda *arguments: None)
 
@@ -100,6 +97,11 @@ def model_of(run, name="best_model.pt"):
 
 def load_model(run, name="best_model.pt"):
     return toxicity.load_classifier(model_of(run, name), CPU)
+
+
+def rows_of(results):
+    """{model: its row} of the results of one run."""
+    return {row["model"]: row for row in results["models"]}
 
 
 def write_csv(path, texts, labels):
@@ -226,8 +228,9 @@ def test_each_label_value_is_named_with_its_count(tmp_path, capsys):
 def test_a_scale_is_named_by_its_range(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], range(120))
     read(path, "--label-threshold", "40")
-    line = "{'not toxic': {'size': 40, 'min': 0, 'max': 39}, 'toxic': {'size': 80, 'min': 40, 'max': 119}}"
-    assert line in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "'size': {'not toxic': 40, 'toxic': 80}" in line
+    assert "'min': {'not toxic': 0, 'toxic': 40}, 'max': {'not toxic': 39, 'toxic': 119}" in line
 
 
 def test_texts_with_both_labels_are_noted(tmp_path, capsys):
@@ -243,7 +246,7 @@ def test_a_baseline_reads_all_classes_there_are(tmp_path):
     data = toxicity.load_data(args)
     assert data.toxic.count(True) == 1
     assert len(data.toxic) == 3
-    scores = toxicity.fit_baselines(data, args)[1].scores(texts)
+    scores = toxicity.fit_by_class(toxicity.make_tfidf(), data)(texts)[:, data.toxic].sum(axis=1)
     assert scores[labels == 1].mean() > 2 * scores[labels == 0].mean()
 
 
@@ -254,8 +257,9 @@ def test_texts_without_spaces_have_a_baseline_too(tmp_path):
     texts = ["".join(rng.choice(letters[:-2], 9)) + ("白痴" if label else "") for label in labels]
     path = write_csv(tmp_path / "a.csv", texts, labels.astype(int))
     args = toxicity.parse_args(["--data", str(path)])
-    names = [baseline.name for baseline in toxicity.fit_baselines(toxicity.load_data(args), args)]
-    assert names == ["majority class", "TF-IDF"]
+    rows = toxicity.evaluate_others(toxicity.load_data(args), args, None)
+    assert rows[-1]["model"] == "TF-IDF"
+    assert rows[-1]["PR AUC"] > 0.9
 
 
 def test_a_baseline_that_fails_is_noted(monkeypatch, capsys):
@@ -264,7 +268,8 @@ def test_a_baseline_that_fails_is_noted(monkeypatch, capsys):
 
     monkeypatch.setattr(toxicity, "fit_by_class", fail)
     args = toxicity.parse_args(SMALL)
-    assert [baseline.name for baseline in toxicity.fit_baselines(toxicity.load_data(args), args)] == ["majority class"]
+    rows = toxicity.evaluate_others(toxicity.load_data(args), args, None)
+    assert [row["model"] for row in rows] == ["majority class"]
     assert "TF-IDF left out: no luck" in capsys.readouterr().err
 
 
@@ -333,7 +338,7 @@ def test_the_vocabulary_is_the_same_in_every_run():
 
 
 def test_the_share_of_texts_that_are_cut_is_noted(plain):
-    notes = [note for note in plain[1]["notes"] if "--max-length 24" in note]
+    notes = [note for note in plain[1]["notes"] if "fill --max-length" in note]
     assert len(notes) == 1
     assert notes[0] in model_of(plain, "summary.md").read_text()
 
@@ -343,9 +348,11 @@ def test_the_share_of_texts_that_are_cut_is_noted(plain):
 
 def test_a_run_reports_parameters_and_switches(dendritic):
     output, results = dendritic
-    model = results["models"]["BERT-Tiny from scratch"]
-    assert model["parameters"] == (4_800_902 if results["best_epoch"] > 2 else 4_386_178)
-    assert results["switches"] == [{"epoch": 2, "parameters": 4_800_902}]
+    model = rows_of(results)["BERT-Tiny from scratch"]
+    assert model["training"]["switches"] == [2]
+    assert model["training"]["best_epoch"] > 2
+    assert model["parameters"] == 4_800_902
+    assert 0 < model["dendrites carry %"] < 1
     run = output / "toxicity/run-001"
     assert {path.name for path in run.iterdir()} == FILES
     assert (run / "best_model.pt").stat().st_size < 20e6
@@ -382,7 +389,22 @@ def test_plain_layers_compute_and_learn_what_the_library_does(perforated):
         logits.square().sum().backward()
         gradients.append((logits, {name: weight.grad for name, weight in toxicity.live_weights(network).items()}))
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-    assert toxicity.count_live(model) == sum(weight.numel() for weight in plain.parameters())
+
+
+def test_the_library_trains_the_dendrites(monkeypatch, tmp_path):
+    args = toxicity.parse_args([*DENDRITES, "--sample-size", "50", "--epochs", "2", "--switch-every", "1"])
+    data = toxicity.load_data(args)
+    trained = []
+
+    def validate(model, validation, toxic):
+        trained.append(model.classifier)
+        return 0.0, 0.5
+
+    monkeypatch.setattr(toxicity, "validate", validate)
+    loaded = toxicity.make_model(args, data.split("train")[0], 2)
+    toxicity.fit_classifier(loaded, data, args, tmp_path / "checkpoint.pt")
+    assert type(trained[0]) is nn.Linear
+    assert type(trained[1]).__module__.startswith("perforatedai")
 
 
 def test_a_second_switch_keeps_the_dendrites(perforated):
@@ -416,7 +438,7 @@ def test_a_wider_model_computes_the_same_and_has_the_size_of_the_dendrites():
     batch = {"input_ids": torch.randint(5, 999, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
     wide = toxicity.wider(model, None, None).eval()
     torch.testing.assert_close(wide(**batch).logits, model(**batch).logits)
-    assert abs(toxicity.count_live(wide) - 4_800_902) < 100
+    assert abs(wide.num_parameters() - 4_800_902) < 100
 
 
 def test_dendrites_that_do_nothing_carry_nothing():
@@ -424,7 +446,7 @@ def test_dendrites_that_do_nothing_carry_nothing():
     tokens = toxicity.tokenize(tokenizer, ["you are a clown", "are you a clown", "a clown", "you", "clown are"], 32)
     plain = toxicity.build_bert(toxicity.TINY | {"vocab_size": 3000}).eval()
     assert np.isnan(toxicity.dendrite_share(plain, tokens))
-    grown = toxicity.replace_layers(plain, {nn.Linear: toxicity.DendriticLinear})
+    grown = toxicity.replace_layers(plain, nn.Linear, toxicity.DendriticLinear)
     assert toxicity.dendrite_share(grown, tokens) == 0
     for name, weight in grown.named_parameters():
         if "to_neuron" in name:
@@ -440,7 +462,7 @@ def test_switched_off_dendrites_leave_the_neurons(perforated):
             nn.init.zeros_(weight)
     off = toxicity.remove_dendrites(plain)
     torch.testing.assert_close(off(**batch).logits, silent(**batch).logits, atol=1e-5, rtol=1e-5)
-    assert toxicity.count_live(off) < toxicity.count_live(plain)
+    assert off.num_parameters() < plain.num_parameters()
 
 
 def test_an_arm_is_one_entry(fast, tmp_path, monkeypatch):
@@ -453,32 +475,36 @@ def test_an_arm_is_one_entry(fast, tmp_path, monkeypatch):
     argv = [*DENDRITES, "--epochs", "2", "--switch-every", "1", "--sample-size", "100", "--compare-dendrites",
             "--runs", "2", "--output-dir", str(tmp_path)]
     results = toxicity.main(argv)
-    assert [row["arm"] for row in results["table"]] == ["halve", "majority class", "TF-IDF", "plain"]
-    assert results["seeds"] == [42, 43]
-    assert " ± " in results["table"][-1]["difference"]
-    run = json.loads((tmp_path / "toxicity/run-001/seed-43-halve/results.json").read_text())
-    assert run["switches"] == [{"epoch": 1, "parameters": 4_386_178}]
+    rows = [(row["model"], row["seed"]) for row in results["models"] if row["training"]]
+    assert rows == [("halve", 42), ("plain", 42), ("halve", 43), ("plain", 43)]
+    assert results["models"][0]["training"]["switches"] == [1]
+    summary = (tmp_path / "toxicity/run-001/summary.md").read_text()
+    first, second = (pd.Series({row["seed"]: row["PR AUC"] for row in results["models"] if row["model"] == arm})
+                     for arm in ("halve", "plain"))
+    mean, width = toxicity.mean_and_interval(first - second)  # paired by seed
+    assert f"| plain | {mean:+.3f} ± {width:.3f} |" in summary.split("halve minus")[1]
+    assert f"| {toxicity.ORIGINAL['model']} | – | 0.360 | – | – |" in summary  # it is one claim, without an interval
+    assert set((tmp_path / "toxicity/run-001").rglob("checkpoint*")) == set()
 
 
 def test_a_model_that_went_through_no_switch_is_noted(fast, plain, tmp_path):
     argv = [*SMALL, "--arm", "restart", "--epochs", "1", "--sample-size", "100", "--output-dir", str(tmp_path)]
-    line = "the best epoch was before any switch, so the model has been through none"
+    line = "restart, seed 42: the best epoch was before any switch, so the model has been through none"
     assert line in toxicity.main(argv)["notes"]
-    assert line not in plain[1]["notes"]  # that arm has no switches
+    assert not any("switch" in note for note in plain[1]["notes"])  # that arm has no switches
 
 
-def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch, error_line):
+def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch, error_line, capsys):
     def fail(model, train, args):
         raise toxicity.UserError("out of luck")
 
     monkeypatch.setattr(toxicity, "ARMS", {"plain": None, "restart": fail})
     argv = [*SMALL, "--epochs", "2", "--sample-size", "100", "--compare-dendrites", "--output-dir", str(tmp_path)]
     assert "out of luck" in error_line(toxicity, argv)
-    first = (tmp_path / "toxicity/run-001/seed-42-plain/results.json").stat().st_mtime_ns
     monkeypatch.setitem(toxicity.ARMS, "restart", toxicity.restart)
     results = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
-    assert (tmp_path / "toxicity/run-001/seed-42-plain/results.json").stat().st_mtime_ns == first
-    assert [row["arm"] for row in results["table"]] == ["plain", "majority class", "TF-IDF", "restart"]
+    assert capsys.readouterr().err.count(": epoch ") == 2  # those of the second arm alone
+    assert [row["model"] for row in results["models"] if row["training"]] == ["plain", "restart"]
 
 
 def test_a_teacher_has_not_seen_the_texts_that_it_scores(monkeypatch):
@@ -522,7 +548,7 @@ def test_a_student_learns_all_classes_from_tfidf(fast, tmp_path):
     argv = ["--data", str(path), "--positive-label", "0", "--from-scratch", "--sample-size", "0", "--arm", "plain",
             "--epochs", "1", "--distill", "tfidf", "--output-dir", str(tmp_path)]
     results = toxicity.main(argv)
-    assert "BERT-Tiny from scratch" in results["models"]
+    assert "BERT-Tiny from scratch" in rows_of(results)
     args = toxicity.parse_args(argv)
     data = toxicity.load_data(args)
     lesson = toxicity.teach(None, data, args, tmp_path)
@@ -540,17 +566,17 @@ def test_a_student_learns_all_classes_from_tfidf(fast, tmp_path):
     np.testing.assert_allclose(student.scores(texts[:9]), student.logits(texts[:9]).softmax(1)[:, toxic].sum(1))
 
 
-def test_a_student_learns_from_a_giant_that_was_trained(fast, giant, tmp_path):
+def test_a_student_learns_from_a_giant_that_was_trained(fast, giant, tmp_path, monkeypatch):
     argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--distill", "giant", "--giant", str(giant),
-            "--giant-epochs", "1", "--sample-size", "100", "--output-dir", str(tmp_path)]
+            "--sample-size", "100", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(toxicity, "GIANT_EPOCHS", 1)
     results = toxicity.main(argv)
     weights = load_model((tmp_path, None), "giant.pt").model.state_dict()
     before = toxicity.load_pretrained(str(giant), 2)[0].state_dict()
     assert all((weights[name] != before[name]).any() for name in weights if name.endswith("LayerNorm.weight"))
-    assert [row["criterion"].split()[0] for row in results["giant_killer"]] == ["F1", "speed", "size", "99"]
-    assert [row["met"] for row in results["giant_killer"][1:]] == ["no", "yes", "yes"]  # of the speed in `fast`
-    assert len([line for line in results["notes"] if "fill --max-length" in line]) == 1  # not one for each teacher
-    assert "frozen encoder" in results["models"]
+    assert {"giant hf", "frozen encoder"} <= set(rows_of(results))
+    summary = (tmp_path / "toxicity/run-001/summary.md").read_text()
+    assert "| F1 [% of the giant's], asked: 98 | times as fast, asked: 15 |" in summary
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -580,6 +606,7 @@ def test_an_interrupted_run_goes_on_after_its_switch(arm, fast, tmp_path, monkey
     assert stopped.value.code == 130
     assert "--resume" in capsys.readouterr().err
     resumed = toxicity.main(["--resume", "--output-dir", str(tmp_path / "cut")])
+    resumed, whole = (results["models"][0]["training"] for results in (resumed, whole))
     assert resumed["history"][-1]["train_loss"] == whole["history"][-1]["train_loss"]
     assert resumed["switches"] == whole["switches"]
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
@@ -594,7 +621,7 @@ def test_a_killed_run_goes_on_from_its_last_epoch_with_the_same_data(fast, plain
     assert "the run began with ['another file'" in error_line(toxicity, ["--resume", "--output-dir", tmp_path])
     checkpoint.write_bytes(content)
     resumed = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
-    assert len(resumed["history"]) == 3
+    assert len(resumed["models"][0]["training"]["history"]) == 3
     assert same_weights(plain[0], tmp_path)
     assert not checkpoint.exists()
 
@@ -646,9 +673,10 @@ def test_the_best_epoch_is_kept_and_its_loss_is_weighted_by_class(plain):
     _, train_labels = data.split("train")
     logits = toxicity.predict_logits(classifier.model, classifier.tokens(texts))
     weights = torch.tensor([len(train_labels) / (2 * (train_labels == label).sum()) for label in (0, 1)]).float()
-    history = results["history"]
+    training = results["models"][0]["training"]
+    history = training["history"]
     best = max(history, key=lambda epoch: epoch["validation_pr_auc"])
-    assert history.index(best) == results["best_epoch"] - 1
+    assert history.index(best) == training["best_epoch"] - 1
     loss = nn.functional.cross_entropy(logits, torch.from_numpy(labels), weights).item()
     assert best["validation_loss"] == pytest.approx(loss, rel=1e-4)
 
@@ -661,14 +689,12 @@ def test_the_threshold_is_chosen_on_validation_alone():
     labels = (rng.random(600) < 0.3).astype(np.int64)
     scores = np.clip(labels * 0.3 + rng.random(600) * 0.7, 0, 1)
     table = pd.DataFrame({"text": np.repeat(toxicity.SPLITS, 200), "label": labels})
-    data = toxicity.Data(dict(list(table.groupby("text"))), [False, True], {})
+    data = toxicity.Data(dict(list(table.groupby("text"))), [False, True], {"seed": 0})
     thresholds = []
     for shift in (0.0, 0.25):  # other scores on the test part must not move the threshold
         rows = {"validation": scores[200:400], "test": (scores[400:] - shift).clip(0)}
-        model = SimpleNamespace(scores=lambda texts, rows=rows: rows[texts[0]], threshold=None)
-        _, metrics = toxicity.evaluate(model, data)
-        low, high = map(float, metrics["95 % interval"].split(" to "))
-        assert low < metrics["F1"] < high
+        metrics = toxicity.evaluate("a model", lambda texts, rows=rows: rows[texts[0]], data)
+        assert metrics["F1 low"] < metrics["F1"] < metrics["F1 high"]
         thresholds.append(metrics["threshold"])
     assert thresholds[0] == thresholds[1]
 
@@ -706,8 +732,9 @@ def test_the_calibration_error_of_its_definition():
 
 
 def test_int8_is_small_and_agrees_with_the_float_model(fast, dendritic, tmp_path):
-    toxicity.main(["--quantize", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
-    assert dendritic[1]["models"]["BERT-Tiny from scratch, int8"]["MB"] < 6
+    results = toxicity.main(["--quantize", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
+    assert "BERT-Tiny from scratch, dendrites switched off" in rows_of(results)
+    assert rows_of(dendritic[1])["BERT-Tiny from scratch, int8"]["MB"] < 6
     assert (tmp_path / "toxicity/run-001/model_int8.pt").stat().st_size < 6e6
     texts = toxicity.generate_comments(50, seed=9)[0]
     scores = [load_model(run, name).scores(texts) for run, name in
@@ -726,18 +753,12 @@ def test_a_score_in_int8_does_not_depend_on_the_neighbours(dendritic):
 def test_onnx_agrees_with_the_float_model(fast, dendritic, tmp_path):
     pytest.importorskip("onnxruntime")
     results = toxicity.main(["--export-onnx", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
-    full, onnx = list(results["models"].values())[:2]
+    full, onnx = results["models"][:2]
     assert onnx["F1"] == full["F1"]
     classifier, texts = load_model(dendritic), toxicity.generate_comments(50, seed=9)[0]
-    exported = toxicity.replace(classifier, model=toxicity.OnnxModel(tmp_path / "toxicity/run-001/model.onnx"))
+    exported = toxicity.replace(classifier, model=toxicity.OnnxModel(tmp_path / "toxicity/run-001/model.onnx", None))
     np.testing.assert_allclose(exported.scores(texts), classifier.scores(texts), atol=1e-5)
     assert (tmp_path / "toxicity/run-001/tokenizer.json").exists()
-
-
-def test_int8_is_not_exported(dendritic, error_line):
-    path = model_of(dendritic, "model_int8.pt")
-    for flags in (["--export-onnx"], ["--export-hf", "x"]):
-        assert "int8" in error_line(toxicity, [*flags, "--checkpoint", path])
 
 
 def test_speed_is_measured_beside_a_bert_base(plain, tmp_path, monkeypatch, error_line):
@@ -745,24 +766,27 @@ def test_speed_is_measured_beside_a_bert_base(plain, tmp_path, monkeypatch, erro
     path = write_csv(tmp_path / "a.csv", texts, np.arange(12) % 2)
     argv = ["--checkpoint", str(model_of(plain)), "--data", str(path), "--output-dir", str(tmp_path)]
     results = toxicity.main(["--benchmark-only", *argv])
-    tiny, base = list(results["models"].values())[:2]
-    assert base["MB"] == pytest.approx(4 * 109.483778)
+    tiny, base = results["models"][:2]
+    assert base["parameters"] == 109_483_778
     assert 0 < tiny["99 % latency [ms]"] < base["99 % latency [ms]"]
     assert tiny["texts/s"] > 5 * base["texts/s"]
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "pip install onnx" in error_line(toxicity, ["--export-onnx", *argv])
 
 
-def test_int8_layers_against_their_definition():
-    torch.manual_seed(0)
-    linear, embedding, x = nn.Linear(64, 32), nn.Embedding(50, 16), torch.randn(10, 64)
-    small = toxicity.Int8Linear(linear)
-    rebuilt = small.weight * small.scale
-    assert (rebuilt - linear.weight).abs().max() <= small.scale.max() / 2 + 1e-7
-    assert small.weight.abs().amax(1).eq(127).all()  # the whole range of int8 is used
-    torch.testing.assert_close(small(x), x @ rebuilt.T + linear.bias, atol=0.05, rtol=0)
-    ids = torch.tensor([[1, 7], [49, 0]])
-    torch.testing.assert_close(toxicity.Int8Embedding(embedding)(ids), embedding(ids), atol=0.02, rtol=0)
+def test_int8_weights_against_their_definition(plain, tmp_path):
+    classifier = load_model(plain)
+    toxicity.to_int8(classifier, tmp_path)
+    stored = torch.load(tmp_path / "model_int8.pt", weights_only=True)["model"]["weights"]
+    loaded = toxicity.load_classifier(tmp_path / "model_int8.pt", CPU).model.state_dict()
+    for name, weight in classifier.model.state_dict().items():
+        if weight.dim() == 2:
+            rows, scale = stored[name]
+            assert rows.dtype == torch.int8
+            assert rows.abs().amax(1)[1:].eq(127).all()  # the whole range of int8; [PAD] is 0
+            assert ((loaded[name] - weight).abs() <= scale / 2 + 1e-7).all()
+        else:
+            assert torch.equal(loaded[name], weight)
 
 
 def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, giant, tmp_path, error_line):
@@ -778,7 +802,7 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
     argv = [*SMALL, "--arm", "plain", "--epochs", "1", "--model", str(folder), "--output-dir", str(tmp_path)]
     argv.remove("--from-scratch")
     results = toxicity.main(argv)
-    assert results["models"]["hf"]["parameters"] == 4_386_178
+    assert "hf" in rows_of(results)
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     assert "no BERT" in error_line(toxicity, argv)
     os.remove(folder / "model.safetensors")
@@ -786,9 +810,7 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
 
 
 def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matter(dendritic, tmp_path, error_line):
-    classifier = toxicity.replace(load_model(dendritic), model=toxicity.perforate(load_model(dendritic).model, CPU))
-    packed = toxicity.pack_model(classifier.model)
-    idle = toxicity.replace(classifier, model=toxicity.unpack_model(packed).eval())
+    idle = load_model(dendritic)
     idle.save(tmp_path / "idle.pt")
     toxicity.main(["--export-hf", str(tmp_path / "hf"), "--checkpoint", str(tmp_path / "idle.pt")])
     from transformers import BertForSequenceClassification
@@ -806,12 +828,22 @@ def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matte
     assert "a score changes by" in line
 
 
-def test_a_giant_is_fine_tuned_and_compared(fast, plain, giant, tmp_path):
-    results = toxicity.main(["--compare-base", "--giant", str(giant), "--giant-epochs", "1", "--checkpoint",
-                             str(model_of(plain)), "--output-dir", str(tmp_path)])
-    assert list(results["models"])[1] == "giant hf"
-    assert "frozen encoder" in results["models"]
-    assert results["giant_killer"][0]["asked"] == "at least 98"
+def test_a_giant_is_fine_tuned_and_compared_also_after_a_stop(fast, plain, giant, tmp_path, monkeypatch, error_line):
+    monkeypatch.setattr(toxicity, "GIANT_EPOCHS", 1)
+    argv = ["--compare-base", "--giant", str(giant), "--checkpoint", str(model_of(plain)), "--output-dir",
+            str(tmp_path)]
+
+    def stop(*arguments):
+        raise toxicity.UserError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toxicity, "fit_giant", stop)
+        assert "stopped" in error_line(toxicity, argv)
+    results = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
+    assert results["data"] | {"test": plain[1]["data"]["test"]} == plain[1]["data"]
+    assert {"giant hf", "frozen encoder"} <= set(rows_of(results))
+    assert "times as fast" in (tmp_path / "toxicity/run-001/summary.md").read_text()
+    assert "takes the texts of the checkpoint" in error_line(toxicity, [*argv, "--data", tmp_path / "a.csv"])
 
 
 # --- Predictions ------------------------------------------------------------------------------------------------------
@@ -832,7 +864,7 @@ def test_texts_and_lines_are_scored(dendritic, monkeypatch, capsys):
 
 
 def test_the_majority_class_calls_nothing_toxic(plain):
-    row = plain[1]["models"]["majority class"]
+    row = rows_of(plain[1])["majority class"]
     assert (row["F1"], row["recall"]) == (0, 0)
 
 
@@ -887,7 +919,7 @@ def test_the_script_runs_when_pasted_into_a_notebook(tmp_path):
     (tmp_path / "common.py").write_text((ROOT / "common.py").read_text())
     flags = [*SMALL, "--sample-size", "100", "--arm", "plain", "--epochs", "1", "--output-dir", "out"]
     source = (ROOT / "toxicity.py").read_text().replace('if __name__ == "__main__":\n    main()', "")
-    outputs = run_notebook([source, f"results = main({flags})\nprint(sorted(results['models']))"], tmp_path)
+    outputs = run_notebook([source, f"results = main({flags})\nprint(str(results['models']))"], tmp_path)
     assert "TF-IDF" in str(outputs)
 
 
