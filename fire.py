@@ -160,7 +160,8 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="small data, a short training: under a minute")
     add("--data", nargs="+", help="CSV or Parquet files, or folders of them, "
         "here or at s3://bucket/prefix; without it the embedded generator is used")
-    add("--sample-per-area", type=positive, default=300_000, help="rows of each area to use")
+    add("--sample-per-area", type=positive, default=300_000, help="rows of each area to use; for "
+        "more than 500,000, --epochs is 60 and --batch-size 1024 by default")
     add("--label-column", help="label column; if unset, label or is_anomaly")
     add("--time-column", help="time column; if unset, timestamp, date or the like")
     add("--area-column", help="column that names the area or the device of a row")
@@ -182,14 +183,13 @@ def parse_args(argv=None):
     add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
     add("--gain-noise", type=float, default=0.2, help="standard deviation of the logarithm of the "
         "random gain of each sensor in training")
-    add("--epochs", type=positive, help="epochs over which the learning rate decays, of which at "
-        "least half are trained; if unset, 20, or 60 for more than 500,000 rows an area")
+    add("--epochs", type=positive, default=20, help="epochs over which the learning rate decays; "
+        "at least half of them are trained")
     add("--steps-per-epoch", type=positive, default=100,
         help="steps from one validation to the next")
     add("--patience", type=positive, help="epochs to wait for a lower validation loss; if unset, a "
         "quarter of --epochs, at least 5")
-    add("--batch-size", type=positive, help="windows in a step, over all processes; if unset, 256, "
-        "or 1024 for more than 500,000 rows an area")
+    add("--batch-size", type=positive, default=256, help="windows in a step, over all processes")
     add("--learning-rate", type=float, help="largest learning rate; if unset, 0.001 for 256 "
         "windows in a step, and in proportion to the root of their number")
     add("--num-trees", type=positive, default=100, help="trees of a forest")
@@ -208,12 +208,11 @@ def parse_args(argv=None):
     if "--quick" in (argv or []):
         parser.set_defaults(sample_per_area=30_000, epochs=4, num_trees=30, batch_size=128,
                             learning_rate=0.001)
+    elif parser.parse_args(argv).sample_per_area > 500_000:
+        parser.set_defaults(epochs=60, batch_size=1024)
     args = parser.parse_args(argv)
     if not args.predict:
         args.stride = args.stride or args.seq_len
-    is_large = args.sample_per_area > 500_000
-    args.epochs = args.epochs or (60 if is_large else 20)
-    args.batch_size = args.batch_size or (1024 if is_large else 256)
     if args.learning_rate is None:
         args.learning_rate = 0.001 * math.sqrt(args.batch_size / 256)
     args.patience = args.patience or max(5, args.epochs // 4)
@@ -257,7 +256,8 @@ def intensity(seconds, growth, burn, decay, scale):
     """Hidden intensity of an incident `seconds` after its onset: it grows quadratically, reaches
     `scale` after `growth` seconds, keeps growing for `burn` seconds, then decays exponentially."""
     grown = scale * (np.clip(seconds, 0, growth + burn) / growth) ** 2
-    return grown * np.exp(-np.clip(seconds - growth - burn, 0, None) / decay)
+    past_peak = np.clip(seconds - growth - burn, 0, None)
+    return grown * np.exp(-past_peak / decay)
 
 
 def lookalike(kind, t, start, length, rng):
@@ -266,10 +266,12 @@ def lookalike(kind, t, start, length, rng):
     if kind == "cooking":
         return np.sin(np.pi * phase) ** 2
     if kind == "dryer cycle":
-        cycles = np.clip(2 * np.sin(2 * np.pi * (t - start) / 240), 0, 1)
+        wave = np.sin(2 * np.pi * (t - start) / 240)
+        cycles = np.clip(2 * wave, 0, 1)
         return np.where((phase > 0) & (phase < 1), cycles, 0)
     if kind == "solvent":
-        return np.where(phase > 0, np.exp(-4 * (t - start).clip(0) / length), 0)
+        decay = np.exp(-4 * (t - start).clip(0) / length)
+        return np.where(phase > 0, decay, 0)
     bursts = start + length * rng.random((12, 1))  # dust and switching arcs
     widths = rng.uniform(4, 20, (12, 1))
     return np.exp(-np.abs(t - bursts) / widths).max(axis=0)
@@ -296,7 +298,8 @@ def generate_block(area, block, seed):
     sensed = intensity(t - (onset + lag), growth, burn, decay, scale)  # [sensors, time]
     distance = 0.1 * rng.standard_normal() + 0.25 * rng.standard_normal((len(level), 1))
 
-    x = level + swing * np.sin(2 * np.pi * (hours - 9) / 24)
+    daily_wave = np.sin(2 * np.pi * (hours - 9) / 24)
+    x = level + swing * daily_wave
     area_rng = np.random.default_rng([seed, number])
     phases = area_rng.uniform(0, 2 * np.pi, (3, len(level), 1))
     for period, phase in zip((7.3, 31.0, 170.0), phases):
@@ -307,7 +310,8 @@ def generate_block(area, block, seed):
     for start, length, size in events:
         shape = lookalike(LOOKALIKES[area], t, start, length, rng)
         x += false_rise * math.exp(size) * shape
-    x += noise * (1 + 0.5 * sensed) * rng.standard_normal(x.shape, dtype=np.float32)
+    white_noise = rng.standard_normal(x.shape, dtype=np.float32)
+    x += noise * (1 + 0.5 * sensed) * white_noise
     x = np.maximum(x, 0)
     x[rng.random(x.shape, dtype=np.float32) < 0.002] = np.nan
     for sensor in np.flatnonzero(rng.random(len(level)) < 0.15):
@@ -322,15 +326,19 @@ def generate_block(area, block, seed):
 
 def generate_area(area, rows, seed):
     """The first `rows` seconds of an area: readings [rows, sensors], labels and oracle [rows]."""
-    blocks = [generate_block(area, block, seed) for block in range(math.ceil(rows / BLOCK_ROWS))]
+    hours = math.ceil(rows / BLOCK_ROWS)
+    blocks = [generate_block(area, block, seed) for block in range(hours)]
     return [np.concatenate(arrays)[:rows] for arrays in zip(*blocks)]
 
 
 def generate_areas(args):
     """{area: Area} of --sample-per-area rows each."""
     note("no --data: the sensors are synthetic, from the embedded generator")
-    return {area: Area(list(sensors), *generate_area(area, args.sample_per_area, args.seed))
-            for area, sensors in SENSORS.items()}
+    areas = {}
+    for name, sensors in SENSORS.items():
+        arrays = generate_area(name, args.sample_per_area, args.seed)
+        areas[name] = Area(list(sensors), *arrays)
+    return areas
 
 
 # --- Data: CSV and Parquet files, on this machine or in S3 --------------------------------------
@@ -370,15 +378,13 @@ def name_areas(files, split):
     of its name, or its path. With the split "files" all are recordings of one area, "all"."""
     files = pd.Series(files)
     folders = files.str.extract("(?:^|/)area=([^/]*)", expand=False)
+    stems = files.str.extract(r"([^/.]*)[^/]*$", expand=False)
+    beginnings = stems.str.extract("([^_]*)", expand=False)
     if folders.notna().all():
         return folders
     if split == "files":
         return ["all"] * len(files)
-    stems = files.str.extract(r"([^/.]*)[^/]*$", expand=False)
-    beginnings = stems.str.split("_").str[0]
-    if beginnings.is_unique:
-        return beginnings
-    return stems if stems.is_unique else files
+    return next((names for names in (beginnings, stems) if names.is_unique), files)
 
 
 def read_csv(content, na_values):
@@ -485,16 +491,21 @@ def read_numbers(column, na_values):
     for extreme in (numbers.min(), numbers.max()):
         distances = (numbers[numbers != extreme] - extreme).abs()
         repeats = (numbers == extreme).sum()
-        if repeats >= MIN_WINDOWS and 2 * distances.min() > distances.max() > distances.min():
+        is_far = 2 * distances.min() > distances.max() > distances.min()
+        if is_far and repeats >= MIN_WINDOWS:
             note(f"column {column.name!r}: {extreme:g} in {repeats} rows is far from all other "
                  f"readings; if it means missing, add --na-values {extreme:g}")
     return numbers
 
 
-def read_area(frames, label, columns, args):
-    """Area of its recordings {address: DataFrame}. Its sensors are `columns`, or, if None, all that
-    remain; its labels are the column `label` as it is."""
+def read_area(frames, args):
+    """Area of its recordings {address: DataFrame}. Its sensors are --columns, or all columns that
+    remain; its labels are a column as it is. New readings for --predict need no labels."""
     recordings = list(frames.values())
+    columns = args.columns
+    label = None
+    if not args.predict:
+        label = find_column(recordings[0], args.label_column, LABEL_COLUMNS) or "label"
     times = find_column(recordings[0], args.time_column, TIME_COLUMNS)
     roles = [label, times, args.area_column]
     sensors = [name for name in columns or find_sensors(recordings, roles) if name != label]
@@ -555,9 +566,7 @@ def file_areas(args):
         for name, rows in groups:
             recordings.setdefault(str(name), {})[address] = rows
     for name, frames in recordings.items():
-        first = next(iter(frames.values()))
-        label = find_column(first, args.label_column, LABEL_COLUMNS) or "label"
-        areas[name] = read_area(frames, label, args.columns, args)
+        areas[name] = read_area(frames, args)
         frames.clear()  # to free memory
     read_labels(areas.values())
     return areas, files
@@ -680,7 +689,9 @@ def choose_split(areas, args):
     where a split is empty or the training part has one class only."""
     splits = ["time", "runs"] if args.split == "auto" else [args.split]
     candidates = {how: find_segments(areas, how, args) for how in splits}
-    how = min(splits, key=lambda how: (candidates[how][1].to_numpy() < MIN_WINDOWS).sum())
+    lacking = {how: (counts.to_numpy() < MIN_WINDOWS).sum()
+               for how, (_, counts) in candidates.items()}
+    how = min(splits, key=lacking.get)
     segments, counts = candidates[how]
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all "
@@ -762,7 +773,8 @@ def load_data(args):
     names = columns.index.to_series().groupby(columns).agg(" or ".join)
     bounds = np.concatenate(list(segments.values()))
     rows = int(np.diff(bounds).sum())
-    digest = joblib.hash([segments, args.stride, [(area.readings, area.labels) for area in areas]])
+    content = [(area.readings, area.labels) for area in areas]
+    digest = joblib.hash([segments, args.stride, content])
     info = {"files": files, "rows": rows, "hash": digest, "split": how,
             "baseline_seconds": seconds, "columns": names.tolist(), "areas": {},
             "windows": counts.to_dict("list")}
@@ -789,12 +801,14 @@ def make_data(areas, info, segments, args):
     for name, area in areas.items():
         described = info["areas"][name]
         mean, std = np.float32([described["mean"], described["std"]])
-        readings = np.zeros((len(area.readings), len(info["columns"])), np.float32)
+        shape = (len(area.readings), len(info["columns"]))
+        readings = np.zeros(shape, np.float32)
         readings[:, described["columns"]] = (area.readings - mean) / std
         number = list(info["areas"]).index(name)
         numbers = np.full(len(readings), number, np.int16)
         rows.append((readings, area.labels, numbers, area.oracle))
-    tensors = [torch.from_numpy(np.concatenate(arrays)).to(args.device) for arrays in zip(*rows)]
+    arrays = [np.concatenate(parts) for parts in zip(*rows)]
+    tensors = [torch.from_numpy(array).to(args.device) for array in arrays]
     return Data(*tensors, segments, args.seq_len)
 
 
@@ -812,8 +826,8 @@ def window_statistics(x):
     time_steps = torch.linspace(-0.5, 0.5, x.shape[1], device=x.device)
     slope = torch.einsum("bsc,s->bc", x, time_steps) / (time_steps**2).sum()  # rise over a window
     mean_step = x.diff(dim=1).abs().mean(1)
-    return torch.cat((mean, x.std(1), x.amin(1), x.amax(1), x[:, -1], slope, mean_step,
-                      missing.float().mean(1)), dim=1)
+    share = missing.float().mean(1)
+    return torch.cat((mean, x.std(1), x.amin(1), x.amax(1), x[:, -1], slope, mean_step, share), 1)
 
 
 class LastTokenLayer(nn.TransformerEncoderLayer):
@@ -887,7 +901,8 @@ def window_features(data, starts):
         readings, area, _ = data.windows(chunk)
         one_hot = F.one_hot(area, int(data.areas.max()) + 1)
         features.append(torch.cat((window_statistics(readings), one_hot), dim=1))
-    return torch.cat(features).cpu().numpy(), data.window_labels(starts).cpu().numpy()
+    labels = data.window_labels(starts)
+    return torch.cat(features).cpu().numpy(), labels.cpu().numpy()
 
 
 def make_baselines(args):
@@ -911,13 +926,12 @@ def make_baselines(args):
     }
 
 
-def fit_baselines(train, val, args):
-    """({name: fitted model}, {name: seconds}) from the (features, labels) of training and
-    validation. The validation loss ends the boosting, and chooses its learning rate."""
+def fit_baselines(train, val, args, stages):
+    """{name: fitted model} from the (features, labels) of training and validation; `stages` records
+    the time of each. The validation loss ends the boosting, and chooses its learning rate."""
     features, labels = val
     known = np.isin(labels, train[1])
     models = {}
-    seconds = {}
     for name, candidates in make_baselines(args).items():
         start_time = time.perf_counter()
         stopping = {}
@@ -929,33 +943,31 @@ def fit_baselines(train, val, args):
         if name == "gradient boosting":
             fitted.sort(key=lambda model: model.validation_score_[-1])
         models[name] = fitted[-1]
-        seconds[name] = round(time.perf_counter() - start_time, 1)
-    return models, seconds
+        add_stage(stages, name, start_time)
+    return models
 
 
-def smoke_times_co(train, test, areas):
-    """Classes [test windows] by an old rule of fire engineers (Gottuk et al. 2002): alarm where
-    smoke times the rise of CO passes a limit. -1 in areas without both sensors.
-
-    The two limits of each area come from its training windows. `train`, `test`: (features, labels).
-    """
+def smoke_times_co(train, features, areas):
+    """Classes [windows] by an old rule of fire engineers (Gottuk et al. 2002): alarm where smoke
+    times the rise of CO passes a limit; -1 in areas without both sensors. The two limits of each
+    area come from the (features, labels) of its training windows."""
     from sklearn.tree import DecisionTreeClassifier
 
     train_features, train_labels = train
-    test_features, _ = test
-    answers = np.full(len(test_features), -1)
-    for number, area in enumerate(areas.values()):
+    answers = np.full(len(features), -1)
+    for number, area in enumerate(areas.values(), -len(areas)):  # the last features are one-hot
         columns = pd.Series(area["columns"], area["sensors"])  # of the first statistic, the mean
-        smoke = columns.filter(regex="(?i)smoke")[:1]
-        co = columns.filter(regex=CO)[:1]
-        here = train_features[:, number - len(areas)] == 1
-        there = test_features[:, number - len(areas)] == 1
-        known = train_features[here].clip(0)
-        new = test_features[there].clip(0)
-        if len(smoke) and len(co) and len(known) and len(new):
+        smoke = columns.filter(regex="(?i)smoke")
+        co = columns.filter(regex=CO)
+        both = [*smoke[:1], *co[:1]]
+        known = train_features[:, number] == 1
+        new = features[:, number] == 1
+        if len(both) == 2 and known.any() and new.any():
+            train_product = train_features[known][:, both].clip(0).prod(axis=1, keepdims=True)
+            product = features[new][:, both].clip(0).prod(axis=1, keepdims=True)
             rule = DecisionTreeClassifier(max_leaf_nodes=3)
-            rule.fit(known[:, smoke] * known[:, co], train_labels[here])
-            answers[there] = rule.predict(new[:, smoke] * new[:, co])
+            rule.fit(train_product, train_labels[known])
+            answers[new] = rule.predict(product)
     return answers
 
 
@@ -997,7 +1009,8 @@ def vary_gains(readings, noise):
     """Multiply each sensor of each window [batch, seq_len, columns] by exp(noise * a normal
     number), since fires reach sensors with different strength."""
     batch, _, columns = readings.shape
-    return readings * torch.exp(noise * torch.randn(batch, 1, columns, device=readings.device))
+    gains = torch.exp(noise * torch.randn(batch, 1, columns, device=readings.device))
+    return readings * gains
 
 
 def autocast(device):
@@ -1135,36 +1148,40 @@ def classify(model, baselines, data, starts):
     for name, baseline in baselines.items():
         answers[name] = baseline.predict(features)
     answers["ensemble"] = -mode(-answers[VOTERS], axis=1).mode  # ties go to the more severe class
-    answers["oracle"] = data.oracle[starts + data.seq_len - 1].cpu().numpy()
+    last_rows = starts + data.seq_len - 1
+    answers["oracle"] = data.oracle[last_rows].cpu().numpy()
     return answers
 
 
 def score_answers(answers, labels, areas):
     """(table [models, figures in %], accuracy [areas, models] in %, {model: its metrics by class
-    and its confusion matrix}) of `answers` [windows, models], where -1 is no answer. `areas`
-    [windows] are names."""
+    and its confusion matrix}) of `answers` [windows, models], where -1 is no answer; a model
+    without any is left out. `areas` [windows] is a Series of names."""
     from sklearn.metrics import classification_report, confusion_matrix
 
-    answered = answers >= 0
-    correct = answers.eq(labels, axis=0).astype(float).where(answered)
-    alarms = answers.eq(2).astype(float).where(answered)
+    figures = {}
+    by_area = {}
     scores = {}
-    for name in answers:
-        rows = answered[name]
-        answer = answers[name][rows]
-        true = labels[rows]
+    for name, answer in answers.items():
+        answer = answer[answer >= 0]
+        if answer.empty:
+            continue
+        true = labels[answer.index]
         present = np.unique(true)
         report = classification_report(true, answer, labels=present, output_dict=True,
                                        target_names=np.array(CLASSES)[present], zero_division=0)
         matrix = confusion_matrix(true, answer, labels=range(len(CLASSES)))
         scores[name] = report | {"confusion_matrix": matrix}
-    macro_f1 = {name: score["macro avg"]["f1-score"] for name, score in scores.items()}
-    table = pd.DataFrame({
-        "accuracy %": correct.mean(),
-        "macro F1 %": macro_f1,
-        "false alarms %": alarms[labels < 2].mean(),
-        "missed fire %": 1 - alarms[labels == 2].mean()})
-    return 100 * table, 100 * correct.groupby(areas, sort=False).mean(), scores
+        correct = answer == true
+        is_alarm = answer == 2
+        figures[name] = {
+            "accuracy %": correct.mean(),
+            "macro F1 %": report["macro avg"]["f1-score"],
+            "false alarms %": is_alarm[true < 2].mean(),
+            "missed fire %": 1 - is_alarm[true == 2].mean()}
+        by_area[name] = correct.groupby(areas).mean()
+    by_area = pd.DataFrame(by_area).loc[areas.unique()]
+    return 100 * pd.DataFrame(figures).T, 100 * by_area, scores
 
 
 def detection_delays(model, baselines, data, info):
@@ -1172,31 +1189,33 @@ def detection_delays(model, baselines, data, info):
     the first window called fire, one window a row. Fires that the split cuts do not count."""
     starts = data.starts("test", 1)
     starts = starts[data.window_labels(starts) == 2]
-    rows = starts.cpu().numpy() + data.seq_len - 1
+    rows = pd.Series(starts.cpu().numpy() + data.seq_len - 1)
+    fire = (rows.diff() != 1).cumsum()  # number of each row's fire
+    onset = rows.groupby(fire).transform("min")
+    end = rows.groupby(fire).transform("max")
     is_fire = np.pad(data.labels.cpu().numpy() == 2, 1)
-    onset, end = np.flatnonzero(np.diff(is_fire)).reshape(-1, 2).T
-    fire = np.searchsorted(onset, rows, side="right") - 1  # number of each row's fire
-    whole = np.bincount(fire, minlength=len(onset)) == end - onset
+    whole = ~(is_fire[onset] | is_fire[end + 2])  # no fire in the rows before and after
     if not whole.any():
         return pd.DataFrame()
     steps = np.array([area["step"] for area in info["areas"].values()])
-    seconds = steps[data.areas[starts].cpu()] * (rows - onset[fire])
+    seconds = steps[data.areas[starts].cpu()] * (rows - onset)
     alarms = classify(model, baselines, data, starts) == 2
-    delays = alarms.mul(seconds, axis=0).where(alarms).groupby(fire).min()
-    delays = delays[whole[delays.index]]
+    delays = alarms.mul(seconds, axis=0).where(alarms)  # of each window that is called fire
+    delays = delays[whole].groupby(fire).min()
     return pd.DataFrame({"fires found %": 100 * delays.notna().mean(), "delay s": delays.median()})
 
 
-def evaluate(model, baselines, data, tables, info, args):
+def evaluate(model, baselines, data, train, info, args):
     """(table [models, figures], accuracy [areas, models], {model: scores}) on the test part, the
-    best accuracy first. `tables` are {split: (features, labels)}."""
+    best accuracy first. `train` are the (features, labels) of training."""
     starts = data.starts("test", args.stride)
+    features, labels = window_features(data, starts)
     answers = classify(model, baselines, data, starts)
-    answers["majority class"] = np.bincount(tables["train"][1]).argmax()
-    answers["smoke × CO rule"] = smoke_times_co(tables["train"], tables["test"], info["areas"])
-    answers = answers.loc[:, (answers >= 0).any()]
-    areas = np.array(list(info["areas"]))[data.areas[starts].cpu()]
-    table, by_area, scores = score_answers(answers, tables["test"][1], areas)
+    answers["majority class"] = np.bincount(train[1]).argmax()
+    answers["smoke × CO rule"] = smoke_times_co(train, features, info["areas"])
+    numbers = pd.Series(data.areas[starts].cpu().numpy())
+    areas = numbers.map(dict(enumerate(info["areas"])))
+    table, by_area, scores = score_answers(answers, labels, areas)
     table = table.join(detection_delays(model, baselines, data, info))
     table = table.sort_values("accuracy %", ascending=False, kind="stable").round(2)
     return table, by_area[table.index].round(2), scores
@@ -1330,13 +1349,15 @@ def format_summary(results, table, by_area):
     data = results["data"]
     accuracy = table["accuracy %"]
     baseline = accuracy[BASELINES].idxmax()
+    area_rows = by_area.T.reset_index(names="model")
+    model_rows = [*results["table"], ORIGINAL_ROW]
     return f"""Test accuracy by area [%]:
 
-{markdown_table(by_area.T.rename_axis("model").reset_index())}
+{markdown_table(area_rows)}
 
 Test part of {data["rows"]:,} rows in all, split by {data["split"]}:
 
-{markdown_table([*results["table"], ORIGINAL_ROW])}
+{markdown_table(model_rows)}
 
 False alarms: share of the other windows that are called fire. Missed fire: share of the windows of
 fire that are not. Delay: median seconds from the onset of the fires that are found. Ensemble: the
@@ -1354,7 +1375,8 @@ def restore_state(new, path):
     if not path.exists():
         return new
     state = load_checkpoint(path, path)
-    if (state["data"]["hash"], state["processes"]) != (new["data"]["hash"], WORLD_SIZE):
+    same_data = state["data"]["hash"] == new["data"]["hash"]
+    if not same_data or state["processes"] != WORLD_SIZE:
         raise UserError(f"{path}: the run began with {state['processes']} processes, or with other "
                         "data; take the same, or start a new run")
     return state
@@ -1379,29 +1401,30 @@ def run_experiment(args, run_dir=None):
         return None
 
     start_time = time.perf_counter()
-    tables = {split: window_features(data, data.starts(split, args.stride)) for split in SPLITS}
-    baselines, seconds = fit_baselines(tables["train"], tables["val"], args)
-    add_stage(stages, "baselines", start_time)
+    train, val = [window_features(data, data.starts(split, args.stride))
+                  for split in ("train", "val")]
+    add_stage(stages, "features", start_time)
+    baselines = fit_baselines(train, val, args, stages)
     start_time = time.perf_counter()
-    table, by_area, scores = evaluate(model, baselines, data, tables, info, args)
-    importance = feature_importance(baselines, tables["val"], info, args.seed)
+    table, by_area, scores = evaluate(model, baselines, data, train, info, args)
+    importance = feature_importance(baselines, val, info, args.seed)
     add_stage(stages, "evaluation", start_time)
 
-    times = pd.DataFrame(stages).groupby("name")["seconds"].sum()
-    table["training s"] = pd.Series(seconds | {"transformer": times["transformer"].round(1)})
+    seconds = pd.DataFrame(stages).groupby("name")["seconds"].sum()
+    table["training s"] = seconds.round(1)
     plot_data(pd.DataFrame(info["windows"]), importance, run_dir)
     plot_training(state, run_dir)
     plot_models(table, by_area, scores, run_dir)
     with atomic_write(run_dir / "transformer.pt") as path:
         torch.save({key: state[key] for key in ("arguments", "data", "best")}, path)
     joblib.dump(baselines, run_dir / "trees.joblib")
-    rows = table.rename_axis("model").reset_index().to_dict("records")
+    rows = table.reset_index(names="model").to_dict("records")
     html = HTML.replace("ROWS", to_json(rows))
     (run_dir / "model_comparison.html").write_text(html, encoding="utf-8")
+    parameters = sum(weight.numel() for weight in model.parameters())
     results = {"seed": args.seed, "table": rows, "areas": by_area.to_dict("index"),
                "models": scores, "data": info, "importance": importance.to_dict(),
-               "history": state["history"], "stages": stages,
-               "parameters": sum(weight.numel() for weight in model.parameters())}
+               "history": state["history"], "stages": stages, "parameters": parameters}
     summary = format_summary(results, table, by_area)
     if args.save_to:
         description = describe_run(args) | results
@@ -1435,52 +1458,48 @@ def run(args):
 # --- Extras: several seeds (--runs) -------------------------------------------------------------
 
 
-def run_seeds(args):
-    """Run every seed in a folder of its own, unless it is finished; returns what they have in
-    common."""
-    if WORLD_SIZE > 1:
-        raise UserError("torchrun trains one model, without --runs")
-    load_data(args)  # an error in the data comes before there is a folder
-    run_dir = next_run_dir(args)
-    runs = []
-    for seed in range(args.seed, args.seed + args.runs):
-        seed_dir = run_dir / f"seed-{seed}"
-        finished = seed_dir / "results.json"
-        if not finished.exists():
-            seed_dir.mkdir(exist_ok=True)
-            run_experiment(argparse.Namespace(**vars(args) | {"seed": seed}), seed_dir)
-        runs.append(json.loads(finished.read_text()))
-    return write_results(*combine_runs(runs), args, run_dir)
-
-
 def format_mean(values):
     """Mean ± half width of the 95 % interval (Student's t); None if there is no value."""
     values = values.dropna()
     return "{:.2f} ± {:.2f}".format(*mean_and_interval(values)) if len(values) else None
 
 
-def combine_runs(runs):
-    """(results, summary) of several seeds: means with intervals, and what a paired test finds."""
+def run_seeds(args):
+    """Run every seed in a folder of its own, unless it is finished; returns what they have in
+    common: means with intervals, and what a paired test finds."""
     from scipy.stats import ttest_1samp
 
-    tables = pd.concat([pd.DataFrame(run["table"]).assign(seed=run["seed"]) for run in runs])
-    accuracy = tables.pivot(index="seed", columns="model", values="accuracy %")
-    mean = accuracy.mean()
-    ranking = mean.sort_values(ascending=False).index
-    table = tables.drop(columns="seed").groupby("model").agg(format_mean).loc[ranking]
+    if WORLD_SIZE > 1:
+        raise UserError("torchrun trains one model, without --runs")
+    info = load_data(args)[1]  # an error in the data comes before there is a folder
+    run_dir = next_run_dir(args)
+    tables = {}
+    for seed in range(args.seed, args.seed + args.runs):
+        finished = run_dir / f"seed-{seed}" / "results.json"
+        if not finished.exists():
+            finished.parent.mkdir(exist_ok=True)
+            run_experiment(argparse.Namespace(**vars(args) | {"seed": seed}), finished.parent)
+        rows = json.loads(finished.read_text())["table"]
+        tables[seed] = pd.DataFrame(rows).set_index("model")
+
+    records = pd.concat(tables, names=["seed"])
+    accuracy = records["accuracy %"].unstack("model")  # [seeds, models]
+    mean = accuracy.mean().sort_values(ascending=False)
+    table = records.groupby("model").agg(format_mean).loc[mean.index]
     baseline = mean[BASELINES].idxmax()
     difference = accuracy["transformer"] - accuracy[baseline]
     p = ttest_1samp(difference, 0).pvalue  # a paired test
     rows = table.reset_index().to_dict("records")
-    summary = f"""Test part, mean ± 95 % interval over {len(runs)} seeds:
+    means = table["accuracy %"]
+    summary = f"""Test part, mean ± 95 % interval over {args.runs} seeds:
 
 {markdown_table([*rows, ORIGINAL_ROW])}
 
-The transformer classifies {table["accuracy %"]["transformer"]} % of the test windows correctly; the
-best baseline, {baseline}, {table["accuracy %"][baseline]} %. The difference, seed by seed, is
+The transformer classifies {means["transformer"]} % of the test windows correctly; the
+best baseline, {baseline}, {means[baseline]} %. The difference, seed by seed, is
 {format_mean(difference)} points (paired t-test: p = {p:.2g}).
 """
-    return {"data": runs[0]["data"], "table": rows, "p": p}, summary
+    return write_results({"data": info, "table": rows, "p": p}, summary, args, run_dir)
 
 
 # --- Extras: versions in a folder or in S3 (--save-to) ------------------------------------------
@@ -1529,14 +1548,16 @@ def predict_file(args):
     for name in ("stride", "na_values", "time_column"):
         trained[name] = vars(args)[name] or trained[name]
     seq_len = trained["seq_len"]
-    options = argparse.Namespace(**trained | {"area_column": None, "device": args.device})
     name = args.area or name_areas([args.predict], "time")[0]
     if name not in info["areas"]:
         names = ", ".join(info["areas"])
         raise UserError(f"{args.predict}: --area must be one of {names}, not {name!r}")
     described = info["areas"][name]
+    changes = {"predict": args.predict, "device": args.device, "area_column": None,
+               "columns": described["sensors"]}
+    options = argparse.Namespace(**trained | changes)
     frame, _ = read_frame(args.predict, options.na_values)
-    area = read_area({args.predict: frame}, None, described["sensors"], options)
+    area = read_area({args.predict: frame}, options)
     if not math.isclose(area.step, described["step"], rel_tol=0.01):
         note(f"a row is {area.step:g} s, in training it was {described['step']:g} s")
     remove_drift(area.readings, info["baseline_seconds"] / area.step)
@@ -1554,8 +1575,9 @@ def predict_file(args):
     table[CLASSES] = logits.softmax(1).cpu().numpy()
     table["class"] = table[CLASSES].idxmax(axis=1)
     table["risk"] = risk.cpu().numpy()
-    empty = pd.DataFrame(area.readings).isna().all(axis=1).rolling(seq_len).min()
-    table.loc[empty.to_numpy()[last] == 1, ["class", "risk", *CLASSES]] = None
+    empty_rows = pd.DataFrame(area.readings).isna().all(axis=1)
+    empty = empty_rows.rolling(seq_len).min().to_numpy()[last] == 1
+    table.loc[empty, ["class", "risk", *CLASSES]] = None
     run_dir = next_run_dir(args)
     table.to_csv(run_dir / "predictions.csv", index=False)
     counts = table["class"].fillna("no class").value_counts()
@@ -1575,8 +1597,10 @@ def read_results(address):
         table = pd.DataFrame(results["table"]).set_index("model")[["accuracy %", "training s"]]
         table = table.astype(str).replace(" ±.*", "", regex=True).astype(float)
         data = results["data"]
-        row = {"run": Path(address).parent.name, "rows": f"{data['rows']:,}", **table["accuracy %"],
-               "training h": table["training s"].sum() / 3600}
+        rows = f"{data['rows']:,}"
+        hours = table["training s"].sum() / 3600
+        row = {"run": Path(address).parent.name, "rows": rows, **table["accuracy %"],
+               "training h": hours}
         return results["arguments"], row, data["hash"]
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{address}: not the results.json of a finished training run") from None
@@ -1589,12 +1613,13 @@ def compare_runs(args):
     marked, since its accuracy is about something else. Returns the results.
     """
     arguments, rows, hashes = zip(*map(read_results, args.compare))
-    flags = pd.DataFrame(arguments, dtype=object).drop(columns=["output_dir", "resume"]).map(str)
-    flags = flags.loc[:, flags.nunique() > 1]
-    flags.columns = "--" + flags.columns.str.replace("_", "-")
     table = pd.DataFrame(rows)
     models = table.columns[2:-1]
-    table["differs in"] = [" ".join(row.index + " " + row) for _, row in flags.iterrows()]
+    table["differs in"] = ""
+    for name, values in pd.DataFrame(arguments, dtype=object).map(str).items():
+        if values.nunique() > 1 and name not in ("output_dir", "resume"):
+            table["differs in"] += f" --{name} ".replace("_", "-") + values
+    table["differs in"] = table["differs in"].str.strip()
     table["run"] += np.where(np.equal(hashes, hashes[0]), "", " (OTHER DATA)")
     table["$ per h"] = args.price_per_hour
     table = pd.concat([table, pd.DataFrame([ORIGINAL_RUN])])
@@ -1602,8 +1627,10 @@ def compare_runs(args):
     table = table.round(4)
 
     fig, axes = new_figure("Runs side by side", 2, 1, (12, 4 + 1.4 * len(table)))
-    labels = table["run"] + "\n" + table["differs in"].fillna("").str.wrap(50)
-    plot_dots(axes[0], labels[:-1], table[models][:-1].to_dict("list"), highlight="transformer")
+    differences = table["differs in"].fillna("").str.wrap(50)
+    labels = table["run"] + "\n" + differences
+    accuracies = table[models][:-1].to_dict("list")
+    plot_dots(axes[0], labels[:-1], accuracies, highlight="transformer")
     plot_dots(axes[1], labels, {"cost": table["cost $"]}, "{:.4g}")
     axes[0].set_xlabel("test accuracy [%]")
     axes[1].set(xlabel="cost of training all models [$]", xscale="log")

@@ -598,7 +598,7 @@ def test_the_rule_finds_the_limits_of_smoke_times_co():
     means = rng.uniform(-1, 3, (900, 2))
     classes = np.digitize(means.clip(0).prod(axis=1), [1, 4])
     features = np.column_stack([means, np.ones(900)])
-    train, test = (features[:600], classes[:600]), (features[600:], classes[600:])
+    train, test = (features[:600], classes[:600]), features[600:]
     area = {"sensors": ["smoke_pct_m", "co_ppm"], "columns": [0, 1]}
     assert np.mean(fire.smoke_times_co(train, test, {"hall": area}) == classes[600:]) > 0.98
     area = {"sensors": ["smoke_pct_m", "co2_ppm"], "columns": [0, 1]}
@@ -627,7 +627,7 @@ def test_detection_delay_by_hand(monkeypatch):
 def test_metrics_by_hand():
     true = np.array([0, 0, 0, 1, 1, 2, 2, 2, 0])
     answers = pd.DataFrame({"model": [0, 0, 2, 1, 0, 2, 2, 1, -1]})
-    table, by_area, scores = fire.score_answers(answers, true, np.array(["a"] * 5 + ["b"] * 4))
+    table, by_area, scores = fire.score_answers(answers, true, pd.Series(["a"] * 5 + ["b"] * 4))
     assert table.loc["model", "accuracy %"] == 100 * 5 / 8
     assert table.loc["model", "false alarms %"] == 100 / 5
     assert table.loc["model", "missed fire %"] == pytest.approx(100 / 3)
@@ -936,13 +936,14 @@ def test_prediction_errors(finished, tmp_path, error_line):
 
 def test_compared_runs_name_what_differs_and_other_data(finished, tmp_path, error_line):
     run_dir, results = finished
-    other = results | {"arguments": results["arguments"] | {"d_model": 64}, "data": results["data"] | {"hash": "0"}}
+    arguments = results["arguments"] | {"d_model": 64, "time_column": "utc"}
+    other = results | {"arguments": arguments, "data": results["data"] | {"hash": "0"}}
     (tmp_path / "other.json").write_text(json.dumps(other))
     output = ["--output-dir", str(tmp_path)]
     table = fire.main(["--compare", str(run_dir / "results.json"), str(tmp_path / "other.json"), "--price-per-hour",
                        "3600", *output])["table"]
     seconds = sum(row["training s"] or 0 for row in results["table"])
-    assert table[0]["differs in"] == "--d-model 16"
+    assert table[0]["differs in"] == "--time-column None --d-model 16"
     assert "OTHER DATA" in table[1]["run"]
     assert "OTHER DATA" not in table[0]["run"]
     assert table[0]["transformer"] == next(r["accuracy %"] for r in results["table"] if r["model"] == "transformer")
@@ -998,10 +999,9 @@ def test_a_killed_run_of_two_processes_ends_as_one_that_was_not(folder, tmp_path
 
 def test_pasted_into_a_notebook_in_an_empty_folder(tmp_path):
     script = (ROOT / "fire.py").read_text()
-    for default, small in (("300_000", "3_000"), ("128", "16"), ("100", "5")):
+    for default, small in (("300_000", "3_000"), ("128", "16"), ("100", "5"), ("20", "3")):
         assert f"default={default}," in script or f"default={default}, help" in script
         script = script.replace(f"default={default},", f"default={small},")  # main() is called as it is
-    script = script.replace("> 500_000 else 20)", "> 500_000 else 3)")  # epochs
     outputs = run_notebook(["%%writefile common.py\n" + (ROOT / "common.py").read_text(), script], tmp_path)
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 8  # the dashboard is redrawn in place
@@ -1037,6 +1037,6 @@ def test_a_sensor_that_the_first_recording_lacks_is_named():
     first = pd.DataFrame({"co": np.arange(5.0) % 2, "label": 0})
     second = first.assign(smoke=1.0)
     fire.NOTES.clear()
-    area = fire.read_area({"a.csv": first, "b.csv": second}, "label", None, fire.parse_args([]))
+    area = fire.read_area({"a.csv": first, "b.csv": second}, fire.parse_args([]))
     assert area.sensors == ["co"]
     assert "columns ['smoke'] are not in the first file" in fire.NOTES[0]
