@@ -22,7 +22,7 @@ attention beats the LSTM, and nothing beats ridge (`python forecast.py`). On 18 
     python forecast.py --predict-steps 200 --checkpoint outputs/forecast/run-001/runs/NAME.pt
 
 Results are in outputs/forecast/run-001/, with the next free number: results.json, summary.md,
-runs/*.pt (scores, errors and weights of each run) and three pictures of each series.
+runs/*.pt (scores, forecasts and weights of each run) and three pictures of each series.
 
 The original's `vq` and `vq_mh` never mix time steps: their keys and values are rows of the
 codebook, so a forecast depends on the last value and its position only.
@@ -80,29 +80,29 @@ FILES = {  # name: (file, sha256)
 }
 ORIGINAL_TIME_STEPS = 112
 ORIGINAL_RATES = [3e-3, 1e-3, 5e-4, 3e-4, 1e-4]
-# The original's published errors, all with 112 time steps.
+# The original's published errors.
 ORIGINAL_TABLES = """
-dataset,name,learning_rate,published free run,published one step
-y_w,att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe,5e-4,1123.62,1128.09
-y_w,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,5e-4,1127.6,1098.34
-y_w,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,3e-3,1277.27,1097.75
-y_w,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,1e-3,1407.15,1127.35
-y_w,lstm-1-64-2-1,3e-4,1496.39,1098.17
-y_w,lstm-1-64-2-1,5e-4,1568.19,1115.62
-y_w,att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe,3e-4,1863.04,1156.63
-y_w,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,1e-4,1954.19,1211.73
-y_w,att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe,1e-3,1998.94,1123.66
-y_w,lstm-1-64-2-1,1e-3,2384.63,1126.47
-4single,vq-64-64-1-1-512-is_causal-randpe,1e-4,20751.3,2722.98
-4single,vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope,5e-4,24268.4,2113.12
-4single,vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope,1e-3,24649.5,1977.2
-4single,vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope,3e-3,25301.4,1942.9
-4single,vq-64-64-1-1-512-is_causal-randpe,3e-4,27897.9,2010.93
-4single,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,3e-4,28387.1,1309.87
-4single,vq-64-64-1-1-512-is_causal-randpe,3e-3,29481.0,1991.11
-4single,vq-64-64-1-1-512-is_causal-randpe,5e-4,29551.5,2008.6
-4single,vq-64-64-1-1-512-is_causal-randpe,1e-3,29758.8,2009.97
-4single,lstm-1-64-2-1,5e-4,31854.4,1360.52
+dataset,name,time_steps,learning_rate,published free run,published one step
+y_w,att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe,112,5e-4,1123.62,1128.09
+y_w,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,112,5e-4,1127.6,1098.34
+y_w,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,112,3e-3,1277.27,1097.75
+y_w,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,112,1e-3,1407.15,1127.35
+y_w,lstm-1-64-2-1,112,3e-4,1496.39,1098.17
+y_w,lstm-1-64-2-1,112,5e-4,1568.19,1115.62
+y_w,att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe,112,3e-4,1863.04,1156.63
+y_w,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,112,1e-4,1954.19,1211.73
+y_w,att-64-1-1-512-is_inln-is_qln-is_kln-is_causal-sinpe,112,1e-3,1998.94,1123.66
+y_w,lstm-1-64-2-1,112,1e-3,2384.63,1126.47
+4single,vq-64-64-1-1-512-is_causal-randpe,112,1e-4,20751.3,2722.98
+4single,vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope,112,5e-4,24268.4,2113.12
+4single,vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope,112,1e-3,24649.5,1977.2
+4single,vq_mh-64-64-8-4-1-1-512-is_inln-is_n_pe-rope,112,3e-3,25301.4,1942.9
+4single,vq-64-64-1-1-512-is_causal-randpe,112,3e-4,27897.9,2010.93
+4single,att_mh-64-8-1-1-1-512-is_kln-is_causal-sinpe,112,3e-4,28387.1,1309.87
+4single,vq-64-64-1-1-512-is_causal-randpe,112,3e-3,29481.0,1991.11
+4single,vq-64-64-1-1-512-is_causal-randpe,112,5e-4,29551.5,2008.6
+4single,vq-64-64-1-1-512-is_causal-randpe,112,1e-3,29758.8,2009.97
+4single,lstm-1-64-2-1,112,5e-4,31854.4,1360.52
 """
 # The original's attention models: (name with width {0}, heads {1} and {2}, and codebook rows {3};
 # query heads, key heads, parts, positional encoding).
@@ -127,7 +127,8 @@ TEST_START = 0.8
 ORIGINS = 5
 COVERAGE = 0.8  # of the intervals
 COMBINED_RATE = 1e-3  # learning rate of vq_ar in `combined`
-KINDS = ["free run", "one step"]
+KINDS = {"free run": 8, "one step": 1}  # with the number of ranges of horizons for intervals
+SETTINGS = ["name", "dataset", "time_steps", "learning_rate"]  # of a row of a table
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
 # A number in place of the name of a column.
@@ -192,7 +193,7 @@ def parse_args(argv=None):
         ("--batch-size", 64, "windows in a step"),
         ("--runs", 1, "number of seeds; reports mean and interval"),
         ("--jobs", os.cpu_count(), "runs at a time, one thread each"),
-        ("--predict-steps", None, "values to forecast after the end of --checkpoint"),
+        ("--predict-steps", None, "values to forecast after the end of the series of --checkpoint"),
     ]:
         add(flag, type=positive, default=default, help=description)
     add("--seed", type=int, default=42, help="random seed of weights and order; the original's "
@@ -204,8 +205,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.predict_steps is None) != (args.checkpoint is None):
         parser.error("--predict-steps and --checkpoint go together")
-    if args.seed < 0 or not min(args.learning_rate) > 0:
-        parser.error("--seed must not be negative, and --learning-rate must be above 0")
+    if not min(args.learning_rate) > 0:
+        parser.error("--learning-rate must be above 0")
     return args
 
 
@@ -231,145 +232,153 @@ def generate_series(rows=720):
     return level + peaks.sum(1) + 12 * rng.standard_normal(rows)
 
 
-def read_frame(path):
-    """DataFrame of a CSV file, indexed by the lines of the file, whatever its encoding, delimiter
-    and decimal point."""
+def read_table(path):
+    """The table in a CSV file, whatever its encoding, delimiter and decimal point."""
     content = Path(path).read_bytes()
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode(json.detect_encoding(content))  # UTF-8, 16 or 32
     except UnicodeDecodeError:
-        is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-        text = content.decode("utf-16" if is_utf16 else "latin-1")
-    text = text.rstrip()
+        text = content.decode("latin-1")
+    if "\0" in text:
+        raise UserError("this is not a CSV file")
+    text = text.strip("\r\n")
     header = re.split("[\r\n]", text)[0]
-    delimiter = next((mark for mark in ";\t|," if mark in header), "\t")
-    decimal = "," if delimiter != "," and re.search(r"\d,\d", text) else "."
-    with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-        frame = pd.read_csv(io.StringIO(text), sep=delimiter, decimal=decimal, index_col=False,
-                            skip_blank_lines=False)
-    numbers = [name for name in frame if re.fullmatch(NUMBER, name)]
-    if "\0" in text or numbers:
-        raise ValueError("not a CSV file whose first line names the columns")
-    frame.index = pd.RangeIndex(2, len(frame) + 2, name="line")
-    return frame
+    separator = max(";\t|,", key=header.count)
+    decimal = "," if separator != "," and re.search(r"\d,\d", text) else "."
+    with warnings.catch_warnings(action="error"):  # a row is longer than the header
+        return pd.read_csv(io.StringIO(text), sep=separator, decimal=decimal, index_col=False,
+                           skip_blank_lines=False, low_memory=False)
 
 
-def find_column(frame, name):
-    """The name of a column of a frame that is called `name` or has this index."""
-    if f"{name}.1" in frame:  # as pandas calls the second one of the same name
-        raise ValueError(f"two columns are called {name!r}; choose one by its index")
-    if name in frame:
-        return name
+def find_column(table, name):
+    """The column of a table by its name or index."""
+    if f"{name}.1" in table:  # as pandas calls the second column of a name
+        raise UserError(f"two columns are called {name!r}; choose one by its index")
+    if name in table:
+        return table[name]
     try:
-        return frame.columns[int(name)]
+        return table.iloc[:, int(name)]
     except (TypeError, ValueError, IndexError):
-        raise ValueError(f"no column {name!r}, only {', '.join(frame)}") from None
+        raise UserError(f"no column {name!r}, only {', '.join(table)}") from None
 
 
-def select_series(frame, args):
-    """The rows of --series. Raises ValueError where a column seems to name several series."""
+def select_series(table, args):
+    """The rows of --series, if that is set; otherwise all, which should be of one series."""
     if args.series_column == "none":
-        return frame
+        return table
     if args.series_column or args.series:
-        names = frame[find_column(frame, args.series_column)].astype(str)
+        names = find_column(table, args.series_column).astype(str)
         if args.series not in set(names):
-            raise ValueError(f"no series {args.series!r}, only {', '.join(names.unique()[:10])}")
-        return frame[names == args.series]
-    for name, count in frame.filter(regex=SERIES_COLUMN).nunique().items():
-        if 2 <= count <= len(frame) / 2:
-            raise ValueError(f"column {name!r} seems to name several series; choose one with "
-                             "--series-column and --series, or all rows with --series-column none")
-    return frame
+            raise UserError(f"no series {args.series!r}, only {', '.join(names.unique()[:10])}")
+        return table[names == args.series]
+    for name, count in table.filter(regex=SERIES_COLUMN).nunique().items():
+        if 2 <= count <= len(table) / 2:
+            raise UserError(f"column {name!r} seems to name several series; choose one with "
+                            "--series-column and --series, or all rows with --series-column none")
+    return table
 
 
 def read_times(column):
-    """The times of a column as numbers, or as dates with their time zone: of all ways to read
-    them, such as day or month first, the one with the fewest invalid and missing times."""
+    """Times as numbers or dates; of all ways to read a column, the one with the fewest invalid
+    and missing times."""
     texts = column.astype(str)
-    if texts.str.match(r"\s*T?\d{1,2}:\d\d").any():
-        raise ValueError("times of day need a date; add one, or leave out --time-column")
+    first = str(texts.iloc[0])
+    if re.match(r"T?\d\d?:", first):
+        raise UserError(f"times of day such as {first} need a date; leave out --time-column")
     offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False)
-    options = {"errors": "coerce", "utc": offsets.nunique() > 1}  # two as summer time begins
-    readings = [pd.to_datetime(texts, format="%Y%m%d", **options),
-                pd.to_datetime(texts, format="%Y%m", **options)]
-    if column.dtype.kind in "iuf":
-        readings.append(column)
+    is_utc = offsets.nunique() > 1
+    if is_utc:
+        note("the times have several offsets; they are converted to UTC")
+
+    def read(**options):
+        with warnings.catch_warnings(action="ignore"):  # pandas warns of other formats
+            return pd.to_datetime(texts, errors="coerce", utc=is_utc, **options)
+
+    if pd.api.types.is_numeric_dtype(column):
+        readings = [read(format="%Y%m%d"), read(format="%Y%m"), column]
+    elif re.match(r"\d{4}-\d\d-\d\d", first):
+        readings = [read(format="ISO8601")]
+    elif re.match(r"\d\d?[^.\d]", first):
+        readings = [read(dayfirst=False), read(dayfirst=True)]
     else:
-        for day_first in (False, True):
-            readings.append(pd.to_datetime(texts, format="mixed", dayfirst=day_first, **options))
-    return min(readings, key=lambda times: (times.isna().sum(), span_in_steps(times)))
+        readings = [read(dayfirst="." in first[:3])]  # as in 31.12.2024
+    best = min(readings, key=missing_times)
+    for reading in readings:
+        if missing_times(reading) == missing_times(best) and not reading.equals(best):
+            note(f"the first time is taken for {best.iloc[0]}; it may also be {reading.iloc[0]}")
+    return best
 
 
-def span_in_steps(times):
-    """The time from the first to the last of times in any order, in median steps."""
+def missing_times(times):
+    """(number of invalid times, time from the first to the last in median steps)."""
     steps = times.drop_duplicates().sort_values().diff()
-    return steps.sum() / steps.median()
+    return times.isna().sum(), steps.sum() / steps.median()
 
 
-def index_by_time(frame, time_column):
-    """The frame by increasing times, with rows of NaN where times are missing between equal steps,
-    which are a number or a step of the calendar."""
-    times = read_times(frame[time_column])
-    is_bad = times.isna() | times.duplicated()
-    if is_bad.any():
-        raise ValueError(f"line {is_bad.idxmax()}: the time is invalid or occurs twice; "
-                         "--series-column and --series choose one of several series")
-    if not span_in_steps(times) <= 10 * len(times):
-        raise ValueError("too few rows, or most times are missing; is one of them wrong?")
-    frame = frame.set_index(times).sort_index()
-    times = frame.index
-    steps = times.to_series().diff()
-    step = steps.quantile(interpolation="lower")
-    tolerance = 0 * step
+def equally_spaced(values, times):
+    """The values at all times of an even step, NaN where a row is missing. Of the fixed step and
+    those of the calendar, the one that meets all times with the fewest rows is taken."""
+    is_wrong = times.isna() | times.duplicated()
+    if is_wrong.any():
+        raise UserError(f"row {is_wrong.idxmax()}: the time is invalid or occurs twice; "
+                        "--series-column and --series choose one of several series")
+    values = values.set_axis(pd.Index(times)).sort_index()
+    times = values.index
+    steps = pd.Series(times).diff()
+    step = steps[steps < 1.5 * steps.median()].mean()
+    count = round((times[-1] - times[0]) / step) + 1
+    if count > 10 * len(times):
+        raise UserError(f"most times between {times[0]} and {times[-1]} are missing; without "
+                        "--time-column the rows count as equally spaced")
     if isinstance(times, pd.DatetimeIndex):
         grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *CALENDAR]]
+        tolerance = pd.Timedelta(0)
     else:
-        step = steps[(steps / step - 1).abs() < 0.1].mean()
-        tolerance = 0.1 * step
-        grids = [pd.Index(np.arange(times[0], times[-1] + tolerance, step)).astype(times.dtype)]
-    for grid in sorted(grids, key=len):
-        places = grid.get_indexer(times, method="nearest", tolerance=tolerance)
-        if places.min() >= 0 and grid[places].is_unique:
-            return frame.set_index(grid[places]).reindex(grid).rename_axis(time_column)
-    raise ValueError("the times are not equally spaced; resample them, or leave out --time-column")
+        grids = [np.linspace(times[0], times[-1], count, dtype=times.dtype)]
+        tolerance = step / 10  # numbers may have been rounded
+    placed = [values.reindex(grid, method="nearest", tolerance=tolerance) for grid in grids]
+    whole = [candidate for candidate in placed if candidate.count() == values.count()]
+    if not whole:
+        raise UserError(f"the times are not equally spaced; the usual step is {step}")
+    return min(whole, key=len).rename_axis(times.name)
 
 
 def read_series(args):
-    """The Series of --data. Raises UserError for a file that cannot be taken as one series."""
+    """The values of the file --data, in the order of their times and without gaps."""
     try:
-        frame = select_series(read_frame(args.data), args)
-        column = find_column(frame, args.column)
+        table = select_series(read_table(args.data), args)
+        values = find_column(table, args.column)
+        if re.fullmatch(NUMBER, values.name):
+            raise UserError(f"the first line names the columns, and {values.name!r} is no name")
+        values = pd.to_numeric(values).astype(float).where(np.isfinite)
+        if not 1e-100 < values.max() - values.min() < 1e100:
+            raise UserError(f"{values.name!r} is empty, constant, or too large or small")
         if args.time_column:
-            time_column = find_column(frame, args.time_column)
-            if column == time_column:
-                raise ValueError(f"{column!r} is the time column; choose another --column")
-            frame = index_by_time(frame, time_column)
-        values = pd.to_numeric(frame[column]).astype(float).where(np.isfinite)
+            times = read_times(find_column(table, args.time_column))
+            if times.name == values.name:
+                raise UserError(f"{times.name!r} is the time column; choose another --column")
+            values = equally_spaced(values, times)
         if args.fill:
             note(f"missing values, now filled: {values.isna().sum()}")
-            values = values.ffill() if args.fill == "forward" else values.interpolate()
-        if values.hasnans:
-            missing = values.isna()
-            raise ValueError(f"missing values: {missing.sum()}, the first at {values.index.name} "
-                             f"{missing.idxmax()}; --fill linear or --fill forward fills them, "
-                             "but not the first value of all")
-        if not 1e-100 < np.ptp(values) < 1e100:
-            raise ValueError(f"{column!r} is empty, constant, or too large or small")
-        return values
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error,
-            pd.errors.ParserWarning) as error:
+            values = values.interpolate() if args.fill == "linear" else values.ffill()
+        missing = values.index[values.isna()]
+        if len(missing):
+            raise UserError(f"missing values: {len(missing)}, the first at "
+                            f"{values.index.name or 'row'} {missing[0]}; --fill linear or --fill "
+                            "forward fills them, but not the first value of all")
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, Warning, UserError) as error:
         raise UserError(f"{args.data}: {error}") from None
+    return values
 
 
-def load_known(name, data_dir):
-    """The embedded series, or a known one from `data_dir`, downloaded if absent."""
+def load_known(name, args):
+    """The embedded series, or a public one from --data-dir, downloaded if it is not there."""
     if name == "synthetic":
-        times = pd.Index(np.arange(720) / 30, name="time [h]")
-        return pd.Series(generate_series(), times, name="signal")
+        return pd.Series(generate_series(), name="signal")
     file, sha256 = FILES[name]
-    path = Path(data_dir, file)
+    path = Path(args.data_dir, file)
     is_new = not path.exists()
     try:
         content = urlopen(URL + file, timeout=3).read() if is_new else path.read_bytes()
@@ -377,7 +386,8 @@ def load_known(name, data_dir):
         raise UserError(f"{URL}{file}: {error}; put it into --data-dir, or use --dataset "
                         "synthetic") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{path}: another sha256 than expected")
+        raise UserError(f"{path} has another sha256 than the published file; delete it if it is "
+                        "there, and put the right one into --data-dir")
     if is_new:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
@@ -386,21 +396,21 @@ def load_known(name, data_dir):
 
 
 def load_series(args):
-    """{name: Series} of --data or --dataset; with neither y_w, or the embedded series."""
+    """{name: values} of all series that the arguments ask for."""
     if args.data:
         return {Path(args.data).stem: read_series(args)}
     try:
-        return {name: load_known(name, args.data_dir) for name in args.dataset or ["y_w"]}
+        return {name: load_known(name, args) for name in args.dataset or ["y_w"]}
     except UserError as error:
         if args.dataset:
             raise
         note(f"no real data ({error}); the embedded series is used")
-        return {"synthetic": load_known("synthetic", args.data_dir)}
+        return {"synthetic": load_known("synthetic", args)}
 
 
 def digest(values):
-    """sha256 of values [rows] float64."""
-    return hashlib.sha256(np.asarray(values).tobytes()).hexdigest()
+    """The sha256 of values [rows]."""
+    return hashlib.sha256(values.tobytes()).hexdigest()
 
 
 # --- Models: each reads [batch, time] normalized values -----------------------------------------
@@ -427,7 +437,8 @@ class Network(nn.Module):
         return F.mse_loss(forecasts, windows[:, -forecasts.shape[1] :])
 
     def predict(self, windows, rows):
-        """Forecasts [batch, horizon] after windows [batch, time], whatever their rows are."""
+        """Forecasts [batch, horizon] of the values at `rows` [batch] and after, from windows
+        [batch, time]."""
         return self(windows)
 
 
@@ -481,31 +492,28 @@ def fit_seasonal(z, time_steps):
     return np.eye(find_period(z))[0], [0.0]
 
 
-def regress(windows, time_steps):
+def regress(windows, time_steps, relative):
     """(weights [time_steps, horizon], intercepts [horizon]) of ridge regression of the later
-    columns of windows on the first ones; its strength by generalized cross-validation."""
+    columns of windows on the first ones, or of all relative to the last of these; its strength by
+    generalized cross-validation."""
+    if relative:
+        windows = windows - windows[:, time_steps - 1 : time_steps]
     model = RidgeCV(RIDGE_STRENGTHS).fit(windows[:, :time_steps], windows[:, time_steps:])
     return model.coef_.reshape(-1, time_steps).T, np.atleast_1d(model.intercept_)
 
 
-def regress_differences(windows, time_steps):
-    """The same relative to the last of the first columns."""
-    return regress(windows - windows[:, time_steps - 1 : time_steps], time_steps)
-
-
-def fit_ridge(z, time_steps):
+def fit_ridge(z, time_steps, relative=False):
     """Ridge regression on the last values."""
     windows = np.lib.stride_tricks.sliding_window_view(z, time_steps + 1)
-    weights, bias = regress(windows, time_steps)
+    weights, bias = regress(windows, time_steps, relative)
+    if relative:
+        weights[-1] = 1 - weights[:-1].sum()
     return weights[:, 0], bias
 
 
 def fit_nlinear(z, time_steps):
     """Ridge regression on differences from the last value (NLinear, Zeng et al. 2023)."""
-    windows = np.lib.stride_tricks.sliding_window_view(z, time_steps + 1)
-    weights, bias = regress_differences(windows, time_steps)
-    weights[-1] = 1 - weights[:-1].sum()
-    return weights[:, 0], bias
+    return fit_ridge(z, time_steps, relative=True)
 
 
 def fit_theta(z, time_steps):
@@ -607,43 +615,39 @@ class Attention(Network):
         name, heads, kv_heads, parts, pe = ATTENTION[run.model]
         pe = run.pe or pe
         if run.model.endswith("_mh"):
-            heads, kv_heads = args.n_heads or heads, args.kv_heads or kv_heads
+            heads = args.n_heads or heads
+            kv_heads = args.kv_heads or kv_heads
         if run.d_model % heads or heads % kv_heads:
             raise UserError("--kv-heads must divide --n-heads, and that --d-model")
-        self.parts = []
-        for part in ATTENTION_PARTS:
-            choice = getattr(args, part)
-            if choice or (choice is None and part in parts):
-                self.parts.append(part)
-        self.has_codebook = run.model.startswith("vq")
-        if not (self.has_codebook or "causal" in self.parts or args.align_target is False):
+        flags = {part: getattr(args, part) for part in ATTENTION_PARTS}
+        parts = [part for part in flags if flags[part] or (flags[part] is None and part in parts)]
+        self.causal = "causal" in parts
+        has_codebook = run.model.startswith("vq")
+        if not (has_codebook or self.causal or args.align_target is False):
             raise UserError(f"{run.model} would see its targets; add --no-align-target or --causal")
         block_size = max(args.block_size, run.time_steps)
         name = name.format(run.d_model, heads, kv_heads, args.vocab_size)
-        part_names = "".join(f"-is_{part}" for part in self.parts).replace("norm", "n")
-        self.name = f"{name}-1-1-{block_size}{part_names}-{pe}".removesuffix("-none")
+        name = "-is_".join([f"{name}-1-1-{block_size}", *parts])
+        self.name = f"{name.replace('norm', 'n')}-{pe}"
         self.width = run.d_model // heads
+        norms = {part: nn.LayerNorm if part in parts else nn.Identity for part in ATTENTION_PARTS}
+        on_input, on_heads = ("none", pe) if "norm_pe" in parts else (pe, "none")
         self.fc_in = nn.Linear(1, run.d_model)
-        places = [pe, "none"]
-        if "norm_pe" in self.parts:
-            places.reverse()
-        self.position_in = Positions(places[0], run.d_model, block_size)
-        self.position_qk = Positions(places[1], self.width, block_size)
-        self.ln_in = self.norm("inln", run.d_model)
-        self.ln_q = self.norm("qln", self.width)
-        self.ln_k = self.norm("kln", self.width)
-        self.fc_q = nn.Identity()
-        if self.has_codebook:
+        self.position_in = Positions(on_input, run.d_model, block_size)
+        self.position_qk = Positions(on_heads, self.width, block_size)
+        self.ln_in = norms["inln"](run.d_model)
+        self.ln_q = norms["qln"](self.width)
+        self.ln_k = norms["kln"](self.width)
+        self.codebook = None
+        if has_codebook:
             self.codebook = nn.Parameter(torch.randn(kv_heads, args.vocab_size, self.width))
+            self.fc_q = nn.Identity()
         else:
             self.fc_q = nn.Linear(run.d_model, run.d_model, bias=False)
             self.fc_k = nn.Linear(run.d_model, kv_heads * self.width, bias=False)
             self.fc_v = nn.Linear(run.d_model, kv_heads * self.width, bias=False)
-        self.fc_out = nn.Linear(run.d_model, 1, bias=self.has_codebook)
+        self.fc_out = nn.Linear(run.d_model, 1, bias=has_codebook)
         initialize(self, ("fc_q", "fc_k", "fc_v") if run.model == "att" else ())
-
-    def norm(self, part, width):
-        return nn.LayerNorm(width) if part in self.parts else nn.Identity()
 
     def split_heads(self, x):
         """[batch, time, heads · width] -> [batch, heads, time, width]."""
@@ -651,11 +655,10 @@ class Attention(Network):
 
     def forward(self, x, last_only=True):
         first = x.shape[1] - 1 if last_only else 0  # the first query
-        hidden = self.position_in(self.fc_in(x.unsqueeze(-1)))  # [batch, time, d_model]
-        hidden = self.ln_in(hidden)
+        hidden = self.ln_in(self.position_in(self.fc_in(x.unsqueeze(-1))))  # [batch, time, d_model]
         q = self.ln_q(self.split_heads(self.fc_q(hidden[:, first:])))
         q = self.position_qk(q, first)
-        if self.has_codebook:
+        if self.codebook is not None:
             v = self.codebook.expand(len(x), -1, -1, -1)
             k = self.ln_k(v)
         else:
@@ -664,11 +667,11 @@ class Attention(Network):
         # The query heads that share a key head become more queries of it (grouped queries).
         groups = q.unflatten(1, (k.shape[1], -1))  # [batch, key heads, group, time, width]
         mask = None
-        if "causal" in self.parts:
+        if self.causal:
             mask = x.new_ones(q.shape[2], k.shape[2]).bool().tril(first)
             mask = mask.repeat(groups.shape[2], 1)
         out = F.scaled_dot_product_attention(groups.flatten(2, 3), k, v, mask)
-        out = out.unflatten(2, groups.shape[2:4]).flatten(1, 2)  # [batch, heads, time, width]
+        out = out.view_as(q)  # [batch, heads, time, width]
         return self.fc_out(out.transpose(1, 2).flatten(2)).squeeze(-1)
 
 
@@ -708,7 +711,7 @@ class CodebookAR(Network):
     def start(self, windows):
         """Fit the ridge regression from which training starts."""
         windows = windows.double().cpu().numpy()
-        weights, intercepts = regress_differences(windows, self.time_steps)
+        weights, intercepts = regress(windows, self.time_steps, relative=True)
         self.ridge.copy_(torch.from_numpy(weights))
         self.intercept.copy_(torch.from_numpy(intercepts))
 
@@ -759,11 +762,6 @@ class Run:
     def id(self):
         """A name for files."""
         return "_".join(str(value) for value in astuple(self) if value is not None)
-
-    @property
-    def settings(self):
-        """What distinguishes the runs of a model, in tables."""
-        return ", ".join(str(value) for value in astuple(self)[2:-1] if value is not None)
 
 
 def warm_up_then_cosine(step, steps):
@@ -822,7 +820,6 @@ class Fitted:
     lookback: int
     mean: float
     std: float
-    history: list
 
     def normalize(self, values):
         return torch.tensor((values - self.mean) / self.std, dtype=torch.float32)
@@ -847,109 +844,94 @@ class Fitted:
 
 
 def fit(run, args, values, stop, original=False):
-    """Fit the model of a run to values[:stop], with losses on the rows from there to the test part
-    for the learning curves; with `original` to a random 80 % of the windows, with losses on the
-    others."""
+    """(Fitted, history) of a run on values[:stop], with losses on the rows from there to the test
+    part; with `original` on a random 80 % of the windows, with losses on the others."""
     past = values[:stop]
     mean = float(past.mean())
     std = float(past.std()) or 1.0
     if run.model in BASELINES:
         weights, bias = BASELINES[run.model]((past - mean) / std, run.time_steps)
-        return Fitted(run, LinearForecaster(weights, bias), len(weights), mean, std, [])
+        return Fitted(run, LinearForecaster(weights, bias), len(weights), mean, std), []
     torch.manual_seed(run.seed)
     model = MODELS[run.model](run, args).to(args.device)
-    fitted = Fitted(run, model, run.time_steps, mean, std, [])
+    fitted = Fitted(run, model, run.time_steps, mean, std)
     end = stop - run.time_steps  # the first window with no target before `stop`
     count = end - model.horizon + 1  # windows with all targets before it
-    test_count = count + int(TEST_START * len(values)) - stop  # the same for the test part
-    starts = [torch.arange(count), torch.arange(end, max(end, test_count))]
     if original:
         starts = [part[part < count] for part in original_split(end)]
+    else:
+        test_count = count + int(TEST_START * len(values)) - stop
+        starts = [torch.arange(count), torch.arange(end, max(end, test_count))]
     train_starts, val_starts = (part.to(args.device) for part in starts)
     z = fitted.normalize(values).to(args.device)
-    fitted.history = train(model, z, train_starts, val_starts, run, args, shuffle=not original)
+    history = train(model, z, train_starts, val_starts, run, args, shuffle=not original)
     model.eval().cpu()
-    return fitted
+    return fitted, history
 
 
-# --- Evaluation ---------------------------------------------------------------------------------
+# --- Evaluation: errors are {kind: [array of each block]}, of which the last is the test part ---
 
 
-def forecast_errors(fitted, values, start, stop, origins):
-    """Forecasts minus truth for rows start to stop: {"one step": [rows], "free run": [origins,
-    rows]} with column j of an origin for the value j after it, NaN from `stop` on."""
-    count = stop - start
-    firsts = np.linspace(start, stop, origins, endpoint=False).astype(int)
-    padded = np.append(values[:stop], np.full(count, np.nan))
-    truth = padded[firsts[:, None] + np.arange(count)]
-    one_step = fitted.free_run(values, np.arange(start, stop), 1)[:, 0]
-    return {"one step": one_step - values[start:stop],
-            "free run": fitted.free_run(values, firsts, count) - truth}
+def forecast_errors(fitted, values, start, stop, blocks):
+    """Forecasts minus truth of rows start to stop: one step ahead, in about equal blocks, and of
+    free runs from the start of each block to `stop`."""
+    firsts = np.linspace(start, stop, blocks, endpoint=False).astype(int)
+    one_step = fitted.free_run(values, np.arange(start, stop), 1)[:, 0] - values[start:stop]
+    paths = fitted.free_run(values, firsts, stop - start)
+    return {"one step": np.array_split(one_step, blocks),
+            "free run": [path[: stop - first] - values[first:stop]
+                         for path, first in zip(paths, firsts)]}
 
 
-def holdout_parts(rows):
-    """The parts of the hold-out as (start, stop, origins): validation of each fold, then test."""
-    parts = []
-    for share in FOLDS:
-        start = int(share * rows)
-        parts.append((start, start + int(VALIDATION_SHARE * rows), ORIGINS))
-    return [*parts, (int(TEST_START * rows), rows, 1)]
-
-
-def holdout_errors(run, args, values):
-    """Fit a run to the rows before each part of the hold-out. Returns ([forecast_errors of each
-    part], [Fitted of the test part, with the history of the last fold])."""
+def holdout(run, args, values):
+    """(errors, [Fitted on all before the test part], history of the last fold) of a run."""
     if run.model == "combined":
-        return combined_errors(run, args, values)
-    parts, histories = [], []
-    for start, stop, origins in holdout_parts(len(values)):
-        fitted = fit(run, args, values, start)
-        histories.append(fitted.history)
-        parts.append(forecast_errors(fitted, values, start, stop, origins))
-    fitted.history = histories[-2]
-    return parts, [fitted]
+        return combine(run, args, values)
+    rows = len(values)
+    errors = {kind: [] for kind in KINDS}
+    histories = []
+    for share in [*FOLDS, TEST_START]:
+        start = int(share * rows)
+        stop = rows if share == TEST_START else start + int(VALIDATION_SHARE * rows)
+        fitted, history = fit(run, args, values, start)
+        histories.append(history)
+        blocks = 1 if share == TEST_START else ORIGINS
+        for kind, parts in forecast_errors(fitted, values, start, stop, blocks).items():
+            errors[kind] += parts
+    return errors, [fitted], histories[-2]
 
 
-def combined_errors(run, args, values):
+def combine(run, args, values):
     """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error,
-    chosen for one step and for the free run separately. Returns what holdout_errors does."""
-    members = [replace(run, model=model) for model in ["vq_ar", *BASELINES]]
-    for model in ("vq_ar", "ridge", "nlinear"):
-        members.append(replace(run, model=model, time_steps=max(2, run.time_steps // 4)))
-    (parts, network), *others = [holdout_errors(member, args, values) for member in members]
-    means = [{} for _ in parts]
+    chosen for one step and for the free run separately."""
+    short = replace(run, time_steps=max(2, run.time_steps // 4))
+    candidates = [replace(run, model=model) for model in BASELINES]
+    candidates += [replace(short, model=model) for model in ("vq_ar", "ridge", "nlinear")]
+    errors, network, history = holdout(replace(run, model="vq_ar"), args, values)
+    others = [holdout(candidate, args, values) for candidate in candidates]
+    means = {}
     for kind in ("one step", "free run"):
-        scores = [validation_score(other_parts, kind) for other_parts, _ in others]
-        best_parts, best = others[np.argmin(scores)]
-        for mean, part, best_part in zip(means, parts, best_parts):
-            mean[kind] = (part[kind] + best_part[kind]) / 2
-    return means, network + best  # which is that of the free run
+        best_errors, best, _ = min(others, key=lambda other: mean_error(other[0][kind][:-1]))
+        means[kind] = [(a + b) / 2 for a, b in zip(errors[kind], best_errors[kind])]
+    return means, network + best, history  # the best one in the free run
 
 
-def validation_score(parts, kind):
-    """The geometric mean of the squared errors on validation: of the free run from each origin,
-    or of one step in the block from it to the next, so that no block dominates."""
-    blocks = [block for part in parts[:-1] for block in np.array_split(part[kind], ORIGINS)]
-    return stats.gmean([np.nanmean(block**2) for block in blocks])
+def mean_error(blocks):
+    """Geometric mean of the squared errors of blocks, so that none dominates."""
+    return float(stats.gmean([np.mean(block**2) for block in blocks]))
 
 
-def interval_widths(parts):
-    """Half widths of split-conformal intervals (Vovk et al. 2005) from the validation parts:
-    [1] for one step, and [horizon] for the free run, pooled over similar horizons."""
-    one_step = np.concatenate([part["one step"] for part in parts[:-1]])
-    free_run = np.concatenate([part["free run"] for part in parts[:-1]])
-    edges = np.unique(np.geomspace(1, free_run.shape[1] + 1, 9).astype(int)) - 1
-    pools = np.split(free_run, edges[1:-1], axis=1)
-    widths = np.repeat([conformal_quantile(pool) for pool in pools], np.diff(edges))
-    return {"one step": [conformal_quantile(one_step)],
-            "free run": np.maximum.accumulate(widths).tolist()}
-
-
-def conformal_quantile(residuals):
-    """The quantile of absolute residuals that covers a new one with probability COVERAGE."""
-    residuals = np.sort(np.abs(residuals[~np.isnan(residuals)]))
-    rank = math.ceil((len(residuals) + 1) * COVERAGE)
-    return float(residuals[: rank + 1][-1])
+def interval_widths(blocks, pools):
+    """Half widths [horizon] of split-conformal intervals (Vovk et al. 2005) from validation
+    blocks: the quantile of absolute errors that covers a new one with probability COVERAGE, in
+    `pools` ranges of the horizon."""
+    edges = np.unique(np.geomspace(1, len(blocks[0]) + 1, pools + 1).astype(int)) - 1
+    widths = []
+    for first, last in itertools.pairwise(edges):
+        sizes = np.sort(np.abs(np.concatenate([block[first:last] for block in blocks])))
+        rank = math.ceil((len(sizes) + 1) * COVERAGE)
+        widths += [float(sizes[:rank][-1])] * (last - first)
+    return np.maximum.accumulate(widths).tolist()
 
 
 def extend(widths, count):
@@ -957,374 +939,324 @@ def extend(widths, count):
     return np.pad(widths, (0, count), "edge")[:count]
 
 
-def holdout_scores(parts, widths, values):
-    """Scores on validation, and on the test part, where MASE is relative to the seasonal naive
-    forecast in training."""
+def holdout_scores(errors, widths, values):
+    """Scores on validation and on the test part; MASE is relative to the mean error of the
+    seasonal naive forecast in training."""
     past = values[: int(TEST_START * len(values))]
     period = find_period(past)
     scale = np.abs(past[period:] - past[:-period]).mean() or math.nan
     scores = {}
-    for kind in KINDS:
-        errors = np.abs(parts[-1][kind].ravel())
-        scores[f"validation {kind}"] = validation_score(parts, kind)
-        scores[f"test {kind}"] = np.mean(errors**2)
-        scores[f"MASE {kind}"] = errors.mean() / scale
-        scores[f"coverage {kind}"] = np.mean(errors <= extend(widths[kind], len(errors)))
+    for kind, (*validation, test) in errors.items():
+        sizes = np.abs(test)
+        scores[f"validation {kind}"] = mean_error(validation)
+        scores[f"test {kind}"] = float(np.mean(sizes**2))
+        scores[f"MASE {kind}"] = float(sizes.mean() / scale)
+        scores[f"coverage {kind}"] = float(np.mean(sizes <= extend(widths[kind], len(sizes))))
     return scores
 
 
 def execute(run, args, values, models):
-    """Fit and score one run: (run, its checkpoint or {"error"}), so that other runs go on. What
+    """Fit and score one run: (run, its checkpoint or {"error"}), so that the others go on. What
     the checkpoint holds beside the scores is of the hold-out, if that was run. `models` has the
-    BASELINES and MODELS of the parent, to which a user may have added."""
-    BASELINES.update(models[0])
-    MODELS.update(models[1])
+    MODELS of the parent, to which a user may have added."""
+    MODELS.update(models)
     torch.set_num_threads(1)
     start_time = time.perf_counter()
-    scores, widths = {}, {}
+    row = asdict(run)
+    widths = {}
     try:
         if args.protocol != "holdout" and run.model != "combined":
-            members = [fit(run, args, values, len(values), original=True)]
-            errors = forecast_errors(members[0], values, run.time_steps, len(values), 1)
-            scores = {f"original {kind}": np.mean(errors[kind] ** 2) for kind in KINDS}
-            scores.update(*members[0].history[-1:])
+            fitted, history = fit(run, args, values, len(values), original=True)
+            members = [fitted]
+            errors = forecast_errors(fitted, values, run.time_steps, len(values), 1)
+            for kind in KINDS:
+                row[f"original {kind}"] = float(np.mean(errors[kind][0] ** 2))
         if args.protocol != "original":
-            parts, members = holdout_errors(run, args, values)
-            errors = parts[-1]
-            widths = interval_widths(parts)
-            scores |= holdout_scores(parts, widths, values)
+            errors, members, history = holdout(run, args, values)
+            for kind in KINDS:
+                widths[kind] = interval_widths(errors[kind][:-1], KINDS[kind])
+            row |= holdout_scores(errors, widths, values)
     except Exception as error:
         return run, {"error": f"{type(error).__name__}: {error}"}
-    row = asdict(run) | {"id": run.id, "settings": run.settings,
-                         "name": getattr(members[0].model, "name", run.model),
-                         "seconds": time.perf_counter() - start_time}
-    row |= {name: float(score) for name, score in scores.items()}
-    checkpoint = {"row": row, "widths": widths, "errors": {}, "members": []}
+    row["name"] = getattr(members[0].model, "name", run.model)
+    row["seconds"] = time.perf_counter() - start_time
+    forecasts = {}
     for kind in KINDS:
-        checkpoint["errors"][kind] = errors[kind].ravel().tolist()
-    for fitted in members:
-        state = {"run": asdict(fitted.run), "model": fitted.model.state_dict()}
-        checkpoint["members"].append(vars(fitted) | state)
-    return run, checkpoint
+        test = errors[kind][-1]
+        forecasts[kind] = (values[-len(test) :] + test).tolist()
+    members = [vars(fitted) | {"run": asdict(fitted.run), "model": fitted.model.state_dict()}
+               for fitted in members]
+    return run, {"row": row, "data": [len(values), digest(values)], "history": history,
+                 "widths": widths, "forecasts": forecasts, "members": members}
 
 
 # --- The sweep ----------------------------------------------------------------------------------
 
 
 def make_runs(args, series):
-    """All runs of the sweep, the longest first."""
-    in_sample = args.protocol == "original"
-    runs = {}
-    for name, values in series.items():
+    """All runs that the arguments ask for; the quick baselines of a series come last."""
+    runs = []
+    seeds = range(args.seed, args.seed + args.runs)
+    is_original = args.protocol == "original"
+    share = 1 if is_original else FOLDS[0]  # of the smallest training part
+    for dataset, values in series.items():
         rows = len(values)
         longest = min(ORIGINAL_TIME_STEPS, rows // 6, int(FOLDS[0] * rows) - 24)
         for time_steps in args.time_steps or [max(2, longest)]:
-            # A window, the horizon of vq_ar and seven windows more, in the shortest training part.
-            needed = math.ceil((time_steps + 24) / (1 if in_sample else FOLDS[0]))
-            if rows < needed:
-                note(f"{name} is left out with --time-steps {time_steps}, which needs {needed} "
-                     f"values, {needed - rows} more; take shorter windows")
+            # A window, the horizon of vq_ar and seven windows more.
+            missing = math.ceil((time_steps + 24) / share) - rows
+            if missing > 0:
+                note(f"{dataset} is left out with --time-steps {time_steps}, which needs {missing} "
+                     "values more; take shorter windows")
                 continue
-            for model in [*BASELINES, *args.model]:
+            runs += [Run(model, dataset, time_steps) for model in BASELINES]
+            for model in args.model:
                 rates = args.learning_rate
                 widths = encodings = [None]
-                seeds = range(args.seed, args.seed + args.runs)
-                if model in BASELINES:
-                    rates = [None]
-                    seeds = [args.seed]
                 if model in ATTENTION:
                     widths = args.d_model
                     encodings = args.pe
                 if model == "combined":
-                    rates = [] if in_sample else [COMBINED_RATE]
-                for combination in itertools.product(rates, widths, encodings, seeds):
-                    run = Run(model, name, time_steps, *combination)
-                    runs[run] = None  # each once
+                    rates = [] if is_original else [COMBINED_RATE]
+                for options in itertools.product(rates, widths, encodings, seeds):
+                    runs.append(Run(model, dataset, time_steps, *options))
                     if model in MODELS:
-                        MODELS[model](run, args)  # raises UserError for options that do not fit
+                        MODELS[model](runs[-1], args)  # raises UserError if options do not fit
     if not runs:
         raise UserError(NOTES[-1])
-    # Rough relative times of the models.
-    cost = {"combined": 9, "att_mh": 4, "lstm": 3, "vq_mh": 3, "att": 2}
-    return sorted(runs, key=lambda run: -cost.get(run.model, 1) * run.time_steps)
+    return runs[::-1]
 
 
-def execute_all(runs, args, series):
-    """Yield (run, checkpoint) as each run ends, --jobs at a time, each with one thread."""
+def execute_all(runs, args, series, run_dir):
+    """{run: checkpoint} of all runs that succeed. A checkpoint is written when its run has ended;
+    those that are there already are read."""
     from joblib import Parallel, delayed, parallel_config
 
+    files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
+    (run_dir / "runs").mkdir(exist_ok=True)
     # The workers' allocator keeps what is freed; mapping it again took a tenth of the time.
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
-    client = contextlib.nullcontext()
+    cluster = contextlib.nullcontext()
     if args.backend == "dask":
         from distributed import Client
 
         local = {"n_workers": args.jobs, "threads_per_worker": 1, "dashboard_address": None}
-        client = Client(**({} if os.environ.get("DASK_SCHEDULER_ADDRESS") else local))
-    models = [BASELINES, MODELS]
-    tasks = [delayed(execute)(run, args, series[run.dataset].to_numpy(), models) for run in runs]
-    with client, parallel_config(args.backend, n_jobs=min(args.jobs, len(runs) or 1)):
-        yield from Parallel(return_as="generator_unordered", batch_size=1,
-                            pre_dispatch="all")(tasks)
+        cluster = Client(**({} if os.environ.get("DASK_SCHEDULER_ADDRESS") else local))
+    jobs = [delayed(execute)(run, args, series[run.dataset].to_numpy(), MODELS)
+            for run in files if not files[run].exists()]
+    threads = torch.get_num_threads()
+    with cluster, parallel_config(args.backend, n_jobs=args.jobs):
+        finished = Parallel(return_as="generator_unordered")(jobs)
+        for run, checkpoint in progress(finished, "runs", len(jobs)):
+            if "error" in checkpoint:
+                note(f"{run.id} failed: {checkpoint['error']}")
+            else:
+                with atomic_write(files[run]) as path:
+                    torch.save(checkpoint, path)
+    torch.set_num_threads(threads)
+    return {run: read_checkpoint(file, series) for run, file in files.items() if file.exists()}
+
+
+def read_checkpoint(file, series):
+    """The checkpoint in a file; its series may have grown since, but not changed."""
+    checkpoint = load_checkpoint(file, file)
+    if "members" not in checkpoint:
+        raise UserError(f"{file}: not a checkpoint of {EXPERIMENT}.py")
+    values = series.get(checkpoint["row"]["dataset"], pd.Series())
+    rows, sha256 = checkpoint["data"]
+    if digest(values.to_numpy()[:rows]) != sha256:
+        raise UserError(f"{file}: the series does not begin with the values that it was fitted to")
+    return checkpoint
 
 
 # --- Tables -------------------------------------------------------------------------------------
 
 
 def show(values):
-    """The mean of scores [seeds] with its 95 % interval as text; None if there are none."""
+    """Mean ± 95 % confidence interval of the values of all seeds, as text."""
     mean, width = mean_and_interval(values)
-    if np.isnan(mean):
-        return None
     text = f"{mean:.5g}".replace("inf", "diverged")
-    return f"{text} ± {width:.3g}" if np.isfinite(width) else text
+    return text if np.isnan(width) else f"{text} ± {width:.3g}"
 
 
-def over_seeds(rows):
-    """(means, texts): two DataFrames with a row for each combination of settings."""
-    groups = rows.groupby(["dataset", "model", "name", "settings", "time_steps", "learning_rate"],
-                          dropna=False, sort=False)
-    scores = list(rows.filter(regex="loss$|free run$|one step$"))
-    return groups[scores].mean().reset_index(), groups[scores].agg(show).reset_index()
+def tabulate(rows, columns):
+    """A table of columns over seeds, sorted by the first of them in each data set."""
+    groups = rows.groupby(SETTINGS, dropna=False)
+    table = groups[columns].agg(show).assign(order=groups[columns[0]].mean())
+    return table.sort_values(["dataset", "order"]).drop(columns="order").reset_index()
 
 
-def original_table(means, texts):
-    """The ten networks and baselines with the least error of the free run, beside the original's
-    published figures."""
-    published = pd.read_csv(io.StringIO(ORIGINAL_TABLES), converters={"learning_rate": float})
-    published["time_steps"] = ORIGINAL_TIME_STEPS
-    ranked = means.dropna(subset="original free run").sort_values("original free run")
-    ranked = ranked.groupby(ranked["model"].isin(BASELINES)).head(10)
-    table = texts.loc[ranked.index].merge(published, "left")
-    return markdown_table(table.reindex(columns=[
-        "name", "settings", "original free run", "original one step", "train_loss", "val_loss",
-        "published free run", "published one step"]))
+def choose(rows, score):
+    """The rows of each model with the settings whose mean score is the least."""
+    means = rows.groupby(SETTINGS, dropna=False)[score].transform("mean")
+    return rows[means == means.groupby([rows["dataset"], rows["model"]]).transform("min")]
 
 
-def holdout_table(means, texts):
-    """One row for each model: its settings are those with the least validation error, chosen for
-    the free run and for one step separately."""
-    tables = []
-    for kind in KINDS:
-        best = means.sort_values(f"validation {kind}").drop_duplicates("model")
-        best = best.sort_values(f"test {kind}")
-        columns = ["model", "settings", f"test {kind}", f"MASE {kind}", f"coverage {kind}"]
-        tables.append(texts.loc[best.index, columns])
-    return markdown_table(pd.merge(*tables, on="model", suffixes=[f" {kind}" for kind in KINDS]))
-
-
-def summarize(name, values, rows, args):
-    """The tables of a series as Markdown."""
-    means, texts = over_seeds(rows)
-    text = [f"## {name}: {len(values)} values of {values.name}"]
-    if args.runs > 1:
-        text.append(f"Mean ± 95 % interval (Student's t) of {args.runs} seeds.")
+def make_tables(rows, args):
+    """The tables of all data sets, with their headings."""
+    texts = []
     if args.protocol != "holdout":
-        text += ["The original's protocol, squared errors: networks are trained on 80 % of the "
-                 "windows at random, baselines fitted to all, errors over the whole series, so "
-                 "in-sample.", original_table(means, texts)]
-    if args.protocol != "original":
-        text += ["The hold-out: mean squared errors on the last 20 %, which no model has seen, "
-                 "MASE (absolute error relative to the seasonal naive forecast in training) and "
-                 "coverage of the 80 % intervals. Settings are time steps, learning rate, d_model "
-                 "and encoding.", holdout_table(means, texts)]
-    return "\n\n".join(text)
+        table = tabulate(rows[rows["model"] != "combined"], [f"original {kind}" for kind in KINDS])
+        table = table.merge(pd.read_csv(io.StringIO(ORIGINAL_TABLES)), "left")
+        texts += ["## The original's protocol: squared errors over the whole series",
+                  markdown_table(table)]
+    for kind in KINDS if args.protocol != "original" else ():
+        columns = [f"{score} {kind}" for score in ("test", "MASE", "coverage")]
+        texts += [f"## Hold-out, {kind}: squared error, MASE and coverage of the 80 % "
+                  "intervals on the last 20 %, settings that are best on validation",
+                  markdown_table(tabulate(choose(rows, f"validation {kind}"), columns))]
+    return "\n\n".join(texts)
 
 
-# --- Pictures: of the best run of each model ----------------------------------------------------
+# --- Pictures -----------------------------------------------------------------------------------
 
 
-def draw_pictures(name, series, rows, checkpoints, args, run_dir):
-    """The pictures of a series. The best run of a model is chosen by validation of the free run,
-    or by its in-sample error where only the original's protocol was run."""
-    column = "original free run" if args.protocol == "original" else "validation free run"
-    rows = rows.dropna(subset=column).sort_values(column)
-    best = [checkpoints[id] for id in rows.drop_duplicates("model")["id"]]
-    title = f"{name}, best runs by {column}: "
-    figures = {"forecasts": plot_forecasts(series, best, title),
-               "curves": plot_curves(series, best, title)}
-    rows = rows[rows["model"].isin(args.model) & np.isfinite(rows[column])]
-    if len(rows):
-        title = f"{name}: {column}, squared error [({series.name})²]"
-        figures["sweep"] = plot_sweep(rows, column, title)
-    for kind, fig in figures.items():
-        save_figure(fig, run_dir / f"{kind}_{name}.png")
-
-
-def forecast_table(times, free_run, widths):
-    """DataFrame of a free run, with its 80 % interval if there are widths."""
-    table = pd.DataFrame({"free run": free_run}, times)
-    if widths:
-        width = extend(widths["free run"], len(table))
-        table["low"] = free_run - width
-        table["high"] = free_run + width
-    return table
-
-
-def plot_forecast(ax, series, table, title=""):
-    """A series, and the forecasts and the interval in a table."""
-    lines = pd.concat([series.rename("series"), table.filter(regex="run|step")], axis=1)
-    margin = 0.3 * np.ptp(series) or 1.0
-    lines.plot(ax=ax, color=["0.7", COLORS[3], COLORS[0]], style=["-", "--", "-"], legend=False,
-               x_compat=True)
-    ax.set(xlabel=series.index.name, ylabel=series.name, title=title)
-    ax.set_ylim(series.min() - margin, series.max() + margin)
-    if "low" in table:
-        ax.fill_between(table.index, table["low"], table["high"], color=COLORS[3], alpha=0.15,
-                        label="80 % interval")
-
-
-def plot_forecasts(series, best, title):
-    """One step, free run and its 80 % interval of each model."""
-    title += "forecasts (time steps, learning rate, width)"
-    rows = math.ceil(len(best) / 3)
-    fig, axes = new_figure(title, rows, 3, (16, 1.9 * rows + 0.8))
-    for ax in axes[len(best) :]:
+def draw_forecasts(checkpoints, values, path):
+    """The end of the series, and the forecasts of its last rows in the checkpoint of each model."""
+    rows = math.ceil(len(checkpoints) / 2)
+    title = path.stem.replace("_", " of ", 1)
+    fig, axes = new_figure(title, rows, min(2, len(checkpoints)), (13, 1 + 2.6 * rows))
+    for ax, checkpoint in zip(axes, checkpoints):
+        for index, (kind, forecast) in enumerate(checkpoint["forecasts"].items(), 1):
+            forecast = pd.Series(forecast, values.index[-len(forecast) :]).replace(np.inf, np.nan)
+            plot_curve(ax, forecast.index, forecast, kind, index)
+            widths = checkpoint["widths"].get(kind)
+            if widths:
+                widths = extend(widths, len(forecast))
+                ax.fill_between(forecast.index, forecast - widths, forecast + widths, alpha=0.2,
+                                color=COLORS[index], linewidth=0, label=f"80 % interval, {kind}")
+        shown = values[-max(100, 2 * len(forecast)) :]
+        ax.plot(shown, color="black", linewidth=0.8, label="series", zorder=1)
+        ax.axvline(forecast.index[0], color="0.5", linestyle=":")
+        low = shown.min()
+        high = shown.max()
+        margin = (high - low) / 2
+        ax.set_ylim(low - margin, high + margin)
+        ax.set(title=checkpoint["row"]["name"], xlabel=values.index.name or "row",
+               ylabel=values.name)
+    for ax in axes[len(checkpoints) :]:
         ax.set_axis_off()
-    for ax, checkpoint in zip(axes, best):
-        errors = checkpoint["errors"]
-        truth = series.iloc[-len(errors["free run"]) :]
-        table = forecast_table(truth.index, truth + errors["free run"], checkpoint["widths"])
-        table["one step"] = truth + errors["one step"]
-        title = "{model}: {settings}".format(**checkpoint["row"])
-        plot_forecast(ax, series.iloc[-2 * len(truth) :], table, title)
     legend_below(axes[0])
-    return fig
+    save_figure(fig, path)
 
 
-def plot_curves(series, best, title):
-    """Losses of the networks over the epochs, and the error of the free run by its length."""
-    title += "losses (vq_ar: Huber, others: squared error) and errors"
-    fig, axes = new_figure(title, 1, 3, (16, 5))
-    for i, checkpoint in enumerate(best):
-        history = pd.DataFrame(checkpoint["members"][0]["history"],
-                               columns=["train_loss", "val_loss"])
-        squares = pd.Series(checkpoint["errors"]["free run"]) ** 2
-        curves = {"training loss, mean of an epoch": history["train_loss"],
-                  "validation loss, after an epoch": history["val_loss"],
-                  f"RMSE up to the horizon [{series.name}]": squares.expanding().mean() ** 0.5}
-        for ax, (label, curve) in zip(axes, curves.items()):
-            plot_curve(ax, curve.index + 1, curve, checkpoint["row"]["model"], i)
-            ax.set(xlabel="epoch", ylabel=label, yscale="log")
-    axes[2].set_xlabel("horizon [values]")
+def draw_curves(checkpoints, path):
+    """The losses of networks; a training loss is an epoch's mean and stands in its middle."""
+    title = path.stem.replace("_", " of ", 1)
+    title += ": best run of each network (squared error; of vq_ar and combined the Huber loss)"
+    fig, axes = new_figure(title, 1, 2)
+    for index, checkpoint in enumerate(checkpoints):
+        history = pd.DataFrame(checkpoint["history"])
+        for ax, name, end in zip(axes, history, [0.5, 1.0]):
+            label = checkpoint["row"]["model"]
+            plot_curve(ax, history.index + end, history[name], label, index, marker=".")
+            ax.set(xlabel="epoch", ylabel=f"{name}, normalized series", yscale="log")
     legend_below(axes[0])
-    return fig
+    save_figure(fig, path)
 
 
-def plot_sweep(rows, column, title):
-    """Heatmap of errors over models, learning rates and time steps: the least over seeds and the
-    other settings."""
-    names = rows["model"] + ", " + rows["learning_rate"].astype(str)
-    table = rows.pivot_table(column, names, "time_steps", "min")
-    fig, (ax,) = new_figure(title, size=(9, 1.5 + 0.3 * len(table)))
-    ax.imshow(table, cmap="Blues", norm="log", alpha=0.5, aspect="auto")
-    for (i, j), error in np.ndenumerate(table):
-        ax.text(j, i, f"{error:.5g}", ha="center", va="center", fontsize=8)
-    ax.set_xticks(range(len(table.columns)), table.columns)
-    ax.set_yticks(range(len(table)), table.index)
+def draw_sweep(rows, score, unit, path):
+    """A heatmap of a score of all networks by learning rate and time steps."""
+    table = rows.pivot_table(score, ["name", "learning_rate"], "time_steps")
+    title = path.stem.replace("_", " of ", 1)
+    fig, (ax,) = new_figure(f"{title}: {score}", size=(9, 2 + len(table) / 3))
+    image = ax.pcolormesh(np.log10(table), edgecolor="white")
+    fig.colorbar(image, label=f"log10 squared error [({unit})²]")
+    ax.set_xticks(np.arange(table.shape[1]) + 0.5, table.columns)
+    ax.set_yticks(np.arange(len(table)) + 0.5, [f"{name}, {rate}" for name, rate in table.index])
     ax.set(xlabel="time steps", ylabel="model, learning rate")
-    ax.grid(visible=False)
-    return fig
+    save_figure(fig, path)
+
+
+def draw_pictures(rows, score, checkpoints, values, run_dir):
+    """All pictures of a data set."""
+    name = f"{rows['dataset'].iloc[0]}.png"
+    best = [checkpoints[run] for run in choose(rows, score).drop_duplicates("model").index]
+    draw_forecasts(best, values, run_dir / f"forecasts_{name}")
+    networks = [checkpoint for checkpoint in best if checkpoint["history"]]
+    if networks:
+        draw_curves(networks, run_dir / f"curves_{name}")
+        draw_sweep(rows, score, values.name, run_dir / f"sweep_{name}")
 
 
 # --- The experiment -----------------------------------------------------------------------------
 
 
 def run_experiment(args):
-    """Run all combinations that are not done yet, then write tables and pictures."""
+    """The whole story: read the series, run the sweep, write tables, pictures and results."""
+    start_time = time.perf_counter()
     series = load_series(args)
     runs = make_runs(args, series)
+    args.dataset = list(series)  # a resumed run takes the same
     run_dir = next_run_dir(args)
-    (run_dir / "runs").mkdir(exist_ok=True)
-    data = {name: {"rows": len(values), "column": values.name, "sha256": digest(values)}
-            for name, values in series.items()}
-    checkpoints, failed, todo = {}, {}, []
-    for run in runs:
-        file = run_dir / f"runs/{run.id}.pt"
-        if not file.exists():
-            todo.append(run)
-            continue
-        checkpoints[run.id] = load_checkpoint(file, file)
-        if checkpoints[run.id]["data"] != data[run.dataset]:
-            raise UserError(f"{file}: made with other data; start a new sweep")
-    for run, checkpoint in progress(execute_all(todo, args, series), "runs", len(todo)):
-        if "error" in checkpoint:
-            failed[run.id] = checkpoint["error"]
-            note(f"{run.id} failed: {checkpoint['error']}")
-            continue
-        checkpoint |= {"arguments": plain_arguments(args), "data": data[run.dataset]}
-        checkpoints[run.id] = checkpoint
-        with atomic_write(run_dir / f"runs/{run.id}.pt") as path:
-            torch.save(checkpoint, path)
-    rows = [checkpoints[run.id]["row"] for run in runs if run.id in checkpoints]
-    frame = pd.DataFrame(rows).astype({"learning_rate": float})
-    summary = []
-    for name, group in frame.groupby("dataset"):
-        summary.append(summarize(name, series[name], group, args))
-        draw_pictures(name, series[name], group, checkpoints, args, run_dir)
-    return write_results({"data": data, "rows": rows, "failed": failed}, "\n\n".join(summary),
-                         args, run_dir)
+    checkpoints = execute_all(runs, args, series, run_dir)
+    if not checkpoints:
+        raise UserError(NOTES[-1])
+    rows = pd.DataFrame([checkpoint["row"] for checkpoint in checkpoints.values()],
+                        list(checkpoints))
+    score = "original free run" if args.protocol == "original" else "validation free run"
+    for dataset, part in rows.groupby("dataset"):
+        draw_pictures(part, score, checkpoints, series[dataset], run_dir)
+    results = {
+        "data": {name: {"rows": len(values), "sha256": digest(values.to_numpy())}
+                 for name, values in series.items()},
+        "rows": rows.to_dict("records"),
+        "seconds": time.perf_counter() - start_time,
+    }
+    return write_results(results, make_tables(rows, args), args, run_dir)
 
 
 def run(args):
-    """Do what the arguments ask for."""
-    return predict_steps(args) if args.checkpoint else run_experiment(args)
+    return predict_steps(args) if args.predict_steps else run_experiment(args)
 
 
 # --- Extra: forecast after the end of a series --------------------------------------------------
 
 
-def predict_steps(args):
-    """Forecast --predict-steps values after the end of the series of a checkpoint, which may have
-    grown since, with --data for a file that has moved: forecast.csv and forecast.png. After the
-    hold-out, the weights are those of the first 80 %, and the forecast has 80 % intervals."""
-    checkpoint = load_checkpoint(args.checkpoint, args.checkpoint)
-    if "members" not in checkpoint:
-        raise UserError(f"{args.checkpoint}: not a checkpoint of forecast.py")
-    arguments = argparse.Namespace(**checkpoint["arguments"] | changed_arguments(args))
-    arguments.dataset = [checkpoint["row"]["dataset"]]
-    ((name, series),) = load_series(arguments).items()
-    values = series.to_numpy()
-    known = checkpoint["data"]["rows"]
-    if digest(values[:known]) != checkpoint["data"]["sha256"]:
-        raise UserError(f"{args.checkpoint}: {name} does not begin with the values that it was "
-                        "trained with")
-    members = [unpack(member, checkpoint["arguments"]) for member in checkpoint["members"]]
-    paths = [member.free_run(values, [len(values)], args.predict_steps)[0] for member in members]
-    forecast = np.mean(paths, axis=0)
-    times = next_times(series.index, args.predict_steps)
-    table = forecast_table(times, forecast, checkpoint["widths"])
-    run_dir = next_run_dir(args)
-    file = run_dir / "forecast.csv"
-    table.rename(columns={"free run": series.name}).to_csv(file, index_label=series.index.name)
-    summary = f"{name}: {args.predict_steps} values by {checkpoint['row']['name']}"
-    fig, (ax,) = new_figure(summary)
-    plot_forecast(ax, series.iloc[-max(200, 4 * len(table)) :], table)
-    legend_below(ax)
-    save_figure(fig, run_dir / "forecast.png")
-    summary += f", trained with {known} of its {len(values)} values, in forecast.csv and .png"
-    if not checkpoint["widths"]:
-        note("there are no intervals, which need --protocol holdout or both")
-    return write_results({"forecast": forecast}, summary, args, run_dir)
-
-
-def unpack(member, arguments):
-    """The Fitted model of a checkpoint."""
+def unpack(member, args):
+    """The Fitted that a checkpoint holds."""
     run = Run(**member["run"])
     if run.model in BASELINES:
         model = LinearForecaster(**member["model"])
     else:
-        model = MODELS[run.model](run, argparse.Namespace(**arguments)).eval()
+        model = MODELS[run.model](run, args)
         model.load_state_dict(member["model"])
-    return Fitted(**member | {"run": run, "model": model})
+    return Fitted(**member | {"run": run, "model": model.eval()})
 
 
 def next_times(times, count):
-    """The times that follow, at the same step or calendar frequency."""
-    if isinstance(times, pd.DatetimeIndex):
-        return pd.date_range(times[-1], periods=count + 1, freq=times.freq)[1:]
-    step = np.median(np.diff(times))
-    return (times[-1] + step * np.arange(1, count + 1)).astype(times.dtype)
+    """The times [count] after an index of times."""
+    step = getattr(times, "freq", None) or times[-1] - times[-2]
+    return pd.Index([times[-1] + number * step for number in range(1, count + 1)],
+                    name=times.name or "row")
+
+
+def predict_steps(args):
+    """Forecast the values after the newest row of the series of --checkpoint, which may have grown
+    or moved to --data. After the hold-out, the weights are those of the first 80 %, and there are
+    intervals."""
+    file = Path(args.checkpoint).resolve()
+    arguments = json.loads((file.parents[1] / "arguments.json").read_text())
+    settings = argparse.Namespace(**arguments | changed_arguments(args))
+    series = dict(zip(settings.dataset, load_series(settings).values()))
+    checkpoint = read_checkpoint(file, series)
+    values = series[checkpoint["row"]["dataset"]]
+    members = [unpack(member, settings) for member in checkpoint["members"]]
+    paths = [fitted.free_run(values.to_numpy(), [len(values)], args.predict_steps)
+             for fitted in members]
+    times = next_times(values.index, args.predict_steps)
+    forecast = np.mean(paths, axis=0)[0]
+    table = pd.DataFrame({values.name: forecast}, times)
+    if checkpoint["widths"]:
+        widths = extend(checkpoint["widths"]["free run"], len(times))
+        table = table.assign(low=forecast - widths, high=forecast + widths)
+    run_dir = next_run_dir(args)
+    table.to_csv(run_dir / "forecast.csv")
+    checkpoint["forecasts"] = {"free run": forecast}
+    extended = pd.concat([values, pd.Series(np.nan, times, name=values.name)])
+    draw_forecasts([checkpoint], extended.rename_axis(times.name), run_dir / "forecast.png")
+    text = f"{len(table)} values after {values.index[-1]}, in forecast.csv and forecast.png"
+    return write_results({"forecast": forecast}, text, args, run_dir)
 
 
 # --- Plumbing: nothing below is about the experiment --------------------------------------------
