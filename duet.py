@@ -44,6 +44,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -54,6 +55,7 @@ import subprocess
 import sys
 import time
 import timeit
+import urllib.request
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +64,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pandas.api.types import is_numeric_dtype
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -74,21 +75,22 @@ EXPERIMENT = "duet"
 SEQ_LEN = 96
 PATCH_LEN = 16
 STRIDE = 8
-MIN_ROWS = 1296  # of a CSV file: 10 windows without common rows before the test part
 D_MODEL = 64
-DROPOUT = 0.1
+MIN_ROWS = 1296  # of a CSV file: 10 windows without common rows before the test part
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
 ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol original
-    "temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
-    "user_metrics": {"none": 99.0, "auto_expanding": 99.0},
-    "etth1": {"none": 79.7, "auto_expanding": 87.5},
+    ("temperature_sensors", "none"): 99.5, ("temperature_sensors", "auto_expanding"): 99.5,
+    ("temperature_sensors", "frozen_bert"): 100.0, ("user_metrics", "none"): 99.0,
+    ("user_metrics", "auto_expanding"): 99.0, ("etth1", "none"): 79.7,
+    ("etth1", "auto_expanding"): 87.5,
 }
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
 FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"]
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-LABEL_SHARES = [0.05, 0.1, 1.0]  # beside none at all
+LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
+KEYS = ["dataset", "strategy", "training", "missing", "share", "seed"]  # what tells records apart
 INTERVALS = (
     "±: 95 % interval of the mean over the seeds (Student's t), which vary the initial weights, "
     "the order of batches and, in a transfer, the choice of labels, but not the test part. *: the "
@@ -116,6 +118,9 @@ OTHERS = ["humidity", "pressure", "wind_speed", "CPU_usage", "memory_usage", "di
           "user_count", "vibration", "flow_rate", "rainfall"]
 SITES = ["roof", "hall", "north", "south", "cellar", "garden", "plant", "office"]
 
+DATE = r"\d+([-/.]\d+)+([ T].*)?$"
+CLOCK = r"\d+(:\d+)+"
+THOUSANDS = r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?"
 ABBREVIATIONS = {
     "temp": "temperature", "hum": "humidity", "avg": "average", "num": "number", "cnt": "count",
     "min": "minimum", "max": "maximum", "mem": "memory", "vol": "volume", "cap": "capital",
@@ -133,18 +138,6 @@ UNITS = {
 QUANTITIES = {"temperature", "voltage", "current", "duration", "time", "length", "period", "delay"}
 
 
-def natural(text, least=0):
-    """A whole number from 0 on, or from `least` on."""
-    if int(text) < least:
-        raise ValueError
-    return int(text)
-
-
-def positive(text):
-    """A whole number from 1 on."""
-    return natural(text, 1)
-
-
 def parse_args(argv=None):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -160,10 +153,10 @@ def parse_args(argv=None):
         ".txt files of the UEA and UCR archives, or folders of those")
     add("--target", help="column of the CSV files whose next value is classified: into its "
         "quantiles, or, with few distinct values, into these")
-    add("--num-classes", type=positive, default=3, help="number of quantile classes of --target")
-    add("--synthetic-schemas", type=natural, default=0, help="number of synthetic data sets with "
+    add("--num-classes", type=int, default=3, help="number of quantile classes of --target")
+    add("--synthetic-schemas", type=int, default=0, help="number of synthetic data sets with "
         "3 to 12 columns each")
-    add("--windows", type=positive, default=2000, help="windows of each embedded data set; the "
+    add("--windows", type=int, default=2000, help="windows of each embedded data set; the "
         "original's have 1,000")
     add("--protocol", choices=["original", "holdout"], help="class limits of series from all rows "
         "(original) or from those before the test part (holdout); if unset, original for etth1 "
@@ -180,21 +173,21 @@ def parse_args(argv=None):
     add("--nan-robustness", action="store_true", help="experiment: accuracy with 0 to 50 %% of the "
         "values missing")
     add("--head", choices=["mean", "ordinal"], default="mean", help="classify the mean of the "
-        "patches, as the original does, or forecast --target and let the class limits cut the "
-        "forecast")
-    add("--steps", type=positive, default=600, help="training steps for each data set; "
+        "patches, as the original does, or forecast --target, where there is one, and let the "
+        "class limits cut the forecast")
+    add("--steps", type=int, default=600, help="training steps for each data set; "
         "convolutions take twice as many")
-    add("--evaluations", type=positive, default=6, help="evaluations on the validation part, of "
+    add("--evaluations", type=int, default=6, help="evaluations on the validation part, of "
         "which the best keeps its weights")
-    add("--batch-size", type=positive, default=128, help="most windows in a batch; small data sets "
+    add("--batch-size", type=int, default=128, help="most windows in a batch; small data sets "
         "have smaller batches")
     add("--learning-rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     add("--bert-model", default="bert-base-uncased", help="frozen encoder of frozen_bert: a name "
         "on the Hugging Face hub, or a folder")
-    add("--runs", type=positive, default=1, help="number of seeds")
-    add("--seed", type=natural, default=42, help="first seed")
+    add("--runs", type=int, default=1, help="number of seeds")
+    add("--seed", type=int, default=42, help="first seed")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
-    add("--threads", type=natural, default=0, help="threads on a CPU, on which the last digits "
+    add("--threads", type=int, default=0, help="threads on a CPU, on which the last digits "
         "depend; 0: 2, or 1 where a short test shows that the machine is busy")
     add("--data-dir", default="data", help="folder of downloads and of cached name embeddings")
     add("--output-dir", default="outputs", help="folder of all results")
@@ -211,10 +204,15 @@ def parse_args(argv=None):
             steps=40, batch_size=32, evaluations=2, shared="also", transfer="last",
             nan_robustness=True, protocol="original")
     args = parser.parse_args(argv)
+    counts = (args.num_classes, args.windows, args.steps, args.evaluations, args.batch_size,
+              args.runs)
+    if min(counts) < 1:
+        parser.error("--num-classes, --windows, --steps, --evaluations, --batch-size, --runs: at "
+                     "least 1")
+    if min(args.seed, args.synthetic_schemas, args.threads, args.learning_rate) < 0:
+        parser.error("--seed, --synthetic-schemas, --threads, --learning-rate: not below 0")
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
-    if not args.learning_rate > 0:
-        parser.error("--learning-rate must be above 0")
     if bool(args.predict) != bool(args.checkpoint):
         parser.error("--predict needs --checkpoint, a file in models/ of a run, and the reverse")
     return args
@@ -241,10 +239,10 @@ class Dataset:
     mean: list | None = None  # [columns] of the training part
     std: list | None = None
 
-    def metadata(self):
-        """What a checkpoint keeps of it, so that new files can be read in the same way."""
-        names = ("name", "columns", "classes", "seq_len", "target", "limits", "mean", "std")
-        return {name: getattr(self, name) for name in names}
+
+def describe(data):
+    """What a checkpoint keeps of a Dataset, so that new files can be read in the same way."""
+    return vars(replace(data, series=None, starts=None, labels=None, splits=None, info=None))
 
 
 def name_to_words(name):
@@ -263,20 +261,20 @@ def name_to_words(name):
 def normalize_dataset(data):
     """Scale the columns by the training part, without those that do not vary there; returns `data`.
 
-    Raises UserError where no column varies, or a part lacks windows.
+    Raises UserError where no column varies, a part lacks windows, or training has one class.
     """
     counts = {}
     for split, windows in data.splits.items():
-        labels = data.labels[windows]
-        counts[split] = np.bincount(labels, minlength=len(data.classes)).tolist()
+        count = np.bincount(data.labels[windows], minlength=len(data.classes))
+        counts[split] = count.tolist()
     if not all(map(any, counts.values())) or np.count_nonzero(counts["train"]) < 2:
         raise UserError(f"{data.name}: too few windows of its classes: {counts}")
+    starts = data.starts[data.splits["train"]]
+    rows = np.unique(starts[:, None] + np.arange(data.seq_len))
     series = np.where(np.isfinite(data.series), data.series, np.nan)
-    windows = data.starts[data.splits["train"]][:, None] + np.arange(data.seq_len)
-    train = series[np.unique(windows)]
     with warnings.catch_warnings(action="ignore"):  # the mean of an empty column, an overflow
-        mean = np.nanmean(train, axis=0)
-        std = np.nanstd(train, axis=0)
+        mean = np.nanmean(series[rows], axis=0)
+        std = np.nanstd(series[rows], axis=0)
     varies = np.isfinite(std) & (std > 1e-12 * np.abs(mean))
     columns = np.array(data.columns)
     if not varies.all():
@@ -293,7 +291,7 @@ def normalize_dataset(data):
         data.limits = standardize(data.limits, data.mean[i], data.std[i]).tolist()
     digest = hashlib.sha256(data.series.tobytes() + data.labels.tobytes())
     data.info |= {"sha256": digest.hexdigest(), "windows": counts, "classes": data.classes,
-                  "missing": float(np.isnan(data.series).mean()), "columns": data.columns}
+                  "columns": data.columns}
     return data
 
 
@@ -315,29 +313,31 @@ def split_blocks(windows, gap):
     return np.flatnonzero(~near), np.flatnonzero(in_val)
 
 
-def choose_windows(labels, share=0.2, seed=0, at_least=0):
-    """A mask [windows] of a random `share` of each class, and at least one of a class that has
-    two."""
+def choose_windows(windows, labels, share=0.2, seed=0, at_least=0):
+    """(rest, chosen) of `windows`: a random `share` of each class is chosen, and at least one of a
+    class that has two."""
     rng = np.random.default_rng(seed)
-    chosen = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        windows = rng.permutation(np.flatnonzero(labels == label))
-        count = max(at_least, round(share * len(windows)), len(windows) > 1)
-        chosen[windows[:count]] = True
-    return chosen
+    chosen = []
+    for label in np.unique(labels[windows]):
+        members = rng.permutation(windows[labels[windows] == label])
+        count = max(at_least, round(share * len(members)), len(members) > 1)
+        chosen.extend(members[:count])
+    is_chosen = np.isin(windows, chosen)
+    return windows[~is_chosen], windows[is_chosen]
 
 
 def windows_dataset(name, columns, x, labels, classes, info, is_test=None):
     """The Dataset of windows x [windows, time, columns] that share no rows: 64, 16 and 20 % of each
     class for training, validation and test, or the test part `is_test` [windows]."""
-    if is_test is None:
-        is_test = choose_windows(labels)
-    rest = np.flatnonzero(~is_test)
-    in_val = choose_windows(labels[rest])
-    splits = {"train": rest[~in_val], "val": rest[in_val], "test": np.flatnonzero(is_test)}
     windows, seq_len, _ = x.shape
+    rest, test = choose_windows(np.arange(windows), labels)
+    if is_test is not None:
+        rest = np.flatnonzero(~is_test)
+        test = np.flatnonzero(is_test)
+    train, val = choose_windows(rest, labels)
     series = x.reshape(windows * seq_len, -1)
     starts = seq_len * np.arange(windows)
+    splits = {"train": train, "val": val, "test": test}
     data = Dataset(name, columns, series, starts, labels, classes, splits, info, seq_len)
     return normalize_dataset(data)
 
@@ -360,21 +360,22 @@ def embedded_dataset(name, columns, coupled, windows, seed):
     centre = rng.uniform(10, SEQ_LEN - 16, shape)
     sign = rng.choice([-1, 1], shape)
     lead, follower = map(names.index, coupled)
-    others = [i for i in range(len(names)) if i not in (lead, follower)]
+    others = np.delete(np.arange(len(names)), [lead, follower])
     for first, second in [(lead, follower), *zip(others[::2], others[1::2])]:
         kind = labels if first == lead else rng.integers(3, size=windows)
         distance = rng.uniform(20, 50, windows)
         elsewhere = (centre[:, first] - 4 + distance) % (SEQ_LEN - 20) + 10
-        centre[:, second] = np.where(kind > 0, centre[:, first] + 6, elsewhere)
+        following = centre[:, first] + 6
+        centre[:, second] = np.where(kind > 0, following, elsewhere)
     sign[:, lead] = 1
     sign[labels == 1, follower] = 1
     sign[labels == 2, follower] = -1
-    height = sign * rng.uniform(1.6, 2.6, shape)
     # x is [windows, columns, time].
     t = (np.arange(SEQ_LEN) - centre[..., None]) / 4
+    height = sign * rng.uniform(1.6, 2.6, shape)
     x = height[..., None] * np.exp(-(t**2))
     x += np.cumsum(rng.normal(0, 0.06, x.shape), axis=-1)
-    x += rng.normal(0, 0.5, shape)[..., None]
+    x += rng.normal(0, 0.5, (*shape, 1))
     x += rng.normal(0, 0.2, x.shape)
     level, scale = np.transpose(list(columns.values()))[:, :, None]
     x = level + scale * x
@@ -393,8 +394,10 @@ def original_dataset(name, seed):
     names = list(EMBEDDED[name][0])
     labels = rng.integers(3, size=1000)
     t = np.linspace(0, 1, SEQ_LEN)
-    wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)
-    x = rng.normal(size=(1000, SEQ_LEN, len(names))) + wave[..., None]
+    periods = labels[:, None] + 1
+    wave = np.sin(2 * np.pi * periods * t)
+    x = rng.normal(size=(1000, SEQ_LEN, len(names)))
+    x += wave[..., None]
     x[rng.random(x.shape) < (0.03 if name == "user_metrics" else 0.05)] = np.nan
     return windows_dataset(name, names, x, labels, ["1 period", "2 periods", "3 periods"],
                            {"source": "original's synthetic"}, np.arange(1000) >= 800)
@@ -419,89 +422,72 @@ def synthetic_schema(number, windows):
 def read_csv(path):
     """The numeric columns of a CSV file in order of time; the index has its dates, or the rows.
 
-    Separators are commas, semicolons (then with decimal commas) or tabs.
+    Separators are commas, semicolons (then with decimal commas) or tabs; `1,504` is 1504.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
             header = file.readline()
         separator = max(",;\t", key=header.count)
+        decimal = "," if separator == ";" else "."
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(path, sep=separator, decimal="," if separator == ";" else ".",
-                                index_col=False, skipinitialspace=True)
-    except (ValueError, pd.errors.ParserWarning) as error:
+            frame = pd.read_csv(path, sep=separator, decimal=decimal, index_col=False,
+                                skipinitialspace=True, low_memory=False)
+    except (ValueError, pd.errors.ParserWarning) as error:  # the latter for rows that are too long
         raise UserError(f"{path}: {error}") from None
     frame.index = pd.RangeIndex(2, len(frame) + 2, name="row")  # row 1 is the header
-    numbers = pd.DataFrame(index=frame.index)
+    numbers = frame[[]].copy()
     dates = []
+    clocks = []  # times of day
     for name, column in frame.items():
-        values = parse_numbers(column)
-        wrong = values.isna() & column.notna()
-        if re.match(r"(?i)(date|datetime|timestamp)$", name) or (
-                wrong.all() and column.str.fullmatch(r"\d+([-/:.]\d+)+([ T].*)?").all()):
+        values = pd.to_numeric(column, errors="coerce")
+        wrong = column[values.isna() & column.notna()].astype(str)
+        is_large = values.abs().max() >= 1000  # the comma of others may then be a decimal one
+        if len(wrong) and wrong.str.fullmatch(THOUSANDS).all() and not is_large:
+            values = pd.to_numeric(column.str.replace(",", ""))
+            wrong = wrong[:0]
+        if re.match("(?i)(date|datetime|timestamp)$", name) or wrong.str.match(DATE).mean() > 0.5:
             dates.append(column.astype(str))
-        elif re.match(r"(?i)time$|Unnamed: ", name) or (
-                wrong.mean() >= 0.5 or values.isna().all()):
-            note(f"{path}: column {name!r} left out, empty, not numeric, or the row's time or "
-                 "number")
-        elif wrong.any():
-            cell = column[wrong].iloc[0]
-            raise UserError(f"{path}: column {name!r}: {cell!r}, a number is needed")
+        elif wrong.str.match(CLOCK).mean() > 0.5:
+            clocks.append(column.astype(str))
+        elif len(wrong) >= len(column) / 2 or re.match("(?i)time$|Unnamed: ", name):
+            note(f"{path}: column {name!r} left out: not numeric, or the row's number or time")
+        elif len(wrong):
+            raise UserError(f"{path}: column {name!r}: {wrong.iloc[0]!r}, a number is needed")
         else:
             numbers[name] = values.astype(float)
-    return sort_rows(path, numbers, dates[0].str.cat(dates[1:], " ")) if dates else numbers
+    if not dates:
+        return numbers
+    if clocks and not dates[0].str.contains(":").any():
+        dates[0] += " " + clocks[0]
+    return sort_rows(path, numbers, dates[0])
 
 
-def parse_numbers(column):
-    """A column as numbers, NaN for other texts; `1,504` is 1504 if all cells look like that."""
-    if is_numeric_dtype(column):
-        return column
-    text = column.dropna().astype(str).str.strip()
-    if text.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?|-?\d{1,3}(\.\d+)?").all():
-        text = text.str.replace(",", "")
-    return pd.to_numeric(text, errors="coerce").reindex(column.index)
-
-
-def sort_rows(path, numbers, text):
+def sort_rows(path, numbers, dates):
     """The rows in order of their dates, with a note if they were not equally spaced in this order.
 
-    Dates have the day or the month first, whichever reads more of them, has them in order, and has
-    fewer different steps.
+    Dates have the month or the day first, whichever reads more of them or has fewer different
+    steps between them.
     """
-    numbers.index = pd.Index(text, name="date")
+    numbers.index = pd.Index(dates, name="date")
     with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
-        readings = [pd.to_datetime(text, errors="coerce", utc=True, dayfirst=day_first)
+        readings = [pd.to_datetime(dates, errors="coerce", utc=True, dayfirst=day_first)
                     for day_first in (False, True)]
-
-    def quality(times):
-        return times.count(), times.is_monotonic_increasing, -times.diff().nunique()
-
-    times = max(readings, key=quality)
+    times = min(readings, key=lambda times: (times.isna().sum(),
+                                             times.sort_values().diff().nunique()))
     if times.isna().any():
-        note(f"{path}: {text[times.isna()].iloc[0]!r} is not a date; the rows keep their order")
+        note(f"{path}: {dates[times.isna()].iloc[0]!r} is not a date; the rows keep their order")
         return numbers
     steps = times.diff()[1:]
-    usual = steps.abs().median()
-    uneven = ~steps.between(0.5 * usual, 1.5 * usual)
+    uneven = ~steps.between(0.5 * steps.median(), 1.5 * steps.median())
     if uneven.any():
         note(f"{path}: {uneven.sum():,} dates out of order, repeated, or after a gap; the rows are "
              "sorted and taken as one series of equal steps")
     return numbers.iloc[times.argsort(kind="stable")]
 
 
-def make_classes(values, known, num_classes):
-    """(names, limits) of the classes of a target column: its distinct values, if they are few,
-    otherwise the quantiles of the values `known`."""
-    distinct = np.unique(values[np.isfinite(values)])
-    if len(distinct) <= max(10, num_classes):
-        middles = (distinct[1:] + distinct[:-1]) / 2
-        return [f"{value:g}" for value in distinct], middles
-    percentiles = np.round(100 * np.arange(1, num_classes) / num_classes, 2)
-    names = [f"quantile {k + 1}" for k in range(num_classes)]
-    return names, np.nanpercentile(known, percentiles)
-
-
 def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
-    """Windows of 96 rows of a CSV file, classified by the value of `target` in the next row.
+    """Windows of 96 rows of a CSV file, classified by the value of `target` in the next row: by its
+    quantiles or, if it has few distinct values, by these.
 
     The last 20 % of the windows are the test part. With the `original` protocol, the class limits
     are quantiles of the whole series; with `holdout`, of the rows before the test part, and no
@@ -509,11 +495,9 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     values is removed once the classes are known.
     """
     numbers = read_csv(path)
-    if target not in numbers:
-        raise UserError(f"{path}: --target {target} is not one of the numeric columns "
-                        f"{', '.join(numbers)}")
-    if len(numbers) < MIN_ROWS:
-        raise UserError(f"{path}: {len(numbers)} rows, at least {MIN_ROWS} are needed")
+    if target not in numbers or len(numbers) < MIN_ROWS:
+        raise UserError(f"{path}: needs {MIN_ROWS} rows and a numeric --target {target}; it has "
+                        f"{len(numbers)} rows of {', '.join(numbers)}")
     values = numbers[target].to_numpy()
     starts = np.arange(len(values) - SEQ_LEN)
     first_test = int(0.8 * len(starts))
@@ -523,7 +507,14 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     if protocol == "holdout":
         known = values[:first_test]
         train = train[train < before_test]
-    classes, limits = make_classes(values, known, num_classes)
+    distinct = np.unique(values[np.isfinite(values)])
+    if len(distinct) <= max(10, num_classes):
+        classes = [f"{value:g}" for value in distinct]
+        limits = (distinct[1:] + distinct[:-1]) / 2
+    else:
+        classes = [f"quantile {k + 1}" for k in range(num_classes)]
+        percentiles = 100 * np.arange(1, num_classes) / num_classes
+        limits = np.nanpercentile(known, percentiles.round(2))
     next_values = values[SEQ_LEN:]
     splits = {"train": train, "val": val[val < before_test], "test": starts[first_test:]}
     for split, windows in splits.items():
@@ -537,17 +528,9 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     return normalize_dataset(data)
 
 
-def read_text(path):
-    """The text of a file in UTF-8. Raises UserError."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def read_archive(files, seq_len=0):
-    """(x [cases, time, dimensions], names of the dimensions, labels, is_test) of the cases in files
-    of the archives; cases that are shorter than the longest, or than seq_len, begin with NaN.
+    """(x [cases, time, dimensions], labels, is_test) of the cases in files of the archives; cases
+    that are shorter than the longest, or than seq_len, begin with NaN.
 
     A .ts file has a header, and `?` for a missing value; a .tsv or .txt file has one case a line,
     the class first. Cases of a file without classes have `?` as labels.
@@ -557,7 +540,7 @@ def read_archive(files, seq_len=0):
     is_test = []
     separator = r" *[\t,] *| +"
     for file in files:
-        text = read_text(file)
+        text = file.read_text("utf-8-sig", "replace")
         if re.search(r"(?im)^@targetlabel\s+true", text):
             raise UserError(f"{file}: @targetlabel true: a regression file, which has no classes")
         has_label = not re.search(r"(?im)^@classlabel\s+false", text)
@@ -567,33 +550,33 @@ def read_archive(files, seq_len=0):
                 label = dimensions.pop() if has_label else "?"
             else:
                 label, *dimensions = re.split(separator, line, maxsplit=1)
+            case = []
+            try:
+                for values in dimensions:
+                    cells = re.split(separator, values.strip(" "))
+                    case.append([float(cell.strip("?") or "nan") for cell in cells])
+            except ValueError as error:
+                raise UserError(f"{file}: {error}") from None
+            cases.append(case)
             labels.append(label.strip())
             is_test.append(file.stem.lower().endswith("_test"))
-            case = []
-            for values in dimensions:
-                cells = re.split(separator, values.strip(" "))
-                try:
-                    numbers = [float(cell.strip("?") or "nan") for cell in cells]
-                except ValueError as error:
-                    raise UserError(f"{file}: {error}") from None
-                case.append(torch.tensor(numbers, dtype=float))
-            cases.append(case)
-    if len({len(case) for case in cases}) != 1:
+            seq_len = max([seq_len, *map(len, case)])
+    if len(set(map(len, cases))) != 1 or not cases[0]:
         raise UserError(f"{file}: no cases, or not all with the same number of dimensions")
-    series = list(itertools.chain(*cases))
-    x = nn.utils.rnn.pad_sequence(series, True, math.nan, "left")
-    x = F.pad(x, (max(0, seq_len - x.shape[-1]), 0), value=math.nan)
-    x = x.unflatten(0, (len(cases), -1))
-    names = [f"dim_{i}" for i in range(x.shape[1])]
-    return x.transpose(1, 2).numpy(), names, labels, np.array(is_test)
+    x = np.full((len(cases), seq_len, len(cases[0])), np.nan)
+    for i, case in enumerate(cases):
+        for j, values in enumerate(case):
+            x[i, seq_len - len(values) :, j] = values
+    return x, labels, np.array(is_test)
 
 
 def archive_dataset(name, files):
     """The data set of one archive file, or of NAME_TRAIN and NAME_TEST together."""
-    x, columns, texts, is_test = read_archive(files)
+    x, texts, is_test = read_archive(files)
     classes, labels = np.unique(texts, return_inverse=True)
     if {"", "?"} & {*texts}:
         raise UserError(f"{name}: cases without a class")
+    columns = [f"dim_{i}" for i in range(x.shape[2])]
     info = {"source": "archive", "path": [str(file) for file in files]}
     return windows_dataset(name, columns, x, labels, classes.tolist(), info,
                            is_test if len(files) > 1 else None)
@@ -604,13 +587,13 @@ def fetch_etth1(data_dir):
     path = Path(data_dir) / "ett/ETTh1.csv"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(3)
         try:
-            torch.hub.download_url_to_file(ETTH1_URL, path, ETTH1_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:
+            with urllib.request.urlopen(ETTH1_URL, timeout=3) as response:
+                content = response.read()
+            with atomic_write(path) as file:
+                file.write_bytes(content)
+        except OSError as error:
             raise UserError(f"{ETTH1_URL}: {error}; put the file at {path}") from None
-        finally:
-            socket.setdefaulttimeout(None)
     if hashlib.sha256(path.read_bytes()).hexdigest() != ETTH1_SHA256:
         raise UserError(f"{path}: its checksum is wrong; delete it or put the right file there")
     return path
@@ -627,14 +610,14 @@ def group_files(paths):
         if not files:
             raise UserError(f"{path}: no .ts, .tsv or .txt file in this folder; name CSV files")
         for file in files:
-            group = re.sub(r"(?i)_(train|test)(\.(ts|tsv|txt))$", r"\2", str(file))
-            groups.setdefault(Path(group), {})[file] = None  # named twice, read once
+            group = Path(re.sub(r"(?i)_(train|test)(?=\.(ts|tsv|txt)$)", "", str(file)))
+            groups.setdefault(group, {})[file] = None  # a file named twice is read once
     return groups
 
 
 def load_datasets(args):
-    """The data sets [Dataset] that the arguments name; if they name none, the embedded ones and
-    ETTh1, if that can be had."""
+    """The data sets [Dataset] that the arguments name, that of --transfer last; if they name none,
+    the embedded ones and ETTh1, if that can be had."""
     names = args.dataset or []
     if not (names or args.data or args.synthetic_schemas):
         names = [*EMBEDDED]
@@ -670,7 +653,7 @@ def load_datasets(args):
     without_target = [data.name for data in datasets if not data.target]
     if args.head == "ordinal" and without_target:
         note(f"no --target, so --head mean is used: {', '.join(without_target)}")
-    return sorted(datasets, key=lambda data: data.name == args.transfer)  # it comes last
+    return sorted(datasets, key=lambda data: data.name == args.transfer)
 
 
 # --- Model: embeddings of column names ----------------------------------------------------------
@@ -726,12 +709,6 @@ class AutoExpandingEmbedder(ColumnEmbedder):
     def embed(self, names):
         self.add(names)
         return self.embedding.weight[[self.rows[name] for name in names]]
-
-    def get_extra_state(self):
-        return self.rows
-
-    def set_extra_state(self, rows):
-        self.rows = dict(rows)
 
 
 class RandomNameEmbedder(ColumnEmbedder):
@@ -797,7 +774,11 @@ def load_encoder(name):
     """(tokenizer, model) of a BERT in a folder, in Hugging Face's cache, or on the hub."""
     import transformers
 
-    local = os.path.isdir(name) or not hub_in_reach()
+    local = True
+    if not os.path.isdir(name):
+        with contextlib.suppress(OSError):  # the hub is asked once, for at most 3 s
+            socket.create_connection(("huggingface.co", 443), 3).close()
+            local = False
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
         model = transformers.AutoModel.from_pretrained(name, local_files_only=local)
@@ -805,15 +786,6 @@ def load_encoder(name):
         raise UserError(f"--bert-model {name} cannot be loaded ({str(error)[:120]}); give a local "
                         "folder") from None
     return tokenizer, model.eval()
-
-
-def hub_in_reach():
-    """Whether the Hugging Face hub answers, in one attempt of 3 s."""
-    try:
-        socket.create_connection(("huggingface.co", 443), 3).close()
-        return True
-    except OSError:
-        return False
 
 
 # --- Model: the networks ------------------------------------------------------------------------
@@ -860,17 +832,16 @@ class OrdinalHead(nn.Linear):
     def __init__(self, target, limits):
         super().__init__(D_MODEL, 2)
         self.target = target  # number of the column
-        self.register_buffer("limits", torch.tensor(limits))
+        self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]))
         nn.init.zeros_(self.weight)
         self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
 
     def forward(self, tokens, x):
-        step, log_spread = super().forward(tokens[:, -1]).float().unbind(-1)
-        last_value = forward_fill(x[:, self.target]).nan_to_num()[:, -1]
-        distance = self.limits - (last_value + step)[:, None]  # [batch, classes - 1]
-        below = torch.sigmoid(distance * torch.exp(-log_spread)[:, None])
-        below = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0))  # 0, …, 1
-        return below.diff(dim=-1).clamp(min=1e-6).log()
+        outputs = super().forward(tokens[:, -1]).float()
+        step, log_spread = outputs.split(1, dim=1)
+        last_value = forward_fill(x[:, self.target]).nan_to_num()[:, -1:]
+        below = torch.sigmoid((self.limits - last_value - step) * torch.exp(-log_spread))
+        return below.diff(dim=1).clamp(min=1e-6).log()
 
 
 class MultiDatasetPatchDuET(nn.Module):
@@ -899,20 +870,18 @@ class MultiDatasetPatchDuET(nn.Module):
         # of the time.
         layer.dropout1.p = layer.dropout2.p = dropout
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        channels = 2 if shared else c_in * (2 if strategy == "none" else 3)
+        self.patch_layer = nn.Linear(channels * PATCH_LEN, D_MODEL)
         if shared:
-            self.patch_layer = nn.Linear(2 * PATCH_LEN, D_MODEL)
             self.queries = nn.Linear(D_MODEL, 8)
             self.join = nn.Linear(8 * D_MODEL, D_MODEL)
-        else:
-            channels = c_in * (2 if strategy == "none" else 3)
-            self.patch_layer = nn.Linear(channels * PATCH_LEN, D_MODEL)
         self.embedder = None
         if strategy != "none":
             self.embedder = STRATEGIES[strategy](target_dim=D_MODEL if shared else 1, **bert)
         self.heads = nn.ModuleList()
         self.head_of = {}  # {data set: its head}
         self.columns = {}  # {data set: names}
-        self.datasets = {}  # {data set: metadata}
+        self.datasets = {}  # {data set: what describe() says}
 
     @classmethod
     def create_for_dataset(cls, c_in, seq_len=SEQ_LEN, num_classes=3, column_names=None,
@@ -920,15 +889,13 @@ class MultiDatasetPatchDuET(nn.Module):
         """The original's constructor; `options` are those of the class."""
         model = cls(c_in, seq_len, strategy, **options)
         names = column_names or [f"column_{i + 1}" for i in range(c_in)]
-        model.set_dataset_columns(names, num_classes=num_classes)
+        model.set_dataset_columns(names, head=MeanHead(D_MODEL, num_classes))
         return model
 
-    def set_dataset_columns(self, names, dataset="default", num_classes=None, target=None,
-                            limits=None):
-        """Serve `dataset` with columns `names`; with `num_classes` it gets a new head.
+    def set_dataset_columns(self, names, dataset="default", head=None):
+        """Serve `dataset` with columns `names` and, if it is new, with the module `head`.
 
-        `target` is the name of the column whose next value is classified. Raises ValueError where
-        the number of columns does not fit.
+        Raises ValueError where the number of columns does not fit.
         """
         c_in = self.settings["c_in"]
         if not self.settings["shared"] and len(names) != c_in:
@@ -937,46 +904,37 @@ class MultiDatasetPatchDuET(nn.Module):
         if self.embedder:
             self.embedder.add(names)
         self.columns[dataset] = names
-        if num_classes:
-            if target and self.settings["head"] == "ordinal":
-                head = OrdinalHead(names.index(target), limits)
-            else:
-                head = MeanHead(D_MODEL, num_classes)
+        if head:
             self.head_of[dataset] = head.to(self.positions.device)
             self.heads.append(head)
 
-    def add_dataset(self, metadata):
-        """Serve the data set of a Dataset.metadata(), with a new head."""
-        name = metadata["name"]
-        self.datasets[name] = metadata
-        self.set_dataset_columns(metadata["columns"], name, len(metadata["classes"]),
-                                 metadata["target"], metadata["limits"])
+    def add_dataset(self, data):
+        """Serve a Dataset, with a new head."""
+        self.datasets[data.name] = describe(data)
+        head = MeanHead(D_MODEL, len(data.classes))
+        if data.target and self.settings["head"] == "ordinal":
+            head = OrdinalHead(data.columns.index(data.target), data.limits)
+        self.set_dataset_columns(data.columns, data.name, head)
 
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x, self.settings["fill"])
         names = self.embedder(self.columns[dataset]).to(x) if self.embedder else None
-        embed = self.embed_each_column if self.settings["shared"] else self.embed_all_columns
-        tokens = embed(values, mask, names)  # [batch, patches, d_model]
+        if self.settings["shared"]:  # one column at a time
+            patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)
+            tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
+            if names is not None:
+                tokens = tokens + names.to(tokens)
+            weights = self.queries(tokens).softmax(dim=2).to(tokens)
+            pooled = weights.transpose(2, 3) @ tokens  # [batch, patches, queries, d_model]
+            tokens = self.join(pooled.flatten(2))
+        else:
+            channels = [values, mask]
+            if names is not None:
+                channels.append(names.expand(mask.shape))
+            patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
+            tokens = self.patch_layer(patches.transpose(1, 2).flatten(2))
         tokens = self.encoder(tokens + self.positions[-tokens.shape[1] :])
         return self.head_of[dataset](tokens, x)
-
-    def embed_all_columns(self, values, mask, names):
-        """Tokens [batch, patches, d_model]; names [columns, 1] are a constant channel each."""
-        channels = [values, mask]
-        if names is not None:
-            channels.append(names.expand(mask.shape))
-        patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
-        return self.patch_layer(patches.transpose(1, 2).flatten(2))
-
-    def embed_each_column(self, values, mask, names):
-        """Tokens [batch, patches, d_model]; names [columns, d_model] are added to each column."""
-        patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)
-        tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
-        if names is not None:
-            tokens = tokens + names.to(tokens)
-        weights = self.queries(tokens).softmax(dim=2).to(tokens)
-        pooled = weights.transpose(2, 3) @ tokens  # [batch, patches, queries, d_model]
-        return self.join(pooled.flatten(2))
 
 
 class ConvNet(nn.Module):
@@ -990,17 +948,18 @@ class ConvNet(nn.Module):
         super().__init__()
         self.settings = {"c_in": c_in, "num_classes": num_classes}
         self.datasets = {}
+        sizes = [3 * c_in, 128, 128, 64]
         layers = []
-        channels = 3 * c_in
-        for kernel, outputs in ((9, 128), (5, 128), (3, 64)):
-            layers += [nn.Conv1d(channels, outputs, kernel, padding="same", bias=False),
-                       nn.BatchNorm1d(outputs), nn.ReLU()]
-            channels = outputs
+        for i, kernel in enumerate((9, 5, 3)):
+            channels, outputs = sizes[i : i + 2]
+            layers.append(nn.Conv1d(channels, outputs, kernel, padding="same", bias=False))
+            layers.append(nn.BatchNorm1d(outputs))
+            layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers)
-        self.linear = nn.Linear(channels, num_classes)
+        self.linear = nn.Linear(64, num_classes)
 
-    def add_dataset(self, metadata):
-        self.datasets[metadata["name"]] = metadata
+    def add_dataset(self, data):
+        self.datasets[data.name] = describe(data)
 
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x)
@@ -1012,7 +971,8 @@ def normalize_windows(values, mask):
     """Each column of each window minus its mean over what is present, divided by its standard
     deviation; 0 where missing."""
     count = mask.sum(-1, keepdim=True).clamp(min=1)
-    centered = (values - (values * mask).sum(-1, keepdim=True) / count) * mask
+    mean = (values * mask).sum(-1, keepdim=True) / count
+    centered = (values - mean) * mask
     std = (centered.square().sum(-1, keepdim=True) / count).sqrt()
     return centered / (std + 1e-2)
 
@@ -1038,18 +998,18 @@ def drop_values(x, share, missing="at random"):
 
     `share` is a number or a tensor [batch, 1, 1].
     """
+    batch, columns, seq_len = x.shape
     if missing == "at random":
         return x.masked_fill(torch.rand_like(x) < share, math.nan)
-    batch, columns, seq_len = x.shape
     place = torch.rand(batch, columns, 1, device=x.device)
     if missing == "whole columns":
-        rank = place.argsort(1).argsort(1)
         chance = torch.rand(batch, 1, 1, device=x.device)  # rounds up or down, right on average
         count = (share * columns + chance).floor().clamp(max=columns - 1)
-        return x.masked_fill(rank < count, math.nan)
-    t = torch.arange(seq_len, device=x.device)
-    after = t - (place * (seq_len - share * seq_len)).round()
-    return x.masked_fill((after >= 0) & (after < share * seq_len), math.nan)
+        return x.masked_fill(place.argsort(1).argsort(1) < count, math.nan)
+    length = share * seq_len
+    first = (place * (seq_len - length)).round()
+    after = torch.arange(seq_len, device=x.device) - first
+    return x.masked_fill((after >= 0) & (after < length), math.nan)
 
 
 def autocast(device):
@@ -1076,8 +1036,26 @@ def draw_batches(datasets, steps, batch_size, device):
         size = min(max(16, len(train) // 8), len(train), batch_size)
         epochs = math.ceil(steps * size / len(train))
         order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])
-        batches += [(number, windows) for windows in train[order].to(device).split(size)[:steps]]
+        parts = train[order].to(device).split(size)
+        batches += [(number, windows) for windows in parts[:steps]]
     return [batches[i] for i in torch.randperm(len(batches))]
+
+
+def load_state(file, model, optimizer, datasets):
+    """The state of a training: a new one, or that in `file`, whose weights and moments of the
+    optimizer are loaded unless it is finished."""
+    hashes = [data.info["sha256"] for data in datasets]
+    state = {"hashes": hashes, "history": [], "class": type(model).__name__,
+             "settings": model.settings, "datasets": model.datasets}
+    if file.exists():
+        state = load_checkpoint(file, file)
+        if state["hashes"] != hashes:
+            raise UserError(f"{file}: the run began with other data; start a new run")
+        if "training" in state:  # it is not finished
+            weights, moments = state.pop("training")
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
+    return state
 
 
 def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
@@ -1090,22 +1068,23 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     of the evaluation, so that a resumed training ends with the same weights bit for bit.
     """
     args = argparse.Namespace(**vars(args) | changes)
-    device = next(model.parameters()).device
+    device = args.device
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    state = load_state(file, model, optimizer, datasets)
     tensors = []
     for data in datasets:
         arrays = (data.series, data.starts, data.labels)
         tensors.append([torch.from_numpy(array).to(device) for array in arrays])
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    state = load_state(file, datasets, model, optimizer)
     evaluations = min(args.evaluations, args.steps)
     for number in range(len(state["history"]), evaluations):
         start_time = time.perf_counter()
         torch.manual_seed(1000 * seed + number)
         model.train()
-        first, end = [args.steps * n // evaluations for n in (number, number + 1)]
+        first = args.steps * number // evaluations
+        end = args.steps * (number + 1) // evaluations
         batches = draw_batches(datasets, end - first, args.batch_size, device)
         losses = []
-        for index, windows in progress(batches, f"{file.stem}, {number + 1} of {evaluations}"):
+        for index, windows in progress(batches, file.stem):
             step = first * len(datasets) + len(losses)
             rate = args.learning_rate * warm_up_then_cosine(step, args.steps * len(datasets))
             optimizer.param_groups[0]["lr"] = rate
@@ -1113,7 +1092,7 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
             x = gather_windows(series, starts[windows], datasets[index].seq_len)
             if drop:
                 share = 0.5 * torch.rand(len(x), 1, 1, device=device)
-                x = drop_values(x, share, MISSING_KINDS[len(losses) % len(MISSING_KINDS)])
+                x = drop_values(x, share, MISSING_KINDS[len(losses) % 3])
             with autocast(device):
                 logits = model(x, datasets[index].name)
             loss = F.cross_entropy(logits.float(), labels[windows])
@@ -1126,42 +1105,19 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         if not math.isfinite(train_loss):
             raise UserError(f"{file.stem}: the loss is not finite; lower --learning-rate")
         train_seconds = time.perf_counter() - start_time
-        val_accuracy = float(np.mean([accuracy(model, data, "val") for data in datasets]))
+        accuracies = [accuracy(predict(model, data, "val"), data, "val") for data in datasets]
+        val_accuracy = float(np.mean(accuracies))
+        best = max([epoch["val_accuracy"] for epoch in state["history"]], default=-1.0)
         state["history"].append({"train_loss": train_loss, "val_accuracy": val_accuracy,
                                  "train_seconds": train_seconds})
-        if keep == "last" or val_accuracy > state["best_accuracy"]:
+        if keep == "last" or val_accuracy > best:
             state["best"] = copy.deepcopy(model.state_dict())
-            state["best_accuracy"] = val_accuracy
-        save_checkpoint(file, model, optimizer, state, finished=number + 1 == evaluations)
+        training = {"training": (model.state_dict(), optimizer.state_dict())}
+        with atomic_write(file) as path:
+            torch.save(state | training if number + 1 < evaluations else state, path)
+    log(f"{file.stem} is trained")
     model.load_state_dict(state["best"])
     return state["history"]
-
-
-def load_state(file, datasets, model, optimizer):
-    """The state of a training: that in `file`, from which an unfinished one goes on, or a new
-    one."""
-    hashes = [data.info["sha256"] for data in datasets]
-    if not file.exists():
-        return {"history": [], "hashes": hashes, "best_accuracy": -1.0, "training": None}
-    state = load_checkpoint(file, file)
-    if state["hashes"] != hashes:
-        raise UserError(f"{file}: the run began with other data; start a new run")
-    if state["training"]:
-        model.load_state_dict(state["training"]["model"])
-        optimizer.load_state_dict(state["training"]["optimizer"])
-    return state
-
-
-def save_checkpoint(file, model, optimizer, state, finished):
-    """Write the state of a training with all that prediction needs and, until it is finished, what
-    going on with it needs."""
-    training = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state["training"] = None if finished else training
-    with atomic_write(file) as path:
-        torch.save(state | {"class": type(model).__name__, "settings": model.settings,
-                            "datasets": model.datasets}, path)
-    if finished:
-        log(f"{file.stem} is trained")
 
 
 @torch.inference_mode()
@@ -1177,22 +1133,14 @@ def predict(model, data, split, corrupt=None):
     return torch.cat(outputs).cpu().numpy()
 
 
-def accuracy(model, data, split):
-    """Share of the windows of a split that the model classifies correctly."""
-    predicted = predict(model, data, split).argmax(1)
-    return float(np.mean(predicted == data.labels[data.splits[split]]))
+def accuracy(outputs, data, split):
+    """Share of a split's windows that `outputs`, classes [windows] or their probabilities [windows,
+    classes], have right."""
+    predicted = outputs if outputs.ndim == 1 else outputs.argmax(1)
+    return np.mean(predicted == data.labels[data.splits[split]])
 
 
 # --- Evaluation: baselines ----------------------------------------------------------------------
-
-
-def make_record(data, model, outputs, seed, **columns):
-    """One row of the results: the accuracy of `outputs` for the test part, classes [windows] or
-    their probabilities [windows, classes]."""
-    predicted = outputs if outputs.ndim == 1 else outputs.argmax(1)
-    accuracy = np.mean(predicted == data.labels[data.splits["test"]])
-    return {"dataset": data.name, "model": model, "seed": seed, "accuracy": accuracy,
-            "chance": 1 / len(data.classes)} | columns
 
 
 def window_features(data, split):
@@ -1201,54 +1149,44 @@ def window_features(data, split):
     features = []
     t = torch.linspace(-1, 1, data.seq_len)
     for x in window_batches(data, data.splits[split], 4096):
-        missing = x.isnan()
         last = forward_fill(x)[..., -1].nan_to_num()
+        share_missing = x.isnan().float().mean(-1)
         mean = x.nanmean(-1).nan_to_num()
-        x = torch.where(missing, mean[..., None], x)
+        x = torch.where(x.isnan(), mean[..., None], x)
         std = x.std(-1, correction=0)
         slope = x @ t / (t @ t)
-        share_missing = missing.float().mean(-1)
         parts = [last, mean, std, x.amin(-1), x.amax(-1), slope, share_missing]
         features.append(torch.cat(parts, dim=1))
     return torch.cat(features).numpy()
 
 
-def hydra_kernels(columns, seq_len, groups=64, kernels=8, seed=0):
-    """The random kernels of Hydra (Dempster et al. 2023, arXiv:2203.13652): a list of (dilation,
-    on_differences, weights [groups / 2, kernels, 9], columns of each group).
+def hydra_features(x, groups=64, kernels=8):
+    """Features [batch, features] of x [batch, columns, time] without NaN for a ridge classifier:
+    Hydra (Dempster et al. 2023, arXiv:2203.13652).
 
-    Every dilation has `groups` groups, half of them on the differences between steps; of several
-    columns, a group reads the sum of a random few.
+    Every dilation has `groups` groups of random kernels, half of them on the differences between
+    steps; of several columns, a group reads the sum of a random few. At each step the kernels of a
+    group compete: the one with the largest output gets that output, the one with the smallest is
+    counted.
     """
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
+    generator = torch.Generator().manual_seed(0)  # the same kernels for every batch
+    features = []
+    _, columns, seq_len = x.shape
+    differences = x.diff(dim=-1) if seq_len > 1 else x
     count = max(1, min(8, columns // 2))
     exponents = 1 + int(math.log2(max(1, (seq_len - 1) / 8)))
-    for exponent, on_differences in itertools.product(range(exponents), (False, True)):
+    for exponent, source in itertools.product(range(exponents), (x, differences)):
         weights = torch.randn(groups // 2, kernels, 9, generator=generator)
         weights -= weights.mean(-1, keepdim=True)
         weights /= weights.abs().sum(-1, keepdim=True)
         chosen = [torch.randperm(columns, generator=generator)[:count] for _ in weights]
-        parts.append((2**exponent, on_differences, weights, torch.stack(chosen)))
-    return parts
-
-
-def hydra_features(x, parts):
-    """Features [batch, features] of x [batch, columns, time] without NaN, for a ridge classifier.
-
-    At each step the kernels of a group compete: the one with the largest output gets that output,
-    the one with the smallest is counted.
-    """
-    features = []
-    differences = x.diff(dim=-1) if x.shape[-1] > 1 else x
-    for dilation, on_differences, weights, chosen in parts:
-        source = differences if on_differences else x
-        mixed = source[:, chosen].sum(2)  # [batch, groups, time]
-        kernels = weights.flatten(0, 1)[:, None]
-        output = F.conv1d(mixed, kernels, padding=4 * dilation, dilation=dilation,
+        mixed = source[:, torch.stack(chosen)].sum(2)  # [batch, groups, time]
+        dilation = 2**exponent
+        filters = weights.flatten(0, 1)[:, None]
+        output = F.conv1d(mixed, filters, padding=4 * dilation, dilation=dilation,
                           groups=len(weights))
         output = output.unflatten(1, weights.shape[:2])
-        largest, winner = output.max(2)
+        largest, winner = output.max(2)  # [batch, groups, time]
         empty = torch.zeros(output.shape[:3])
         features.append(empty.scatter_add(2, winner, largest))
         features.append(empty.scatter_add(2, output.argmin(2), torch.ones_like(largest)))
@@ -1258,43 +1196,37 @@ def hydra_features(x, parts):
 def fit_hydra(data):
     """Probabilities [windows, classes] for the test part by Hydra's features, scaled as its authors
     do, and a ridge classifier, fitted to at most 4,000 training windows."""
-    from scipy.special import softmax
-    from sklearn.linear_model import RidgeClassifierCV
-
-    parts = hydra_kernels(len(data.columns), data.seq_len)
-
-    def transform(windows):
-        batches = window_batches(data, windows, 64)
-        features = [hydra_features(forward_fill(x).nan_to_num(), parts) for x in batches]
-        return torch.cat(features).clamp(min=0).sqrt()
-
-    def scale(features):
-        return ((features - mean) * (features != 0) / std).numpy()
+    from sklearn.linear_model import RidgeCV
 
     train = data.splits["train"]
     train = train[:: math.ceil(len(train) / 4000)]
-    features = transform(train)
-    mean = features.mean(0)
+    features = []
+    for windows in (train, data.splits["test"]):
+        batches = [hydra_features(forward_fill(x).nan_to_num())
+                   for x in window_batches(data, windows, 64)]
+        features.append(torch.cat(batches).clamp(min=0).sqrt())
+    mean = features[0].mean(0)
     # A rare count has hardly any spread: the more zeros, the more is added to it.
-    std = features.std(0) + (features == 0).float().mean(0) ** 4 + 1e-8
-    ridge = RidgeClassifierCV(np.logspace(-3, 3, 10)).fit(scale(features), data.labels[train])
-    outputs = ridge.decision_function(scale(transform(data.splits["test"])))  # about -1 or 1
-    if outputs.ndim == 1:  # two classes
-        outputs = np.stack([-outputs, outputs], axis=1)
-    probabilities = np.zeros((len(outputs), len(data.classes)))
-    probabilities[:, ridge.classes_] = softmax(2 * outputs, axis=1)
-    return probabilities
+    share_zero = (features[0] == 0).float().mean(0)
+    std = features[0].std(0) + share_zero**4 + 1e-8
+    x_train, x_test = [(part - mean) * (part != 0) / std for part in features]
+    targets = 2 * np.eye(len(data.classes))[data.labels[train]] - 1  # 1 for the class, -1 elsewhere
+    ridge = RidgeCV(np.logspace(-3, 3, 10)).fit(x_train.numpy(), targets)
+    outputs = ridge.predict(x_test.numpy())
+    return torch.from_numpy(2 * outputs).softmax(1).numpy()
 
 
 def with_validation(data):
     """The data set with its validation windows in the training part."""
-    train = np.sort(np.concatenate([data.splits["train"], data.splits["val"]]))
+    train = np.concatenate([data.splits["train"], data.splits["val"]])
+    train.sort()
     return replace(data, splits=data.splits | {"train": train})
 
 
-def baseline_records(data, seed):
-    """(records, Hydra's probabilities): persistence, where a column's next value is classified, the
-    majority class, logistic regression and boosting on window features, and Hydra.
+def fit_baselines(data):
+    """{name: classes [windows] of the test part, or their probabilities}: persistence, where a
+    column's next value is classified, the majority class, logistic regression and boosting on
+    window features, and Hydra.
 
     They choose nothing on the validation part, so they are fitted to it as well.
     """
@@ -1320,105 +1252,93 @@ def baseline_records(data, seed):
         outputs["persistence"] = np.digitize(last_value, data.limits)
     for name, model in models.items():
         outputs[name] = model.fit(x_train, y_train).predict(x_test)
-    outputs["hydra"] = fit_hydra(data)
-    return [make_record(data, name, values, seed) for name, values in outputs.items()], (
-        outputs["hydra"])
+    return outputs | {"hydra": fit_hydra(data)}
 
 
-# --- Evaluation: tables -------------------------------------------------------------------------
+# --- Evaluation: records, tables and pictures ---------------------------------------------------
 
 
-def percent(values, sign=""):
-    """Mean of shares in percent, with its 95 % interval where there are several.
-
-    With `sign` "+" they are differences, and a star says that the interval excludes 0.
-    """
-    values = 100 * pd.Series(values).dropna()
-    if values.empty:
-        return None
-    mean, width = mean_and_interval(values)
-    interval = f" ± {width:.2f}" if len(values) > 1 else ""
-    star = " *" if sign and abs(mean) > width else ""
-    return f"{mean:{sign}.2f}{interval}{star}"
+def make_record(data, model, outputs, seed, **columns):
+    """One row of the results: the accuracy of `outputs` for the test part."""
+    record = dict.fromkeys(KEYS) | {"dataset": data.name, "model": model, "seed": seed}
+    return record | {"quantity": "accuracy %", "accuracy": accuracy(outputs, data, "test"),
+                     "chance": 1 / len(data.classes), "parameters": None} | columns
 
 
-def add_difference(records, column, reference, keys):
-    """The records with `minus {reference}`: the accuracy minus that of the record with the same
-    `keys` whose `column` is the reference."""
-    is_reference = records[column] == reference
-    others = records.assign(other=records["accuracy"].where(is_reference))
-    difference = others["accuracy"] - others.groupby(keys)["other"].transform("max")
-    return records.assign(**{f"minus {reference}": difference.where(~is_reference)})
+def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
+    """The record of a trained model on the test part of a data set."""
+    name = strategy if training == "own" else f"{strategy}, {training}"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    outputs = predict(model, data, "test", corrupt)
+    return make_record(data, name, outputs, seed, strategy=strategy, training=training,
+                       parameters=f"{count:,}", **columns)
 
 
-def share_table(records, keys, values="accuracy"):
-    """Rows {column: value} of the mean of `values` [%]: a row for each combination of the columns
-    `keys`, a column for each share."""
-    sign = "+" if values.startswith("minus") else ""
-    table = records.pivot_table(values, keys, "share", functools.partial(percent, sign=sign),
-                                sort=False)
-    return table[sorted(table)].rename(columns="{:.0%}".format).reset_index().to_dict("records")
+def difference(records, column, base):
+    """Records of the accuracy minus that of the record whose `column` is `base`, all else equal."""
+    is_base = records[column] == base
+    keys = [name for name in KEYS if name != column]
+    pairs = records[~is_base].merge(records[is_base], on=keys, suffixes=("", "_base"))
+    pairs["accuracy"] -= pairs["accuracy_base"]
+    return pairs.assign(quantity=f"minus {base}")
 
 
-def add_means(records):
-    """The records with those of a data set "mean of all": of each model and seed that occurs in all
-    data sets, where there are several."""
-    count = records["dataset"].nunique()
-    if count == 1:
-        return records
-    groups = records.groupby(["model", "strategy", "training", "seed"], sort=False, dropna=False)
-    means = groups[["accuracy", "chance"]].mean()[groups.size() == count]
-    return pd.concat([records, means.reset_index().assign(dataset="mean of all")])
+def write_cell(accuracies, sign=""):
+    """Mean [%] over the seeds and its interval; * marks a difference whose interval excludes 0."""
+    mean, width = mean_and_interval(100 * accuracies)
+    text = f"{mean:{sign}.2f}"
+    if np.isfinite(width):
+        text += f" ± {width:.2f}"
+    if sign and abs(mean) > width:
+        text += " *"
+    return text
 
 
-def benchmark_table(records, original):
-    """Rows {column: value} for each data set and model, with differences paired by seed."""
-    records = add_difference(records, "strategy", "none", ["dataset", "training", "seed"])
-    records = add_difference(records, "training", "own", ["dataset", "strategy", "seed"])
-    signed = functools.partial(percent, sign="+")
-    table = records.groupby(["dataset", "model"], sort=False).agg(**{
-        "accuracy %": ("accuracy", percent), "minus none": ("minus none", signed),
-        "minus own": ("minus own", signed), "parameters": ("parameters", "first")})
-    table = table.loc[records["dataset"].unique()]
-    table["original %"] = [original.get(name, {}).get(model) for name, model in table.index]
-    return table.reset_index().to_dict("records")
-
-
-# --- Pictures -----------------------------------------------------------------------------------
+def make_table(records, rows, column):
+    """The accuracies, and their differences to what they are compared with, as a table of texts:
+    one row for each value of `rows`, one column for each of `column`."""
+    tables = [records.pivot_table("accuracy", rows, column, write_cell, sort=False)]
+    for name, base in (("strategy", "none"), ("training", "own"), ("training", "scratch")):
+        pairs = difference(records, name, base)
+        if len(pairs):
+            write_signed = functools.partial(write_cell, sign="+")
+            tables.append(pairs.pivot_table("accuracy", rows, column, write_signed, sort=False))
+    return pd.concat(tables, axis=1 if column == "quantity" else 0)
 
 
 def plot_benchmark(records, path):
-    """Accuracy of every model on each data set."""
+    """Accuracy of every model on each data set, with its interval where there are several seeds."""
     names = records["dataset"].unique()
-    shown = records[records["model"] != "majority class"]
-    pivot = functools.partial(shown.pivot_table, "accuracy", "dataset", "model", sort=False,
+    pivot = functools.partial(records.pivot_table, "accuracy", "dataset", "model", sort=False,
                               dropna=False)
     means = 100 * pivot(aggfunc="mean")
     widths = 100 * pivot(aggfunc=lambda runs: float(mean_and_interval(runs)[1]))
-    fig, (axis,) = new_figure("Test accuracy, with the 95 % interval where there are several runs",
-                              size=(11, 2 + 1.4 * len(names)))
-    plot_dots(axis, names, means.to_dict("list"), errors=widths.to_dict("list"))
+    fig, (ax,) = new_figure("Test accuracy, with the 95 % interval where there are several seeds",
+                            size=(11, 2 + 1.4 * len(names)))
+    plot_dots(ax, names, means.to_dict("list"), errors=widths.to_dict("list"))
     chance = 100 * records.groupby("dataset", sort=False)["chance"].first()
     rows = np.arange(len(names))
-    axis.vlines(chance, rows - 0.4, rows + 0.4, "0.4", "--", label="chance")
-    axis.set(xlabel="accuracy [%]", xlim=(0, 101))
-    legend_below(axis, 5)
+    ax.vlines(chance, rows - 0.4, rows + 0.4, "0.4", "--", label="chance")
+    ax.set(xlabel="accuracy [%]", xlim=(0, 101))
+    legend_below(ax, 5)
     save_figure(fig, path)
 
 
 def plot_shares(records, title, xlabel, panel, path):
-    """Accuracy over the column `share` of the records, a line for each model and a panel for each
-    value of the column `panel`."""
-    panels = list(records.groupby(panel, sort=False))
-    fig, axes = new_figure(title, 1, len(panels), (5 * len(panels) + 3, 4.5))
-    for axis, (name, shown) in zip(axes, panels):
-        table = 100 * shown.pivot_table("accuracy", "model", "share", sort=False)
-        table = table[sorted(table)].rename(columns="{:.0%}".format)
-        for i, (model, values) in enumerate(table.iterrows()):
-            plot_curve(axis, table.columns, values, model, i, MARKERS[i % 7])
-        axis.axhline(100 * shown["chance"].iloc[0], linestyle="--", color="0.4", label="chance")
-        axis.set(title=name, xlabel=xlabel, ylabel="test accuracy [%]", ylim=(0, 101))
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    """Accuracy over the column `share`, with its interval where there are several seeds: a panel
+    for each value of the columns `panel`, a line for each model."""
+    shares = records["share"].unique()
+    panels = records.groupby(panel, sort=False)
+    rows = math.ceil(len(panels) / 3)
+    fig, axes = new_figure(f"{title}, with the 95 % interval where there are several seeds", rows,
+                           min(3, len(panels)), (11, 2 + 4 * rows))
+    for ax, (name, part) in zip(axes, panels):
+        for i, (model, runs) in enumerate(part.groupby("model", sort=False)):
+            table = runs.pivot_table("accuracy", "seed", "share").reindex(columns=shares)
+            plot_curve(ax, shares, 100 * table, model, i, MARKERS[i % 7])
+        ax.axhline(100 * part["chance"].iloc[0], linestyle=":", color="black", label="chance")
+        ax.set(title=", ".join(name), xlabel=xlabel, ylabel="test accuracy [%]", ylim=(0, 102))
+    legend_below(axes[0], 4)
     save_figure(fig, path)
 
 
@@ -1432,9 +1352,9 @@ def make_model(args, datasets, strategy, shared, seed, **options):
     if strategy == "frozen_bert":
         options |= bert_options(args)
     model = MultiDatasetPatchDuET(len(datasets[0].columns), strategy=strategy, shared=shared,
-                                  dropout=DROPOUT, **options)
+                                  dropout=0.1, **options)
     for data in datasets:
-        model.add_dataset(data.metadata())
+        model.add_dataset(data)
     return model.to(args.device)
 
 
@@ -1443,72 +1363,77 @@ def bert_options(args):
     return {"bert_model": args.bert_model, "cache_dir": f"{args.data_dir}/column_embeddings"}
 
 
-def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
-    """The record of a trained model on the test part of a data set."""
-    name = strategy if training == "own" else f"{strategy}, {training}"
-    count = sum(parameter.numel() for parameter in model.parameters())
-    outputs = predict(model, data, "test", corrupt)
-    return make_record(data, name, outputs, seed, strategy=strategy, training=training,
-                       parameters=f"{count:,}", **columns)
-
-
-def train_convolutions(args, data, hydra, seed, run_dir):
-    """Records of the mean of three ConvNets, and of that mean together with Hydra's probabilities.
-
-    They train on training and validation windows, for twice the steps, and choose nothing.
-    """
+def train_convolutions(args, data, seed, run_dir):
+    """Probabilities [windows, classes] for the test part: the mean of three ConvNets, which train
+    on training and validation windows, for twice the steps, and choose nothing."""
     whole = with_validation(data)
-    conv = 0
+    outputs = 0
     for member in range(3):
         member_seed = seed + 1000 * member
         seed_everything(member_seed)
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
-        model.add_dataset(data.metadata())
+        model.add_dataset(data)
         file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
         batch_size = min(args.batch_size, 32)
-        fit(model, [whole], args, member_seed, file, keep="last", steps=2 * args.steps,
+        steps = 2 * args.steps
+        fit(model, [whole], args, member_seed, file, keep="last", steps=steps,
             batch_size=batch_size)
-        conv += predict(model, data, "test")
-    return [make_record(data, "conv", conv, seed),
-            make_record(data, "conv + hydra", conv / 3 + hydra, seed)]
+        outputs += predict(model, data, "test") / 3
+    return outputs
 
 
-def benchmark(args, datasets, strategies, run_dir):
-    """Baselines, convolutions for files of the archives, and every strategy: a model for each data
-    set and, with --shared, one for all."""
+def benchmark(args, datasets, strategies, seeds, run_dir):
+    """Test accuracy of baselines, convolutions (conv, for files of the archives) and every strategy
+    for column names: a model for each data set (own) and, with --shared, one for all.
+
+    The original's figures, shown with --protocol original, are single runs, scored at their last or
+    best epoch.
+    """
     records = []
-    seeds = range(args.seed, args.seed + args.runs)
     for data in progress(datasets, "baselines"):
-        baselines, hydra = baseline_records(data, args.seed)
-        records += baselines
+        baselines = fit_baselines(data)
+        records += [make_record(data, name, outputs, args.seed)
+                    for name, outputs in baselines.items()]
         for seed in seeds if data.info["source"] == "archive" else ():
-            records += train_convolutions(args, data, hydra, seed, run_dir)
+            conv = train_convolutions(args, data, seed, run_dir)
+            records.append(make_record(data, "conv", conv, seed))
+            records.append(make_record(data, "conv + hydra", conv + baselines["hydra"], seed))
     groups = [(data.name, [data], "own") for data in datasets if args.shared != "only"]
     if args.shared:
         groups.append(("shared", datasets, "shared"))
     for seed, (name, group, training), strategy in itertools.product(seeds, groups, strategies):
         model = make_model(args, group, strategy, training == "shared", seed)
-        fit(model, group, args, seed, run_dir / f"models/{name}-{strategy}-{seed}.pt")
+        file = run_dir / f"models/{name}-{strategy}-{seed}.pt"
+        fit(model, group, args, seed, file)
         records += [evaluate(model, data, strategy, training, seed) for data in group]
-    records = add_means(pd.DataFrame(records))
-    shown = records
-    if len(datasets) > 6:  # the records have every data set
-        shown = records[records["dataset"] == "mean of all"]
+    records = pd.DataFrame(records)
+    shown = add_means(records)
     plot_benchmark(shown, run_dir / "benchmark.png")
-    with_original = args.protocol == "original" and args.head == "mean"
-    table = benchmark_table(shown, ORIGINAL_TABLE if with_original else {})
-    return records, {"accuracy": table}, (
-        "own: a model for each data set. The original's figures, shown with --protocol original, "
-        "are single runs, scored at their last or best epoch.")
+    table = make_table(shown, ["dataset", "model"], "quantity")
+    table["parameters"] = records.groupby(["dataset", "model"])["parameters"].first()
+    if args.protocol == "original":
+        table["original %"] = pd.Series(ORIGINAL_TABLE)
+    return records, table
+
+
+def add_means(records):
+    """The records and, of each model that all data sets have, the mean over these; of more than
+    six data sets, the means alone."""
+    count = records["dataset"].nunique()
+    if count == 1:
+        return records
+    groups = records.groupby(["model", "strategy", "training", "seed", "quantity"], sort=False,
+                             dropna=False)[["accuracy", "chance"]]
+    means = groups.mean()[groups.size() == count].reset_index().assign(dataset="mean of all")
+    return means if count > 6 else pd.concat([records, means])
 
 
 def with_labels(data, share, seed):
     """The data set with a share of its training and validation labels, at least one a class."""
     splits = dict(data.splits)
     for split in ("train", "val"):
-        windows = splits[split]
-        chosen = choose_windows(data.labels[windows], share, seed, at_least=1)
-        splits[split] = windows[chosen]
+        _, chosen = choose_windows(splits[split], data.labels, share, seed, at_least=1)
+        splits[split] = chosen
     return replace(data, splits=splits)
 
 
@@ -1516,57 +1441,75 @@ def add_new_dataset(model, data, alike):
     """A copy of a shared model with a new data set, whose head begins as the mean of those of the
     data sets `alike` [names], if there are some."""
     model = copy.deepcopy(model)
-    model.add_dataset(data.metadata())
-    if alike:
-        heads = [model.head_of[name] for name in alike]
-        for name in ("weight", "bias"):
-            values = [getattr(head, name).data for head in heads]
-            getattr(model.head_of[data.name], name).data = torch.stack(values).mean(0)
+    model.add_dataset(data)
+    heads = [model.head_of[name].state_dict() for name in alike]
+    for name, value in model.head_of[data.name].state_dict().items():
+        if heads:
+            value.copy_(torch.stack([head[name] for head in heads]).mean(0))
     return model
 
 
-def transfer(args, datasets, strategies, run_dir):
-    """A shared model on the last data set at LABEL_SHARES of its labels: pretrained on the others,
-    or from scratch. With few labels both train for a quarter of the steps, at least 40.
+def transfer(args, datasets, strategies, seeds, run_dir):
+    """Test accuracy on the last data set by the share of its labels that is known: of a shared
+    model that is pretrained on the other data sets or begins from scratch, and of baselines.
 
-    Sources with the same classes let a pretrained model classify it without any label.
+    With few labels both train for a quarter of the steps, at least 40. Other data sets with the
+    same classes let a pretrained model classify the last one without any label.
     """
     *sources, data = datasets
     alike = [source.name for source in sources if source.classes == data.classes]
     longest = max(data.seq_len for data in datasets)
     few_steps = min(args.steps, max(40, args.steps // 4))
     records = []
-    for seed in range(args.seed, args.seed + args.runs):
-        limited = {share: with_labels(data, share, seed) for share in LABEL_SHARES}
-        for share, part in limited.items():
-            *_, boosting, hydra = baseline_records(part, seed)[0]
-            records += [record | {"share": share} for record in (boosting, hydra)]
-        for strategy in strategies:
-            base = make_model(args, sources, strategy, True, seed, seq_len=longest)
-            fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
-            if alike:
+    for seed, strategy in itertools.product(seeds, strategies):
+        base = make_model(args, sources, strategy, True, seed, seq_len=longest)
+        fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
+        for share, training in itertools.product(LABEL_SHARES, ("pretrained", "scratch")):
+            seed_everything(seed)
+            if training == "pretrained":
                 model = add_new_dataset(base, data, alike)
-                records.append(evaluate(model, data, strategy, "pretrained", seed, share=0.0))
-            for share, training in itertools.product(limited, ("pretrained", "scratch")):
-                seed_everything(seed)
-                if training == "pretrained":
-                    model = add_new_dataset(base, data, alike)
-                else:
-                    model = make_model(args, [data], strategy, True, seed)
-                name = f"{data.name}-{strategy}-{training}-{share:g}-{seed}"
-                file = run_dir / f"models/{name}.pt"
+            else:
+                model = make_model(args, [data], strategy, True, seed)
+            if share:
+                part = with_labels(data, share, seed)
+                file = run_dir / f"models/{data.name}-{strategy}-{training}-{share:g}-{seed}.pt"
                 steps = args.steps if share == 1 else few_steps
-                fit(model, [limited[share]], args, seed, file, steps=steps)
-                records.append(evaluate(model, data, strategy, training, seed, share=share))
+                fit(model, [part], args, seed, file, steps=steps)
+            elif training == "scratch" or not alike:
+                continue
+            records.append(evaluate(model, data, strategy, training, seed, share=f"{share:.0%}"))
+    for seed, share in itertools.product(seeds, LABEL_SHARES[1:]):
+        baselines = fit_baselines(with_labels(data, share, seed))
+        records += [make_record(data, name, baselines[name], seed, share=f"{share:.0%}")
+                    for name in ("gradient boosting", "hydra")]
     records = pd.DataFrame(records)
-    plot_shares(records, "Shared model on a new data set", "share of its labels", "dataset",
-                run_dir / "transfer.png")
-    records = add_difference(records, "training", "scratch", ["strategy", "share", "seed"])
-    records = add_difference(records, "strategy", "none", ["training", "share", "seed"])
-    tables = {values: share_table(records, ["model"], values)
-              for values in ("accuracy", "minus scratch", "minus none")}
-    return records, tables, (f"Test accuracy [%] on {data.name} by the share of its labels; "
-                             "differences in points, paired by seed.")
+    plot_shares(records, "A shared model on a new data set",
+                "share of its labels that is known", ["dataset"], run_dir / "transfer.png")
+    return records, make_table(records, ["quantity", "model"], "share")
+
+
+def nan_robustness(args, datasets, strategies, seeds, run_dir):
+    """Test accuracy by the share of values left out, beyond those that the data lack, of models
+    with four ways to fill gaps.
+
+    All train alike, with up to half of the values left out at random, in blocks and as whole
+    columns in turn.
+    """
+    strategies = strategies if args.strategies else ["none"]
+    records = []
+    for data, seed, strategy, fill in itertools.product(datasets, seeds, strategies, FILLS):
+        model = make_model(args, [data], strategy, False, seed, fill=fill)
+        file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
+        fit(model, [data], args, seed, file, drop=True)
+        for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
+            torch.manual_seed(seed)  # the same values are missing for every model
+            corrupt = functools.partial(drop_values, share=share, missing=missing)
+            records.append(evaluate(model, data, strategy, fill, seed, corrupt, missing=missing,
+                                    share=f"{share:.0%}"))
+    records = pd.DataFrame(records)
+    plot_shares(records, "Test windows with missing values", "share of values left out",
+                ["dataset", "missing"], run_dir / "nan_robustness.png")
+    return records, make_table(records, ["dataset", "quantity", "missing", "model"], "share")
 
 
 def find_strategies(args, datasets):
@@ -1596,21 +1539,17 @@ def choose_threads():
     return 2 if seconds[2] < 0.9 * seconds[1] else 1
 
 
-def note_memory(datasets, args):
-    """A note before a training that needs gigabytes."""
-    steps = args.batch_size * max(data.seq_len for data in datasets)
-    if steps > 800_000:
-        note(f"batches of {steps:,} steps need about {steps / 2e5:.0f} GB in training; lower "
-             "--batch-size")
-
-
 def run_experiment(args):
     """Load the data sets, run the experiments that the arguments name, and write the results."""
     args = argparse.Namespace(**vars(args) | {"threads": args.threads or choose_threads()})
     torch.set_num_threads(args.threads)
     datasets = load_datasets(args)
-    note_memory(datasets, args)
+    steps = args.batch_size * max(data.seq_len for data in datasets)
+    if steps > 800_000:
+        note(f"batches of {steps:,} steps need about {steps / 2e5:.0f} GB in training; lower "
+             "--batch-size")
     strategies = find_strategies(args, datasets)
+    seeds = range(args.seed, args.seed + args.runs)
     experiments = [nan_robustness] if args.nan_robustness else []
     if args.transfer:
         experiments.append(transfer)
@@ -1619,19 +1558,16 @@ def run_experiment(args):
     run_dir = next_run_dir(args)
     (run_dir / "models").mkdir(exist_ok=True)
     results = {"data": {data.name: data.info for data in datasets}}
-    parts = []
-    for data in datasets:
-        parts.append(f"{data.name}: {data.info['source']}, {len(data.labels):,} windows")
+    parts = [f"{data.name}: {data.info['source']}, {len(data.labels):,} windows"
+             for data in datasets]
     for experiment in experiments:
         name = experiment.__name__
         start_time = time.perf_counter()
-        records, tables, text = experiment(args, datasets, strategies, run_dir)
-        results[name] = {"records": records.to_dict("records"), "tables": tables,
+        records, table = experiment(args, datasets, strategies, seeds, run_dir)
+        table = table.reset_index().to_dict("records")
+        results[name] = {"records": records.to_dict("records"), "table": table,
                          "seconds": time.perf_counter() - start_time}
-        for title in filter(tables.get, tables):  # not without rows: there may be no reference
-            table = markdown_table(pd.DataFrame(tables[title]).dropna(axis=1, how="all"))
-            parts.append(f"## {name}: {title}\n\n{table}")
-        parts.append(text)
+        parts += [f"## {name}", inspect.getdoc(experiment), markdown_table(table)]
     if args.runs > 1:
         parts.append(INTERVALS)
     return write_results(results, "\n\n".join(parts) + "\n", args, run_dir)
@@ -1648,97 +1584,53 @@ def run(args):
     return run_experiment(args)
 
 
-# --- Extra: missing values ----------------------------------------------------------------------
-
-
-def nan_robustness(args, datasets, strategies, run_dir):
-    """Models with four ways to fill, on test windows with more and more values missing.
-
-    All train alike, with up to half of the values left out at random, in blocks and as whole
-    columns in turn.
-    """
-    strategies = strategies if args.strategies else ["none"]
-    seeds = range(args.seed, args.seed + args.runs)
-    records = []
-    for data, seed, strategy, fill in itertools.product(datasets, seeds, strategies, FILLS):
-        model = make_model(args, [data], strategy, False, seed, fill=fill)
-        file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
-        fit(model, [data], args, seed, file, drop=True)
-        for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
-            torch.manual_seed(seed)  # the same values are missing for every model
-            corrupt = functools.partial(drop_values, share=share, missing=missing)
-            records.append(evaluate(model, data, strategy, fill, seed, corrupt=corrupt,
-                                    missing=missing, share=share))
-    records = pd.DataFrame(records)
-    for name, shown in records.groupby("dataset", sort=False):
-        plot_shares(shown, f"{name}: test accuracy with missing values", "values left out",
-                    "missing", run_dir / f"nan_robustness_{name}.png")
-    tables = {"accuracy": share_table(records, ["dataset", "missing", "model"])}
-    return records, tables, ("Test accuracy [%] by the share of values left out, beyond those that "
-                             "the data lack.")
-
-
 # --- Extra: classify the windows of a file ------------------------------------------------------
 
 
 def restore_model(path, device):
-    """The trained model in a checkpoint; its `datasets` has the metadata of its data sets."""
+    """The trained model in a checkpoint; its `datasets` say how to read files for it."""
     checkpoint = load_checkpoint(path, path)
     classes = {"MultiDatasetPatchDuET": MultiDatasetPatchDuET, "ConvNet": ConvNet}
     try:
         model = classes[checkpoint["class"]](**checkpoint["settings"])
-        for metadata in checkpoint["datasets"].values():
-            model.add_dataset(metadata)
+        for description in checkpoint["datasets"].values():
+            model.add_dataset(Dataset(**description))
         model.load_state_dict(checkpoint["best"])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of this {EXPERIMENT}.py ({error})") from None
     return model.to(device)
 
 
-def read_windows(path, datasets):
-    """(windows of a CSV or archive file as a Dataset, a DataFrame that identifies them).
+def predict_file(args):
+    """Write the class and the probabilities of every window of --predict to predictions.csv.
 
-    The file is read as the one of `datasets` (metadata) with which it has most columns in common
-    and, of several such, with whose name its own begins. A CSV file of few rows is one window.
+    The file is read as the data set of the model with which it has most columns in common and, of
+    several such, with whose name its own begins.
     """
-    step = 1  # from the end of a window to the next
+    path = Path(args.predict)
+    model = restore_model(args.checkpoint, args.device)
+    datasets = [Dataset(**description) for description in model.datasets.values()]
+    step = 1  # from one window to the next
     if path.suffix.lower() in ARCHIVE_SUFFIXES:
-        x, names, _, _ = read_archive([path], max(metadata["seq_len"] for metadata in datasets))
-        step = x.shape[1]
-        cases = pd.RangeIndex(1, len(x) + 1, name="case").repeat(step)
-        numbers = pd.DataFrame(x.reshape(-1, len(names)), cases, names)
+        x = read_archive([path], max(data.seq_len for data in datasets))[0]
+        cases, step, dimensions = x.shape
+        index = pd.RangeIndex(1, cases + 1, name="case").repeat(step)
+        numbers = pd.DataFrame(x.reshape(-1, dimensions), index).add_prefix("dim_")
     else:
         numbers = read_csv(path)
-
-    def similarity(metadata):
-        common = {*metadata["columns"]} & {*numbers}
-        return len(common), path.stem.startswith(metadata["name"])
-
-    metadata = max(datasets, key=similarity)
-    columns = metadata["columns"]
-    missing = [name for name in columns if name not in numbers]
-    if missing == columns:
-        raise UserError(f"{path}: none of the columns {', '.join(columns)}")
+    data = max(datasets, key=lambda data: (len({*data.columns} & {*numbers}),
+                                           path.stem.startswith(data.name)))
+    missing = {*data.columns} - {*numbers}
     if missing:
-        note(f"{path}: no column {', '.join(missing)}; their values count as missing")
-    series = standardize(numbers.reindex(columns=columns), metadata["mean"], metadata["std"])
-    seq_len = min(metadata["seq_len"], len(numbers))
-    if seq_len < metadata["seq_len"]:
-        note(f"{path}: {seq_len} rows, which are one window, shorter than those of the training; "
-             "its class is unreliable")
-    starts = np.arange(step, len(numbers) + 1, step) - seq_len
-    starts = starts[starts >= 0]
-    table = numbers.index[starts + seq_len - 1].to_frame(index=False)  # of the last rows
-    data = Dataset(metadata["name"], columns, series, starts, None, metadata["classes"],
-                   {"all": np.arange(len(starts))}, {}, seq_len)
-    return data, table
-
-
-def predict_file(args):
-    """Write the class and the probabilities of every window of --predict to predictions.csv."""
-    model = restore_model(args.checkpoint, args.device)
-    data, table = read_windows(Path(args.predict), list(model.datasets.values()))
+        note(f"{path}: no column {', '.join(sorted(missing))}; their values count as missing")
+    ends = np.arange(step, len(numbers) + 1, step)
+    starts = ends[ends >= data.seq_len] - data.seq_len
+    if not len(starts) or len(missing) == len(data.columns):
+        raise UserError(f"{path}: needs {data.seq_len} rows of {', '.join(data.columns)}")
+    series = standardize(numbers.reindex(columns=data.columns), data.mean, data.std)
+    data = replace(data, series=series, starts=starts, splits={"all": np.arange(len(starts))})
     probabilities = predict(model, data, "all")
+    table = numbers.index[starts + data.seq_len - 1].to_frame(index=False)  # that of the last row
     table["class"] = np.array(data.classes)[probabilities.argmax(1)]
     table[[f"p({name})" for name in data.classes]] = probabilities.round(4)
     run_dir = next_run_dir(args)
@@ -1761,25 +1653,21 @@ def compare_columns(args):
     vectors = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
     similarity = pd.DataFrame(vectors @ vectors.T, names, names)
     run_dir = next_run_dir(args)
-    size = 4 + len(names) / 5
-    fig, (axis,) = new_figure("Column names by their embedding", size=(size + 1, size))
-    image = axis.imshow(similarity, cmap="Greys", vmax=1)
-    fig.colorbar(image, label="cosine similarity")
-    axis.set_yticks(range(len(names)), names)
-    axis.set_xticks(range(len(names)), names, rotation=90)
-    axis.grid(visible=False)
+    fig, (ax,) = new_figure("Column names by their embedding", size=(9, 8))
+    fig.colorbar(ax.imshow(similarity, cmap="Greys", vmax=1), label="cosine similarity")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(len(names)), names, rotation=90)
     save_figure(fig, run_dir / "columns.png")
     others = similarity - 2 * np.eye(len(names))
     table = pd.DataFrame({"column": names, "read as": map(name_to_words, names),
                           "nearest": others.idxmax(), "similarity": others.max().round(2)})
     rows = table.to_dict("records")
-    summary = f"{markdown_table(rows)}\n\nCosine similarity of the embeddings.\n"
-    return write_results({"tables": {"nearest names": rows}}, summary, args, run_dir)
+    return write_results({"nearest names": rows}, markdown_table(rows) + "\n", args, run_dir)
 
 
 def prewarm_cache(args):
     """Cache the embeddings of the names in --prewarm; returns and prints what the cache holds."""
-    names = read_text(args.prewarm).split("\n")
+    names = Path(args.prewarm).read_text("utf-8-sig", "replace").splitlines()
     embedder = FrozenBERTColumnEmbedder(**bert_options(args))
     embedder.add(filter(None, map(str.strip, names)))
     stats = embedder.get_cache_stats()

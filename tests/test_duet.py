@@ -1,5 +1,6 @@
 """What users of duet.py rely on: offline, on the CPU. Real files are read where ../shared/data lies beside."""
 
+import contextlib
 import csv
 import functools
 import gc
@@ -98,11 +99,14 @@ def finished(small_csv, tmp_path_factory):
 
 
 def test_hydra_is_its_plain_definition():
-    parts = duet.hydra_kernels(3, 40, groups=4, kernels=3, seed=1)
     x = torch.randn(2, 3, 40, dtype=torch.float64).float()
-    features = iter(duet.hydra_features(x, parts).split(6, dim=1))  # two groups of three kernels
-    assert [dilation for dilation, *_ in parts] == [1, 1, 2, 2, 4, 4]
-    for dilation, on_differences, weights, columns in parts:
+    features = iter(duet.hydra_features(x, groups=4, kernels=3).split(6, dim=1))  # two groups of three kernels
+    generator = torch.Generator().manual_seed(0)
+    for dilation, on_differences in ((1, False), (1, True), (2, False), (2, True), (4, False), (4, True)):
+        weights = torch.randn(2, 3, 9, generator=generator)
+        weights -= weights.mean(-1, keepdim=True)
+        weights /= weights.abs().sum(-1, keepdim=True)
+        columns = [torch.randperm(3, generator=generator)[:1] for _ in range(2)]
         source = (x[..., 1:] - x[..., :-1]) if on_differences else x
         largest, counts = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)
         for case, group, step in np.ndindex(2, 2, source.shape[-1]):
@@ -116,13 +120,14 @@ def test_hydra_is_its_plain_definition():
             counts[case, group, int(np.argmin(outputs))] += 1
         assert torch.allclose(next(features), largest.flatten(1), atol=1e-4)
         assert torch.equal(next(features), counts.flatten(1))
+    assert not list(features)
 
 
 def test_every_baseline_is_there_and_boosting_can_split_few_windows(tmp_path):
     lines = [f"{level},{level + 1},{level}:{'up' if level > 50 else 'down'}" for level in range(0, 100, 3)]
     (tmp_path / "Toy.ts").write_text("@classLabel true up down\n@data\n" + "\n".join(lines))
     (data,) = duet.load_datasets(duet.parse_args(["--data", str(tmp_path / "Toy.ts")]))
-    accuracy = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42)[0]}
+    accuracy = {name: duet.accuracy(outputs, data, "test") for name, outputs in duet.fit_baselines(data).items()}
     assert list(accuracy) == ["majority class", "logistic regression", "gradient boosting", "hydra"]
     assert accuracy["gradient boosting"] > 0.8
     assert accuracy["majority class"] < 0.7
@@ -148,7 +153,7 @@ def test_parameters_are_exactly_the_originals_and_hold_no_encoder(strategy, coun
 @pytest.mark.parametrize("fill", duet.FILLS)
 @pytest.mark.parametrize("head", ["mean", "ordinal"])
 def test_a_nan_never_reaches_the_output(shared, fill, head):
-    one = {"name": "a", "columns": NAMES[:3], "classes": list("xyz"), "target": NAMES[1], "limits": [-0.5, 0.5]}
+    one = duet.Dataset("a", NAMES[:3], None, None, None, list("xyz"), None, None, 96, NAMES[1], [-0.5, 0.5])
     model = duet.MultiDatasetPatchDuET(3, 96, "auto_expanding", shared, head, fill).train()
     model.add_dataset(one)
     x = torch.randn(4, 3, 96)
@@ -207,13 +212,6 @@ def test_the_vocabulary_grows_and_keeps_its_rows():
     assert not torch.equal(table.embedding.weight[table.rows["name 1300"]], before[table.rows["name 1300"]])
 
 
-def test_weights_of_other_columns_keep_each_names_vector():
-    model = new(2, column_names=["y", "x"], strategy="auto_expanding").eval()
-    state = new(2, column_names=["x", "y"], strategy="auto_expanding").state_dict()
-    model.load_state_dict(state)
-    assert torch.equal(model.embedder.embed(["x", "y"]), state["embedder.embedding.weight"][:2])
-
-
 def test_a_table_that_grows_after_the_optimizer_was_made_is_an_error():
     model = new(2, column_names=["a", "b"], strategy="auto_expanding")
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
@@ -237,7 +235,7 @@ def test_a_strategy_is_one_entry(tmp_path, monkeypatch, no_hydra):
     monkeypatch.setitem(duet.STRATEGIES, "length", LengthEmbedder)
     arguments = ["--dataset", "user_metrics", "--strategies", "none", "length", "--shared", *TINY]
     results = duet.main([*arguments, "--output-dir", str(tmp_path)])
-    models = [row["model"] for row in results["benchmark"]["tables"]["accuracy"]]
+    models = [row["model"] for row in results["benchmark"]["table"]]
     assert models[-4:] == ["none", "length", "none, shared", "length, shared"]
 
 
@@ -256,13 +254,13 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
         order = torch.randperm(len(names))  # a column is known by its name, not by its place
         shared.set_dataset_columns([names[i] for i in order])
         torch.testing.assert_close(shared(x[:, order]), logits)
-    shared.set_dataset_columns(["x", "y"], "items", num_classes=4)  # no name clashes with a method of torch's
+    shared.set_dataset_columns(["x", "y"], "items", duet.MeanHead(64, 4))  # no name clashes with a method of torch's
     assert shared(torch.randn(2, 2, 96), "items").shape == (2, 4)
 
 
 def test_an_untrained_ordinal_head_is_persistence():
     limits = [-0.4, 0.3]
-    one = {"name": "a", "columns": NAMES[:4], "classes": list("xyz"), "target": NAMES[2], "limits": limits}
+    one = duet.Dataset("a", NAMES[:4], None, None, None, list("xyz"), None, None, 96, NAMES[2], limits)
     model = duet.MultiDatasetPatchDuET(4, head="ordinal").eval()
     model.add_dataset(one)
     x = torch.randn(50, 4, 96)
@@ -298,7 +296,8 @@ def test_names_become_words():
     words = {"CPU_usage": "cpu usage", "tempC": "temperature celsius", "indoor_temp": "indoor temperature",
              "Temperature[C]": "temperature celsius", "diskIO": "disk input output", "HUFL": "high useful load",
              "pageViews": "page views", "user-count": "user count", "CPUUsage": "cpu usage", "sensor12_hPa":
-             "sensor 12 hectopascal", "load_kwh": "load kilowatt hours", "größe": "größe", "c": "c", "??": "??"}
+             "sensor 12 hectopascal", "load_kwh": "load kilowatt hours", "größe": "größe", "c": "c", "??": "??",
+             "tBodyAcc": "t body acc", "hPa": "hpa"}
     assert {name: duet.name_to_words(name) for name in words} == words
 
 
@@ -329,7 +328,7 @@ def test_the_encoder_is_loaded_only_for_uncached_names_and_freed(encoder, tmp_pa
 
 
 def test_without_an_encoder_the_row_is_not_run(tmp_path, monkeypatch, capsys, error_line, no_hydra):
-    monkeypatch.setattr(duet, "hub_in_reach", lambda: False)
+    monkeypatch.setattr(duet.socket, "create_connection", lambda *_: (_ for _ in ()).throw(OSError))
     common = ["--dataset", "user_metrics", "--data-dir", tmp_path, "--output-dir", tmp_path / "out",
               "--bert-model", "no/such-encoder", *TINY]
     message = "--bert-model no/such-encoder cannot be loaded"
@@ -337,13 +336,13 @@ def test_without_an_encoder_the_row_is_not_run(tmp_path, monkeypatch, capsys, er
     assert not (tmp_path / "out").exists()
     results = duet.main([*map(str, common), "--strategies", "none", "frozen_bert"])
     assert message in results["notes"][0]
-    assert [row["model"] for row in results["benchmark"]["tables"]["accuracy"]][-1] == "none"
+    assert [row["model"] for row in results["benchmark"]["table"]][-1] == "none"
     assert "Note: frozen_bert is not run" in capsys.readouterr().out
     assert message in error_line(duet, ["--columns", *common])
 
 
 def test_prewarm_shows_what_is_cached(encoder, tmp_path, capsys, monkeypatch, error_line):
-    monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(duet.socket, "create_connection", lambda *_: pytest.fail("the hub was asked"))
     names = tmp_path / "names.txt"
     names.write_text("temperature\n\nCPU_usage\ntemperature\n")
     cache = ["--data-dir", str(tmp_path), "--bert-model", encoder]
@@ -393,7 +392,7 @@ def test_a_csv_is_prepared_and_its_classes_are_quantiles_of_the_next_value(small
     data = duet.csv_dataset(small_csv, "load", 4, "original")
     assert data.columns == ["tempC", "load", "noise"] and data.target == "load"
     said = capsys.readouterr().err
-    assert "column 'site' left out, empty, not numeric" in said
+    assert "column 'site' left out: not numeric" in said
     assert "left out, constant, empty or too large in the training part: fixed" in said
     load = np.genfromtxt(small_csv, delimiter=",", skip_header=1, usecols=4)
     wanted = np.digitize(load[96:], np.percentile(load, (25, 50, 75)))
@@ -413,8 +412,8 @@ def test_a_csv_is_prepared_and_its_classes_are_quantiles_of_the_next_value(small
 def test_columns_that_are_no_numbers_are_left_out(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("time,time spent,none,big\n" + f"x,1,,{2**60}\n" * 3)
     numbers = duet.read_csv(tmp_path / "a.csv")
-    assert list(numbers) == ["time spent", "big"]
-    assert "column 'none' left out, empty" in capsys.readouterr().err
+    assert list(numbers) == ["time spent", "none", "big"]  # what is empty is left out with what is constant
+    assert "column 'time' left out: not numeric" in capsys.readouterr().err
     assert numbers["big"].dtype == np.float64
 
 
@@ -426,7 +425,7 @@ def test_a_target_of_few_values_is_the_classes(tmp_path, no_hydra):
     data = duet.csv_dataset(tmp_path / "b.csv", "a", 4, "holdout")
     assert data.classes == ["0", "2", "4"]
     assert np.array_equal(data.labels, labels[96:])
-    assert duet.baseline_records(data, 42)[0][0]["model"] == "persistence"
+    assert next(iter(duet.fit_baselines(data))) == "persistence"
 
 
 @pytest.mark.parametrize(("text", "values"), [
@@ -448,22 +447,34 @@ def test_dates_of_one_file_are_read_in_one_order(pattern, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_date_and_a_time_of_day_are_joined(tmp_path, capsys):
-    times = duet.pd.date_range("2024-01-01", periods=100, freq="h")
-    rows = [f"{time:%d/%m/%Y};{time:%H:%M:%S};{i}" for i, time in enumerate(times)]
-    (tmp_path / "a.csv").write_text("Date;Time;a\n" + "\n".join(rows))
-    numbers = duet.read_csv(tmp_path / "a.csv")
-    assert numbers["a"].tolist() == list(range(100))
-    assert numbers.index[30] == "02/01/2024 06:00:00"
-    assert capsys.readouterr().err == ""
-
-
 def test_dates_are_known_by_their_look(tmp_path, capsys):
     days = duet.pd.date_range("2024-01-01", periods=300).strftime("%d.%m.%Y")
     rows = [f"{day};{i},5" for i, day in enumerate(days)]
     (tmp_path / "a.csv").write_text("Zeitpunkt;a\n" + "\n".join(reversed(rows)))
     assert duet.read_csv(tmp_path / "a.csv")["a"].tolist() == [i + 0.5 for i in range(300)]
     assert "299 dates out of order" in capsys.readouterr().err
+
+
+def test_a_date_and_a_time_of_day_may_stand_in_two_columns(tmp_path):
+    times = duet.pd.date_range("2024-02-27", periods=300, freq="h")
+    rows = [f"{time:%H:%M},{time:%d.%m.%Y},{i},{i % 7}" for i, time in enumerate(times)]
+    np.random.default_rng(0).shuffle(rows)
+    (tmp_path / "a.csv").write_text("Time,Day,a,date_count\n" + "\n".join(rows))
+    numbers = duet.read_csv(tmp_path / "a.csv")
+    assert numbers["a"].tolist() == list(range(300))
+    assert list(numbers) == ["a", "date_count"]
+    text = "\n".join(f"{time:%H:%M},{i}" for i, time in enumerate(times))  # the time of day alone is no order
+    (tmp_path / "b.csv").write_text(f"clock,a\n{text}")
+    assert duet.read_csv(tmp_path / "b.csv")["a"].tolist() == list(range(300))
+
+
+def test_dates_of_few_days_are_read_with_the_day_or_the_month_first(tmp_path, capsys):
+    times = duet.pd.date_range("2024-03-01", periods=200, freq="h")
+    for pattern in ("%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M"):
+        text = "\n".join(f"{time},{i}" for i, time in enumerate(times.strftime(pattern)))
+        (tmp_path / "a.csv").write_text(f"t,a\n{text}")
+        assert duet.read_csv(tmp_path / "a.csv")["a"].tolist() == list(range(200))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_column_called_date_may_hold_plain_numbers(tmp_path, capsys):
@@ -473,15 +484,14 @@ def test_a_column_called_date_may_hold_plain_numbers(tmp_path, capsys):
     assert "89 dates out of order" in capsys.readouterr().err
 
 
-def test_an_hour_of_the_day_does_not_sort_the_rows(tmp_path):
-    (tmp_path / "a.csv").write_text("time,a\n" + "\n".join(f"{i % 24},{i}" for i in range(100)))
-    numbers = duet.read_csv(tmp_path / "a.csv")
-    assert numbers["a"].tolist() == list(range(100))
-
-
 def test_commas_that_may_mean_either_are_refused(tmp_path, error_line):
     (tmp_path / "a.csv").write_text("a\tb\n" + "1,504\t1\n950\t2\n1200\t3\n" * 500)
     assert "'1,504', a number is needed" in error_line(duet, ["--data", tmp_path / "a.csv", "--target", "b"])
+
+
+def test_rows_that_are_longer_than_the_header_are_refused(tmp_path, error_line):
+    (tmp_path / "a.csv").write_text("a,b\n1,5,2\n1,6,3\n")  # decimal commas in a file with commas
+    assert "Length of header" in error_line(duet, ["--data", tmp_path / "a.csv", "--target", "b"])
 
 
 def test_dates_that_fall_or_repeat_or_have_gaps_are_noted_and_sorted(tmp_path, capsys):
@@ -537,8 +547,8 @@ def toy_cases(count):
 
 def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, no_hydra):
     write_ts(tmp_path, ["1,2,?:4,5,6:down", "7,8:9,?,11,12:up"])
-    x, names, labels, _ = duet.read_archive([tmp_path / "Toy.ts"])
-    assert labels == ["down", "up"] and names == ["dim_0", "dim_1"]
+    x, labels, _ = duet.read_archive([tmp_path / "Toy.ts"])
+    assert labels == ["down", "up"]
     np.testing.assert_array_equal(x[0], [[np.nan, np.nan], [1, 4], [2, 5], [np.nan, 6]])
     np.testing.assert_array_equal(x[1], [[np.nan, 9], [np.nan, np.nan], [7, 11], [8, 12]])
     (tmp_path / "Toy.ts").unlink()
@@ -552,7 +562,7 @@ def test_ts_files_with_missing_values_unequal_length_and_text_labels(tmp_path, n
     assert data.name == "Toy" and data.classes == ["down", "only here", "up"] and data.seq_len == 26
     assert data.splits["test"].tolist() == list(range(31)) and data.splits["train"].min() >= 31  # TEST is read first
     results = duet.main(["--data", str(tmp_path), "--strategies", "none", "--output-dir", str(tmp_path / "out"), *TINY])
-    models = [row["model"] for row in results["benchmark"]["tables"]["accuracy"]]
+    models = [row["model"] for row in results["benchmark"]["table"]]
     assert models == ["majority class", "logistic regression", "gradient boosting", "hydra", "conv", "conv + hydra",
                       "none"]
 
@@ -562,12 +572,11 @@ def test_ts_files_of_many_kinds_are_read(tmp_path):
     path.write_text("\ufeff%comment\n@classLabel true a b\n% more\n@data\n" + "1.5:a\n2.5:b\n" * 40, encoding="utf-8")
     (data,) = duet.load_datasets(duet.parse_args(["--data", str(path)]))
     assert data.seq_len == 1
-    records = {record["model"]: record["accuracy"] for record in duet.baseline_records(data, 42)[0]}
-    assert records["logistic regression"] == 1
+    assert duet.accuracy(duet.fit_baselines(data)["logistic regression"], data, "test") == 1
     path.write_text("@classLabel false\n@data\n1,2:3,4\n5,6:7,8\n")
-    assert duet.read_archive([path])[2] == ["?", "?"]
+    assert duet.read_archive([path])[1] == ["?", "?"]
     path.write_text("@classLabel true a\n@data\n1,2:?\n")
-    assert duet.read_archive([path])[2] == ["?"]
+    assert duet.read_archive([path])[1] == ["?"]
 
 
 def test_the_older_archives_files_and_lower_case_parts_are_one_data_set(tmp_path):
@@ -586,7 +595,7 @@ def test_an_empty_cell_of_a_tsv_is_missing(tmp_path):
 @pytest.mark.parametrize("line", ["  1  2.5  3.5  ", "1\t2.5\t3.5\t", "1, 2.5, 3.5"])
 def test_blanks_around_a_case_are_no_values(line, tmp_path):
     (tmp_path / "Gun.txt").write_text(f"{line}\n" * 2)
-    x, _, labels, _ = duet.read_archive([tmp_path / "Gun.txt"])
+    x, labels, _ = duet.read_archive([tmp_path / "Gun.txt"])
     assert labels == ["1", "1"]
     np.testing.assert_array_equal(x[0, :, 0], [2.5, 3.5])
 
@@ -598,7 +607,8 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path):
 
 
 def test_one_of_two_cases_of_a_class_is_for_validation():
-    assert duet.choose_windows(np.repeat(np.arange(8), 2)).reshape(8, 2).sum(1).tolist() == [1] * 8
+    rest, chosen = duet.choose_windows(np.arange(16), np.repeat(np.arange(8), 2))
+    assert (rest // 2).tolist() == (chosen // 2).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("lines, header, message", [
@@ -610,6 +620,8 @@ def test_one_of_two_cases_of_a_class_is_for_validation():
     (["1,2:3:", "1,2:3:up"], HEADER, "cases without a class"),
     (["1,2:3:up", "1,2:3: ?"], HEADER, "cases without a class"),
     (["1,2:3"], "@classLabel false\n@data\n", "cases without a class"),
+    (["up", "down"], HEADER, "no cases"),
+    (["1,2:3:up"] * 20, HEADER, "too few windows of its classes: {'train': [13]"),
 ])
 def test_bad_ts_files(tmp_path, error_line, lines, header, message):
     path = write_ts(tmp_path, lines, header=header)
@@ -632,11 +644,12 @@ def test_downloads_are_checked(tmp_path, monkeypatch, capsys, error_line):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, message in (("wrong.csv", "invalid hash value"), ("absent.csv", "404")):
+    for name, message in (("absent.csv", "404"), ("wrong.csv", "its checksum is wrong")):
         monkeypatch.setattr(duet, "ETTH1_URL", f"http://127.0.0.1:{server.server_port}/{name}")
         arguments = ["--dataset", "etth1", "--data-dir", tmp_path, "--output-dir", tmp_path / "out"]
         assert message in error_line(duet, arguments)
-        assert not list((tmp_path / "ett").glob("*")) if (tmp_path / "ett").exists() else True
+        assert not list((tmp_path / "out").glob("*"))
+    (tmp_path / "ett/ETTh1.csv").unlink()
     monkeypatch.setattr(duet, "ETTH1_URL", f"http://127.0.0.1:{server.server_port}/good.csv")
     assert duet.fetch_etth1(tmp_path).read_bytes() == b"a,b\n1,2\n"
     server.shutdown()
@@ -656,11 +669,11 @@ def test_a_run_leaves_everything_and_pairs_the_seeds(finished):
     assert models == {f"{name}-{strategy}-{seed}" for name in ("plant", "user_metrics", "shared")
                       for strategy in ("none", "auto_expanding") for seed in (42, 43)}
     assert {"benchmark.png", "summary.md"} <= {path.name for path in run_dir.iterdir()}
-    rows = {(row["dataset"], row["model"]): row for row in results["benchmark"]["tables"]["accuracy"]}
+    rows = {(row["dataset"], row["model"]): row for row in results["benchmark"]["table"]}
     assert rows["plant", "persistence"]["accuracy %"] and ("user_metrics", "persistence") not in rows
     records = results["benchmark"]["records"]
     frame = duet.pd.DataFrame(records).query("dataset == 'plant'").pivot_table("accuracy", "seed", "model")
-    wanted = duet.percent(frame["auto_expanding"] - frame["none"], "+")
+    wanted = duet.write_cell(frame["auto_expanding"] - frame["none"], "+")
     assert rows["plant", "auto_expanding"]["minus none"] == wanted
     assert "±" in wanted
     assert rows["mean of all", "none, shared"]["minus own"] and rows["plant", "none"]["parameters"] == "569,411"
@@ -689,19 +702,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(shared, tmp_path, monkeypatch,
     arguments = ["--dataset", *duet.EMBEDDED, "--strategies", "auto_expanding", *TINY,
                  *["--shared"] * shared]
     whole = duet.main([*arguments, "--output-dir", str(tmp_path / "whole")])
-    end, ends = duet.save_checkpoint, []
+    end, ends = duet.atomic_write, []
 
-    def stop(*state, finished):
-        end(*state, finished)
-        ends.append(0)
-        if len(ends) == (5 if shared else 3):  # within the shared model, or the second data set
+    @contextlib.contextmanager
+    def stop(path):
+        with end(path) as part:
+            yield part
+        ends.append(path.suffix == ".pt")
+        if sum(ends) == (5 if shared else 3):  # within the shared model, or the second data set
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(duet, "save_checkpoint", stop)
+    monkeypatch.setattr(duet, "atomic_write", stop)
     with pytest.raises(SystemExit) as stopped:
         duet.main([*arguments, "--output-dir", str(tmp_path / "killed")])
     assert stopped.value.code == 130
-    monkeypatch.setattr(duet, "save_checkpoint", end)
+    monkeypatch.setattr(duet, "atomic_write", end)
     resumed = duet.main(["--resume", "--output-dir", str(tmp_path / "killed")])
     assert [r["accuracy"] for r in resumed["benchmark"]["records"]] == [
         r["accuracy"] for r in whole["benchmark"]["records"]]
@@ -716,7 +731,7 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch, no_hydra):
     results = duet.main(["--transfer", "--synthetic-schemas", "3", "--strategies", "none", "auto_expanding", *TINY,
                          "--windows", "200", "--output-dir", str(tmp_path)])
     assert (tmp_path / "duet/run-001/transfer.png").exists()
-    rows = {row["model"]: row for row in results["transfer"]["tables"]["accuracy"]}
+    rows = {row["model"]: row for row in results["transfer"]["table"] if row["quantity"] == "accuracy %"}
     assert rows["none, pretrained"]["0%"] and rows["none, scratch"]["0%"] is None
     networks = {f"{strategy}, {start}" for strategy in ("none", "auto_expanding")
                 for start in ("pretrained", "scratch")}
@@ -737,16 +752,16 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch, no_hydra):
     results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path),
                          "--strategies", "auto_expanding"])
     assert len(holes) == 15 and all(len(same) == 1 for same in holes.values())  # the same gaps for every model
-    table = results["nan_robustness"]["tables"]["accuracy"]
+    table = results["nan_robustness"]["table"]
     assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "auto_expanding, forward fill")) == 1
-    assert len(table) == 12 and (tmp_path / "duet/run-002/nan_robustness_user_metrics.png").exists()
+    assert len(table) == 12 and (tmp_path / "duet/run-002/nan_robustness.png").exists()
 
 
 def test_quick_is_every_experiment_and_never_asks_the_hub(tmp_path, monkeypatch, no_hydra, few_windows):
-    monkeypatch.setattr(duet, "hub_in_reach", lambda: pytest.fail("the hub was asked"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("the network was asked"))
+    monkeypatch.setattr(duet.socket, "create_connection", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was asked"))
     monkeypatch.setattr(duet, "MISSING_SHARES", [0.0, 0.5])
-    monkeypatch.setattr(duet, "LABEL_SHARES", [0.1, 1.0])
+    monkeypatch.setattr(duet, "LABEL_SHARES", [0.0, 0.1, 1.0])
     monkeypatch.delitem(duet.STRATEGIES, "random_names")
     results = duet.main(["--quick", "--steps", "2", "--batch-size", "8", "--threads", "1", "--data-dir", str(tmp_path),
                          "--output-dir", str(tmp_path)])
@@ -760,14 +775,14 @@ def test_what_quick_trains_is_learned(tmp_path):
     data = duet.original_dataset("user_metrics", [4, 1])
     model = duet.make_model(args, [data], "none", False, 42)
     duet.fit(model, [data], args, 42, tmp_path / "model.pt")
-    assert duet.accuracy(model, data, "test") > 0.8
+    assert duet.accuracy(duet.predict(model, data, "test"), data, "test") > 0.8
 
 
 def test_the_originals_data_are_sines_of_one_to_three_periods_with_noise():
     data = duet.original_dataset("user_metrics", 0)
     assert {part: len(some) for part, some in data.splits.items()} == {"train": 640, "val": 160, "test": 200}
-    assert data.info["missing"] == pytest.approx(0.03, abs=0.002)
-    assert duet.original_dataset("temperature_sensors", 0).info["missing"] == pytest.approx(0.05, abs=0.002)
+    assert np.isnan(data.series).mean() == pytest.approx(0.03, abs=0.002)
+    assert np.isnan(duet.original_dataset("temperature_sensors", 0).series).mean() == pytest.approx(0.05, abs=0.002)
     windows = np.nan_to_num(data.series.reshape(1000, 96, 5))
     for label in range(3):
         spectrum = np.abs(np.fft.rfft(windows[data.labels == label].mean((0, 2))))
@@ -782,12 +797,12 @@ def test_random_names_are_fixed_by_the_name_alone():
     assert sum(parameter.numel() for parameter in first.parameters()) == 17
 
 
-def test_a_training_that_needs_gigabytes_is_announced(capsys):
-    args = duet.parse_args([])
-    data = duet.synthetic_schema(0, 60)
-    duet.note_memory([data], args)
-    assert capsys.readouterr().err == ""
-    duet.note_memory([duet.replace(data, seq_len=20_000)], args)
+def test_a_training_that_needs_gigabytes_is_announced(tmp_path, monkeypatch, capsys):
+    data = duet.replace(duet.synthetic_schema(0, 60), seq_len=20_000)
+    monkeypatch.setattr(duet, "load_datasets", lambda args: [data])
+    monkeypatch.setattr(duet, "benchmark", lambda *_: pytest.fail("it began"))
+    with pytest.raises(BaseException, match="it began"):
+        duet.main(["--strategies", "none", "--output-dir", str(tmp_path)])
     assert "steps need about 13 GB in training" in capsys.readouterr().err
 
 
@@ -834,7 +849,7 @@ def test_dropped_values_have_the_share_asked_for(missing):
 def test_similar_names_are_found(encoder, tmp_path):
     results = duet.main(["--columns", "--dataset", "user_metrics", "--bert-model", encoder, "--data-dir", str(tmp_path),
                          "--output-dir", str(tmp_path), "--windows", "60"])
-    (row,) = [row for row in results["tables"]["nearest names"] if row["column"] == "temp"]
+    (row,) = [row for row in results["nearest names"] if row["column"] == "temp"]
     assert row["nearest"] == "temperature"
     assert row["similarity"] == 1
     assert (tmp_path / "duet/run-001/columns.png").exists()
@@ -888,17 +903,21 @@ def test_archive_files_train_convolutions_that_learn_and_predict(tmp_path):
     assert right > 0.8
 
 
-def test_a_short_case_to_predict_is_padded_as_in_training_and_a_short_csv_is_one_window(tmp_path, capsys):
-    metadata = {"name": "a", "columns": ["dim_0"], "classes": ["x"], "seq_len": 4, "mean": [0], "std": [1]}
+def test_a_short_case_to_predict_is_padded_as_in_training(tmp_path, monkeypatch):
+    write_ts(tmp_path, [f"{i % 2},{i}:{'ab'[i % 2]}" for i in range(40)])
+    data = duet.archive_dataset("Toy", [tmp_path / "Toy.ts"])
+    model = duet.ConvNet(1, 2)
+    model.add_dataset(duet.replace(data, seq_len=4))
+    seen = []
+    monkeypatch.setattr(duet, "restore_model", lambda *_: model)
+    monkeypatch.setattr(duet, "standardize", lambda series, mean, std: series.to_numpy(np.float32, copy=True))
+    monkeypatch.setattr(model, "forward", lambda x, name: seen.extend(x[:, 0].tolist()) or x[:, 0, :2].nan_to_num())
     (tmp_path / "a.ts").write_text("@classLabel false\n@data\n1,2\n1,2,3,4,5\n")
-    data, table = duet.read_windows(tmp_path / "a.ts", [metadata])
-    windows = data.series[data.starts[:, None] + np.arange(4), 0]
-    np.testing.assert_array_equal(windows, [[np.nan, np.nan, 1, 2], [2, 3, 4, 5]])
-    assert table["case"].tolist() == [1, 2]
-    (tmp_path / "a.csv").write_text("dim_0,b\n1,2\n3,4\n")
-    data, table = duet.read_windows(tmp_path / "a.csv", [metadata])
-    assert (data.seq_len, data.starts.tolist(), table["row"].tolist()) == (2, [0], [3])
-    assert "2 rows, which are one window, shorter than those of the training" in capsys.readouterr().err
+    argv = ["--predict", str(tmp_path / "a.ts"), "--checkpoint", "a.pt", "--output-dir", str(tmp_path)]
+    assert duet.main(argv)["windows"] == 2
+    np.testing.assert_array_equal(seen, [[np.nan, np.nan, 1, 2], [2, 3, 4, 5]])
+    rows = list(csv.DictReader((tmp_path / "duet/run-001/predictions.csv").read_text().splitlines()))
+    assert [row["case"] for row in rows] == ["1", "2"]
 
 
 @pytest.mark.parametrize("value", ["inf", "1e30", "1e300"])
@@ -918,7 +937,7 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     accuracies, states = iter([0.4, 0.9, 0.5]), []
     model = duet.make_model(args, [data], "none", False, 1)
 
-    def score(model, data, split):
+    def score(outputs, data, split):
         states.append({name: value.clone() for name, value in model.state_dict().items()})
         return next(accuracies)
 
@@ -927,73 +946,87 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     assert all(torch.equal(value, states[1][name]) for name, value in model.state_dict().items())
 
 
-def test_the_picture_shows_each_model_on_each_data_set_and_on_average(tmp_path, monkeypatch):
+def records_of(models, datasets=("a", "b"), **columns):
+    """Records of {model: accuracies [data sets]}; a model is named after its strategy."""
+    rows = []
+    for model, accuracies in models.items():
+        for dataset, accuracy in zip(datasets, accuracies):
+            rows.append(dict.fromkeys(duet.KEYS) | {
+                "dataset": dataset, "model": model, "strategy": model.split(",")[0], "seed": 1, "accuracy": accuracy,
+                "training": "shared" if "shared" in model else "own", "chance": 0.5, "quantity": "accuracy %",
+                "parameters": "5"} | columns)
+    return duet.pd.DataFrame(rows)
+
+
+def test_pictures_show_each_model_with_its_interval(tmp_path, monkeypatch):
     shown = {}
-    monkeypatch.setattr(duet, "plot_dots", lambda axis, names, series, errors: shown.update(series, names=list(names)))
-    records = duet.pd.DataFrame({"dataset": ["a", "b"], "model": "none", "strategy": "none", "training": "own",
-                                 "seed": 1, "accuracy": [0.5, 0.6], "chance": [0.5, 0.25]})
+    monkeypatch.setattr(duet, "plot_dots", lambda ax, names, means, errors: shown.update(
+        names=list(names), means=means, errors=errors))
+    seeds = [records_of({"learned": [0.8, 0.4], "none": [0.5, 0.6 + seed / 10], "majority class": [0.3, 0.3]},
+                        seed=seed, share=share) for seed in (0, 1) for share in ("5%", "100%")]
+    records = duet.pd.concat(seeds[::2])
+    records = records.sort_values("model", kind="stable")  # not in the order of a table
     duet.plot_benchmark(duet.add_means(records), tmp_path / "benchmark.png")
     assert shown["names"] == ["a", "b", "mean of all"]
-    assert shown["none"] == pytest.approx([50, 60, 55])
-    shared = records.assign(model="none, shared", training="shared", accuracy=[0.7, 0.9])
-    other = records.assign(model="learned", strategy="learned", accuracy=[0.8, 0.4])
-    records = duet.pd.concat([other[:1], records[:1], records[1:], other[1:], shared])  # not in the order of a table
-    duet.plot_benchmark(duet.add_means(records), tmp_path / "benchmark.png")
-    assert {name: shown[name] for name in ("learned", "none", "none, shared")} == {
-        "learned": pytest.approx([80, 40, 60]), "none": pytest.approx([50, 60, 55]),
-        "none, shared": pytest.approx([70, 90, 80])}
+    assert shown["means"]["learned"] == pytest.approx([80, 40, 60])
+    assert shown["means"]["none"] == pytest.approx([50, 65, 57.5])
+    assert shown["errors"]["none"] == pytest.approx([0, 63.53, 31.77], abs=0.01)  # t of one degree of freedom: 12.71
+    monkeypatch.setattr(duet, "plot_curve", lambda ax, x, runs, label, *_: shown.update(
+        {(label, len(shown)): (list(x), duet.np.asarray(runs).tolist())}))
+    shown.clear()
+    duet.plot_shares(duet.pd.concat(seeds), "title", "share", ["dataset"], tmp_path / "shares.png")
+    assert [label for label, _ in shown] == ["learned", "none", "majority class"] * 2
+    shares, runs = shown["none", 4]
+    assert shares == ["5%", "100%"]
+    np.testing.assert_allclose(runs, [[60, 60], [70, 70]])
 
 
 def test_differences_are_paired_by_seed():
-    records = duet.pd.DataFrame({"training": ["pretrained", "pretrained", "scratch", "scratch"], "strategy": "none",
-                                 "seed": [1, 2, 1, 2], "share": 0.1, "accuracy": [0.9, 0.8, 0.5, 0.6]})
-    table = duet.add_difference(records, "training", "scratch", ["strategy", "share", "seed"])
-    assert table["minus scratch"].round(6).tolist()[:2] == [0.4, 0.2]
-    assert table["minus scratch"].isna().tolist()[2:] == [True, True]
-    (row,) = duet.share_table(table, ["training"], "minus scratch")
-    assert row["10%"].startswith("+30.00 ± ")
+    parts = [records_of({"none": [value]}, seed=seed, share="10%", training=training) for training, seed, value in (
+        ("pretrained", 1, 0.9), ("pretrained", 2, 0.8), ("scratch", 1, 0.5), ("scratch", 2, 0.6))]
+    pairs = duet.difference(duet.pd.concat(parts), "training", "scratch")
+    assert pairs["accuracy"].round(6).tolist() == [0.4, 0.2]
+    assert set(pairs["training"]) == {"pretrained"}
+    assert set(pairs["quantity"]) == {"minus scratch"}
 
 
 def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (tmp_path / "a.csv").write_text("OT,b\n" + "\n".join(f"{i % 97}.5,{i % 89}" for i in range(3000)))
     data = duet.csv_dataset(tmp_path / "a.csv", "OT", 3, "original", missing=0.05)
-    assert data.info["missing"] == pytest.approx(0.05, abs=0.005)
+    assert np.isnan(data.series).mean() == pytest.approx(0.05, abs=0.005)
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--dataset", "no_such"], "invalid choice: 'no_such'"),
     (["--data", "no/such.csv"], "No such file or directory: 'no/such.csv'"),
-    (["--data", "CSV"], "--target None is not one of the numeric columns fixed, tempC, load, noise"),
-    (["--data", "CSV", "--target", "lod"], "--target lod is not one of the numeric columns fixed, tempC"),
-    (["--data", "CSV", "--target", "site"], "--target site is not one of the numeric columns"),
-    (["--data", "CSV", "--target", "fixed"], "too few windows of its classes"),
-    (["--data", "SHORT", "--target", "a"], "100 rows, at least 1296 are needed"),
+    (["--data", "CSV"], "a numeric --target None; it has 1600 rows of fixed, tempC, load, noise"),
+    (["--data", "CSV", "--target", "lod"], "a numeric --target lod; it has 1600 rows of fixed, tempC"),
+    (["--data", "CSV", "--target", "site"], "a numeric --target site; it has"),
+    (["--data", "CSV", "--target", "fixed"], "too few windows of its classes: {'train': [675]"),
+    (["--data", "SHORT", "--target", "a"], "needs 1296 rows and a numeric --target a; it has 100 rows of a"),
     (["--data", "TEXT", "--target", "a"], "column 'a': 'oops', a number is needed"),
-    (["--data", "WORDS", "--target", "a"], "--target a is not one of the numeric columns"),
+    (["--data", "WORDS", "--target", "a"], "needs 1296 rows and a numeric --target a"),
     (["--data", "EMPTY"], "no .ts, .tsv or .txt file in this folder"),
-    (["--data", "HEADER", "--target", "a"], "--target a is not one of the numeric columns"),
+    (["--data", "HEADER", "--target", "a"], "needs 1296 rows and a numeric --target a"),
     (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
-    (["--data", "SEMICOLON", "--target", "a"], "1 rows, at least 1296 are needed"),
+    (["--data", "SEMICOLON", "--target", "a"], "it has 1 rows of a, b"),
     (["--transfer", "x", "--data", "HUGE", "--target", "a"], "--transfer needs two data sets"),
-    (["--target", "load"], "--target is for the CSV files of --data"),
     (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),
     (["--predict", "CSV"], "--predict needs --checkpoint"),
     (["--columns", "--checkpoint", "MODEL"], "--predict needs --checkpoint"),
     (["--predict", "CSV", "--checkpoint", "no.pt"], "no.pt"),
-    (["--seed", "-1"], "invalid natural value: '-1'"),
-    (["--threads", "-1"], "invalid natural value: '-1'"),
-    (["--synthetic-schemas", "-1"], "invalid natural value: '-1'"),
     (["--predict", "CSV", "--checkpoint", "CSV"], "damaged, or not a checkpoint of duet.py"),
     (["--predict", "CSV", "--checkpoint", "TENSOR"], "not a model of this duet.py"),
     (["--predict", "CSV", "--checkpoint", "FOREIGN"], "not a model of this duet.py"),
     (["--predict", "CSV", "--checkpoint", "CARDLESS"], "not a model of this duet.py"),
-    (["--predict", "SHORT", "--checkpoint", "MODEL"], "none of the columns tempC, load, noise"),
+    (["--predict", "SHORT", "--checkpoint", "MODEL"], "needs 96 rows of tempC, load, noise"),
     (["--predict", "no.csv", "--checkpoint", "MODEL"], "no.csv"),
     (["--transfer", "nothing", "--dataset", *duet.EMBEDDED], "the name of one of them: ['temperature_sensors', "),
-    (["--steps", "0"], "invalid positive value: '0'"),
-    (["--learning-rate", "0"], "--learning-rate must be above 0"),
-    (["--data", "UTF16.ts"], "codec can't decode"),
-    (["--prewarm", "UTF16.ts"], "codec can't decode"),
+    (["--num-classes", "0"], "--runs: at least 1"),
+    (["--seed", "-1"], "--seed, --synthetic-schemas, --threads, --learning-rate: not below 0"),
+    (["--target", "HULL"], "--target is for the CSV files of --data"),
+    (["--data", "SHARED", "--target", "a"], "data sets must have different names, not shared or sources"),
+    (["--steps", "0"], "--steps, --evaluations, --batch-size, --runs: at least 1"),
     (["--device", "tpu"], "unknown device 'tpu'"),
     (["--resume"], "no unfinished run"),
     (["--resume", "--steps", "5"], "no unfinished run"),
@@ -1011,10 +1044,10 @@ def test_errors_are_one_line(arguments, message, finished, small_csv, tmp_path, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "other/ett").mkdir(parents=True)
     (tmp_path / "other/ett/ETTh1.csv").write_text("OT\n1\n")
-    (tmp_path / "UTF16.ts").write_text("@data\n1,2:a\n", encoding="utf-16")
+    (tmp_path / "shared.csv").write_text(small_csv.read_text().replace("load", "a"))
     places = {name: tmp_path / f"{name}.csv" for name in files}
-    places |= {"CSV": small_csv, "EMPTY": tmp_path / "empty", "OTHER": tmp_path / "other",
-               "UTF16.ts": tmp_path / "UTF16.ts", "MODEL": finished[0] / "models/plant-none-42.pt"}
+    places |= {"CSV": small_csv, "SHARED": tmp_path / "shared.csv", "EMPTY": tmp_path / "empty",
+               "OTHER": tmp_path / "other", "MODEL": finished[0] / "models/plant-none-42.pt"}
     argv = ["--threads", "1", *(places.get(word, word) for word in arguments)]
     line = error_line(duet, [*argv, "--output-dir", tmp_path / "out"])
     assert line.startswith("duet.py: error: ")
@@ -1030,31 +1063,28 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path, error_line, no_hydra):
 def test_a_model_made_by_hand_is_fitted_saved_and_read(tmp_path):
     data, args = duet.synthetic_schema(0, 60), duet.parse_args(TINY)
     model = duet.MultiDatasetPatchDuET(len(data.columns), strategy="auto_expanding", head="ordinal")
-    model.add_dataset(data.metadata())
+    model.add_dataset(data)
     duet.fit(model, [data], args, 42, tmp_path / "hand.pt")
     again = duet.restore_model(tmp_path / "hand.pt", "cpu")
     assert list(again.datasets) == [data.name]
     assert np.array_equal(duet.predict(again, data, "test"), duet.predict(model, data, "test"))
     with pytest.raises(ValueError, match=r"columns for a model of 5.*shared=True"):
-        new(5).add_dataset(duet.synthetic_schema(1, 60).metadata())
+        new(5).add_dataset(duet.synthetic_schema(1, 60))
 
 
 def test_figures_carry_their_interval_and_the_originals_stand_beside_its_protocol(tmp_path, no_hydra, few_windows):
-    assert duet.percent([0.01, 0.02, 0.03], "+") == "+2.00 ± 2.48" and duet.percent([0.9]) == "90.00"
-    assert duet.percent([0.01, 0.011, 0.012], "+") == "+1.10 ± 0.25 *" and "*" not in duet.percent([0.9, 0.91])
+    assert duet.write_cell(np.array([0.01, 0.02, 0.03]), "+") == "+2.00 ± 2.48"
+    assert duet.write_cell(np.array([0.01, 0.011, 0.012]), "+") == "+1.10 ± 0.25 *"
+    assert duet.write_cell(np.array([0.9])) == "90.00" and "*" not in duet.write_cell(np.array([0.9, 0.91]))
     command = ["--dataset", "user_metrics", "--strategies", "none", *TINY, "--output-dir", str(tmp_path)]
     original = ["--protocol", "original"]  # the embedded data of this script are not the original's
-    for head, protocol, claim in (("mean", original, 99.0), ("ordinal", original, None), ("mean", [], None)):
-        results = duet.main([*command, "--head", head, *protocol])
-        assert results["benchmark"]["tables"]["accuracy"][-1]["original %"] == claim
-    records = [{"dataset": name, "model": "none", "strategy": "none", "training": "own", "seed": 1, "accuracy": 0.5,
-                "chance": 0.5, "parameters": 5} for name in ("user_metrics", "b")]
-    table = duet.benchmark_table(duet.add_means(duet.pd.DataFrame(records)), duet.ORIGINAL_TABLE)
-    assert [row["original %"] for row in table[:1]] == [99.0]
-    records += [record | {"model": "none, shared", "training": "shared"} for record in records]
-    table = duet.benchmark_table(duet.add_means(duet.pd.DataFrame(records)), {})
-    assert [row["dataset"] for row in table] == ["user_metrics"] * 2 + ["b"] * 2 + ["mean of all"] * 2
-    assert table[-1]["dataset"] == "mean of all"
+    for protocol, claim in ((original, 99.0), ([], None)):
+        results = duet.main([*command, *protocol])
+        assert results["benchmark"]["table"][-1].get("original %") == claim
+    records = records_of({"none": [0.5, 0.5], "none, shared": [0.5, 0.5]})
+    assert list(duet.add_means(records)["dataset"]) == ["a", "b"] * 2 + ["mean of all"] * 2
+    many = records_of({"none": [0.5] * 7}, datasets="abcdefg")
+    assert list(duet.add_means(many)["dataset"]) == ["mean of all"]
 
 
 def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsys, monkeypatch, error_line, no_hydra):
@@ -1073,9 +1103,3 @@ def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsy
     assert "damaged" in error_line(duet, ["--resume", "--output-dir", tmp_path])
     (tmp_path / "file").write_text("")
     assert "file" in error_line(duet, [*arguments, "--output-dir", tmp_path / "file"])
-
-
-def test_an_ordinal_head_without_a_target_is_noted():
-    duet.NOTES.clear()
-    duet.load_datasets(duet.parse_args(["--dataset", "user_metrics", "--head", "ordinal", "--windows", "100"]))
-    assert duet.NOTES[-1].endswith("--head mean is used: user_metrics")
