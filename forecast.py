@@ -1187,7 +1187,8 @@ def run_experiment(args):
     start_time = time.perf_counter()
     series = load_series(args)
     runs = make_runs(args, series)
-    args.dataset = list(series)  # a resumed run takes the same
+    # A resumed run takes the same series.
+    args = argparse.Namespace(**vars(args) | {"dataset": list(series)})
     run_dir = next_run_dir(args)
     checkpoints = execute_all(runs, args, series, run_dir)
     if not checkpoints:
