@@ -10,7 +10,7 @@ Measured (Fashion-MNIST, an MLP, 5 epochs, 5 seeds): at equal samples selective_
 `smart` loses 1.98 ± 0.20 and self_paced gains 0.91 ± 0.17. In equal time, with correct labels,
 nothing beats random.
 
-    python batch_selection.py                                # MNIST, all strategies: some 4 minutes
+    python batch_selection.py                                # MNIST: about 4 minutes
     python batch_selection.py --quick                        # embedded data: under a minute
     python batch_selection.py --dataset fashion_mnist --label-noise 0 0.1 0.2 --no-benchmark
     python batch_selection.py --dataset fashion_mnist --budget-seconds 5
@@ -182,7 +182,7 @@ def parse_args(argv=None):
 #   learner.loss                 moving average of each sample's loss [samples]; inf, thus harder
 #                                than all others, where unseen
 #   learner.last_loss            its latest loss [samples], inf where unseen
-#   learner.score(rows)          present losses of these samples, by a forward pass; with
+#   learner.score(rows)          current losses of these samples, by a forward pass; with
 #                                gradient_norms=True the norms of their gradients at the logits
 #   learner.batches(rows)        these rows in batches without weights
 #   learner.progress()           share of the training that is done, from 0 to 1
@@ -241,7 +241,7 @@ def easy_first(learner):
 
 
 def accepted_batches(learner, accept):
-    """Batches of the samples that accept(their present losses) is true for; each random batch has a
+    """Batches of the samples that accept(their current losses) is true for; each random batch has a
     forward pass, and the accepted samples wait until they fill a batch."""
     size = learner.args.batch_size
     waiting = np.empty(0, int)
@@ -628,7 +628,7 @@ def load_table(path, drop):
         table = pd.read_csv(path, engine="pyarrow", dtype={"label": "string"}).drop(columns=drop)
         if "label" not in table or "label.1" in table:  # pandas numbers columns of one name
             raise ValueError("one column must be called `label`; the columns are "
-                             f"{list(table)[:5]}; has it a header, and commas?")
+                             f"{list(table)[:5]}; are there a header and commas?")
         missing = list(table.columns[table.isna().any()])
         if missing:
             raise ValueError(f"values are missing in columns {missing}")
@@ -883,7 +883,8 @@ def measure(learner):
 
 
 def add_label_noise(data, share, seed):
-    """Data of which this share of the training labels, drawn by `seed`, are another class."""
+    """Data of which this share of the training labels, drawn by `seed`, are replaced by
+    another class."""
     if not share:
         return data
     rng = np.random.default_rng([seed, 1])
@@ -1041,7 +1042,7 @@ def verdict(table, args):
     is_shown = table["p"] < ALPHA
     outcomes = np.select([is_shown & is_better, is_shown],
                          [f"Better than {control}", f"Worse than {control}"],
-                         f"No difference from {control} is shown")
+                         f"Not significantly different from {control}")
     names = table.index + " (" + table["effect"] + ")"
     return " ".join(f"{outcome}: {', '.join(group)}."
                     for outcome, group in names.groupby(outcomes))

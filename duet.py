@@ -58,6 +58,7 @@ import timeit
 import urllib.request
 import warnings
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="every experiment on the original's easy synthetic "
-        "data, no network: under a minute")
+        "data, no network: about a minute")
     add("--dataset", nargs="+", choices=[*EMBEDDED, "etth1"], metavar="NAME", help="embedded data "
         "sets, or etth1, which is downloaded: %(choices)s; if unset, all three, or the embedded "
         "ones if etth1 cannot be downloaded")
@@ -592,7 +593,7 @@ def fetch_etth1(data_dir):
                 content = response.read()
             with atomic_write(path) as file:
                 file.write_bytes(content)
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise UserError(f"{ETTH1_URL}: {error}; put the file at {path}") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != ETTH1_SHA256:
         raise UserError(f"{path}: its checksum is wrong; delete it or put the right file there")
@@ -617,7 +618,7 @@ def group_files(paths):
 
 def load_datasets(args):
     """The data sets [Dataset] that the arguments name, that of --transfer last; if they name none,
-    the embedded ones and ETTh1, if that can be had."""
+    the embedded ones and ETTh1, if that is available."""
     names = args.dataset or []
     if not (names or args.data or args.synthetic_schemas):
         names = [*EMBEDDED]
@@ -663,8 +664,9 @@ class ColumnEmbedder(nn.Module):
     """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
     A strategy is a subclass that computes fixed vectors [names, dim] of new names in
-    compute(names); only the Linear is trained. One that learns its vectors overrides add() and
-    embed() instead.
+    compute(names), with a mean square of about 1; only the Linear is trained. One that learns
+    its vectors overrides add() and embed() instead. For another dim, __init__(target_dim=1) calls
+    super().__init__(target_dim, dim).
     """
 
     def __init__(self, target_dim=1, dim=16):
@@ -1028,7 +1030,7 @@ def warm_up_then_cosine(step, steps):
 def draw_batches(datasets, steps, batch_size, device):
     """`steps` batches of each data set in random order: (number of the data set, windows [batch]).
 
-    A batch is an eighth of few windows, so that an epoch has several steps.
+    With few windows, a batch is an eighth of them, so that an epoch has several steps.
     """
     batches = []
     for number, data in enumerate(datasets):
@@ -1513,7 +1515,7 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
 
 
 def find_strategies(args, datasets):
-    """The strategies to run; frozen_bert is left out with a note if its encoder cannot be had."""
+    """The strategies to run; frozen_bert is left out if its encoder cannot be loaded."""
     strategies = args.strategies or [name for name in STRATEGIES
                                      if not args.quick or name != "frozen_bert"]
     try:

@@ -204,7 +204,8 @@ def parse_args(argv=None):
     add("--checkpoint", help="transformer.pt of a run")
     add("--area", help="area of the new readings; if unset, their file's name up to the first _")
     add("--compare", nargs="+", help="results.json of runs to set side by side")
-    add("--price-per-hour", type=float, default=1.624, help="price of the machine [$], to compare")
+    add("--price-per-hour", type=float, default=1.624, help="price of the machine "
+        "[$ per hour], for --compare")
     if "--quick" in (argv or []):
         parser.set_defaults(sample_per_area=30_000, epochs=4, num_trees=30, batch_size=128,
                             learning_rate=0.001)
@@ -832,7 +833,7 @@ def window_statistics(x):
 
 class LastTokenLayer(nn.TransformerEncoderLayer):
     """A pre-norm encoder layer that computes its last token alone: [batch, tokens, d_model] to
-    [batch, d_model]. It gives the same numbers as the whole layer, faster."""
+    [batch, d_model]. Without dropout it gives the same numbers as the whole layer, faster."""
 
     def forward(self, x):
         keys = self.norm1(x)
@@ -1185,8 +1186,8 @@ def score_answers(answers, labels, areas):
 
 
 def detection_delays(model, baselines, data, info):
-    """Table [models, figures] of the test fires that are found, and of the delay from the onset to
-    the first window called fire, one window a row. Fires that the split cuts do not count."""
+    """Table [models, figures]: how many test fires are found, and the delay from the onset to the
+    first window called fire, one window a row. Fires that the split cuts do not count."""
     starts = data.starts("test", 1)
     starts = starts[data.window_labels(starts) == 2]
     rows = pd.Series(starts.cpu().numpy() + data.seq_len - 1)
@@ -1355,7 +1356,7 @@ def format_summary(results, table, by_area):
 
 {markdown_table(area_rows)}
 
-Test part of {data["rows"]:,} rows in all, split by {data["split"]}:
+Scores on the test part ({data["rows"]:,} rows in all parts, split by {data["split"]}):
 
 {markdown_table(model_rows)}
 

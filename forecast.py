@@ -420,8 +420,9 @@ class Network(nn.Module):
     """Base of all models. A new one needs __init__(run, args), which takes a Run and the command
     line, forward, and an entry in MODELS; with a longer horizon, a loss of its own, too.
 
-    forward(x, last_only) takes x [batch, time] to the forecasts [batch, horizon] of the values
-    after x; without last_only to one-step forecasts [batch, time] from every step.
+    forward(x, last_only=True) takes x [batch, time] to the forecasts [batch, horizon] of the values
+    after x; with last_only=False to one-step forecasts [batch, time] from every step. Tables show
+    self.name, where that is set.
     """
 
     horizon = 1  # values of one forecast
@@ -956,7 +957,8 @@ def holdout_scores(errors, widths, values):
 
 
 def execute(run, args, values, models):
-    """Fit and score one run: (run, its checkpoint or {"error"}), so that the others go on. What
+    """Fit and score one run: (run, its checkpoint); an error is returned as {"error"} and not
+    raised, so that the other runs go on. What
     the checkpoint holds beside the scores is of the hold-out, if that was run. `models` has the
     MODELS of the parent, to which a user may have added."""
     MODELS.update(models)

@@ -3,8 +3,8 @@
 A dendrite is a second weight vector of a neuron behind a sigmoid, whose output is added to the
 neuron's. At the first switch perforatedai adds one to each neuron of the Linear layers.
 
-Measured with 5 seeds on one H100: the dendrites carry 0.05 % of the output and add nothing that can
-be measured: against a mere restart of the learning rate, PR AUC changes by -0.002 ± 0.006 on
+Measured with 5 seeds on one H100, the dendrites carry 0.05 % of the output and add nothing that can
+be measured. Against a mere restart of the learning rate, PR AUC changes by -0.002 ± 0.006 on
 synthetic comments and by -0.0002 ± 0.0007 on 24,783 tweets. On the tweets a student of TF-IDF and a
 fine-tuned MiniLM (--distill giant) has F1 0.451 ± 0.018 and PR AUC 0.397 ± 0.032; TF-IDF itself has
 0.429 ± 0.046 and 0.385 ± 0.057, MiniLM 0.468 and 0.428. The README has the commands.
@@ -100,9 +100,9 @@ LEGEND = """\
 PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on the
 validation texts of the training. For one seed, F1 low and F1 high are the 95 % interval of F1 on
 these test texts, speed is measured on the CPU, and MB is the size of the file. For several, ± is
-the 95 % interval of the mean (Student's t); differences are paired by seed, and more than chance
-where their interval lies on one side of 0. The int8 model has its matrices in int8 and computes in
-float32."""
+the 95 % interval of the mean (Student's t); differences are paired by seed, and significant
+(uncorrected) where their interval excludes 0. The int8 model has its matrices in int8 and computes
+in float32."""
 # The arguments that decide which texts there are and how they are read. Jobs on a checkpoint take
 # those of its training.
 DATA_ARGUMENTS = ["dataset", "data", "text_column", "label_column", "positive_label",
@@ -510,7 +510,7 @@ def split_texts(table, sample_size, seed):
 
 
 def load_data(args, only_test=False, seen=()):
-    """Data of --data, --dataset, or what is in reach; with `only_test` all of it is the test part.
+    """Data of --data, --dataset, or what is available; with `only_test` all of it is the test part.
     Test texts whose hashes are `seen` are left out."""
     try:
         table, source = read_source(args)
@@ -798,8 +798,8 @@ def perforate(plain, device):
 
 
 def library(model, train, args):
-    """perforatedai adds one dendrite to each neuron, with an output weight of 0, unless they are
-    there."""
+    """perforatedai adds one dendrite to each neuron, with an output weight of 0, unless the
+    model has them already."""
     return perforate(model, args.device)
 
 
@@ -1155,7 +1155,7 @@ def evaluate_versions(versions, data):
 
 
 def make_tfidf():
-    """Logistic regression on TF-IDF of words, word pairs and 2 to 5 letters within words."""
+    """Logistic regression on TF-IDF of words, pairs of words and 2 to 5 characters within words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline, make_union

@@ -381,7 +381,7 @@ def test_the_same_difference_in_every_run_is_not_tested():
     with warnings.catch_warnings(action="error"):
         table, verdict = compare({"random": [1.1, 2.2, 3.3], "a": [2.2, 3.3, 4.4], "b": [3, 3, 3.6]})
     assert math.isnan(table.loc["a", "p"])
-    assert "is shown: a (+1.10 ± 0.00)" in verdict
+    assert "Not significantly different from random with as many trained samples: a (+1.10 ± 0.00)" in verdict
     p = stats.ttest_rel([1.1, 2.2, 3.3], [3, 3, 3.6]).pvalue
     assert table.loc["b", "p"] == pytest.approx(p), "only one test is corrected for"
 
@@ -687,7 +687,7 @@ def rows(value):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("a,b\n1,2\n", "called `label`; the columns are ['a', 'b']"),
-    ("0,0,3,1.5\n1,0,2,0.5\n", "has it a header, and commas?"), (rows("x"), "['a'] are not numbers alone"),
+    ("0,0,3,1.5\n1,0,2,0.5\n", "are there a header and commas?"), (rows("x"), "['a'] are not numbers alone"),
     ("label,a,day\n0,1,2024-05-01\n1,2,2024-05-02\n", "['day'] are not numbers"),
     ("label,a,label\n" + "0,1.5,0\n1,2.5,1\n" * 9, "one column must be called `label`"), (rows("inf"), "infinity"),
     ("label,a\n0,1.5\n1,\n", "missing in columns ['a']"), ("", "No columns|Empty CSV"),
@@ -695,7 +695,7 @@ def rows(value):
     ("label,a\ncat,1\nNaN,2\n1,3\n", "missing in columns ['label']"),
     ("label,a\n0,1,7\n1,2,8\n", "Expected 2 columns"), ("label,a\n1,2\n1,3\n1,5\n", "fewer than two classes"),
     ("label,a\n", "n_samples=0"), ("label,a\n0,1\n\xff,2\n", "UTF8|utf-8"),
-    ("label,a\n0,1\n1,2,8\n", "Expected 2 columns, got 3"), ("label;a\n0;1\n", "has it a header, and commas?")])
+    ("label,a\n0,1\n1,2,8\n", "Expected 2 columns, got 3"), ("label;a\n0;1\n", "are there a header and commas?")])
 def test_a_bad_table_is_one_line(text, words, error_line):
     Path("bad.csv").write_bytes(text.encode("latin-1"))
     line = error_line(bs, ["--data", "bad.csv"])
