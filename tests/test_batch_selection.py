@@ -361,8 +361,8 @@ def test_comparisons_agree_with_scipy():
         assert row["p"] == pytest.approx(min(1, max(
             p[other] * sum(p[third] >= p[other] for third in p) for other in harder)))
     control = "random with as many trained samples"
-    assert re.fullmatch(rf"Better than {control}: good \(\+1\.\d\d ± 0\.\d\d \*\)\. No difference from {control} is "
-                        rf"shown: same \([^)]*\)\. Worse than {control}: bad \(-[^)]*\)\.", verdict)
+    assert re.fullmatch(rf"Better than {control}: good \(\+1\.\d\d ± 0\.\d\d \*\)\. Not significantly different "
+                        rf"from {control}: same \([^)]*\)\. Worse than {control}: bad \(-[^)]*\)\.", verdict)
 
 
 def test_fewer_bits_per_byte_are_better():
