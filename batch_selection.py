@@ -794,7 +794,7 @@ class Learner:
 
     @torch.inference_mode()
     def score(self, rows, gradient_norms=False):
-        """Present losses of the training samples `rows`, as an array; or the norms of softmax minus
+        """Current losses of the training samples `rows`, as an array; or the norms of softmax minus
         one-hot, the gradient of the loss at the logits."""
         x, y = self.data.training_samples(rows)
         self.model.eval()

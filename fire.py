@@ -385,7 +385,9 @@ def name_areas(files, split):
         return folders
     if split == "files":
         return ["all"] * len(files)
-    return next((names for names in (beginnings, stems) if names.is_unique), files)
+    if beginnings.is_unique:
+        return beginnings
+    return stems if stems.is_unique else files
 
 
 def read_csv(content, na_values):

@@ -304,9 +304,10 @@ def read_times(column):
         readings = [read(dayfirst=False), read(dayfirst=True)]
     else:
         readings = [read(dayfirst="." in first[:3])]  # as in 31.12.2024
-    best = min(readings, key=missing_times)
-    for reading in readings:
-        if missing_times(reading) == missing_times(best) and not reading.equals(best):
+    scores = [missing_times(reading) for reading in readings]
+    best = readings[scores.index(min(scores))]
+    for reading, score in zip(readings, scores):
+        if score == min(scores) and not reading.equals(best):
             note(f"the first time is taken for {best.iloc[0]}; it may also be {reading.iloc[0]}")
     return best
 
@@ -392,7 +393,7 @@ def load_known(name, args):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             part.write_bytes(content)
-    return pd.read_csv(path, index_col=0).squeeze()
+    return pd.read_csv(io.BytesIO(content), index_col=0).squeeze()
 
 
 def load_series(args):
@@ -958,9 +959,9 @@ def holdout_scores(errors, widths, values):
 
 def execute(run, args, values, models):
     """Fit and score one run: (run, its checkpoint); an error is returned as {"error"} and not
-    raised, so that the other runs go on. What
-    the checkpoint holds beside the scores is of the hold-out, if that was run. `models` has the
-    MODELS of the parent, to which a user may have added."""
+    raised, so that the other runs go on. What the checkpoint holds beside the scores is of the
+    hold-out, if that was run. `models` has the MODELS of the parent, to which a user may have
+    added."""
     MODELS.update(models)
     torch.set_num_threads(1)
     start_time = time.perf_counter()

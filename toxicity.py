@@ -1148,9 +1148,10 @@ def evaluate_versions(versions, data):
     classifier = versions[0]
     if has_dendrites(classifier.model):
         threshold = None if "validation" in data.splits else classifier.threshold
-        versions.append(replace(
+        switched_off = replace(
             classifier, model=remove_dendrites(classifier.model), threshold=threshold, path=None,
-            name=f"{classifier.name}, dendrites switched off"))
+            name=f"{classifier.name}, dendrites switched off")
+        versions = [*versions, switched_off]
     return [evaluate_classifier(version, data) for version in versions]
 
 
