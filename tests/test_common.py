@@ -64,10 +64,10 @@ def test_no_window_is_opened_outside_a_notebook():
 
 def test_plots_show_their_values(tmp_path):
     fig, (bars, ranking, heat, curve) = common.new_figure("title", 1, 4)
-    common.plot_bars(bars, ["a", "b"], {"x": [1, 2], "y": [3, None]}, "{:.2f}", errors={"x": [0.1, 0.1], "y": [0.2, 0]})
-    assert {"1.00", "2.00", "3.00"} <= {text.get_text() for text in bars.texts}
+    common.plot_bars(bars, ["a", "b"], {"x": [1, 2], "y": [3, 4]}, "{:.2f}")
+    assert [text.get_text() for text in bars.texts] == ["1.00", "2.00", "3.00", "4.00"]
     assert [text.get_text() for text in bars.get_legend().get_texts()] == ["x", "y"]
-    common.plot_ranking(ranking, {"low": 1, "high": 2}, highlight="high")
+    common.plot_ranking(ranking, {"high": 2, "low": 1})
     assert [label.get_text() for label in ranking.get_yticklabels()] == ["low", "high"]  # the highest on top
     common.plot_confusion(heat, [[3, 1], [0, 0]], ["no", "yes"], "model")
     assert "3\n75.0%" in {text.get_text() for text in heat.texts}
@@ -76,3 +76,13 @@ def test_plots_show_their_values(tmp_path):
     common.save_figure(fig, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert not matplotlib.pyplot.get_fignums()  # closed
+
+
+def test_dots_have_an_interval_and_the_highlighted_one_is_black():
+    fig, (ax,) = common.new_figure("title")
+    common.plot_dots(ax, ["ours", "theirs"], {"accuracy": [90, 80]}, errors={"accuracy": [2, 3]}, highlight="ours")
+    (bars,) = ax.collections[1:]
+    ends = [segment[:, 0].tolist() for segment in bars.get_segments()]
+    assert ends == [[88, 92], [77, 83]]
+    assert [matplotlib.colors.to_hex(color) for color in ax.collections[0].get_facecolors()] == ["#000000", "#0072b2"]
+    common.plt.close(fig)
