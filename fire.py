@@ -450,7 +450,7 @@ def find_sensors(recordings, others):
     for name in columns:
         known = [frame[name].dropna() for frame in recordings if name in frame]
         is_time = known[0].dtype.kind == "M"
-        is_label = name.startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
+        is_label = name.lower().startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
         rises = all(column.is_monotonic_increasing for column in known)
         if is_time or is_label or (rises and known[0].nunique() > 2):
             left_out.append(name)
@@ -460,10 +460,19 @@ def find_sensors(recordings, others):
     return columns.difference(left_out, sort=False)
 
 
-def read_times(column, recordings):
-    """(usual step [s], rows that follow a gap or begin a recording) of a time column, which must
-    rise in each recording; `recordings` are their first rows. Times are timestamps, text, or
-    numbers of seconds, which may count milli-, micro- or nanoseconds since 1970."""
+def find_time_column(frame, chosen):
+    """The time column: the chosen one, or one with a usual name, or timestamps that only rise."""
+    found = find_column(frame, chosen, TIME_COLUMNS)
+    for name, column in frame.items():
+        is_clock = column.dtype.kind == "M" and column.is_monotonic_increasing and column.is_unique
+        if not found and is_clock:
+            found = name
+    return found
+
+
+def read_times(column):
+    """Seconds of a time column: timestamps, text, or numbers of seconds, which may count milli-,
+    micro- or nanoseconds since 1970."""
     if pd.api.types.is_numeric_dtype(column):
         seconds = column.astype(float)
         while seconds.median() > 1e11:
@@ -475,6 +484,12 @@ def read_times(column, recordings):
         times = min(candidates, key=lambda times: (times.isna().sum(), times.max() - times.min()))
         seconds = (times - times.min()).dt.total_seconds()
     refuse(seconds.isna(), column, "is not a date and time")
+    return seconds
+
+
+def find_gaps(seconds, column, recordings):
+    """(usual step [s], rows that follow a gap or begin a recording) of the times `seconds` in a
+    column, which must rise in each recording; `recordings` are their first rows."""
     steps = seconds.diff()
     steps.iloc[recordings] = np.inf
     refuse(steps <= 0, column, "is not later than the row above. Sort the file; after a clock "
@@ -487,8 +502,8 @@ def read_numbers(column, na_values):
     """A column as numbers, NaN where missing. An extreme that repeats, far from all others, such as
     -999, is noted."""
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    refuse(numbers.isna() & column.notna(), column,
-           "is not a number; see --na-values, --columns and --area-column")
+    refuse(numbers.isna() & column.notna() & ~column.isin(na_values), column,
+           "is not a number; see --na-values, --columns, --time-column and --area-column")
     missing = [*pd.to_numeric(na_values, errors="coerce"), np.inf, -np.inf]
     numbers = numbers.mask(numbers.isin(missing))
     for extreme in (numbers.min(), numbers.max()):
@@ -509,7 +524,7 @@ def read_area(frames, args):
     label = None
     if not args.predict:
         label = find_column(recordings[0], args.label_column, LABEL_COLUMNS) or "label"
-    times = find_column(recordings[0], args.time_column, TIME_COLUMNS)
+    times = find_time_column(recordings[0], args.time_column)
     roles = [label, times, args.area_column]
     sensors = [name for name in columns or find_sensors(recordings, roles) if name != label]
     for address, frame in frames.items():
@@ -520,36 +535,48 @@ def read_area(frames, args):
     later = frame.columns.difference(recordings[0].columns).tolist()
     if later and not columns:
         note(f"{address}: columns {later} are not in the first file, and are left out")
-    for name in frame.columns.difference([*roles, *(columns or [])]):
-        if DEVICE_COLUMN.fullmatch(name) and frame[name].nunique() > 1:
+    for name in frame.columns.difference([label, times, *(columns or [])]):
+        names_devices = name == args.area_column or DEVICE_COLUMN.fullmatch(name)
+        if names_devices and frame[name].nunique() > 1:
             raise UserError(f"{address}: column {name!r} seems to name devices or rooms: train "
                             "with --area-column, or keep the rows of one")
+    if times:
+        seconds = read_times(frame[times])
+        begins = seconds.groupby(level=0).transform("first")
+        order = begins.argsort(kind="stable")  # of the recordings
+        frame = frame.iloc[order]
+        seconds = seconds.iloc[order]
     readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
         readings[:, i] = read_numbers(frame[name], args.na_values)
-    starts = np.cumsum([0, *map(len, recordings)])[:-1]
+    sizes = frame.groupby(level=0, sort=False).size()
+    starts = np.cumsum([0, *sizes])[:-1]
     oracle = np.full(len(frame), -1, np.int8)
     area = Area(sensors, readings, frame.get(label, oracle), oracle, 1.0, starts, starts)
     if times:
         area.times = frame[times]
-        area.step, area.breaks = read_times(area.times, starts)
+        area.step, area.breaks = find_gaps(seconds, area.times, starts)
     return area
+
+
+def label_texts(labels):
+    """Labels as they are compared: text in lower case, with spaces for dashes and underscores."""
+    texts = labels.astype(str).str.strip().str.lower()
+    return texts.str.replace("[_-]", " ", regex=True).str.removesuffix(".0")
 
 
 def read_labels(areas):
     """Turn the labels of the areas into classes. A 1 is fire, unless a label of any area is a 2, a
     warning or a fire."""
-    labels = pd.concat([area.labels for area in areas]).drop_duplicates()
-    texts = labels.astype(str).str.strip().str.lower()
-    texts = texts.str.replace("[_-]", " ", regex=True).str.removesuffix(".0")
+    labels = [area.labels.drop_duplicates() for area in areas]
+    texts = pd.concat(map(label_texts, labels))
     three_classes = texts.isin(["2", "warning", "fire"]).any()
-    classes = texts.map(LABELS if three_classes else LABELS | {"1": 2})
-    refuse(classes.isna(), labels, f"is no label; labels are {', '.join(LABELS)}")
-    names = classes.map(dict(enumerate(CLASSES)))
-    note(f"labels: {dict(zip(texts, names))}")
-    numbers = dict(zip(labels, classes))
-    for area in areas:
-        area.labels = area.labels.map(numbers).to_numpy(np.int8)
+    numbers = LABELS if three_classes else LABELS | {"1": 2}
+    for area, different in zip(areas, labels):
+        classes = label_texts(different).map(numbers)
+        refuse(classes.isna(), different, f"is no label; labels are {', '.join(LABELS)}")
+        area.labels = area.labels.map(dict(zip(different, classes))).to_numpy(np.int8)
+    note(f"labels: { {text: CLASSES[numbers[text]] for text in texts.unique()} }")
 
 
 def file_areas(args):
@@ -572,6 +599,10 @@ def file_areas(args):
         areas[name] = read_area(frames, args)
         frames.clear()  # to free memory
     read_labels(areas.values())
+    steps = {f"{area.step:.3g}" for area in areas.values()}
+    gaps = sum(len(area.breaks) - len(area.recordings) for area in areas.values())
+    note(f"rows are {' or '.join(sorted(steps))} s apart (1 s where there is no time column); "
+         f"gaps: {gaps:,}")
     return areas, files
 
 
@@ -636,9 +667,10 @@ def split_area(area, how, args):
         order.sort(key=lambda bound: -labels[slice(*bound)].max())
         cuts = [(split, *bound) for split, bound in zip(cycle(DEAL), order)]
     stretches = {split: [] for split in SPLITS}
+    breaks = np.array(area.breaks)
     for split, start, stop in cuts:
-        inside = [row for row in area.breaks if start < row < stop]
-        for begin, end in pairwise([start, *inside, stop]):
+        inside = breaks[(breaks > start) & (breaks < stop)]
+        for begin, end in pairwise([start, *inside.tolist(), stop]):
             if end - begin >= gap:
                 stretches[split].append((begin, end))
     return stretches
@@ -689,7 +721,7 @@ def find_segments(areas, how, args):
 def choose_split(areas, args):
     """(name of the split, its segments, the number of windows [classes, splits] in them). Of two
     splits the one that leaves fewer classes without enough windows is chosen. Raises UserError
-    where a split is empty or the training part has one class only."""
+    where the training part has one class only, or another part none of its classes."""
     splits = ["time", "runs"] if args.split == "auto" else [args.split]
     candidates = {how: find_segments(areas, how, args) for how in splits}
     lacking = {how: (counts.to_numpy() < MIN_WINDOWS).sum()
@@ -703,7 +735,8 @@ def choose_split(areas, args):
     few = windows[windows < MIN_WINDOWS].to_dict()
     if few:
         note(f"fewer than {MIN_WINDOWS} windows are too few to score: {few}")
-    if (counts["train"] > 0).sum() < 2 or not counts.any().all():
+    trained = counts[counts["train"] > 0]
+    if len(trained) < 2 or not trained.any().all():
         raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
                         "or --stride, or another --split")
     return how, segments, counts
@@ -791,7 +824,7 @@ def load_data(args):
         train = pd.DataFrame(area.readings[mask])
         mean = train.mean()  # NaN for a sensor without any reading
         std = train.std(ddof=0)
-        std = std.mask(std <= 1e-6 * mean.abs(), 1)  # 1 for a constant
+        std = std.where(std > 1e-6 * mean.abs())  # NaN for a constant, which counts as missing
         info["areas"][name] = {"sensors": area.sensors, "columns": columns[area.sensors].tolist(),
                                "mean": mean.tolist(), "std": std.tolist(), "step": area.step}
     return make_data(by_name, info, segments, args), info
@@ -1218,6 +1251,9 @@ def evaluate(model, baselines, data, train, info, args):
     answers["smoke × CO rule"] = smoke_times_co(train, features, info["areas"])
     numbers = pd.Series(data.areas[starts].cpu().numpy())
     areas = numbers.map(dict(enumerate(info["areas"])))
+    untested = sorted(info["areas"].keys() - set(areas))
+    if untested:
+        note(f"no window of the areas {untested} is in the test part")
     table, by_area, scores = score_answers(answers, labels, areas)
     table = table.join(detection_delays(model, baselines, data, info))
     table = table.sort_values("accuracy %", ascending=False, kind="stable").round(2)
@@ -1430,9 +1466,11 @@ def run_experiment(args, run_dir=None):
                "history": state["history"], "stages": stages, "parameters": parameters}
     summary = format_summary(results, table, by_area)
     if args.save_to:
-        description = describe_run(args) | results
-        results["saved_to"] = save_version(description, summary, run_dir, args.save_to)
-    return write_results(results, summary, args, run_dir)
+        results["saved_to"] = new_version(args.save_to)
+    results = write_results(results, summary, args, run_dir)  # safe before a copy may fail
+    if args.save_to:
+        save_version(results, summary, run_dir)
+    return results
 
 
 def join_processes(args):
@@ -1477,13 +1515,17 @@ def run_seeds(args):
     info = load_data(args)[1]  # an error in the data comes before there is a folder
     run_dir = next_run_dir(args)
     tables = {}
+    notes = {}
     for seed in range(args.seed, args.seed + args.runs):
+        NOTES.clear()
         finished = run_dir / f"seed-{seed}" / "results.json"
         if not finished.exists():
             finished.parent.mkdir(exist_ok=True)
             run_experiment(argparse.Namespace(**vars(args) | {"seed": seed}), finished.parent)
-        rows = json.loads(finished.read_text())["table"]
-        tables[seed] = pd.DataFrame(rows).set_index("model")
+        results = json.loads(finished.read_text())
+        tables[seed] = pd.DataFrame(results["table"]).set_index("model")
+        notes |= dict.fromkeys(results["notes"])
+    NOTES[:] = notes
 
     records = pd.concat(tables, names=["seed"])
     accuracy = records["accuracy %"].unstack("model")  # [seeds, models]
@@ -1508,24 +1550,25 @@ best baseline, {baseline}, {means[baseline]} %. The difference, seed by seed, is
 # --- Extras: versions in a folder or in S3 (--save-to) ------------------------------------------
 
 
-def save_version(description, summary, run_dir, address):
-    """Copy models and tables to a new version under `address`; returns the version's address.
+def new_version(address):
+    """The address of a new version under `address`: the time in UTC and four random hexadecimal
+    digits, so that it clashes with no other writer's."""
+    name = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
+    return f"{address.rstrip('/')}/{name}"
 
-    Its name, the time in UTC and four random hexadecimal digits, clashes with no other writer's.
-    metadata.json comes last: a version without it is not complete.
-    """
-    version = time.strftime("/%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
-    address = address.rstrip("/") + version
-    filesystem, folder = open_address(address)
+
+def save_version(results, summary, run_dir):
+    """Copy models and tables to results["saved_to"]. metadata.json comes last: a version without it
+    is not complete."""
+    filesystem, folder = open_address(results["saved_to"])
     if filesystem.type_name == "local":
         filesystem.create_dir(folder)
     contents = {name: (run_dir / name).read_bytes() for name in ("transformer.pt", "trees.joblib")}
     contents["summary.md"] = summary.encode()
-    contents["metadata.json"] = to_json(description).encode()
+    contents["metadata.json"] = to_json(results).encode()
     for name, content in contents.items():
         with filesystem.open_output_stream(f"{folder}/{name}") as stream:
             stream.write(content)
-    return address
 
 
 # --- Extras: new readings (--predict) -----------------------------------------------------------
@@ -1556,11 +1599,12 @@ def predict_file(args):
         names = ", ".join(info["areas"])
         raise UserError(f"{args.predict}: --area must be one of {names}, not {name!r}")
     described = info["areas"][name]
-    changes = {"predict": args.predict, "device": args.device, "area_column": None,
-               "columns": described["sensors"]}
+    changes = {"predict": args.predict, "device": args.device, "columns": described["sensors"]}
     options = argparse.Namespace(**trained | changes)
     frame, _ = read_frame(args.predict, options.na_values)
     area = read_area({args.predict: frame}, options)
+    if area.times is None:
+        area.step = described["step"]
     if not math.isclose(area.step, described["step"], rel_tol=0.01):
         note(f"a row is {area.step:g} s, in training it was {described['step']:g} s")
     remove_drift(area.readings, info["baseline_seconds"] / area.step)
@@ -1602,8 +1646,8 @@ def read_results(address):
         data = results["data"]
         rows = f"{data['rows']:,}"
         hours = table["training s"].sum() / 3600
-        row = {"run": Path(address).parent.name, "rows": rows, **table["accuracy %"],
-               "training h": hours}
+        row = {"run": Path(address).parent.name, "rows": rows, "training h": hours,
+               **table["accuracy %"]}
         return results["arguments"], row, data["hash"]
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{address}: not the results.json of a finished training run") from None
@@ -1617,7 +1661,7 @@ def compare_runs(args):
     """
     arguments, rows, hashes = zip(*map(read_results, args.compare))
     table = pd.DataFrame(rows)
-    models = table.columns[2:-1]
+    models = table.columns[3:]
     table["differs in"] = ""
     for name, values in pd.DataFrame(arguments, dtype=object).map(str).items():
         if values.nunique() > 1 and name not in ("output_dir", "resume"):
