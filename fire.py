@@ -75,7 +75,7 @@ from tqdm.auto import tqdm
 
 from common import (detect_device, epoch_axis, has_bfloat16, in_notebook, legend_below,
                     mean_and_interval, new_figure, plot_bars, plot_confusion, plot_dots,
-                    plot_history, plot_ranking, plt, save_figure, seed_everything)
+                    plot_history, plot_ranking, save_figure, seed_everything)
 
 EXPERIMENT = "fire"
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
@@ -151,7 +151,7 @@ def positive(text):
     return int(text)
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
@@ -206,7 +206,7 @@ def parse_args(argv=None):
     add("--compare", nargs="+", help="results.json of runs to set side by side")
     add("--price-per-hour", type=float, default=1.624, help="price of the machine "
         "[$ per hour], for --compare")
-    if "--quick" in (argv or []):
+    if "--quick" in argv:
         parser.set_defaults(sample_per_area=30_000, epochs=4, num_trees=30, batch_size=128,
                             learning_rate=0.001)
     elif parser.parse_args(argv).sample_per_area > 500_000:
@@ -226,7 +226,6 @@ def parse_args(argv=None):
         "--seq-len must be at least 2": args.seq_len > 1,
         "--dropout must be at least 0 and below 1": 0 <= args.dropout < 1,
         "--learning-rate must be above 0": args.learning_rate > 0,
-        "--baseline-seconds must not be negative": (args.baseline_seconds or 0) >= 0,
         "--seed must be from 0 to 2**32 - 1": 0 <= args.seed < 2**32,
         "--predict needs --checkpoint": args.checkpoint or not args.predict,
     }
@@ -320,8 +319,8 @@ def generate_block(area, block, seed):
         x[sensor, start : start + length] = np.nan
 
     annotated = LIMITS * np.exp(rng.normal(0, (0.15, 0.10)))  # annotators differ a little
-    labels = np.searchsorted(annotated, hidden, side="right").astype(np.int8)
-    oracle = np.searchsorted(LIMITS, hidden, side="right").astype(np.int8)
+    labels, oracle = [np.searchsorted(limits, hidden, side="right").astype(np.int8)
+                      for limits in (annotated, LIMITS)]
     return x.T.astype(np.float32), labels, oracle
 
 
@@ -333,13 +332,12 @@ def generate_area(area, rows, seed):
 
 
 def generate_areas(args):
-    """{area: Area} of --sample-per-area rows each."""
+    """({area: Area} of --sample-per-area rows each, no files)."""
     note("no --data: the sensors are synthetic, from the embedded generator")
     areas = {}
     for name, sensors in SENSORS.items():
-        arrays = generate_area(name, args.sample_per_area, args.seed)
-        areas[name] = Area(list(sensors), *arrays)
-    return areas
+        areas[name] = Area(list(sensors), *generate_area(name, args.sample_per_area, args.seed))
+    return areas, []
 
 
 # --- Data: CSV and Parquet files, on this machine or in S3 --------------------------------------
@@ -460,19 +458,11 @@ def find_sensors(recordings, others):
     return columns.difference(left_out, sort=False)
 
 
-def find_time_column(frame, chosen):
-    """The time column: the chosen one, or one with a usual name, or timestamps that only rise."""
-    found = find_column(frame, chosen, TIME_COLUMNS)
-    for name, column in frame.items():
-        is_clock = column.dtype.kind == "M" and column.is_monotonic_increasing and column.is_unique
-        if not found and is_clock:
-            found = name
-    return found
-
-
 def read_times(column):
-    """Seconds of a time column: timestamps, text, or numbers of seconds, which may count milli-,
-    micro- or nanoseconds since 1970."""
+    """(order of the rows, usual step [s], rows that follow a gap or begin a recording) of a time
+    column, which must rise in each recording; the order is that in which the recordings begin.
+    Times are timestamps, text, or numbers of seconds, which may count milli-, micro- or nanoseconds
+    since 1970."""
     if pd.api.types.is_numeric_dtype(column):
         seconds = column.astype(float)
         while seconds.median() > 1e11:
@@ -484,18 +474,12 @@ def read_times(column):
         times = min(candidates, key=lambda times: (times.isna().sum(), times.max() - times.min()))
         seconds = (times - times.min()).dt.total_seconds()
     refuse(seconds.isna(), column, "is not a date and time")
-    return seconds
-
-
-def find_gaps(seconds, column, recordings):
-    """(usual step [s], rows that follow a gap or begin a recording) of the times `seconds` in a
-    column, which must rise in each recording; `recordings` are their first rows."""
-    steps = seconds.diff()
-    steps.iloc[recordings] = np.inf
+    steps = seconds.groupby(level=0).diff().fillna(np.inf)
     refuse(steps <= 0, column, "is not later than the row above. Sort the file; after a clock "
            "change, use times in UTC; for several devices in one file see --area-column")
+    order = seconds.groupby(level=0).transform("first").argsort(kind="stable")
     step = float(steps.median())
-    return step, np.flatnonzero(steps > 1.5 * step)
+    return order, step, np.flatnonzero(steps.iloc[order] > 1.5 * step)
 
 
 def read_numbers(column, na_values):
@@ -507,11 +491,11 @@ def read_numbers(column, na_values):
     missing = [*pd.to_numeric(na_values, errors="coerce"), np.inf, -np.inf]
     numbers = numbers.mask(numbers.isin(missing))
     for extreme in (numbers.min(), numbers.max()):
-        distances = (numbers[numbers != extreme] - extreme).abs()
-        repeats = (numbers == extreme).sum()
+        repeats = numbers == extreme
+        distances = (numbers[~repeats] - extreme).abs()
         is_far = 2 * distances.min() > distances.max() > distances.min()
-        if is_far and repeats >= MIN_WINDOWS:
-            note(f"column {column.name!r}: {extreme:g} in {repeats} rows is far from all other "
+        if is_far and repeats.sum() >= MIN_WINDOWS:
+            note(f"column {column.name!r}: {extreme:g} in {repeats.sum()} rows is far from all other "
                  f"readings; if it means missing, add --na-values {extreme:g}")
     return numbers
 
@@ -524,9 +508,11 @@ def read_area(frames, args):
     label = None
     if not args.predict:
         label = find_column(recordings[0], args.label_column, LABEL_COLUMNS) or "label"
-    times = find_time_column(recordings[0], args.time_column)
-    roles = [label, times, args.area_column]
-    sensors = [name for name in columns or find_sensors(recordings, roles) if name != label]
+    clocks = [name for name, column in recordings[0].items() if column.dtype.kind == "M"
+              and column.is_monotonic_increasing and column.is_unique]
+    times = find_column(recordings[0], args.time_column, TIME_COLUMNS) or next(iter(clocks), None)
+    sensors = columns or find_sensors(recordings, [label, times, args.area_column])
+    sensors = [name for name in sensors if name != label]
     for address, frame in frames.items():
         check_columns(frame, [label, times, *sensors], address)
     if not sensors:
@@ -536,47 +522,47 @@ def read_area(frames, args):
     if later and not columns:
         note(f"{address}: columns {later} are not in the first file, and are left out")
     for name in frame.columns.difference([label, times, *(columns or [])]):
-        names_devices = name == args.area_column or DEVICE_COLUMN.fullmatch(name)
-        if names_devices and frame[name].nunique() > 1:
+        is_device = name == args.area_column or DEVICE_COLUMN.fullmatch(name)
+        if is_device and frame[name].nunique() > 1:
             raise UserError(f"{address}: column {name!r} seems to name devices or rooms: train "
                             "with --area-column, or keep the rows of one")
     if times:
-        seconds = read_times(frame[times])
-        begins = seconds.groupby(level=0).transform("first")
-        order = begins.argsort(kind="stable")  # of the recordings
+        order, step, breaks = read_times(frame[times])
         frame = frame.iloc[order]
-        seconds = seconds.iloc[order]
+        note(f"column {times!r}: rows {step:.3g} s apart, in {len(breaks)} stretches without a gap")
+    else:
+        note("no time column: rows count as 1 s apart, in new readings as far as in training")
     readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
         readings[:, i] = read_numbers(frame[name], args.na_values)
-    sizes = frame.groupby(level=0, sort=False).size()
-    starts = np.cumsum([0, *sizes])[:-1]
+    starts = np.flatnonzero(~frame.index.get_level_values(0).duplicated())
     oracle = np.full(len(frame), -1, np.int8)
-    area = Area(sensors, readings, frame.get(label, oracle), oracle, 1.0, starts, starts)
+    labels = frame.get(label, oracle)
+    area = Area(sensors, readings, labels, oracle, 1.0, starts, starts, frame.get(times))
     if times:
-        area.times = frame[times]
-        area.step, area.breaks = find_gaps(seconds, area.times, starts)
+        area.step = step
+        area.breaks = breaks
     return area
 
 
-def label_texts(labels):
-    """Labels as they are compared: text in lower case, with spaces for dashes and underscores."""
-    texts = labels.astype(str).str.strip().str.lower()
-    return texts.str.replace("[_-]", " ", regex=True).str.removesuffix(".0")
+def label_text(label):
+    """A label as it is compared: in lower case, with spaces for dashes and underscores."""
+    text = str(label).strip().lower()
+    return re.sub("[_-]", " ", text).removesuffix(".0")
 
 
 def read_labels(areas):
     """Turn the labels of the areas into classes. A 1 is fire, unless a label of any area is a 2, a
     warning or a fire."""
-    labels = [area.labels.drop_duplicates() for area in areas]
-    texts = pd.concat(map(label_texts, labels))
-    three_classes = texts.isin(["2", "warning", "fire"]).any()
+    texts = [label_text(label) for area in areas for label in area.labels.unique()]
+    three_classes = not {"2", "warning", "fire"}.isdisjoint(texts)
     numbers = LABELS if three_classes else LABELS | {"1": 2}
-    for area, different in zip(areas, labels):
-        classes = label_texts(different).map(numbers)
-        refuse(classes.isna(), different, f"is no label; labels are {', '.join(LABELS)}")
-        area.labels = area.labels.map(dict(zip(different, classes))).to_numpy(np.int8)
-    note(f"labels: { {text: CLASSES[numbers[text]] for text in texts.unique()} }")
+    for area in areas:
+        meanings = {label: numbers.get(label_text(label)) for label in area.labels.unique()}
+        classes = area.labels.map(meanings)
+        refuse(classes.isna(), area.labels, f"is no label; labels are {', '.join(LABELS)}")
+        area.labels = classes.to_numpy(np.int8)
+    note(f"labels: { {text: CLASSES[numbers[text]] for text in texts} }")
 
 
 def file_areas(args):
@@ -599,10 +585,6 @@ def file_areas(args):
         areas[name] = read_area(frames, args)
         frames.clear()  # to free memory
     read_labels(areas.values())
-    steps = {f"{area.step:.3g}" for area in areas.values()}
-    gaps = sum(len(area.breaks) - len(area.recordings) for area in areas.values())
-    note(f"rows are {' or '.join(sorted(steps))} s apart (1 s where there is no time column); "
-         f"gaps: {gaps:,}")
     return areas, files
 
 
@@ -617,7 +599,7 @@ def remove_drift(readings, rows):
     knows nothing of what comes later; only the first block of a sensor is its own baseline. Fire
     standards call this drift compensation (EN 54, UL 268).
     """
-    if not rows:
+    if rows <= 0:
         return
     block = max(1, int(rows) // BASELINE_BLOCKS)
     starts = np.arange(0, len(readings), block)
@@ -667,18 +649,17 @@ def split_area(area, how, args):
         order.sort(key=lambda bound: -labels[slice(*bound)].max())
         cuts = [(split, *bound) for split, bound in zip(cycle(DEAL), order)]
     stretches = {split: [] for split in SPLITS}
-    breaks = np.array(area.breaks)
     for split, start, stop in cuts:
-        inside = breaks[(breaks > start) & (breaks < stop)]
-        for begin, end in pairwise([start, *inside.tolist(), stop]):
+        inside = [row for row in area.breaks if start < row < stop]
+        for begin, end in pairwise([start, *inside, stop]):
             if end - begin >= gap:
                 stretches[split].append((begin, end))
     return stretches
 
 
-def sample_blocks(stretches, labels, split, args, seed):
-    """Blocks [(start, stop), …] of `stretches` with about a split's share of --sample-per-area
-    rows, drawn at random; if there are at most 10 % more, all of them.
+def sample_blocks(stretches, labels, split, args, number):
+    """Blocks [(start, stop), …] of `stretches` in area `number` with about a split's share of
+    --sample-per-area rows, drawn at random; if there are at most 10 % more, all of them.
 
     Validation and test take few long blocks, which leave fires whole. Training takes many short
     ones, those with incidents first, until they have INCIDENT_SHARE of the rows.
@@ -692,7 +673,7 @@ def sample_blocks(stretches, labels, split, args, seed):
     for start, stop in stretches:
         for begin in range(start, stop - args.seq_len + 1, block_rows):
             blocks.append((begin, min(begin + block_rows, stop)))
-    blocks = np.random.default_rng(seed).permutation(blocks)
+    blocks = np.random.default_rng([args.seed, number]).permutation(blocks)
     if split == "train":
         incidents = np.array([np.count_nonzero(labels[start:stop]) for start, stop in blocks])
         wanted = (incidents > 0) & (incidents.cumsum() <= INCIDENT_SHARE * rows)
@@ -708,9 +689,8 @@ def find_segments(areas, how, args):
     counts = pd.DataFrame(0, CLASSES, SPLITS)
     offset = 0
     for number, area in enumerate(areas):
-        seed = [args.seed, number]
         for split, stretches in split_area(area, how, args).items():
-            for start, stop in sample_blocks(stretches, area.labels, split, args, seed):
+            for start, stop in sample_blocks(stretches, area.labels, split, args, number):
                 segments[split].append((offset + start, offset + stop))
                 ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
                 counts[split] += np.bincount(ends, minlength=len(CLASSES))
@@ -724,9 +704,7 @@ def choose_split(areas, args):
     where the training part has one class only, or another part none of its classes."""
     splits = ["time", "runs"] if args.split == "auto" else [args.split]
     candidates = {how: find_segments(areas, how, args) for how in splits}
-    lacking = {how: (counts.to_numpy() < MIN_WINDOWS).sum()
-               for how, (_, counts) in candidates.items()}
-    how = min(splits, key=lacking.get)
+    how = min(splits, key=lambda how: (candidates[how][1].to_numpy() < MIN_WINDOWS).sum())
     segments, counts = candidates[how]
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all "
@@ -764,8 +742,10 @@ def assign_columns(areas):
     names = [name for area in areas for name in area.sensors]
     columns = {}
     for name in sorted(dict.fromkeys(names), key=names.count, reverse=True):
-        taken = {columns.get(other) for area in areas if name in area.sensors
-                 for other in area.sensors}
+        taken = set()
+        for area in areas:
+            if name in area.sensors:
+                taken.update(map(columns.get, area.sensors))
         columns[name] = min(set(range(len(taken) + 1)) - taken)
     return columns
 
@@ -801,17 +781,17 @@ class Data:
 def load_data(args):
     """(Data, info): read or generate the areas, split, take off drift, normalize. `info` describes
     them in results.json, and tells what a checkpoint needs for new readings."""
-    by_name, files = file_areas(args) if args.data else (generate_areas(args), [])
+    load = file_areas if args.data else generate_areas
+    by_name, files = load(args)
     areas = list(by_name.values())
     how, segments, counts = choose_split(areas, args)
     seconds = choose_baseline(areas, how, args)
     columns = pd.Series(assign_columns(areas))
     names = columns.index.to_series().groupby(columns).agg(" or ".join)
-    bounds = np.concatenate(list(segments.values()))
-    rows = int(np.diff(bounds).sum())
+    rows = int(sum(stop - start for bounds in segments.values() for start, stop in bounds))
     content = [(area.readings, area.labels) for area in areas]
-    digest = joblib.hash([segments, args.stride, content])
-    info = {"files": files, "rows": rows, "hash": digest, "split": how,
+    info = {"files": files, "rows": rows, "split": how,
+            "hash": joblib.hash([segments, args.stride, content]),
             "baseline_seconds": seconds, "columns": names.tolist(), "areas": {},
             "windows": counts.to_dict("list")}
     ends = np.cumsum([len(area.labels) for area in areas])
@@ -967,19 +947,17 @@ def fit_baselines(train, val, args, stages):
     the time of each. The validation loss ends the boosting, and chooses its learning rate."""
     features, labels = val
     known = np.isin(labels, train[1])
+    validation = {"X_val": features[known], "y_val": labels[known]}
     models = {}
     for name, candidates in make_baselines(args).items():
-        start_time = time.perf_counter()
-        stopping = {}
-        if name == "gradient boosting":
-            stopping = {"X_val": features[known], "y_val": labels[known]}
+        is_boosting = name == "gradient boosting"
+        stopping = validation if is_boosting else {}
         # All cores for fitting alone: threads add up the votes of trees in any order.
-        with joblib.parallel_config(n_jobs=-1):
+        with timed(stages, name), joblib.parallel_config(n_jobs=-1):
             fitted = [model.fit(*train, **stopping) for model in candidates]
-        if name == "gradient boosting":
+        if is_boosting:
             fitted.sort(key=lambda model: model.validation_score_[-1])
         models[name] = fitted[-1]
-        add_stage(stages, name, start_time)
     return models
 
 
@@ -993,17 +971,15 @@ def smoke_times_co(train, features, areas):
     answers = np.full(len(features), -1)
     for number, area in enumerate(areas.values(), -len(areas)):  # the last features are one-hot
         columns = pd.Series(area["columns"], area["sensors"])  # of the first statistic, the mean
-        smoke = columns.filter(regex="(?i)smoke")
-        co = columns.filter(regex=CO)
-        both = [*smoke[:1], *co[:1]]
+        both = [column for name in ("(?i)smoke", CO) for column in columns.filter(regex=name)[:1]]
+        train_product, product = [table[:, both].clip(0).prod(axis=1, keepdims=True)
+                                  for table in (train_features, features)]
         known = train_features[:, number] == 1
         new = features[:, number] == 1
         if len(both) == 2 and known.any() and new.any():
-            train_product = train_features[known][:, both].clip(0).prod(axis=1, keepdims=True)
-            product = features[new][:, both].clip(0).prod(axis=1, keepdims=True)
             rule = DecisionTreeClassifier(max_leaf_nodes=3)
-            rule.fit(train_product, train_labels[known])
-            answers[new] = rule.predict(product)
+            rule.fit(train_product[known], train_labels[known])
+            answers[new] = rule.predict(product[new])
     return answers
 
 
@@ -1044,9 +1020,7 @@ def warm_up_then_cosine(step, steps):
 def vary_gains(readings, noise):
     """Multiply each sensor of each window [batch, seq_len, columns] by exp(noise * a normal
     number), since fires reach sensors with different strength."""
-    batch, _, columns = readings.shape
-    gains = torch.exp(noise * torch.randn(batch, 1, columns, device=readings.device))
-    return readings * gains
+    return readings * torch.exp(noise * torch.randn_like(readings[:, :1]))
 
 
 def autocast(device):
@@ -1112,41 +1086,40 @@ def train_transformer(model, data, args, state, run_dir):
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     while not is_finished(state, args):
-        start_time = time.perf_counter()
-        epoch = len(state["history"]) + 1
-        seed = 1000 * args.seed + epoch
-        generator = torch.Generator().manual_seed(seed)
-        windows = (args.steps_per_epoch, args.batch_size)
-        starts = train_starts[torch.randint(len(train_starts), windows, generator=generator)]
-        torch.manual_seed(seed * WORLD_SIZE + RANK)  # for dropout and gains
-        model.train()
-        losses = []
-        correct = 0
-        for batch in progress(starts, f"epoch {epoch} of {args.epochs}"):
-            readings, area, labels = data.windows(batch[RANK::WORLD_SIZE])
-            with autocast(args.device):
-                logits, risk = network(vary_gains(readings, args.gain_noise), area)
-            loss = fire_loss(logits.float(), risk.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            average.update_parameters(model)
-            losses.append(loss.detach())
-            correct += (logits.argmax(1) == labels).sum()
-        logits, risk = predict(average.module, data, val_starts)
-        step_losses = torch.stack(losses).tolist()
-        state["step_losses"] += step_losses
-        state["history"].append({
-            "train_loss": sum(step_losses) / len(step_losses),
-            "val_loss": fire_loss(logits, risk, val_labels).item(),
-            "train_accuracy": WORLD_SIZE * correct.item() / starts.numel(),
-            "val_accuracy": (logits.argmax(1) == val_labels).float().mean().item(),
-            "learning_rate": scheduler.get_last_lr()[0],
-            "memory_mib": memory_mib(),
-        })
-        add_stage(state["stages"], "transformer", start_time)
+        with timed(state["stages"], "transformer"):
+            epoch = len(state["history"]) + 1
+            seed = 1000 * args.seed + epoch
+            generator = torch.Generator().manual_seed(seed)
+            windows = (args.steps_per_epoch, args.batch_size)
+            starts = train_starts[torch.randint(len(train_starts), windows, generator=generator)]
+            torch.manual_seed(seed * WORLD_SIZE + RANK)  # for dropout and gains
+            model.train()
+            losses = []
+            correct = 0
+            for batch in progress(starts, f"epoch {epoch} of {args.epochs}"):
+                readings, area, labels = data.windows(batch[RANK::WORLD_SIZE])
+                with autocast(args.device):
+                    logits, risk = network(vary_gains(readings, args.gain_noise), area)
+                loss = fire_loss(logits.float(), risk.float(), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                average.update_parameters(model)
+                losses.append(loss.detach())
+                correct += (logits.argmax(1) == labels).sum()
+            logits, risk = predict(average.module, data, val_starts)
+            step_losses = torch.stack(losses).tolist()
+            state["step_losses"] += step_losses
+            state["history"].append({
+                "train_loss": sum(step_losses) / len(step_losses),
+                "val_loss": fire_loss(logits, risk, val_labels).item(),
+                "train_accuracy": WORLD_SIZE * correct.item() / starts.numel(),
+                "val_accuracy": (logits.argmax(1) == val_labels).float().mean().item(),
+                "learning_rate": scheduler.get_last_lr()[0],
+                "memory_mib": memory_mib(),
+            })
         end_epoch(state, modules, args, run_dir)
     model.load_state_dict(state["best"]["model"])
 
@@ -1163,7 +1136,8 @@ def end_epoch(state, modules, args, run_dir):
     if loss < state["best"]["loss"]:
         weights = copy.deepcopy(modules["average"].module.state_dict())
         state["best"] = {"loss": loss, "epoch": epoch, "model": weights}
-    state.update({name: module.state_dict() for name, module in modules.items()})
+    for name, module in modules.items():
+        state[name] = module.state_dict()
     if RANK == 0:
         with atomic_write(run_dir / "checkpoint.pt") as path:
             torch.save(state, path)
@@ -1192,7 +1166,7 @@ def classify(model, baselines, data, starts):
 def score_answers(answers, labels, areas):
     """(table [models, figures in %], accuracy [areas, models] in %, {model: its metrics by class
     and its confusion matrix}) of `answers` [windows, models], where -1 is no answer; a model
-    without any is left out. `areas` [windows] is a Series of names."""
+    without any is left out. `areas` [windows] is a Series of names, of all areas as categories."""
     from sklearn.metrics import classification_report, confusion_matrix
 
     figures = {}
@@ -1215,9 +1189,8 @@ def score_answers(answers, labels, areas):
             "macro F1 %": report["macro avg"]["f1-score"],
             "false alarms %": is_alarm[true < 2].mean(),
             "missed fire %": 1 - is_alarm[true == 2].mean()}
-        by_area[name] = correct.groupby(areas).mean()
-    by_area = pd.DataFrame(by_area).loc[areas.unique()]
-    return 100 * pd.DataFrame(figures).T, 100 * by_area, scores
+        by_area[name] = correct.groupby(areas, observed=False).mean()
+    return 100 * pd.DataFrame(figures).T, 100 * pd.DataFrame(by_area), scores
 
 
 def detection_delays(model, baselines, data, info):
@@ -1226,11 +1199,11 @@ def detection_delays(model, baselines, data, info):
     starts = data.starts("test", 1)
     starts = starts[data.window_labels(starts) == 2]
     rows = pd.Series(starts.cpu().numpy() + data.seq_len - 1)
-    fire = (rows.diff() != 1).cumsum()  # number of each row's fire
+    labels = pd.Series(data.labels.cpu().numpy())
+    runs = labels.diff().ne(0).cumsum()  # number of each row's run of one label
+    fire = rows.map(runs)
     onset = rows.groupby(fire).transform("min")
-    end = rows.groupby(fire).transform("max")
-    is_fire = np.pad(data.labels.cpu().numpy() == 2, 1)
-    whole = ~(is_fire[onset] | is_fire[end + 2])  # no fire in the rows before and after
+    whole = fire.map(fire.value_counts().eq(runs.value_counts()))  # all of its rows are tested
     if not whole.any():
         return pd.DataFrame()
     steps = np.array([area["step"] for area in info["areas"].values()])
@@ -1249,12 +1222,8 @@ def evaluate(model, baselines, data, train, info, args):
     answers = classify(model, baselines, data, starts)
     answers["majority class"] = np.bincount(train[1]).argmax()
     answers["smoke × CO rule"] = smoke_times_co(train, features, info["areas"])
-    numbers = pd.Series(data.areas[starts].cpu().numpy())
-    areas = numbers.map(dict(enumerate(info["areas"])))
-    untested = sorted(info["areas"].keys() - set(areas))
-    if untested:
-        note(f"no window of the areas {untested} is in the test part")
-    table, by_area, scores = score_answers(answers, labels, areas)
+    areas = pd.Categorical.from_codes(data.areas[starts].cpu(), list(info["areas"]))
+    table, by_area, scores = score_answers(answers, labels, pd.Series(areas))
     table = table.join(detection_delays(model, baselines, data, info))
     table = table.sort_values("accuracy %", ascending=False, kind="stable").round(2)
     return table, by_area[table.index].round(2), scores
@@ -1278,32 +1247,27 @@ def plot_dashboard(state, args, path):
     save_figure(fig, path, display_id=str(path.resolve()), update=epochs > 1)
 
 
-def plot_training(state, run_dir):
+def plot_training(state, seconds, run_dir):
     """Learning curves, as a picture and as a GIF with a frame for each epoch, and where time and
-    memory went, before an interruption, too."""
-    from matplotlib.animation import FuncAnimation, PillowWriter
+    memory went, before an interruption, too. `seconds` is a Series of the stages of the run."""
+    from matplotlib.animation import PillowWriter
 
     fig, axes = new_figure("Learning curves of the transformer", 1, 2)
     plot_history(axes, state["history"], state["step_losses"])
     save_figure(fig, run_dir / "learning_curves.png")
-
-    fig, axes = new_figure("Training of the transformer", 1, 2, (9, 3.6))
-    plot_history(axes, state["history"])
     for ax in axes:
         ax.legend(loc="center right")  # the best place would change from frame to frame
     curves = [(line, line.get_xydata().T) for ax in axes for line in ax.lines]
-
-    def draw(frame):
-        for line, points in curves:
-            line.set_data(points[:, : frame + 1])
-
-    animation = FuncAnimation(fig, draw, frames=len(state["history"]))
-    animation.save(run_dir / "training_progress.gif", PillowWriter(fps=2))
-    plt.close(fig)
+    writer = PillowWriter(fps=2)
+    with writer.saving(fig, run_dir / "training_progress.gif", None):
+        for epochs in range(1, len(state["history"]) + 1):
+            for line, points in curves:
+                line.set_data(points[:, points[0] <= epochs])
+            writer.grab_frame()
 
     table = pd.DataFrame(state["stages"])
     fig, axes = new_figure("Time, and memory at the end of each stage and epoch", 1, 2)
-    plot_ranking(axes[0], table.groupby("name")["seconds"].sum().to_dict(), "{:.1f}")
+    plot_ranking(axes[0], seconds.to_dict(), "{:.1f}")
     axes[1].plot(table["seconds"].cumsum(), table["memory_mib"], "o-", clip_on=False)
     axes[0].set_xlabel("time [s]")
     axes[1].set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
@@ -1323,7 +1287,9 @@ def plot_data(counts, importance, run_dir):
 
     fig, axes = new_figure("The eight most important window features", 3, 1, (10, 9))
     for ax, name in zip(axes, importance):
-        plot_ranking(ax, importance[name].nlargest(8).to_dict(), "{:.3f}")
+        largest = importance[name].nlargest(8)
+        largest.index = largest.index.str[:60]
+        plot_ranking(ax, largest.to_dict(), "{:.3f}")
         ax.set(title=name, xlabel="share of the decrease of impurity")
     axes[2].set_xlabel("accuracy lost when the feature is shuffled")
     save_figure(fig, run_dir / "feature_importance.png")
@@ -1377,8 +1343,11 @@ draw();
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def add_stage(stages, name, start_time):
-    """Append time and memory of a stage of the run, which ends now, to the list `stages`."""
+@contextlib.contextmanager
+def timed(stages, name):
+    """Append time and memory of the block, a stage of the run, to the list `stages`."""
+    start_time = time.perf_counter()
+    yield
     seconds = time.perf_counter() - start_time
     stages.append({"name": name, "seconds": seconds, "memory_mib": memory_mib()})
 
@@ -1414,8 +1383,7 @@ def restore_state(new, path):
     if not path.exists():
         return new
     state = load_checkpoint(path, path)
-    same_data = state["data"]["hash"] == new["data"]["hash"]
-    if not same_data or state["processes"] != WORLD_SIZE:
+    if state["data"]["hash"] != new["data"]["hash"] or state["processes"] != WORLD_SIZE:
         raise UserError(f"{path}: the run began with {state['processes']} processes, or with other "
                         "data; take the same, or start a new run")
     return state
@@ -1424,13 +1392,13 @@ def restore_state(new, path):
 def run_experiment(args, run_dir=None):
     """Load the data, then train, evaluate and draw everything for one seed, in `run_dir` or a new
     folder; returns the results, or None in all processes of torchrun but the first."""
-    start_time = time.perf_counter()
-    data, info = load_data(args)
+    stages = []
+    with timed(stages, "data"):
+        data, info = load_data(args)
     if run_dir is None:  # now arguments and data are known to be good
         run_dir = next_run_dir(args) if RANK == 0 else Path(args.resume or os.devnull)
     state = restore_state(new_state(args, info), run_dir / "checkpoint.pt")
-    stages = state["stages"]
-    add_stage(stages, "data", start_time)
+    stages = state["stages"] = state["stages"] + stages
     seed_everything(args.seed)
     model = make_model(vars(args), info).to(args.device)
     train_transformer(model, data, args, state, run_dir)
@@ -1439,42 +1407,41 @@ def run_experiment(args, run_dir=None):
     if RANK > 0:
         return None
 
-    start_time = time.perf_counter()
-    train, val = [window_features(data, data.starts(split, args.stride))
-                  for split in ("train", "val")]
-    add_stage(stages, "features", start_time)
+    with timed(stages, "features"):
+        train, val = [window_features(data, data.starts(split, args.stride))
+                      for split in ("train", "val")]
     baselines = fit_baselines(train, val, args, stages)
-    start_time = time.perf_counter()
-    table, by_area, scores = evaluate(model, baselines, data, train, info, args)
-    importance = feature_importance(baselines, val, info, args.seed)
-    add_stage(stages, "evaluation", start_time)
+    with timed(stages, "evaluation"):
+        table, by_area, scores = evaluate(model, baselines, data, train, info, args)
+        importance = feature_importance(baselines, val, info, args.seed)
 
     seconds = pd.DataFrame(stages).groupby("name")["seconds"].sum()
     table["training s"] = seconds.round(1)
     plot_data(pd.DataFrame(info["windows"]), importance, run_dir)
-    plot_training(state, run_dir)
+    plot_training(state, seconds, run_dir)
     plot_models(table, by_area, scores, run_dir)
     with atomic_write(run_dir / "transformer.pt") as path:
         torch.save({key: state[key] for key in ("arguments", "data", "best")}, path)
     joblib.dump(baselines, run_dir / "trees.joblib")
     rows = table.reset_index(names="model").to_dict("records")
-    html = HTML.replace("ROWS", to_json(rows))
-    (run_dir / "model_comparison.html").write_text(html, encoding="utf-8")
-    parameters = sum(weight.numel() for weight in model.parameters())
+    page = run_dir / "model_comparison.html"
+    page.write_text(HTML.replace("ROWS", to_json(rows)), encoding="utf-8")
     results = {"seed": args.seed, "table": rows, "areas": by_area.to_dict("index"),
                "models": scores, "data": info, "importance": importance.to_dict(),
-               "history": state["history"], "stages": stages, "parameters": parameters}
+               "history": state["history"], "stages": stages,
+               "parameters": sum(weight.numel() for weight in model.parameters())}
     summary = format_summary(results, table, by_area)
-    if args.save_to:
-        results["saved_to"] = new_version(args.save_to)
-    results = write_results(results, summary, args, run_dir)  # safe before a copy may fail
-    if args.save_to:
-        save_version(results, summary, run_dir)
+    results = write_results(results, summary, args, run_dir)
+    if args.save_to:  # now the results are safe, whether or not this fails
+        results["saved_to"] = save_version(run_dir, args.save_to)
     return results
 
 
 def join_processes(args):
-    """Join the other processes of torchrun; returns the arguments with the device of this one."""
+    """Join the other processes of torchrun, if there are any; returns the arguments with the device
+    of this process."""
+    if WORLD_SIZE == 1:
+        return args
     if args.batch_size % WORLD_SIZE:
         raise UserError("the processes must be able to share --batch-size evenly")
     device = args.device
@@ -1493,7 +1460,7 @@ def run(args):
         return compare_runs(args)
     if args.runs > 1:
         return run_seeds(args)
-    return run_experiment(join_processes(args) if WORLD_SIZE > 1 else args)
+    return run_experiment(join_processes(args))
 
 
 # --- Extras: several seeds (--runs) -------------------------------------------------------------
@@ -1550,25 +1517,25 @@ best baseline, {baseline}, {means[baseline]} %. The difference, seed by seed, is
 # --- Extras: versions in a folder or in S3 (--save-to) ------------------------------------------
 
 
-def new_version(address):
-    """The address of a new version under `address`: the time in UTC and four random hexadecimal
-    digits, so that it clashes with no other writer's."""
-    name = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
-    return f"{address.rstrip('/')}/{name}"
+def save_version(run_dir, address):
+    """Copy models and tables of a finished run to a new version under `address`; returns the
+    version's address.
 
-
-def save_version(results, summary, run_dir):
-    """Copy models and tables to results["saved_to"]. metadata.json comes last: a version without it
-    is not complete."""
-    filesystem, folder = open_address(results["saved_to"])
+    Its name, the time in UTC and four random hexadecimal digits, clashes with no other writer's.
+    metadata.json, a copy of results.json, comes last: a version without it is not complete.
+    """
+    version = time.strftime("/%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
+    address = address.rstrip("/") + version
+    filesystem, folder = open_address(address)
     if filesystem.type_name == "local":
         filesystem.create_dir(folder)
-    contents = {name: (run_dir / name).read_bytes() for name in ("transformer.pt", "trees.joblib")}
-    contents["summary.md"] = summary.encode()
-    contents["metadata.json"] = to_json(results).encode()
-    for name, content in contents.items():
+    for name in ("transformer.pt", "trees.joblib", "summary.md", "results.json"):
+        content = (run_dir / name).read_bytes()
+        name = name.replace("results", "metadata")
         with filesystem.open_output_stream(f"{folder}/{name}") as stream:
             stream.write(content)
+    log(f"saved to {address}")
+    return address
 
 
 # --- Extras: new readings (--predict) -----------------------------------------------------------
@@ -1591,16 +1558,15 @@ def predict_file(args):
     """Class, probabilities and risk of each window of new readings, as predictions.csv. A window
     without any reading has no class. Returns the results."""
     model, trained, info = load_transformer(args.checkpoint)
-    for name in ("stride", "na_values", "time_column"):
-        trained[name] = vars(args)[name] or trained[name]
     seq_len = trained["seq_len"]
     name = args.area or name_areas([args.predict], "time")[0]
     if name not in info["areas"]:
-        names = ", ".join(info["areas"])
-        raise UserError(f"{args.predict}: --area must be one of {names}, not {name!r}")
+        raise UserError(f"{args.predict}: --area must be one of {', '.join(info['areas'])}, "
+                        f"not {name!r}")
     described = info["areas"][name]
-    changes = {"predict": args.predict, "device": args.device, "columns": described["sensors"]}
-    options = argparse.Namespace(**trained | changes)
+    fixed = {"device": args.device, "stride": args.stride or trained["stride"], "seq_len": seq_len,
+             "columns": described["sensors"]}
+    options = argparse.Namespace(**trained | changed_arguments(args) | fixed)
     frame, _ = read_frame(args.predict, options.na_values)
     area = read_area({args.predict: frame}, options)
     if area.times is None:
@@ -1644,10 +1610,8 @@ def read_results(address):
         table = pd.DataFrame(results["table"]).set_index("model")[["accuracy %", "training s"]]
         table = table.astype(str).replace(" ±.*", "", regex=True).astype(float)
         data = results["data"]
-        rows = f"{data['rows']:,}"
-        hours = table["training s"].sum() / 3600
-        row = {"run": Path(address).parent.name, "rows": rows, "training h": hours,
-               **table["accuracy %"]}
+        row = {"run": Path(address).parent.name, "rows": f"{data['rows']:,}",
+               "training h": table["training s"].sum() / 3600, **table["accuracy %"]}
         return results["arguments"], row, data["hash"]
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{address}: not the results.json of a finished training run") from None
