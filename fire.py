@@ -529,7 +529,7 @@ def read_area(frames, args):
     if times:
         order, step, breaks = read_times(frame[times])
         frame = frame.iloc[order]
-        note(f"column {times!r}: rows {step:.3g} s apart, in {len(breaks)} stretches without a gap")
+        note(f"column {times!r}: rows {step:.3g} s apart; stretches without a gap: {len(breaks)}")
     else:
         note("no time column: rows count as 1 s apart, in new readings as far as in training")
     readings = np.empty((len(frame), len(sensors)), np.float32)

@@ -465,7 +465,7 @@ def test_timestamps_need_no_usual_name(tmp_path, kind):
     areas, _ = fire.file_areas(fire.parse_args(["--data", str(path)]))
     assert areas["a"].step == 10
     assert list(areas["a"].breaks) == [0, 1000]
-    assert "rows 10 s apart, in 2 stretches without a gap" in fire.NOTES[0]
+    assert "rows 10 s apart; stretches without a gap: 2" in fire.NOTES[0]
 
 
 def test_recordings_are_in_order_of_time(tmp_path):
