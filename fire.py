@@ -319,8 +319,8 @@ def generate_block(area, block, seed):
         x[sensor, start : start + length] = np.nan
 
     annotated = LIMITS * np.exp(rng.normal(0, (0.15, 0.10)))  # annotators differ a little
-    labels, oracle = [np.searchsorted(limits, hidden, side="right").astype(np.int8)
-                      for limits in (annotated, LIMITS)]
+    labels = np.searchsorted(annotated, hidden, side="right").astype(np.int8)
+    oracle = np.searchsorted(LIMITS, hidden, side="right").astype(np.int8)
     return x.T.astype(np.float32), labels, oracle
 
 
@@ -336,7 +336,8 @@ def generate_areas(args):
     note("no --data: the sensors are synthetic, from the embedded generator")
     areas = {}
     for name, sensors in SENSORS.items():
-        areas[name] = Area(list(sensors), *generate_area(name, args.sample_per_area, args.seed))
+        arrays = generate_area(name, args.sample_per_area, args.seed)
+        areas[name] = Area(list(sensors), *arrays)
     return areas, []
 
 
@@ -562,7 +563,8 @@ def read_labels(areas):
         classes = area.labels.map(meanings)
         refuse(classes.isna(), area.labels, f"is no label; labels are {', '.join(LABELS)}")
         area.labels = classes.to_numpy(np.int8)
-    note(f"labels: { {text: CLASSES[numbers[text]] for text in texts} }")
+    names = {text: CLASSES[numbers[text]] for text in texts}
+    note(f"labels: {names}")
 
 
 def file_areas(args):
@@ -704,7 +706,9 @@ def choose_split(areas, args):
     where the training part has one class only, or another part none of its classes."""
     splits = ["time", "runs"] if args.split == "auto" else [args.split]
     candidates = {how: find_segments(areas, how, args) for how in splits}
-    how = min(splits, key=lambda how: (candidates[how][1].to_numpy() < MIN_WINDOWS).sum())
+    lacking = {how: (counts.to_numpy() < MIN_WINDOWS).sum()
+               for how, (_, counts) in candidates.items()}
+    how = min(splits, key=lacking.get)
     segments, counts = candidates[how]
     if how == "runs":
         note("each run of one label is split, so parts of one incident are on both sides: all "
@@ -790,8 +794,8 @@ def load_data(args):
     names = columns.index.to_series().groupby(columns).agg(" or ".join)
     rows = int(sum(stop - start for bounds in segments.values() for start, stop in bounds))
     content = [(area.readings, area.labels) for area in areas]
-    info = {"files": files, "rows": rows, "split": how,
-            "hash": joblib.hash([segments, args.stride, content]),
+    digest = joblib.hash([segments, args.stride, content])
+    info = {"files": files, "rows": rows, "hash": digest, "split": how,
             "baseline_seconds": seconds, "columns": names.tolist(), "areas": {},
             "windows": counts.to_dict("list")}
     ends = np.cumsum([len(area.labels) for area in areas])
@@ -971,15 +975,17 @@ def smoke_times_co(train, features, areas):
     answers = np.full(len(features), -1)
     for number, area in enumerate(areas.values(), -len(areas)):  # the last features are one-hot
         columns = pd.Series(area["columns"], area["sensors"])  # of the first statistic, the mean
-        both = [column for name in ("(?i)smoke", CO) for column in columns.filter(regex=name)[:1]]
-        train_product, product = [table[:, both].clip(0).prod(axis=1, keepdims=True)
-                                  for table in (train_features, features)]
+        smoke = columns.filter(regex="(?i)smoke")
+        co = columns.filter(regex=CO)
+        both = [*smoke[:1], *co[:1]]
         known = train_features[:, number] == 1
         new = features[:, number] == 1
         if len(both) == 2 and known.any() and new.any():
+            train_product = train_features[known][:, both].clip(0).prod(axis=1, keepdims=True)
+            product = features[new][:, both].clip(0).prod(axis=1, keepdims=True)
             rule = DecisionTreeClassifier(max_leaf_nodes=3)
-            rule.fit(train_product[known], train_labels[known])
-            answers[new] = rule.predict(product[new])
+            rule.fit(train_product, train_labels[known])
+            answers[new] = rule.predict(product)
     return answers
 
 
@@ -1086,40 +1092,43 @@ def train_transformer(model, data, args, state, run_dir):
     network = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     while not is_finished(state, args):
-        with timed(state["stages"], "transformer"):
-            epoch = len(state["history"]) + 1
-            seed = 1000 * args.seed + epoch
-            generator = torch.Generator().manual_seed(seed)
-            windows = (args.steps_per_epoch, args.batch_size)
-            starts = train_starts[torch.randint(len(train_starts), windows, generator=generator)]
-            torch.manual_seed(seed * WORLD_SIZE + RANK)  # for dropout and gains
-            model.train()
-            losses = []
-            correct = 0
-            for batch in progress(starts, f"epoch {epoch} of {args.epochs}"):
-                readings, area, labels = data.windows(batch[RANK::WORLD_SIZE])
-                with autocast(args.device):
-                    logits, risk = network(vary_gains(readings, args.gain_noise), area)
-                loss = fire_loss(logits.float(), risk.float(), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                scheduler.step()
-                average.update_parameters(model)
-                losses.append(loss.detach())
-                correct += (logits.argmax(1) == labels).sum()
-            logits, risk = predict(average.module, data, val_starts)
-            step_losses = torch.stack(losses).tolist()
-            state["step_losses"] += step_losses
-            state["history"].append({
-                "train_loss": sum(step_losses) / len(step_losses),
-                "val_loss": fire_loss(logits, risk, val_labels).item(),
-                "train_accuracy": WORLD_SIZE * correct.item() / starts.numel(),
-                "val_accuracy": (logits.argmax(1) == val_labels).float().mean().item(),
-                "learning_rate": scheduler.get_last_lr()[0],
-                "memory_mib": memory_mib(),
-            })
+        start_time = time.perf_counter()
+        epoch = len(state["history"]) + 1
+        seed = 1000 * args.seed + epoch
+        generator = torch.Generator().manual_seed(seed)
+        windows = (args.steps_per_epoch, args.batch_size)
+        starts = train_starts[torch.randint(len(train_starts), windows, generator=generator)]
+        torch.manual_seed(seed * WORLD_SIZE + RANK)  # for dropout and gains
+        model.train()
+        losses = []
+        correct = 0
+        for batch in progress(starts, f"epoch {epoch} of {args.epochs}"):
+            readings, area, labels = data.windows(batch[RANK::WORLD_SIZE])
+            with autocast(args.device):
+                logits, risk = network(vary_gains(readings, args.gain_noise), area)
+            loss = fire_loss(logits.float(), risk.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            average.update_parameters(model)
+            losses.append(loss.detach())
+            correct += (logits.argmax(1) == labels).sum()
+        logits, risk = predict(average.module, data, val_starts)
+        step_losses = torch.stack(losses).tolist()
+        state["step_losses"] += step_losses
+        state["history"].append({
+            "train_loss": sum(step_losses) / len(step_losses),
+            "val_loss": fire_loss(logits, risk, val_labels).item(),
+            "train_accuracy": WORLD_SIZE * correct.item() / starts.numel(),
+            "val_accuracy": (logits.argmax(1) == val_labels).float().mean().item(),
+            "learning_rate": scheduler.get_last_lr()[0],
+            "memory_mib": memory_mib(),
+        })
+        seconds = time.perf_counter() - start_time
+        stage = {"name": "transformer", "seconds": seconds, "memory_mib": memory_mib()}
+        state["stages"].append(stage)
         end_epoch(state, modules, args, run_dir)
     model.load_state_dict(state["best"]["model"])
 
@@ -1426,10 +1435,10 @@ def run_experiment(args, run_dir=None):
     rows = table.reset_index(names="model").to_dict("records")
     page = run_dir / "model_comparison.html"
     page.write_text(HTML.replace("ROWS", to_json(rows)), encoding="utf-8")
+    parameters = sum(weight.numel() for weight in model.parameters())
     results = {"seed": args.seed, "table": rows, "areas": by_area.to_dict("index"),
                "models": scores, "data": info, "importance": importance.to_dict(),
-               "history": state["history"], "stages": stages,
-               "parameters": sum(weight.numel() for weight in model.parameters())}
+               "history": state["history"], "stages": stages, "parameters": parameters}
     summary = format_summary(results, table, by_area)
     results = write_results(results, summary, args, run_dir)
     if args.save_to:  # now the results are safe, whether or not this fails

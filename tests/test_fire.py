@@ -1073,7 +1073,7 @@ def test_a_killed_run_of_two_processes_ends_as_one_that_was_not(folder, tmp_path
     train, stop = tmp_path / "train.py", tmp_path / "stop.py"
     train.write_text(text)  # the same script, but it ends after training
     stop.write_text(text.replace("average.update_parameters(model)\n", "average.update_parameters(model)\n"
-                                 "                if epoch == 2: os._exit(1)\n"))
+                                 "            if epoch == 2: os._exit(1)\n"))
     assert run_two_processes(train, [*argv, "whole"], tmp_path) == [0, 0]
     assert run_two_processes(stop, [*argv, "killed"], tmp_path) == [1, 1]
     assert run_two_processes(train, ["--resume", "--output-dir", "killed"], tmp_path) == [0, 0]
