@@ -75,7 +75,7 @@ from tqdm.auto import tqdm
 
 from common import (detect_device, epoch_axis, has_bfloat16, in_notebook, legend_below,
                     mean_and_interval, new_figure, plot_bars, plot_confusion, plot_dots,
-                    plot_history, plot_ranking, plt, save_figure, seed_everything)
+                    plot_history, plot_ranking, save_figure, seed_everything)
 
 EXPERIMENT = "fire"
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
@@ -151,7 +151,7 @@ def positive(text):
     return int(text)
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
@@ -206,7 +206,7 @@ def parse_args(argv=None):
     add("--compare", nargs="+", help="results.json of runs to set side by side")
     add("--price-per-hour", type=float, default=1.624, help="price of the machine "
         "[$ per hour], for --compare")
-    if "--quick" in (argv or []):
+    if "--quick" in argv:
         parser.set_defaults(sample_per_area=30_000, epochs=4, num_trees=30, batch_size=128,
                             learning_rate=0.001)
     elif parser.parse_args(argv).sample_per_area > 500_000:
@@ -226,7 +226,6 @@ def parse_args(argv=None):
         "--seq-len must be at least 2": args.seq_len > 1,
         "--dropout must be at least 0 and below 1": 0 <= args.dropout < 1,
         "--learning-rate must be above 0": args.learning_rate > 0,
-        "--baseline-seconds must not be negative": (args.baseline_seconds or 0) >= 0,
         "--seed must be from 0 to 2**32 - 1": 0 <= args.seed < 2**32,
         "--predict needs --checkpoint": args.checkpoint or not args.predict,
     }
@@ -333,13 +332,13 @@ def generate_area(area, rows, seed):
 
 
 def generate_areas(args):
-    """{area: Area} of --sample-per-area rows each."""
+    """({area: Area} of --sample-per-area rows each, no files)."""
     note("no --data: the sensors are synthetic, from the embedded generator")
     areas = {}
     for name, sensors in SENSORS.items():
         arrays = generate_area(name, args.sample_per_area, args.seed)
         areas[name] = Area(list(sensors), *arrays)
-    return areas
+    return areas, []
 
 
 # --- Data: CSV and Parquet files, on this machine or in S3 --------------------------------------
@@ -450,7 +449,7 @@ def find_sensors(recordings, others):
     for name in columns:
         known = [frame[name].dropna() for frame in recordings if name in frame]
         is_time = known[0].dtype.kind == "M"
-        is_label = name.startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
+        is_label = name.lower().startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
         rises = all(column.is_monotonic_increasing for column in known)
         if is_time or is_label or (rises and known[0].nunique() > 2):
             left_out.append(name)
@@ -460,10 +459,11 @@ def find_sensors(recordings, others):
     return columns.difference(left_out, sort=False)
 
 
-def read_times(column, recordings):
-    """(usual step [s], rows that follow a gap or begin a recording) of a time column, which must
-    rise in each recording; `recordings` are their first rows. Times are timestamps, text, or
-    numbers of seconds, which may count milli-, micro- or nanoseconds since 1970."""
+def read_times(column):
+    """(order of the rows, usual step [s], rows that follow a gap or begin a recording) of a time
+    column, which must rise in each recording; the order is that in which the recordings begin.
+    Times are timestamps, text, or numbers of seconds, which may count milli-, micro- or nanoseconds
+    since 1970."""
     if pd.api.types.is_numeric_dtype(column):
         seconds = column.astype(float)
         while seconds.median() > 1e11:
@@ -475,28 +475,28 @@ def read_times(column, recordings):
         times = min(candidates, key=lambda times: (times.isna().sum(), times.max() - times.min()))
         seconds = (times - times.min()).dt.total_seconds()
     refuse(seconds.isna(), column, "is not a date and time")
-    steps = seconds.diff()
-    steps.iloc[recordings] = np.inf
+    steps = seconds.groupby(level=0).diff().fillna(np.inf)
     refuse(steps <= 0, column, "is not later than the row above. Sort the file; after a clock "
            "change, use times in UTC; for several devices in one file see --area-column")
+    order = seconds.groupby(level=0).transform("first").argsort(kind="stable")
     step = float(steps.median())
-    return step, np.flatnonzero(steps > 1.5 * step)
+    return order, step, np.flatnonzero(steps.iloc[order] > 1.5 * step)
 
 
 def read_numbers(column, na_values):
     """A column as numbers, NaN where missing. An extreme that repeats, far from all others, such as
     -999, is noted."""
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    refuse(numbers.isna() & column.notna(), column,
-           "is not a number; see --na-values, --columns and --area-column")
+    refuse(numbers.isna() & column.notna() & ~column.isin(na_values), column,
+           "is not a number; see --na-values, --columns, --time-column and --area-column")
     missing = [*pd.to_numeric(na_values, errors="coerce"), np.inf, -np.inf]
     numbers = numbers.mask(numbers.isin(missing))
     for extreme in (numbers.min(), numbers.max()):
-        distances = (numbers[numbers != extreme] - extreme).abs()
-        repeats = (numbers == extreme).sum()
+        repeats = numbers == extreme
+        distances = (numbers[~repeats] - extreme).abs()
         is_far = 2 * distances.min() > distances.max() > distances.min()
-        if is_far and repeats >= MIN_WINDOWS:
-            note(f"column {column.name!r}: {extreme:g} in {repeats} rows is far from all other "
+        if is_far and repeats.sum() >= MIN_WINDOWS:
+            note(f"column {column.name!r}: {extreme:g} in {repeats.sum()} rows is far from all other "
                  f"readings; if it means missing, add --na-values {extreme:g}")
     return numbers
 
@@ -509,9 +509,11 @@ def read_area(frames, args):
     label = None
     if not args.predict:
         label = find_column(recordings[0], args.label_column, LABEL_COLUMNS) or "label"
-    times = find_column(recordings[0], args.time_column, TIME_COLUMNS)
-    roles = [label, times, args.area_column]
-    sensors = [name for name in columns or find_sensors(recordings, roles) if name != label]
+    clocks = [name for name, column in recordings[0].items() if column.dtype.kind == "M"
+              and column.is_monotonic_increasing and column.is_unique]
+    times = find_column(recordings[0], args.time_column, TIME_COLUMNS) or next(iter(clocks), None)
+    sensors = columns or find_sensors(recordings, [label, times, args.area_column])
+    sensors = [name for name in sensors if name != label]
     for address, frame in frames.items():
         check_columns(frame, [label, times, *sensors], address)
     if not sensors:
@@ -520,36 +522,49 @@ def read_area(frames, args):
     later = frame.columns.difference(recordings[0].columns).tolist()
     if later and not columns:
         note(f"{address}: columns {later} are not in the first file, and are left out")
-    for name in frame.columns.difference([*roles, *(columns or [])]):
-        if DEVICE_COLUMN.fullmatch(name) and frame[name].nunique() > 1:
+    for name in frame.columns.difference([label, times, *(columns or [])]):
+        is_device = name == args.area_column or DEVICE_COLUMN.fullmatch(name)
+        if is_device and frame[name].nunique() > 1:
             raise UserError(f"{address}: column {name!r} seems to name devices or rooms: train "
                             "with --area-column, or keep the rows of one")
+    if times:
+        order, step, breaks = read_times(frame[times])
+        frame = frame.iloc[order]
+        note(f"column {times!r}: rows {step:.3g} s apart; stretches without a gap: {len(breaks)}")
+    else:
+        note("no time column: rows count as 1 s apart, in new readings as far as in training")
     readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
         readings[:, i] = read_numbers(frame[name], args.na_values)
-    starts = np.cumsum([0, *map(len, recordings)])[:-1]
+    starts = np.flatnonzero(~frame.index.get_level_values(0).duplicated())
     oracle = np.full(len(frame), -1, np.int8)
-    area = Area(sensors, readings, frame.get(label, oracle), oracle, 1.0, starts, starts)
+    labels = frame.get(label, oracle)
+    area = Area(sensors, readings, labels, oracle, 1.0, starts, starts, frame.get(times))
     if times:
-        area.times = frame[times]
-        area.step, area.breaks = read_times(area.times, starts)
+        area.step = step
+        area.breaks = breaks
     return area
+
+
+def label_text(label):
+    """A label as it is compared: in lower case, with spaces for dashes and underscores."""
+    text = str(label).strip().lower()
+    return re.sub("[_-]", " ", text).removesuffix(".0")
 
 
 def read_labels(areas):
     """Turn the labels of the areas into classes. A 1 is fire, unless a label of any area is a 2, a
     warning or a fire."""
-    labels = pd.concat([area.labels for area in areas]).drop_duplicates()
-    texts = labels.astype(str).str.strip().str.lower()
-    texts = texts.str.replace("[_-]", " ", regex=True).str.removesuffix(".0")
-    three_classes = texts.isin(["2", "warning", "fire"]).any()
-    classes = texts.map(LABELS if three_classes else LABELS | {"1": 2})
-    refuse(classes.isna(), labels, f"is no label; labels are {', '.join(LABELS)}")
-    names = classes.map(dict(enumerate(CLASSES)))
-    note(f"labels: {dict(zip(texts, names))}")
-    numbers = dict(zip(labels, classes))
+    texts = [label_text(label) for area in areas for label in area.labels.unique()]
+    three_classes = not {"2", "warning", "fire"}.isdisjoint(texts)
+    numbers = LABELS if three_classes else LABELS | {"1": 2}
     for area in areas:
-        area.labels = area.labels.map(numbers).to_numpy(np.int8)
+        meanings = {label: numbers.get(label_text(label)) for label in area.labels.unique()}
+        classes = area.labels.map(meanings)
+        refuse(classes.isna(), area.labels, f"is no label; labels are {', '.join(LABELS)}")
+        area.labels = classes.to_numpy(np.int8)
+    names = {text: CLASSES[numbers[text]] for text in texts}
+    note(f"labels: {names}")
 
 
 def file_areas(args):
@@ -586,7 +601,7 @@ def remove_drift(readings, rows):
     knows nothing of what comes later; only the first block of a sensor is its own baseline. Fire
     standards call this drift compensation (EN 54, UL 268).
     """
-    if not rows:
+    if rows <= 0:
         return
     block = max(1, int(rows) // BASELINE_BLOCKS)
     starts = np.arange(0, len(readings), block)
@@ -644,9 +659,9 @@ def split_area(area, how, args):
     return stretches
 
 
-def sample_blocks(stretches, labels, split, args, seed):
-    """Blocks [(start, stop), …] of `stretches` with about a split's share of --sample-per-area
-    rows, drawn at random; if there are at most 10 % more, all of them.
+def sample_blocks(stretches, labels, split, args, number):
+    """Blocks [(start, stop), …] of `stretches` in area `number` with about a split's share of
+    --sample-per-area rows, drawn at random; if there are at most 10 % more, all of them.
 
     Validation and test take few long blocks, which leave fires whole. Training takes many short
     ones, those with incidents first, until they have INCIDENT_SHARE of the rows.
@@ -660,7 +675,7 @@ def sample_blocks(stretches, labels, split, args, seed):
     for start, stop in stretches:
         for begin in range(start, stop - args.seq_len + 1, block_rows):
             blocks.append((begin, min(begin + block_rows, stop)))
-    blocks = np.random.default_rng(seed).permutation(blocks)
+    blocks = np.random.default_rng([args.seed, number]).permutation(blocks)
     if split == "train":
         incidents = np.array([np.count_nonzero(labels[start:stop]) for start, stop in blocks])
         wanted = (incidents > 0) & (incidents.cumsum() <= INCIDENT_SHARE * rows)
@@ -676,9 +691,8 @@ def find_segments(areas, how, args):
     counts = pd.DataFrame(0, CLASSES, SPLITS)
     offset = 0
     for number, area in enumerate(areas):
-        seed = [args.seed, number]
         for split, stretches in split_area(area, how, args).items():
-            for start, stop in sample_blocks(stretches, area.labels, split, args, seed):
+            for start, stop in sample_blocks(stretches, area.labels, split, args, number):
                 segments[split].append((offset + start, offset + stop))
                 ends = area.labels[start + args.seq_len - 1 : stop : args.stride]
                 counts[split] += np.bincount(ends, minlength=len(CLASSES))
@@ -689,7 +703,7 @@ def find_segments(areas, how, args):
 def choose_split(areas, args):
     """(name of the split, its segments, the number of windows [classes, splits] in them). Of two
     splits the one that leaves fewer classes without enough windows is chosen. Raises UserError
-    where a split is empty or the training part has one class only."""
+    where the training part has one class only, or another part none of its classes."""
     splits = ["time", "runs"] if args.split == "auto" else [args.split]
     candidates = {how: find_segments(areas, how, args) for how in splits}
     lacking = {how: (counts.to_numpy() < MIN_WINDOWS).sum()
@@ -703,7 +717,8 @@ def choose_split(areas, args):
     few = windows[windows < MIN_WINDOWS].to_dict()
     if few:
         note(f"fewer than {MIN_WINDOWS} windows are too few to score: {few}")
-    if (counts["train"] > 0).sum() < 2 or not counts.any().all():
+    trained = counts[counts["train"] > 0]
+    if len(trained) < 2 or not trained.any().all():
         raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
                         "or --stride, or another --split")
     return how, segments, counts
@@ -731,8 +746,10 @@ def assign_columns(areas):
     names = [name for area in areas for name in area.sensors]
     columns = {}
     for name in sorted(dict.fromkeys(names), key=names.count, reverse=True):
-        taken = {columns.get(other) for area in areas if name in area.sensors
-                 for other in area.sensors}
+        taken = set()
+        for area in areas:
+            if name in area.sensors:
+                taken.update(map(columns.get, area.sensors))
         columns[name] = min(set(range(len(taken) + 1)) - taken)
     return columns
 
@@ -768,14 +785,14 @@ class Data:
 def load_data(args):
     """(Data, info): read or generate the areas, split, take off drift, normalize. `info` describes
     them in results.json, and tells what a checkpoint needs for new readings."""
-    by_name, files = file_areas(args) if args.data else (generate_areas(args), [])
+    load = file_areas if args.data else generate_areas
+    by_name, files = load(args)
     areas = list(by_name.values())
     how, segments, counts = choose_split(areas, args)
     seconds = choose_baseline(areas, how, args)
     columns = pd.Series(assign_columns(areas))
     names = columns.index.to_series().groupby(columns).agg(" or ".join)
-    bounds = np.concatenate(list(segments.values()))
-    rows = int(np.diff(bounds).sum())
+    rows = int(sum(stop - start for bounds in segments.values() for start, stop in bounds))
     content = [(area.readings, area.labels) for area in areas]
     digest = joblib.hash([segments, args.stride, content])
     info = {"files": files, "rows": rows, "hash": digest, "split": how,
@@ -791,7 +808,7 @@ def load_data(args):
         train = pd.DataFrame(area.readings[mask])
         mean = train.mean()  # NaN for a sensor without any reading
         std = train.std(ddof=0)
-        std = std.mask(std <= 1e-6 * mean.abs(), 1)  # 1 for a constant
+        std = std.where(std > 1e-6 * mean.abs())  # NaN for a constant, which counts as missing
         info["areas"][name] = {"sensors": area.sensors, "columns": columns[area.sensors].tolist(),
                                "mean": mean.tolist(), "std": std.tolist(), "step": area.step}
     return make_data(by_name, info, segments, args), info
@@ -934,19 +951,17 @@ def fit_baselines(train, val, args, stages):
     the time of each. The validation loss ends the boosting, and chooses its learning rate."""
     features, labels = val
     known = np.isin(labels, train[1])
+    validation = {"X_val": features[known], "y_val": labels[known]}
     models = {}
     for name, candidates in make_baselines(args).items():
-        start_time = time.perf_counter()
-        stopping = {}
-        if name == "gradient boosting":
-            stopping = {"X_val": features[known], "y_val": labels[known]}
+        is_boosting = name == "gradient boosting"
+        stopping = validation if is_boosting else {}
         # All cores for fitting alone: threads add up the votes of trees in any order.
-        with joblib.parallel_config(n_jobs=-1):
+        with timed(stages, name), joblib.parallel_config(n_jobs=-1):
             fitted = [model.fit(*train, **stopping) for model in candidates]
-        if name == "gradient boosting":
+        if is_boosting:
             fitted.sort(key=lambda model: model.validation_score_[-1])
         models[name] = fitted[-1]
-        add_stage(stages, name, start_time)
     return models
 
 
@@ -1011,9 +1026,7 @@ def warm_up_then_cosine(step, steps):
 def vary_gains(readings, noise):
     """Multiply each sensor of each window [batch, seq_len, columns] by exp(noise * a normal
     number), since fires reach sensors with different strength."""
-    batch, _, columns = readings.shape
-    gains = torch.exp(noise * torch.randn(batch, 1, columns, device=readings.device))
-    return readings * gains
+    return readings * torch.exp(noise * torch.randn_like(readings[:, :1]))
 
 
 def autocast(device):
@@ -1113,7 +1126,9 @@ def train_transformer(model, data, args, state, run_dir):
             "learning_rate": scheduler.get_last_lr()[0],
             "memory_mib": memory_mib(),
         })
-        add_stage(state["stages"], "transformer", start_time)
+        seconds = time.perf_counter() - start_time
+        stage = {"name": "transformer", "seconds": seconds, "memory_mib": memory_mib()}
+        state["stages"].append(stage)
         end_epoch(state, modules, args, run_dir)
     model.load_state_dict(state["best"]["model"])
 
@@ -1130,7 +1145,8 @@ def end_epoch(state, modules, args, run_dir):
     if loss < state["best"]["loss"]:
         weights = copy.deepcopy(modules["average"].module.state_dict())
         state["best"] = {"loss": loss, "epoch": epoch, "model": weights}
-    state.update({name: module.state_dict() for name, module in modules.items()})
+    for name, module in modules.items():
+        state[name] = module.state_dict()
     if RANK == 0:
         with atomic_write(run_dir / "checkpoint.pt") as path:
             torch.save(state, path)
@@ -1159,7 +1175,7 @@ def classify(model, baselines, data, starts):
 def score_answers(answers, labels, areas):
     """(table [models, figures in %], accuracy [areas, models] in %, {model: its metrics by class
     and its confusion matrix}) of `answers` [windows, models], where -1 is no answer; a model
-    without any is left out. `areas` [windows] is a Series of names."""
+    without any is left out. `areas` [windows] is a Series of names, of all areas as categories."""
     from sklearn.metrics import classification_report, confusion_matrix
 
     figures = {}
@@ -1182,9 +1198,8 @@ def score_answers(answers, labels, areas):
             "macro F1 %": report["macro avg"]["f1-score"],
             "false alarms %": is_alarm[true < 2].mean(),
             "missed fire %": 1 - is_alarm[true == 2].mean()}
-        by_area[name] = correct.groupby(areas).mean()
-    by_area = pd.DataFrame(by_area).loc[areas.unique()]
-    return 100 * pd.DataFrame(figures).T, 100 * by_area, scores
+        by_area[name] = correct.groupby(areas, observed=False).mean()
+    return 100 * pd.DataFrame(figures).T, 100 * pd.DataFrame(by_area), scores
 
 
 def detection_delays(model, baselines, data, info):
@@ -1193,11 +1208,11 @@ def detection_delays(model, baselines, data, info):
     starts = data.starts("test", 1)
     starts = starts[data.window_labels(starts) == 2]
     rows = pd.Series(starts.cpu().numpy() + data.seq_len - 1)
-    fire = (rows.diff() != 1).cumsum()  # number of each row's fire
+    labels = pd.Series(data.labels.cpu().numpy())
+    runs = labels.diff().ne(0).cumsum()  # number of each row's run of one label
+    fire = rows.map(runs)
     onset = rows.groupby(fire).transform("min")
-    end = rows.groupby(fire).transform("max")
-    is_fire = np.pad(data.labels.cpu().numpy() == 2, 1)
-    whole = ~(is_fire[onset] | is_fire[end + 2])  # no fire in the rows before and after
+    whole = fire.map(fire.value_counts().eq(runs.value_counts()))  # all of its rows are tested
     if not whole.any():
         return pd.DataFrame()
     steps = np.array([area["step"] for area in info["areas"].values()])
@@ -1216,9 +1231,8 @@ def evaluate(model, baselines, data, train, info, args):
     answers = classify(model, baselines, data, starts)
     answers["majority class"] = np.bincount(train[1]).argmax()
     answers["smoke × CO rule"] = smoke_times_co(train, features, info["areas"])
-    numbers = pd.Series(data.areas[starts].cpu().numpy())
-    areas = numbers.map(dict(enumerate(info["areas"])))
-    table, by_area, scores = score_answers(answers, labels, areas)
+    areas = pd.Categorical.from_codes(data.areas[starts].cpu(), list(info["areas"]))
+    table, by_area, scores = score_answers(answers, labels, pd.Series(areas))
     table = table.join(detection_delays(model, baselines, data, info))
     table = table.sort_values("accuracy %", ascending=False, kind="stable").round(2)
     return table, by_area[table.index].round(2), scores
@@ -1242,32 +1256,27 @@ def plot_dashboard(state, args, path):
     save_figure(fig, path, display_id=str(path.resolve()), update=epochs > 1)
 
 
-def plot_training(state, run_dir):
+def plot_training(state, seconds, run_dir):
     """Learning curves, as a picture and as a GIF with a frame for each epoch, and where time and
-    memory went, before an interruption, too."""
-    from matplotlib.animation import FuncAnimation, PillowWriter
+    memory went, before an interruption, too. `seconds` is a Series of the stages of the run."""
+    from matplotlib.animation import PillowWriter
 
     fig, axes = new_figure("Learning curves of the transformer", 1, 2)
     plot_history(axes, state["history"], state["step_losses"])
     save_figure(fig, run_dir / "learning_curves.png")
-
-    fig, axes = new_figure("Training of the transformer", 1, 2, (9, 3.6))
-    plot_history(axes, state["history"])
     for ax in axes:
         ax.legend(loc="center right")  # the best place would change from frame to frame
     curves = [(line, line.get_xydata().T) for ax in axes for line in ax.lines]
-
-    def draw(frame):
-        for line, points in curves:
-            line.set_data(points[:, : frame + 1])
-
-    animation = FuncAnimation(fig, draw, frames=len(state["history"]))
-    animation.save(run_dir / "training_progress.gif", PillowWriter(fps=2))
-    plt.close(fig)
+    writer = PillowWriter(fps=2)
+    with writer.saving(fig, run_dir / "training_progress.gif", None):
+        for epochs in range(1, len(state["history"]) + 1):
+            for line, points in curves:
+                line.set_data(points[:, points[0] <= epochs])
+            writer.grab_frame()
 
     table = pd.DataFrame(state["stages"])
     fig, axes = new_figure("Time, and memory at the end of each stage and epoch", 1, 2)
-    plot_ranking(axes[0], table.groupby("name")["seconds"].sum().to_dict(), "{:.1f}")
+    plot_ranking(axes[0], seconds.to_dict(), "{:.1f}")
     axes[1].plot(table["seconds"].cumsum(), table["memory_mib"], "o-", clip_on=False)
     axes[0].set_xlabel("time [s]")
     axes[1].set(xlabel="time [s]", ylabel="resident memory [MiB]", xlim=(0, None), ylim=(0, None))
@@ -1287,7 +1296,9 @@ def plot_data(counts, importance, run_dir):
 
     fig, axes = new_figure("The eight most important window features", 3, 1, (10, 9))
     for ax, name in zip(axes, importance):
-        plot_ranking(ax, importance[name].nlargest(8).to_dict(), "{:.3f}")
+        largest = importance[name].nlargest(8)
+        largest.index = largest.index.str[:60]
+        plot_ranking(ax, largest.to_dict(), "{:.3f}")
         ax.set(title=name, xlabel="share of the decrease of impurity")
     axes[2].set_xlabel("accuracy lost when the feature is shuffled")
     save_figure(fig, run_dir / "feature_importance.png")
@@ -1341,8 +1352,11 @@ draw();
 # --- The experiment -----------------------------------------------------------------------------
 
 
-def add_stage(stages, name, start_time):
-    """Append time and memory of a stage of the run, which ends now, to the list `stages`."""
+@contextlib.contextmanager
+def timed(stages, name):
+    """Append time and memory of the block, a stage of the run, to the list `stages`."""
+    start_time = time.perf_counter()
+    yield
     seconds = time.perf_counter() - start_time
     stages.append({"name": name, "seconds": seconds, "memory_mib": memory_mib()})
 
@@ -1378,8 +1392,7 @@ def restore_state(new, path):
     if not path.exists():
         return new
     state = load_checkpoint(path, path)
-    same_data = state["data"]["hash"] == new["data"]["hash"]
-    if not same_data or state["processes"] != WORLD_SIZE:
+    if state["data"]["hash"] != new["data"]["hash"] or state["processes"] != WORLD_SIZE:
         raise UserError(f"{path}: the run began with {state['processes']} processes, or with other "
                         "data; take the same, or start a new run")
     return state
@@ -1388,13 +1401,13 @@ def restore_state(new, path):
 def run_experiment(args, run_dir=None):
     """Load the data, then train, evaluate and draw everything for one seed, in `run_dir` or a new
     folder; returns the results, or None in all processes of torchrun but the first."""
-    start_time = time.perf_counter()
-    data, info = load_data(args)
+    stages = []
+    with timed(stages, "data"):
+        data, info = load_data(args)
     if run_dir is None:  # now arguments and data are known to be good
         run_dir = next_run_dir(args) if RANK == 0 else Path(args.resume or os.devnull)
     state = restore_state(new_state(args, info), run_dir / "checkpoint.pt")
-    stages = state["stages"]
-    add_stage(stages, "data", start_time)
+    stages = state["stages"] = state["stages"] + stages
     seed_everything(args.seed)
     model = make_model(vars(args), info).to(args.device)
     train_transformer(model, data, args, state, run_dir)
@@ -1403,40 +1416,41 @@ def run_experiment(args, run_dir=None):
     if RANK > 0:
         return None
 
-    start_time = time.perf_counter()
-    train, val = [window_features(data, data.starts(split, args.stride))
-                  for split in ("train", "val")]
-    add_stage(stages, "features", start_time)
+    with timed(stages, "features"):
+        train, val = [window_features(data, data.starts(split, args.stride))
+                      for split in ("train", "val")]
     baselines = fit_baselines(train, val, args, stages)
-    start_time = time.perf_counter()
-    table, by_area, scores = evaluate(model, baselines, data, train, info, args)
-    importance = feature_importance(baselines, val, info, args.seed)
-    add_stage(stages, "evaluation", start_time)
+    with timed(stages, "evaluation"):
+        table, by_area, scores = evaluate(model, baselines, data, train, info, args)
+        importance = feature_importance(baselines, val, info, args.seed)
 
     seconds = pd.DataFrame(stages).groupby("name")["seconds"].sum()
     table["training s"] = seconds.round(1)
     plot_data(pd.DataFrame(info["windows"]), importance, run_dir)
-    plot_training(state, run_dir)
+    plot_training(state, seconds, run_dir)
     plot_models(table, by_area, scores, run_dir)
     with atomic_write(run_dir / "transformer.pt") as path:
         torch.save({key: state[key] for key in ("arguments", "data", "best")}, path)
     joblib.dump(baselines, run_dir / "trees.joblib")
     rows = table.reset_index(names="model").to_dict("records")
-    html = HTML.replace("ROWS", to_json(rows))
-    (run_dir / "model_comparison.html").write_text(html, encoding="utf-8")
+    page = run_dir / "model_comparison.html"
+    page.write_text(HTML.replace("ROWS", to_json(rows)), encoding="utf-8")
     parameters = sum(weight.numel() for weight in model.parameters())
     results = {"seed": args.seed, "table": rows, "areas": by_area.to_dict("index"),
                "models": scores, "data": info, "importance": importance.to_dict(),
                "history": state["history"], "stages": stages, "parameters": parameters}
     summary = format_summary(results, table, by_area)
-    if args.save_to:
-        description = describe_run(args) | results
-        results["saved_to"] = save_version(description, summary, run_dir, args.save_to)
-    return write_results(results, summary, args, run_dir)
+    results = write_results(results, summary, args, run_dir)
+    if args.save_to:  # now the results are safe, whether or not this fails
+        results["saved_to"] = save_version(run_dir, args.save_to)
+    return results
 
 
 def join_processes(args):
-    """Join the other processes of torchrun; returns the arguments with the device of this one."""
+    """Join the other processes of torchrun, if there are any; returns the arguments with the device
+    of this process."""
+    if WORLD_SIZE == 1:
+        return args
     if args.batch_size % WORLD_SIZE:
         raise UserError("the processes must be able to share --batch-size evenly")
     device = args.device
@@ -1455,7 +1469,7 @@ def run(args):
         return compare_runs(args)
     if args.runs > 1:
         return run_seeds(args)
-    return run_experiment(join_processes(args) if WORLD_SIZE > 1 else args)
+    return run_experiment(join_processes(args))
 
 
 # --- Extras: several seeds (--runs) -------------------------------------------------------------
@@ -1477,13 +1491,17 @@ def run_seeds(args):
     info = load_data(args)[1]  # an error in the data comes before there is a folder
     run_dir = next_run_dir(args)
     tables = {}
+    notes = {}
     for seed in range(args.seed, args.seed + args.runs):
+        NOTES.clear()
         finished = run_dir / f"seed-{seed}" / "results.json"
         if not finished.exists():
             finished.parent.mkdir(exist_ok=True)
             run_experiment(argparse.Namespace(**vars(args) | {"seed": seed}), finished.parent)
-        rows = json.loads(finished.read_text())["table"]
-        tables[seed] = pd.DataFrame(rows).set_index("model")
+        results = json.loads(finished.read_text())
+        tables[seed] = pd.DataFrame(results["table"]).set_index("model")
+        notes |= dict.fromkeys(results["notes"])
+    NOTES[:] = notes
 
     records = pd.concat(tables, names=["seed"])
     accuracy = records["accuracy %"].unstack("model")  # [seeds, models]
@@ -1508,23 +1526,24 @@ best baseline, {baseline}, {means[baseline]} %. The difference, seed by seed, is
 # --- Extras: versions in a folder or in S3 (--save-to) ------------------------------------------
 
 
-def save_version(description, summary, run_dir, address):
-    """Copy models and tables to a new version under `address`; returns the version's address.
+def save_version(run_dir, address):
+    """Copy models and tables of a finished run to a new version under `address`; returns the
+    version's address.
 
     Its name, the time in UTC and four random hexadecimal digits, clashes with no other writer's.
-    metadata.json comes last: a version without it is not complete.
+    metadata.json, a copy of results.json, comes last: a version without it is not complete.
     """
     version = time.strftime("/%Y%m%dT%H%M%SZ-", time.gmtime()) + secrets.token_hex(2)
     address = address.rstrip("/") + version
     filesystem, folder = open_address(address)
     if filesystem.type_name == "local":
         filesystem.create_dir(folder)
-    contents = {name: (run_dir / name).read_bytes() for name in ("transformer.pt", "trees.joblib")}
-    contents["summary.md"] = summary.encode()
-    contents["metadata.json"] = to_json(description).encode()
-    for name, content in contents.items():
+    for name in ("transformer.pt", "trees.joblib", "summary.md", "results.json"):
+        content = (run_dir / name).read_bytes()
+        name = name.replace("results", "metadata")
         with filesystem.open_output_stream(f"{folder}/{name}") as stream:
             stream.write(content)
+    log(f"saved to {address}")
     return address
 
 
@@ -1548,19 +1567,19 @@ def predict_file(args):
     """Class, probabilities and risk of each window of new readings, as predictions.csv. A window
     without any reading has no class. Returns the results."""
     model, trained, info = load_transformer(args.checkpoint)
-    for name in ("stride", "na_values", "time_column"):
-        trained[name] = vars(args)[name] or trained[name]
     seq_len = trained["seq_len"]
     name = args.area or name_areas([args.predict], "time")[0]
     if name not in info["areas"]:
-        names = ", ".join(info["areas"])
-        raise UserError(f"{args.predict}: --area must be one of {names}, not {name!r}")
+        raise UserError(f"{args.predict}: --area must be one of {', '.join(info['areas'])}, "
+                        f"not {name!r}")
     described = info["areas"][name]
-    changes = {"predict": args.predict, "device": args.device, "area_column": None,
-               "columns": described["sensors"]}
-    options = argparse.Namespace(**trained | changes)
+    fixed = {"device": args.device, "stride": args.stride or trained["stride"], "seq_len": seq_len,
+             "columns": described["sensors"]}
+    options = argparse.Namespace(**trained | changed_arguments(args) | fixed)
     frame, _ = read_frame(args.predict, options.na_values)
     area = read_area({args.predict: frame}, options)
+    if area.times is None:
+        area.step = described["step"]
     if not math.isclose(area.step, described["step"], rel_tol=0.01):
         note(f"a row is {area.step:g} s, in training it was {described['step']:g} s")
     remove_drift(area.readings, info["baseline_seconds"] / area.step)
@@ -1600,10 +1619,8 @@ def read_results(address):
         table = pd.DataFrame(results["table"]).set_index("model")[["accuracy %", "training s"]]
         table = table.astype(str).replace(" ±.*", "", regex=True).astype(float)
         data = results["data"]
-        rows = f"{data['rows']:,}"
-        hours = table["training s"].sum() / 3600
-        row = {"run": Path(address).parent.name, "rows": rows, **table["accuracy %"],
-               "training h": hours}
+        row = {"run": Path(address).parent.name, "rows": f"{data['rows']:,}",
+               "training h": table["training s"].sum() / 3600, **table["accuracy %"]}
         return results["arguments"], row, data["hash"]
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{address}: not the results.json of a finished training run") from None
@@ -1617,7 +1634,7 @@ def compare_runs(args):
     """
     arguments, rows, hashes = zip(*map(read_results, args.compare))
     table = pd.DataFrame(rows)
-    models = table.columns[2:-1]
+    models = table.columns[3:]
     table["differs in"] = ""
     for name, values in pd.DataFrame(arguments, dtype=object).map(str).items():
         if values.nunique() > 1 and name not in ("output_dir", "resume"):

@@ -269,6 +269,14 @@ def test_a_sensor_that_training_never_sees_stays_missing(tmp_path):
     assert (features[:, 7 * data.readings.shape[1] + column] == 1).all()  # all of it is missing
 
 
+def test_a_sensor_that_is_constant_in_training_counts_as_missing(tmp_path):
+    frame = area_frame("arc", 20_000)
+    frame.loc[:16_000, "current_a"] = 0
+    frame.to_csv(tmp_path / "arc.csv", index=False)
+    data, info = load("--data", tmp_path)
+    assert data.readings[:, info["areas"]["arc"]["columns"][1]].isnan().all()
+
+
 def test_normalization_knows_the_training_part_alone(tmp_path):
     described = []
     for factor in (1, 100):
@@ -318,6 +326,17 @@ def test_label_spellings(tmp_path, values, expected, kind):
     np.testing.assert_array_equal(labels == 2, fire.generate_area("basement", 8000, seed=1)[1] == 2)
 
 
+def test_areas_may_spell_their_labels_differently(tmp_path):
+    spellings = {"a": {0: False, 1: False, 2: True}, "b": {0: 0, 1: 1, 2: 2}, "c": {0: "no", 1: "Warning", 2: "yes"}}
+    for area, values in spellings.items():
+        area_frame(rows=8000, values=values).to_csv(tmp_path / f"{area}.csv", index=False)
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path)]))
+    true = fire.generate_area("basement", 8000, seed=1)[1]
+    np.testing.assert_array_equal(areas["a"].labels, np.where(true == 2, 2, 0))
+    np.testing.assert_array_equal(areas["b"].labels, true)
+    np.testing.assert_array_equal(areas["c"].labels, true)
+
+
 def test_what_labels_were_taken_for_is_said(tmp_path, capsys):
     area_frame(values={0: 1, 1: 1, 2: 2}).to_csv(tmp_path / "a.csv", index=False)
     load("--data", tmp_path)
@@ -332,6 +351,7 @@ def sensors_of(frame, path, *argv):
 def test_columns_that_give_the_answer_away_are_left_out(tmp_path, capsys):
     frame = area_frame(label="is_anomaly", values={0: 0, 1: 0, 2: 1})
     frame.insert(0, "", np.arange(6000))
+    frame["Label_code"] = frame["is_anomaly"]
     frame["CNT"] = np.arange(6000) // 2 + 7.0
     frame.loc[9, "CNT"] = np.nan
     frame["UTC"] = 1_654_733_331 + np.arange(6000)
@@ -339,7 +359,7 @@ def test_columns_that_give_the_answer_away_are_left_out(tmp_path, capsys):
     frame["received"] = frame["timestamp"] + pd.to_timedelta(np.arange(6000) % 7, unit="s")
     areas = sensors_of(frame, tmp_path / "a.csv")
     assert areas["a"].sensors == list(fire.SENSORS["basement"])
-    assert "left out ['Unnamed: 0', 'CNT', 'UTC', 'day', 'received']" in capsys.readouterr().err
+    assert "left out ['Unnamed: 0', 'Label_code', 'CNT', 'UTC', 'day', 'received']" in capsys.readouterr().err
     areas = sensors_of(frame, tmp_path / "a.csv", "--columns", "CNT", "co_ppm", "is_anomaly")
     assert areas["a"].sensors == ["CNT", "co_ppm"]
 
@@ -435,6 +455,31 @@ def test_times_make_gaps_and_steps(tmp_path):
         assert list(areas["a"].breaks[areas["a"].breaks > 0]) == [1000]
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_timestamps_need_no_usual_name(tmp_path, kind):
+    times = pd.date_range("2024-03-01", periods=3000, freq="10s")
+    frame = CLEAN.set_index(times.where(np.arange(3000) < 1000, times + pd.Timedelta("3h")))
+    path = tmp_path / f"a.{kind}"
+    fire.NOTES.clear()
+    frame.to_csv(path) if kind == "csv" else frame.to_parquet(path)
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(path)]))
+    assert areas["a"].step == 10
+    assert list(areas["a"].breaks) == [0, 1000]
+    assert "rows 10 s apart; stretches without a gap: 2" in fire.NOTES[0]
+
+
+def test_recordings_are_in_order_of_time(tmp_path):
+    (tmp_path / "area=hall").mkdir()
+    times = pd.date_range("2024-03-01", periods=3000, freq="s")
+    for number in range(12):  # part-10 comes before part-2 in the alphabet
+        rows = slice(250 * number, 250 * number + 250)
+        stamped(times)[rows].to_csv(tmp_path / f"area=hall/part-{number}.csv", index=False)
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path)]))
+    assert areas["hall"].times.is_monotonic_increasing
+    assert list(areas["hall"].recordings) == list(range(0, 3000, 250))
+    np.testing.assert_array_equal(areas["hall"].readings, CLEAN[["a", "b"]])
+
+
 def test_missing_values(tmp_path, capsys):
     frame = CLEAN.copy()
     frame.loc[::50, "a"] = -999
@@ -443,6 +488,9 @@ def test_missing_values(tmp_path, capsys):
     areas = sensors_of(frame, tmp_path / "a.csv", "--na-values", "-999")
     assert np.isnan(areas["a"].readings[::50, 0]).all()
     assert "far from" not in capsys.readouterr().err
+    frame.astype({"a": str}).replace("-999.0", "broken").to_parquet(tmp_path / "a.parquet")
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path / "a.parquet"), "--na-values", "broken"]))
+    assert np.isnan(areas["a"].readings[::50, 0]).all()
 
 
 def bad_inputs(tmp_path):
@@ -478,6 +526,8 @@ def bad_inputs(tmp_path):
         "no sensors": (file("few.csv", "label\n0\n2\n"), ["few.csv", "no sensor column"]),
         "no sensor chosen": (file("fine.csv", text, "--columns", "label"), ["fine.csv", "no sensor column"]),
         "few rows": (file("short.csv", text[: text.index("\n", 900)]), ["too few"]),
+        "other classes later": (file("later.csv", "a,label\n" + "1,0\n2,1\n" * 1500 + "3,2\n" * 1280, "--split", "time"),
+                                ["too few", "fire"]),
         "one class": (file("one.csv", "a,label\n" + "1,0\n2,0\n" * 1500), ["too few", "normal"]),
         "shuffled": (file("order.csv", stamped(times[::-1].to_numpy()).to_csv(index=False)),
                      ["'date'", "row 2", "not later"]),
@@ -750,6 +800,7 @@ def test_several_runs_give_mean_and_interval_and_go_on_where_they_stopped(folder
     again = fire.main(["--resume", "--output-dir", str(tmp_path)])
     assert [row["accuracy %"] for row in again["table"]] == [row["accuracy %"] for row in results["table"]]
     assert (top / "seed-5/results.json").stat().st_mtime_ns == written
+    assert again["notes"] == results["notes"] == list(dict.fromkeys(runs[0]["notes"] + runs[1]["notes"]))
 
 
 # --- S3, saved versions, new readings, compared runs, several processes -----------------------------------------------
@@ -809,7 +860,7 @@ def test_s3_errors(s3, finished, tmp_path, error_line):
         assert address in line
         assert word in line
     with pytest.raises(OSError, match="bucket does not exist"):
-        fire.save_version({}, "summary", finished[0], "s3://nowhere/models")
+        fire.save_version(finished[0], "s3://nowhere/models")
 
 
 def whole_versions(address, run_dir):
@@ -836,21 +887,29 @@ def test_the_same_command_gives_the_same_numbers_a_new_folder_and_a_saved_versio
     assert whole_versions("s3://areas/again", run_dir.parent / "run-002") == [version]
     metadata = json.loads(bytes(fire.read_bytes(f"{again['saved_to']}/metadata.json")))
     assert metadata["models"] == again["models"]
-    assert metadata["arguments"] == again["arguments"]
+    assert metadata == json.loads((run_dir.parent / "run-002/results.json").read_text())
 
 
 def test_each_save_is_a_new_version(finished, models):
-    run_dir, results = finished
-    versions = [Path(fire.save_version(results, "summary", run_dir, models)).name for _ in range(2)]
+    run_dir, _ = finished
+    versions = [Path(fire.save_version(run_dir, models)).name for _ in range(2)]
     assert whole_versions(models, run_dir) == sorted(versions)
 
 
+def test_results_are_safe_where_the_models_cannot_be_copied(folder, tmp_path, monkeypatch, error_line):
+    (tmp_path / "file").write_text("")
+    for name in ("plot_data", "plot_training", "plot_models"):
+        monkeypatch.setattr(fire, name, lambda *_: None)
+    error_line(fire, ["--data", folder, *SMALL, "--save-to", tmp_path / "file", "--output-dir", tmp_path])
+    assert (tmp_path / "fire/run-001/results.json").exists()
+
+
 def test_an_upload_that_breaks_off_anywhere_does_not_look_complete(finished, s3):
-    run_dir, results = finished
+    run_dir, _ = finished
     for writes in range(100):
         s3.writes = writes
         try:
-            fire.save_version(results, "summary", run_dir, "s3://areas/broken")
+            fire.save_version(run_dir, "s3://areas/broken")
             break
         except OSError:
             pass
@@ -910,6 +969,21 @@ def test_new_readings_at_another_rate_are_noted(finished, tmp_path, capsys):
     assert "a row is 2 s, in training it was 1 s" in capsys.readouterr().err
 
 
+def test_new_readings_without_times_are_as_far_apart_as_in_training(finished, tmp_path, capsys):
+    checkpoint = torch.load(finished[0] / "transformer.pt")
+    checkpoint["data"]["areas"]["basement"]["step"] = 10.0
+    torch.save(checkpoint, tmp_path / "transformer.pt")
+    frame = area_frame(rows=3000).assign(timestamp=pd.date_range("2024-01-01", periods=3000, freq="10s"))
+    answers = []
+    for columns in (frame.columns, frame.columns.drop("timestamp")):
+        frame[columns].to_csv(tmp_path / "basement.csv", index=False)
+        fire.main(["--predict", str(tmp_path / "basement.csv"), "--checkpoint", str(tmp_path / "transformer.pt"),
+                   "--output-dir", str(tmp_path)])
+        answers.append(pd.read_csv(max(tmp_path.glob("fire/*/predictions.csv"))))
+    pd.testing.assert_frame_equal(answers[0].drop(columns="time"), answers[1])
+    assert "in training it was" not in capsys.readouterr().err
+
+
 def test_prediction_errors(finished, tmp_path, error_line):
     checkpoint = finished[0] / "checkpoint.pt"
     good = "temperature_c,humidity_pct,co_ppm,smoke_pct_m,methane_ppm,co2_ppm\n" + "1,2,3,4,5,6\n" * 40
@@ -919,11 +993,16 @@ def test_prediction_errors(finished, tmp_path, error_line):
     for name, text in texts.items():
         (tmp_path / f"{name}.csv").write_text(text)
     torch.save({"model": {}}, tmp_path / "foreign.pt")
+    trained = torch.load(finished[0] / "transformer.pt")
+    trained["arguments"]["area_column"] = "wing"
+    torch.save(trained, tmp_path / "wings.pt")
+    (tmp_path / "basement_wings.csv").write_text((tmp_path / "basement_rooms.csv").read_text().replace("room", "wing"))
     output = ["--output-dir", tmp_path / "outputs"]
     for name, ckpt, words in (("cellar.csv", checkpoint, ["'cellar'", "--area", "basement, voc"]),
                               ("basement_short.csv", checkpoint, ["30 rows"]),
                               ("basement_less.csv", checkpoint, ["co_ppm"]),
                               ("basement_rooms.csv", checkpoint, ["devices or rooms"]),
+                              ("basement_wings.csv", tmp_path / "wings.pt", ["'wing'", "devices or rooms"]),
                               ("basement_text.csv", checkpoint, ["row 40", "'co2_ppm'", "not a number"]),
                               ("nowhere.csv", checkpoint, ["nowhere.csv"]),
                               ("basement.csv", tmp_path / "nowhere.pt", ["nowhere.pt"]),
@@ -950,6 +1029,11 @@ def test_compared_runs_name_what_differs_and_other_data(finished, tmp_path, erro
     assert table[0]["cost $"] == pytest.approx(seconds, abs=0.5)
     assert table[2]["cost $"] == pytest.approx(43 * 3.825, abs=0.01)
     assert (tmp_path / "fire/run-001/cost_comparison.png").exists()
+    rows = [*results["table"], {"model": "oracle", "accuracy %": 99.0, "training s": None}]
+    (tmp_path / "oracle.json").write_text(json.dumps(results | {"table": rows}))
+    table = fire.main(["--compare", str(run_dir / "results.json"), str(tmp_path / "oracle.json"), *output])["table"]
+    assert list(table[0])[2:4] == ["training h", results["table"][0]["model"]]
+    assert list(table[0])[-4:] == ["oracle", "differs in", "$ per h", "cost $"]
     (tmp_path / "wrong.json").write_text("[1]")
     assert "finished" in error_line(fire, ["--compare", tmp_path / "wrong.json", *output])
 
