@@ -137,8 +137,8 @@ NUMBER = r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*"
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
     r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
-# pandas' names of steps of the calendar.
-CALENDAR = ["B", "MS", "ME", "BMS", "BME", "3MS", "3ME", "12MS", "12ME"]
+# Dates that look like numbers, in the order in which they are preferred.
+NUMERIC_DATES = ["%Y%m%d", "%Y%m", "%Y.%m", "%m.%Y", "%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S"]
 
 
 def parse_args(argv=None):
@@ -233,7 +233,7 @@ def generate_series(rows=720):
 
 
 def read_table(path):
-    """The table in a CSV file, whatever its encoding, delimiter and decimal point."""
+    """The table of texts in a CSV file, whatever its encoding and delimiter."""
     content = Path(path).read_bytes()
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
@@ -243,13 +243,12 @@ def read_table(path):
         text = content.decode("latin-1")
     if "\0" in text:
         raise UserError("this is not a CSV file")
-    text = text.strip("\r\n")
-    header = re.split("[\r\n]", text)[0]
+    text = text.lstrip("\r\n").rstrip("\r\n;\t|,")  # without empty rows at the end
+    header = re.sub('"[^"]*"', "", re.split("[\r\n]", text)[0])
     separator = max(";\t|,", key=header.count)
-    decimal = "," if separator != "," and re.search(r"\d,\d", text) else "."
     with warnings.catch_warnings(action="error"):  # a row is longer than the header
-        return pd.read_csv(io.StringIO(text), sep=separator, decimal=decimal, index_col=False,
-                           skip_blank_lines=False, low_memory=False)
+        return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, index_col=False,
+                           skip_blank_lines=False)
 
 
 def find_column(table, name):
@@ -269,7 +268,7 @@ def select_series(table, args):
     if args.series_column == "none":
         return table
     if args.series_column or args.series:
-        names = find_column(table, args.series_column).astype(str)
+        names = find_column(table, args.series_column)
         if args.series not in set(names):
             raise UserError(f"no series {args.series!r}, only {', '.join(names.unique()[:10])}")
         return table[names == args.series]
@@ -280,14 +279,27 @@ def select_series(table, args):
     return table
 
 
-def read_times(column):
-    """Times as numbers or dates; of all ways to read a column, the one with the fewest invalid
+def plain_numbers(texts):
+    """Texts of numbers with a point as decimal mark and nothing between thousands. A mark is taken
+    to be between thousands if three digits follow it everywhere, unless all numbers have one."""
+    known = texts.dropna()
+    for thousands, decimal in [",.", ".,"]:
+        group = rf"[1-9]\d{{0,2}}(\{thousands}\d{{3}})"
+        is_grouped = known.str.fullmatch(rf"[-+]?(0|{group}*)(\{decimal}\d*)?").all()
+        if is_grouped and known.str.contains(thousands, regex=False).any():
+            if not known.str.fullmatch(f"[-+]?{group}").all():
+                return texts.str.replace(thousands, "").str.replace(decimal, ".")
+            note(f"numbers such as {known.iloc[0]} are read as decimals, not as thousands")
+    return texts.str.replace(",", ".")
+
+
+def read_times(texts):
+    """Times as dates or numbers; of all ways to read a column, the one with the fewest invalid
     and missing times."""
-    texts = column.astype(str)
     first = str(texts.iloc[0])
     if re.match(r"T?\d\d?:", first):
         raise UserError(f"times of day such as {first} need a date; leave out --time-column")
-    offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False)
+    offsets = texts.str.extract(r":\d\d[.\d]* ?(Z|[+-]\d\d:?\d*)$", expand=False)
     is_utc = offsets.nunique() > 1
     if is_utc:
         note("the times have several offsets; they are converted to UTC")
@@ -296,19 +308,26 @@ def read_times(column):
         with warnings.catch_warnings(action="ignore"):  # pandas warns of other formats
             return pd.to_datetime(texts, errors="coerce", utc=is_utc, **options)
 
-    if pd.api.types.is_numeric_dtype(column):
-        readings = [read(format="%Y%m%d"), read(format="%Y%m"), column]
+    texts = texts.str.removesuffix(".0")  # of whole numbers
+    numbers = pd.to_numeric(plain_numbers(texts), errors="coerce")
+    if numbers.notna().iloc[0]:
+        readings = [*(read(format=date) for date in NUMERIC_DATES), numbers]
     elif re.match(r"\d{4}-\d\d-\d\d", first):
         readings = [read(format="ISO8601")]
     elif re.match(r"\d\d?[^.\d]", first):
-        readings = [read(dayfirst=False), read(dayfirst=True)]
+        readings = [read(dayfirst=False), read(dayfirst=True), read(format="%y-%b")]
     else:
-        readings = [read(dayfirst="." in first[:3])]  # as in 31.12.2024
+        readings = [read(dayfirst="." in first[:3]), read(format="%b-%y")]  # as in 31.12.2024
     scores = [missing_times(reading) for reading in readings]
     best = readings[scores.index(min(scores))]
     for reading, score in zip(readings, scores):
         if score == min(scores) and not reading.equals(best):
             note(f"the first time is taken for {best.iloc[0]}; it may also be {reading.iloc[0]}")
+    is_wrong = best.isna() | best.duplicated()
+    if is_wrong.any():
+        row = is_wrong.idxmax()
+        raise UserError(f"row {row}: the time {texts[row]} is invalid or occurs twice; "
+                        "--series-column and --series choose one of several series")
     return best
 
 
@@ -321,28 +340,30 @@ def missing_times(times):
 def equally_spaced(values, times):
     """The values at all times of an even step, NaN where a row is missing. Of the fixed step and
     those of the calendar, the one that meets all times with the fewest rows is taken."""
-    is_wrong = times.isna() | times.duplicated()
-    if is_wrong.any():
-        raise UserError(f"row {is_wrong.idxmax()}: the time is invalid or occurs twice; "
-                        "--series-column and --series choose one of several series")
     values = values.set_axis(pd.Index(times)).sort_index()
     times = values.index
     steps = pd.Series(times).diff()
-    step = steps[steps < 1.5 * steps.median()].mean()
+    step = steps[steps < 1.5 * steps.mode()[0]].mean()
     count = round((times[-1] - times[0]) / step) + 1
-    if count > 10 * len(times):
+    most = 2 * len(times)  # rows, of which half would be missing
+    if count > most:
         raise UserError(f"most times between {times[0]} and {times[-1]} are missing; without "
                         "--time-column the rows count as equally spaced")
     if isinstance(times, pd.DatetimeIndex):
-        grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *CALENDAR]]
+        months = max(1, round(step / pd.Timedelta(days=30.4)))
+        calendar = ["B", f"{months}MS", f"{months}ME", f"{months}BMS", f"{months}BME",
+                    pd.DateOffset(months=months)]
+        grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *calendar]]
         tolerance = pd.Timedelta(0)
     else:
         grids = [np.linspace(times[0], times[-1], count, dtype=times.dtype)]
         tolerance = step / 10  # numbers may have been rounded
     placed = [values.reindex(grid, method="nearest", tolerance=tolerance) for grid in grids]
-    whole = [candidate for candidate in placed if candidate.count() == values.count()]
+    whole = [candidate for candidate in placed
+             if candidate.count() == values.count() and len(candidate) <= most]
     if not whole:
-        raise UserError(f"the times are not equally spaced; the usual step is {step}")
+        raise UserError(f"the times are not equally spaced; the usual step is {step}; without "
+                        "--time-column the rows count as equally spaced")
     return min(whole, key=len).rename_axis(times.name)
 
 
@@ -351,16 +372,17 @@ def read_series(args):
     try:
         table = select_series(read_table(args.data), args)
         values = find_column(table, args.column)
-        if re.fullmatch(NUMBER, values.name):
+        names = [name for name in table if not re.fullmatch(NUMBER, name)]
+        if values.name not in names and not (names and values.name == args.column):
             raise UserError(f"the first line names the columns, and {values.name!r} is no name")
-        values = pd.to_numeric(values).astype(float).where(np.isfinite)
+        values = pd.to_numeric(plain_numbers(values)).astype(float).where(np.isfinite)
         if not 1e-100 < values.max() - values.min() < 1e100:
             raise UserError(f"{values.name!r} is empty, constant, or too large or small")
         if args.time_column:
-            times = read_times(find_column(table, args.time_column))
+            times = find_column(table, args.time_column)
             if times.name == values.name:
                 raise UserError(f"{times.name!r} is the time column; choose another --column")
-            values = equally_spaced(values, times)
+            values = equally_spaced(values, read_times(times))
         if args.fill:
             note(f"missing values, now filled: {values.isna().sum()}")
             values = values.interpolate() if args.fill == "linear" else values.ffill()
@@ -1035,8 +1057,10 @@ def execute_all(runs, args, series, run_dir):
     those that are there already are read."""
     from joblib import Parallel, delayed, parallel_config
 
-    files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
     (run_dir / "runs").mkdir(exist_ok=True)
+    files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
+    checkpoints = {run: read_checkpoint(file, series) for run, file in files.items()
+                   if file.exists()}
     # The workers' allocator keeps what is freed; mapping it again took a tenth of the time.
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     cluster = contextlib.nullcontext()
@@ -1046,7 +1070,7 @@ def execute_all(runs, args, series, run_dir):
         local = {"n_workers": args.jobs, "threads_per_worker": 1, "dashboard_address": None}
         cluster = Client(**({} if os.environ.get("DASK_SCHEDULER_ADDRESS") else local))
     jobs = [delayed(execute)(run, args, series[run.dataset].to_numpy(), MODELS)
-            for run in files if not files[run].exists()]
+            for run in runs if run not in checkpoints]
     threads = torch.get_num_threads()
     with cluster, parallel_config(args.backend, n_jobs=args.jobs):
         finished = Parallel(return_as="generator_unordered")(jobs)
@@ -1054,21 +1078,24 @@ def execute_all(runs, args, series, run_dir):
             if "error" in checkpoint:
                 note(f"{run.id} failed: {checkpoint['error']}")
             else:
+                checkpoints[run] = checkpoint
                 with atomic_write(files[run]) as path:
                     torch.save(checkpoint, path)
     torch.set_num_threads(threads)
-    return {run: read_checkpoint(file, series) for run, file in files.items() if file.exists()}
+    return {run: checkpoints[run] for run in runs if run in checkpoints}
 
 
-def read_checkpoint(file, series):
-    """The checkpoint in a file; its series may have grown since, but not changed."""
+def read_checkpoint(file, series, may_have_grown=False):
+    """The checkpoint in a file, whose series should be as it was, or begin like that."""
     checkpoint = load_checkpoint(file, file)
     if "members" not in checkpoint:
         raise UserError(f"{file}: not a checkpoint of {EXPERIMENT}.py")
-    values = series.get(checkpoint["row"]["dataset"], pd.Series())
+    values = series.get(checkpoint["row"]["dataset"], pd.Series()).to_numpy()
     rows, sha256 = checkpoint["data"]
-    if digest(values.to_numpy()[:rows]) != sha256:
-        raise UserError(f"{file}: the series does not begin with the values that it was fitted to")
+    if may_have_grown:
+        values = values[:rows]
+    if digest(values) != sha256:
+        raise UserError(f"{file}: the series differs from the {rows} values that it was fitted to")
     return checkpoint
 
 
@@ -1223,8 +1250,11 @@ def unpack(member, args):
     if run.model in BASELINES:
         model = LinearForecaster(**member["model"])
     else:
-        model = MODELS[run.model](run, args)
-        model.load_state_dict(member["model"])
+        try:
+            model = MODELS[run.model](run, args)
+            model.load_state_dict(member["model"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"model {run.model!r} is absent or has changed ({error})") from None
     return Fitted(**member | {"run": run, "model": model.eval()})
 
 
@@ -1243,7 +1273,7 @@ def predict_steps(args):
     arguments = json.loads((file.parents[1] / "arguments.json").read_text())
     settings = argparse.Namespace(**arguments | changed_arguments(args))
     series = dict(zip(settings.dataset, load_series(settings).values()))
-    checkpoint = read_checkpoint(file, series)
+    checkpoint = read_checkpoint(file, series, may_have_grown=True)
     values = series[checkpoint["row"]["dataset"]]
     members = [unpack(member, settings) for member in checkpoint["members"]]
     paths = [fitted.free_run(values.to_numpy(), [len(values)], args.predict_steps)

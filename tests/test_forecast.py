@@ -489,7 +489,18 @@ def test_a_sweep_does_not_go_on_with_other_data(without_pictures, error_line):
     forecast.main(options)
     Path("outputs/forecast/run-001/results.json").unlink()
     write_csv("own.csv", HOURS, WAVE + 1)
-    assert "does not begin with the values that it was fitted to" in error_line(forecast, ["--resume"])
+    assert "the series differs from the 400 values that it was fitted to" in error_line(forecast, ["--resume"])
+    write_csv("own.csv", HOURS[:390], WAVE)
+    assert "the series differs from the 400 values" in error_line(forecast, ["--resume"])
+
+
+def test_a_sweep_does_not_go_on_with_a_series_that_has_grown(without_pictures, error_line):
+    write_csv("own.csv", HOURS[:390], WAVE)
+    forecast.main(["--data", "own.csv", *SMALL, "--model", "--protocol", "original"])
+    Path("outputs/forecast/run-001/results.json").unlink()
+    Path("outputs/forecast/run-001/runs/ridge_own_16_0.pt").unlink()
+    write_csv("own.csv", HOURS, WAVE)
+    assert "the series differs from the 390 values that it was fitted to" in error_line(forecast, ["--resume"])
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(monkeypatch, capsys):
@@ -570,7 +581,7 @@ def test_a_checkpoint_forecasts_from_the_newest_rows_of_a_series_that_has_grown(
     pd.testing.assert_frame_equal(pd.read_csv("outputs/forecast/run-001/forecast.csv"), table)
     monkeypatch.chdir(tmp_path)
     write_csv("own.csv", HOURS, WAVE + 1)
-    assert "does not begin with the values that it was fitted to" in error_line(
+    assert "the series differs from the 390 values that it was fitted to" in error_line(
         forecast, ["--predict-steps", "3", "--checkpoint", checkpoint])
 
 
@@ -580,6 +591,17 @@ def test_a_checkpoint_of_another_script_is_one_line(error_line, without_pictures
     torch.save({"model": {}}, path)
     assert "fire.pt: not a checkpoint of forecast.py" in error_line(
         forecast, ["--predict-steps", "3", "--checkpoint", path])
+
+
+def test_a_checkpoint_of_a_model_that_is_absent_or_has_changed_is_one_line(error_line, monkeypatch, without_pictures):
+    monkeypatch.setitem(forecast.MODELS, "gru", GRU)
+    run_small("--model", "gru", "--protocol", "original")
+    checkpoint = next(Path("outputs/forecast/run-001/runs").glob("gru*.pt"))
+    argv = ["--predict-steps", "3", "--checkpoint", checkpoint]
+    monkeypatch.setitem(forecast.MODELS, "gru", forecast.LSTM)
+    assert "model 'gru' is absent or has changed" in error_line(forecast, argv)
+    monkeypatch.delitem(forecast.MODELS, "gru")
+    assert "model 'gru' is absent or has changed" in error_line(forecast, argv)
 
 
 def test_a_network_forecasts_from_its_checkpoint(without_pictures):
@@ -609,6 +631,9 @@ def test_a_network_forecasts_from_its_checkpoint(without_pictures):
     ([f"{day:%d/%m/%Y}" for day in pd.date_range("2024-01-01", periods=60)], ["2024-03-01", "2024-03-02"]),
     (pd.date_range("1990-12-31", periods=60, freq="12ME"), ["2050-12-31", "2051-12-31"]),
     (pd.date_range("1990-01-01", periods=60, freq="BMS"), ["1995-01-02", "1995-02-01"]),
+    (pd.date_range("1990-01-01", periods=60, freq="6MS"), ["2020-01-01", "2020-07-01"]),
+    (pd.date_range("1990-03-30", periods=60, freq="3BME"), ["2005-03-31", "2005-06-30"]),
+    ([f"{month}-15" for month in pd.period_range("1990-01", periods=60, freq="M")], ["1995-01-15", "1995-02-15"]),
 ])
 def test_the_calendar_step_and_the_zone_are_kept(times, following):
     write_csv("own.csv", times, WAVE[:60])
@@ -634,12 +659,35 @@ POINT = "t,wert\n" + "".join(f"{i},{50 + i % 9}.5\n" for i in range(40))
     (POINT, "utf-8"), (SEMICOLON, "utf-8"), (POINT.replace(",", "\t"), "utf-8"), (POINT, "utf-16"),
     ("\ufeff" + POINT, "utf-8"), (POINT.replace("t,", "µ,", 1), "latin-1"), (gzip.compress(POINT.encode()), ""),
     (COMMA_ONLY, "utf-8"), (POINT.replace(",", "|"), "utf-8"), (POINT.replace("\n", "\r"), "utf-8"),
-    (SEMICOLON.replace("t;", "T, out;", 1), "utf-8"),
+    (SEMICOLON.replace("t;", "T, out;", 1), "utf-8"), (SEMICOLON.replace("t;", '"a, b, c";', 1), "utf-8"),
+    (POINT + ",\n,\n", "utf-8"),
 ])
 def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(content, encoding):
     series = read(content, encoding=encoding)
     np.testing.assert_array_equal(series.values, [50.5 + i % 9 for i in range(40)])
     assert series.name == "wert"
+
+
+@pytest.mark.parametrize("pattern", ["{:,}", "{:,.1f}", "{:_}", "{:_.1f}"])
+def test_thousands_are_no_decimals(pattern):
+    values = np.arange(40) * 31 + 500
+    swap = str.maketrans(",._", ",,.") if "_" in pattern else {}
+    content = "t;wert\n" + "".join(f"{i};{pattern.format(value).translate(swap)}\n" for i, value in enumerate(values))
+    np.testing.assert_array_equal(read(content).values, values)
+    assert not forecast.NOTES
+
+
+def test_numbers_that_may_be_thousands_are_noted():
+    series = read("t;wert\n" + "".join(f"{i};{i + 1},250\n" for i in range(40)))
+    np.testing.assert_array_equal(series.values, np.arange(40) + 1.25)
+    assert forecast.NOTES == ["numbers such as 1,250 are read as decimals, not as thousands"]
+
+
+def test_a_number_may_name_a_column_or_a_series():
+    text = "t,2023,2024\n" + "".join(f"{i},{i},{i * i}\n" for i in range(40))
+    np.testing.assert_array_equal(read(text, "--column", "2023"), np.arange(40))
+    text = "id,y\n" + "".join(f"{i % 2:03d},{i}\n" for i in range(40))
+    np.testing.assert_array_equal(read(text, "--series-column", "id", "--series", "001"), np.arange(1, 40, 2))
 
 
 def test_the_next_whole_number_is_whole():
@@ -711,6 +759,8 @@ def test_all_rows_are_taken_without_a_series_column():
     ("D", "%d/%m/%Y"), ("D", "%m/%d/%Y"), ("MS", "%d/%m/%Y"), ("MS", "%m/%d/%Y"), ("ME", "%d/%m/%Y"),
     ("h", "%d/%m/%Y %H:%M"), ("7D", "%d.%m.%Y"), ("D", "%Y%m%d"), ("MS", "%Y%m%d"), ("B", "%Y%m%d"), ("MS", "%Y%m"),
     ("D", "%Y/%m/%d"), ("MS", "%Y/%m/%d"), ("D", "%d.%m.%y"), ("D", "%d/%m/%y"), ("MS", "%b %Y"), ("0.5s", "ISO"),
+    ("MS", "%b-%y"), ("MS", "%y-%b"), ("MS", "%Y.%m"), ("MS", "%m.%Y"), ("h", "%Y%m%d%H"), ("h", "%Y%m%d%H%M"),
+    ("h", "%Y%m%d%H%M%S"), ("D", "%Y%m%d.0"), ("h", "%Y-%m-%d %H:%M:%S"),
 ])
 def test_dates_are_read_whether_day_month_or_year_comes_first(frequency, pattern):
     times = pd.date_range("2020-01-01", periods=60, freq=frequency)
@@ -773,11 +823,14 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "no series 'C', only A, B"),
     ("u,y\nA,1\nB,2\n", ["--series-column", "u"], "no series None, only A, B"),
     ("u,y\nA,1\nB,2\n", ["--series", "A"], "no column None, only u, y"),
-    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 1: the time is invalid"),
+    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 1: the time never is invalid"),
     ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"],
-     "row 2: the time is invalid or occurs twice; --series-column"),
+     "row 2: the time 2024-01-02 is invalid or occurs twice; --series-column"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "missing values: 4, the first at t 5"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
+    ("t,a\n1,1\n2,1\n3,4\n4,4\n11,2\n", ["--time-column", "t", "--fill", "linear"], "most times between 1 and 11"),
+    ("1,5\n2,6\n3,8\n", ["--column", "1"], "names the columns"),
+    ("t,a,\n0,1,\n1,2,\n", [], "'Unnamed: 2' is empty"),
     ("t,a\n0,1\n1700000000,1\n1700000001,4\n1700000002,4\n", ["--time-column", "t"],
      "most times between 0 and 1700000002 are missing"),
     ("t,a\n1970-01-01,1\n" + "".join(f"2024-05-01 00:00:0{i},{i}\n" for i in range(9)), ["--time-column", "t"],
