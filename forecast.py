@@ -70,7 +70,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from common import (COLORS, detect_device, in_notebook, legend_below,
-                    mean_and_interval, new_figure, plot_curve, save_figure)
+                    mean_and_interval, new_figure, plot_curve, plt, save_figure)
 
 EXPERIMENT = "forecast"
 URL = "https://raw.githubusercontent.com/donglinkang2021/simple-sequence-prediction/master/data/"
@@ -131,9 +131,11 @@ KINDS = {"free run": 8, "one step": 1}  # with the number of ranges of horizons 
 SETTINGS = ["name", "dataset", "time_steps", "learning_rate"]  # of a row of a table
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
+plt.rcParams["date.converter"] = "concise"
 # A number in place of the name of a column.
 NUMBER = r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*"
-# Names of columns that tell series apart.
+# Names of columns of times, and of those that tell series apart.
+TIME_COLUMN = r"(?i)\b(date|time|datetime|timestamp|ds|year)\b"
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
     r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
@@ -383,6 +385,8 @@ def read_series(args):
             if times.name == values.name:
                 raise UserError(f"{times.name!r} is the time column; choose another --column")
             values = equally_spaced(values, read_times(times))
+        elif re.search(TIME_COLUMN, " ".join(table)):
+            note("the rows count as equally spaced, the newest one last; --time-column sorts them")
         if args.fill:
             note(f"missing values, now filled: {values.isna().sum()}")
             values = values.interpolate() if args.fill == "linear" else values.ffill()
@@ -1162,10 +1166,10 @@ def draw_forecasts(checkpoints, values, path):
         high = shown.max()
         margin = (high - low) / 2
         ax.set_ylim(low - margin, high + margin)
-        ax.set(title=checkpoint["row"]["name"], xlabel=values.index.name or "row",
-               ylabel=values.name)
+        ax.set(title=checkpoint["row"]["name"], xlabel=values.index.name or "row")
     for ax in axes[len(checkpoints) :]:
         ax.set_axis_off()
+    fig.supylabel(values.name)
     legend_below(axes[0])
     save_figure(fig, path)
 
@@ -1189,9 +1193,9 @@ def draw_sweep(rows, score, unit, path):
     """A heatmap of a score of all networks by learning rate and time steps."""
     table = rows.pivot_table(score, ["name", "learning_rate"], "time_steps")
     title = path.stem.replace("_", " of ", 1)
-    fig, (ax,) = new_figure(f"{title}: {score}", size=(9, 2 + len(table) / 3))
-    image = ax.pcolormesh(np.log10(table), edgecolor="white")
-    fig.colorbar(image, label=f"log10 squared error [({unit})²]")
+    title += f": {score}\nlog10 of the squared error [({unit})²]"
+    fig, (ax,) = new_figure(title, size=(9, 2 + len(table) / 3))
+    fig.colorbar(ax.pcolormesh(np.log10(table), edgecolor="white"))
     ax.set_xticks(np.arange(table.shape[1]) + 0.5, table.columns)
     ax.set_yticks(np.arange(len(table)) + 0.5, [f"{name}, {rate}" for name, rate in table.index])
     ax.set(xlabel="time steps", ylabel="model, learning rate")
