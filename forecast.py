@@ -139,11 +139,13 @@ TIME_COLUMN = r"(?i)\b(date|time|datetime|timestamp|ds|year)\b"
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
     r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
+# What a number with the mark M between its thousands does not have.
+NO_THOUSANDS = r"[M](?!\d{3}\D)|(?<!\d)0?[M]|\d{4}[M]|[^-+.,\d ]"
 # Dates that look like numbers, in the order in which they are preferred.
 NUMERIC_DATES = ["%Y%m%d", "%Y%m", "%Y.%m", "%m.%Y", "%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S"]
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
@@ -201,14 +203,12 @@ def parse_args(argv=None):
     add("--seed", type=int, default=42, help="random seed of weights and order; the original's "
         "split has 42")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
-    if "--quick" in (argv or []):
+    if "--quick" in argv:
         parser.set_defaults(dataset=["synthetic"], epochs=12, time_steps=[128],
                             learning_rate=[3e-3])
     args = parser.parse_args(argv)
     if (args.predict_steps is None) != (args.checkpoint is None):
         parser.error("--predict-steps and --checkpoint go together")
-    if not min(args.learning_rate) > 0:
-        parser.error("--learning-rate must be above 0")
     return args
 
 
@@ -284,14 +284,12 @@ def select_series(table, args):
 def plain_numbers(texts):
     """Texts of numbers with a point as decimal mark and nothing between thousands. A mark is taken
     to be between thousands if three digits follow it everywhere, unless all numbers have one."""
-    known = texts.dropna()
+    text = " ".join(texts.dropna()) + " "
     for thousands, decimal in [",.", ".,"]:
-        group = rf"[1-9]\d{{0,2}}(\{thousands}\d{{3}})"
-        is_grouped = known.str.fullmatch(rf"[-+]?(0|{group}*)(\{decimal}\d*)?").all()
-        if is_grouped and known.str.contains(thousands, regex=False).any():
-            if not known.str.fullmatch(f"[-+]?{group}").all():
+        if thousands in text and not re.search(NO_THOUSANDS.replace("M", thousands), text):
+            if decimal in text or text.count(thousands) != texts.count():
                 return texts.str.replace(thousands, "").str.replace(decimal, ".")
-            note(f"numbers such as {known.iloc[0]} are read as decimals, not as thousands")
+            note(f"numbers such as {text.split()[0]} are read as decimals, not as thousands")
     return texts.str.replace(",", ".")
 
 
@@ -320,10 +318,9 @@ def read_times(texts):
         readings = [read(dayfirst=False), read(dayfirst=True), read(format="%y-%b")]
     else:
         readings = [read(dayfirst="." in first[:3]), read(format="%b-%y")]  # as in 31.12.2024
-    scores = [missing_times(reading) for reading in readings]
-    best = readings[scores.index(min(scores))]
-    for reading, score in zip(readings, scores):
-        if score == min(scores) and not reading.equals(best):
+    best = min(readings, key=missing_times)
+    for reading in readings:
+        if missing_times(reading) == missing_times(best) and not reading.equals(best):
             note(f"the first time is taken for {best.iloc[0]}; it may also be {reading.iloc[0]}")
     is_wrong = best.isna() | best.duplicated()
     if is_wrong.any():
@@ -349,9 +346,8 @@ def equally_spaced(values, times):
     count = round((times[-1] - times[0]) / step) + 1
     most = 2 * len(times)  # rows, of which half would be missing
     if count > most:
-        raise UserError(f"most times between {times[0]} and {times[-1]} are missing; without "
-                        "--time-column the rows count as equally spaced")
-    if isinstance(times, pd.DatetimeIndex):
+        grids = []
+    elif isinstance(times, pd.DatetimeIndex):
         months = max(1, round(step / pd.Timedelta(days=30.4)))
         calendar = ["B", f"{months}MS", f"{months}ME", f"{months}BMS", f"{months}BME",
                     pd.DateOffset(months=months)]
@@ -360,12 +356,12 @@ def equally_spaced(values, times):
     else:
         grids = [np.linspace(times[0], times[-1], count, dtype=times.dtype)]
         tolerance = step / 10  # numbers may have been rounded
-    placed = [values.reindex(grid, method="nearest", tolerance=tolerance) for grid in grids]
-    whole = [candidate for candidate in placed
-             if candidate.count() == values.count() and len(candidate) <= most]
+    placed = [values.reindex(grid, method="nearest", tolerance=tolerance) for grid in grids
+              if len(grid) <= most]
+    whole = [candidate for candidate in placed if candidate.count() == values.count()]
     if not whole:
-        raise UserError(f"the times are not equally spaced; the usual step is {step}; without "
-                        "--time-column the rows count as equally spaced")
+        raise UserError(f"the times are not equally spaced, or most are missing; the usual step "
+                        f"is {step}; without --time-column the rows count as equally spaced")
     return min(whole, key=len).rename_axis(times.name)
 
 
@@ -374,8 +370,8 @@ def read_series(args):
     try:
         table = select_series(read_table(args.data), args)
         values = find_column(table, args.column)
-        names = [name for name in table if not re.fullmatch(NUMBER, name)]
-        if values.name not in names and not (names and values.name == args.column):
+        header = "".join(table) if values.name == args.column else values.name
+        if re.fullmatch(NUMBER, header):
             raise UserError(f"the first line names the columns, and {values.name!r} is no name")
         values = pd.to_numeric(plain_numbers(values)).astype(float).where(np.isfinite)
         if not 1e-100 < values.max() - values.min() < 1e100:
@@ -889,11 +885,11 @@ def fit(run, args, values, stop, original=False):
         starts = [part[part < count] for part in original_split(end)]
     else:
         test_count = count + int(TEST_START * len(values)) - stop
-        starts = [torch.arange(count), torch.arange(end, max(end, test_count))]
+        starts = [torch.arange(count), torch.arange(test_count)[end:]]
     train_starts, val_starts = (part.to(args.device) for part in starts)
     z = fitted.normalize(values).to(args.device)
     history = train(model, z, train_starts, val_starts, run, args, shuffle=not original)
-    model.eval().cpu()
+    model.cpu()
     return fitted, history
 
 
@@ -1071,8 +1067,9 @@ def execute_all(runs, args, series, run_dir):
     if args.backend == "dask":
         from distributed import Client
 
-        local = {"n_workers": args.jobs, "threads_per_worker": 1, "dashboard_address": None}
-        cluster = Client(**({} if os.environ.get("DASK_SCHEDULER_ADDRESS") else local))
+        address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+        workers = {"n_workers": args.jobs, "threads_per_worker": 1, "dashboard_address": None}
+        cluster = Client(address) if address else Client(**workers)
     jobs = [delayed(execute)(run, args, series[run.dataset].to_numpy(), MODELS)
             for run in runs if run not in checkpoints]
     threads = torch.get_num_threads()
@@ -1151,22 +1148,19 @@ def draw_forecasts(checkpoints, values, path):
     title = path.stem.replace("_", " of ", 1)
     fig, axes = new_figure(title, rows, min(2, len(checkpoints)), (13, 1 + 2.6 * rows))
     for ax, checkpoint in zip(axes, checkpoints):
+        count = len(checkpoint["forecasts"]["free run"])
+        times = values.index[-count:]
+        ax.margins(y=0.5)
+        ax.plot(values[-max(100, 2 * count) :], color="black", linewidth=0.8, label="series")
+        ax.autoscale(axis="y", enable=False)  # the forecasts may lie outside
         for index, (kind, forecast) in enumerate(checkpoint["forecasts"].items(), 1):
-            forecast = pd.Series(forecast, values.index[-len(forecast) :]).replace(np.inf, np.nan)
-            plot_curve(ax, forecast.index, forecast, kind, index)
-            widths = checkpoint["widths"].get(kind)
-            if widths:
-                widths = extend(widths, len(forecast))
-                ax.fill_between(forecast.index, forecast - widths, forecast + widths, alpha=0.2,
+            plot_curve(ax, times, forecast, kind, index)
+            if checkpoint["widths"]:
+                widths = extend(checkpoint["widths"][kind], count)
+                ax.fill_between(times, forecast - widths, forecast + widths, alpha=0.2,
                                 color=COLORS[index], linewidth=0, label=f"80 % interval, {kind}")
-        shown = values[-max(100, 2 * len(forecast)) :]
-        ax.plot(shown, color="black", linewidth=0.8, label="series", zorder=1)
-        ax.axvline(forecast.index[0], color="0.5", linestyle=":")
-        low = shown.min()
-        high = shown.max()
-        margin = (high - low) / 2
-        ax.set_ylim(low - margin, high + margin)
-        ax.set(title=checkpoint["row"]["name"], xlabel=values.index.name or "row")
+        ax.axvline(times[0], color="0.5", linestyle=":")
+        ax.set(title=checkpoint["row"]["name"], xlabel=times.name or "row")
     for ax in axes[len(checkpoints) :]:
         ax.set_axis_off()
     fig.supylabel(values.name)
@@ -1225,8 +1219,6 @@ def run_experiment(args):
     args = argparse.Namespace(**vars(args) | {"dataset": list(series)})
     run_dir = next_run_dir(args)
     checkpoints = execute_all(runs, args, series, run_dir)
-    if not checkpoints:
-        raise UserError(NOTES[-1])
     rows = pd.DataFrame([checkpoint["row"] for checkpoint in checkpoints.values()],
                         list(checkpoints))
     score = "original free run" if args.protocol == "original" else "validation free run"
@@ -1279,20 +1271,20 @@ def predict_steps(args):
     series = dict(zip(settings.dataset, load_series(settings).values()))
     checkpoint = read_checkpoint(file, series, may_have_grown=True)
     values = series[checkpoint["row"]["dataset"]]
-    members = [unpack(member, settings) for member in checkpoint["members"]]
-    paths = [fitted.free_run(values.to_numpy(), [len(values)], args.predict_steps)
-             for fitted in members]
+    paths = [unpack(member, settings).free_run(values.to_numpy(), [len(values)], args.predict_steps)
+             for member in checkpoint["members"]]
     times = next_times(values.index, args.predict_steps)
     forecast = np.mean(paths, axis=0)[0]
     table = pd.DataFrame({values.name: forecast}, times)
     if checkpoint["widths"]:
         widths = extend(checkpoint["widths"]["free run"], len(times))
-        table = table.assign(low=forecast - widths, high=forecast + widths)
+        table["80 % low"] = forecast - widths
+        table["80 % high"] = forecast + widths
     run_dir = next_run_dir(args)
     table.to_csv(run_dir / "forecast.csv")
     checkpoint["forecasts"] = {"free run": forecast}
-    extended = pd.concat([values, pd.Series(np.nan, times, name=values.name)])
-    draw_forecasts([checkpoint], extended.rename_axis(times.name), run_dir / "forecast.png")
+    draw_forecasts([checkpoint], values.reindex(values.index.append(times)),
+                   run_dir / "forecast.png")
     text = f"{len(table)} values after {values.index[-1]}, in forecast.csv and forecast.png"
     return write_results({"forecast": forecast}, text, args, run_dir)
 
