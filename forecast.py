@@ -954,7 +954,7 @@ def interval_widths(blocks, pools):
     for first, last in itertools.pairwise(edges):
         sizes = np.sort(np.abs(np.concatenate([block[first:last] for block in blocks])))
         rank = math.ceil((len(sizes) + 1) * COVERAGE)
-        widths += [float(sizes[:rank][-1])] * (last - first)
+        widths += [sizes[:rank][-1]] * (last - first)
     return np.maximum.accumulate(widths).tolist()
 
 
@@ -1142,17 +1142,16 @@ def make_tables(rows, args):
 # --- Pictures -----------------------------------------------------------------------------------
 
 
-def draw_forecasts(checkpoints, values, path):
+def draw_forecasts(checkpoints, values, title, path):
     """The end of the series, and the forecasts of its last rows in the checkpoint of each model."""
     rows = math.ceil(len(checkpoints) / 2)
-    title = path.stem.replace("_", " of ", 1)
     fig, axes = new_figure(title, rows, min(2, len(checkpoints)), (13, 1 + 2.6 * rows))
     for ax, checkpoint in zip(axes, checkpoints):
         count = len(checkpoint["forecasts"]["free run"])
         times = values.index[-count:]
         ax.margins(y=0.5)
         ax.plot(values[-max(100, 2 * count) :], color="black", linewidth=0.8, label="series")
-        ax.autoscale(axis="y", enable=False)  # the forecasts may lie outside
+        ax.set_ylim(ax.get_ylim())  # the forecasts may lie outside
         for index, (kind, forecast) in enumerate(checkpoint["forecasts"].items(), 1):
             plot_curve(ax, times, forecast, kind, index)
             if checkpoint["widths"]:
@@ -1168,10 +1167,8 @@ def draw_forecasts(checkpoints, values, path):
     save_figure(fig, path)
 
 
-def draw_curves(checkpoints, path):
+def draw_curves(checkpoints, title, path):
     """The losses of networks; a training loss is an epoch's mean and stands in its middle."""
-    title = path.stem.replace("_", " of ", 1)
-    title += ": best run of each network (squared error; of vq_ar and combined the Huber loss)"
     fig, axes = new_figure(title, 1, 2)
     for index, checkpoint in enumerate(checkpoints):
         history = pd.DataFrame(checkpoint["history"])
@@ -1183,11 +1180,9 @@ def draw_curves(checkpoints, path):
     save_figure(fig, path)
 
 
-def draw_sweep(rows, score, unit, path):
+def draw_sweep(rows, score, title, path):
     """A heatmap of a score of all networks by learning rate and time steps."""
     table = rows.pivot_table(score, ["name", "learning_rate"], "time_steps")
-    title = path.stem.replace("_", " of ", 1)
-    title += f": {score}\nlog10 of the squared error [({unit})²]"
     fig, (ax,) = new_figure(title, size=(9, 2 + len(table) / 3))
     fig.colorbar(ax.pcolormesh(np.log10(table), edgecolor="white"))
     ax.set_xticks(np.arange(table.shape[1]) + 0.5, table.columns)
@@ -1198,13 +1193,15 @@ def draw_sweep(rows, score, unit, path):
 
 def draw_pictures(rows, score, checkpoints, values, run_dir):
     """All pictures of a data set."""
-    name = f"{rows['dataset'].iloc[0]}.png"
+    dataset = rows["dataset"].iloc[0]
     best = [checkpoints[run] for run in choose(rows, score).drop_duplicates("model").index]
-    draw_forecasts(best, values, run_dir / f"forecasts_{name}")
+    draw_forecasts(best, values, f"forecasts of {dataset}", run_dir / f"forecasts_{dataset}.png")
     networks = [checkpoint for checkpoint in best if checkpoint["history"]]
     if networks:
-        draw_curves(networks, run_dir / f"curves_{name}")
-        draw_sweep(rows, score, values.name, run_dir / f"sweep_{name}")
+        title = f"{dataset}: best networks (squared error; of vq_ar and combined the Huber loss)"
+        draw_curves(networks, title, run_dir / f"curves_{dataset}.png")
+        title = f"{dataset}, {score}: log10 of the squared error [({values.name})²]"
+        draw_sweep(rows, score, title, run_dir / f"sweep_{dataset}.png")
 
 
 # --- The experiment -----------------------------------------------------------------------------
@@ -1283,8 +1280,8 @@ def predict_steps(args):
     run_dir = next_run_dir(args)
     table.to_csv(run_dir / "forecast.csv")
     checkpoint["forecasts"] = {"free run": forecast}
-    draw_forecasts([checkpoint], values.reindex(values.index.append(times)),
-                   run_dir / "forecast.png")
+    extended = values.reindex(values.index.append(times))
+    draw_forecasts([checkpoint], extended, "forecast", run_dir / "forecast.png")
     text = f"{len(table)} values after {values.index[-1]}, in forecast.csv and forecast.png"
     return write_results({"forecast": forecast}, text, args, run_dir)
 

@@ -604,6 +604,23 @@ def test_a_checkpoint_of_a_model_that_is_absent_or_has_changed_is_one_line(error
     assert "model 'gru' is absent or has changed" in error_line(forecast, argv)
 
 
+def test_a_column_called_low_is_forecast_beside_its_interval():
+    write_csv("own.csv", HOURS, WAVE, "date,low")
+    forecast.main(["--data", "own.csv", *SMALL, "--time-column", "date", "--model", "--protocol", "holdout"])
+    forecast.main(["--predict-steps", "3", "--checkpoint", "outputs/forecast/run-001/runs/last_own_16_0.pt"])
+    table = pd.read_csv("outputs/forecast/run-002/forecast.csv")
+    np.testing.assert_allclose(table["low"], [WAVE[-1]] * 3, rtol=1e-4)
+    assert (table["80 % low"] < table["low"]).all()
+
+
+def test_the_limits_of_a_forecast_picture_are_those_of_the_series(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(forecast, "save_figure", lambda fig, path: figures.append(fig))
+    checkpoint = {"row": {"name": "far"}, "forecasts": {"free run": [1e9, np.inf]}, "widths": {}}
+    forecast.draw_forecasts([checkpoint], pd.Series([0.0, 2.0, 4.0, 2.0]), "title", tmp_path / "a.png")
+    assert figures[0].axes[0].get_ylim() == (-2, 6)
+
+
 def test_a_network_forecasts_from_its_checkpoint(without_pictures):
     run_small("--model", "lstm", "--protocol", "original")
     checkpoint = next(Path("outputs/forecast/run-001/runs").glob("lstm*.pt"))
@@ -688,6 +705,11 @@ def test_a_number_may_name_a_column_or_a_series():
     np.testing.assert_array_equal(read(text, "--column", "2023"), np.arange(40))
     text = "id,y\n" + "".join(f"{i % 2:03d},{i}\n" for i in range(40))
     np.testing.assert_array_equal(read(text, "--series-column", "id", "--series", "001"), np.arange(1, 40, 2))
+
+
+def test_times_that_are_not_used_are_noted():
+    read("Date,Close\n" + "".join(f"2024-01-{31 - i},{i}\n" for i in range(20)))
+    assert forecast.NOTES == ["the rows count as equally spaced, the newest one last; --time-column sorts them"]
 
 
 def test_the_next_whole_number_is_whole():
