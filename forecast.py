@@ -1153,6 +1153,7 @@ def draw_forecasts(checkpoints, values, title, path):
         ax.plot(values[-max(100, 2 * count) :], color="black", linewidth=0.8, label="series")
         ax.set_ylim(ax.get_ylim())  # the forecasts may lie outside
         for index, (kind, forecast) in enumerate(checkpoint["forecasts"].items(), 1):
+            forecast = pd.Series(forecast, times).replace(np.inf, np.nan)
             plot_curve(ax, times, forecast, kind, index)
             if checkpoint["widths"]:
                 widths = extend(checkpoint["widths"][kind], count)
