@@ -70,7 +70,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from common import (COLORS, detect_device, in_notebook, legend_below,
-                    mean_and_interval, new_figure, plot_curve, plt, save_figure)
+                    mean_and_interval, new_figure, plot_curve, save_figure)
 
 EXPERIMENT = "forecast"
 URL = "https://raw.githubusercontent.com/donglinkang2021/simple-sequence-prediction/master/data/"
@@ -127,11 +127,11 @@ TEST_START = 0.8
 ORIGINS = 5
 COVERAGE = 0.8  # of the intervals
 COMBINED_RATE = 1e-3  # learning rate of vq_ar in `combined`
+VQ_AR_LIMIT = 2  # times the best validation error, above which vq_ar is left out of `combined`
 KINDS = {"free run": 8, "one step": 1}  # with the number of ranges of horizons for intervals
 SETTINGS = ["name", "dataset", "time_steps", "learning_rate"]  # of a row of a table
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
-plt.rcParams["date.converter"] = "concise"
 # A number in place of the name of a column.
 NUMBER = r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*"
 # Names of columns of times, and of those that tell series apart.
@@ -209,6 +209,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if (args.predict_steps is None) != (args.checkpoint is None):
         parser.error("--predict-steps and --checkpoint go together")
+    if not min(args.learning_rate) > 0:
+        parser.error("--learning-rate must be above 0")
     return args
 
 
@@ -282,14 +284,18 @@ def select_series(table, args):
 
 
 def plain_numbers(texts):
-    """Texts of numbers with a point as decimal mark and nothing between thousands. A mark is taken
-    to be between thousands if three digits follow it everywhere, unless all numbers have one."""
+    """Texts of numbers with a point as decimal mark and nothing between thousands. Where three
+    digits follow every mark, a comma that some numbers lack is one between thousands."""
     text = " ".join(texts.dropna()) + " "
-    for thousands, decimal in [",.", ".,"]:
-        if thousands in text and not re.search(NO_THOUSANDS.replace("M", thousands), text):
-            if decimal in text or text.count(thousands) != texts.count():
-                return texts.str.replace(thousands, "").str.replace(decimal, ".")
-            note(f"numbers such as {text.split()[0]} are read as decimals, not as thousands")
+    for mark, decimal in [",.", ".,"]:
+        if mark in text and not re.search(NO_THOUSANDS.replace("M", mark), text):
+            is_certain = decimal in text or re.search(f"[{mark}]...[{mark}]", text)
+            is_thousands = is_certain or (mark == "," and text.count(mark) != texts.count())
+            if not is_certain:
+                meaning = "between thousands" if is_thousands else "before decimals"
+                note(f"{mark!r} in the numbers of {texts.name!r} is taken for a mark {meaning}")
+            if is_thousands:
+                return texts.str.replace(mark, "").str.replace(decimal, ".")
     return texts.str.replace(",", ".")
 
 
@@ -926,18 +932,23 @@ def holdout(run, args, values):
 
 
 def combine(run, args, values):
-    """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error,
-    chosen for one step and for the free run separately."""
+    """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error, or
+    that one alone where the error of vq_ar is more than VQ_AR_LIMIT times as large; chosen for one
+    step and for the free run separately."""
     short = replace(run, time_steps=max(2, run.time_steps // 4))
     candidates = [replace(run, model=model) for model in BASELINES]
     candidates += [replace(short, model=model) for model in ("vq_ar", "ridge", "nlinear")]
     errors, network, history = holdout(replace(run, model="vq_ar"), args, values)
     others = [holdout(candidate, args, values) for candidate in candidates]
-    means = {}
+    combined = {}
     for kind in ("one step", "free run"):
-        best_errors, best, _ = min(others, key=lambda other: mean_error(other[0][kind][:-1]))
-        means[kind] = [(a + b) / 2 for a, b in zip(errors[kind], best_errors[kind])]
-    return means, network + best, history  # the best one in the free run
+        best_errors, members, _ = min(others, key=lambda other: mean_error(other[0][kind][:-1]))
+        combined[kind] = best_errors[kind]
+        limit = VQ_AR_LIMIT * mean_error(best_errors[kind][:-1])
+        if mean_error(errors[kind][:-1]) <= limit:
+            combined[kind] = [(a + b) / 2 for a, b in zip(errors[kind], best_errors[kind])]
+            members = network + members
+    return combined, members, history  # the members in the free run
 
 
 def mean_error(blocks):
@@ -1217,6 +1228,8 @@ def run_experiment(args):
     args = argparse.Namespace(**vars(args) | {"dataset": list(series)})
     run_dir = next_run_dir(args)
     checkpoints = execute_all(runs, args, series, run_dir)
+    if not checkpoints:
+        raise UserError(NOTES[-1])
     rows = pd.DataFrame([checkpoint["row"] for checkpoint in checkpoints.values()],
                         list(checkpoints))
     score = "original free run" if args.protocol == "original" else "validation free run"

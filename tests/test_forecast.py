@@ -6,6 +6,7 @@ import http.client
 import http.server
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -299,6 +300,19 @@ def test_combined_chooses_for_one_step_and_for_the_free_run_separately(monkeypat
     assert combined["one step"][-1][0] == 4.0 / 2
     assert combined["free run"][-1][0] == 0.2 / 2
     assert [member.model for member in members] == ["vq_ar", "mean"]
+
+
+@pytest.mark.parametrize(("vq_ar_error", "expected"), [(1.4, 1.2), (1.5, 1.0)])  # 2 is the limit for squared errors
+def test_combined_leaves_vq_ar_out_where_validation_says_so(monkeypatch, vq_ar_error, expected):
+    def errors_of(member, *_):
+        error = vq_ar_error if member.model == "vq_ar" else 1.0
+        return {kind: [np.full(9, error)] * 4 for kind in forecast.KINDS}, [member], []
+
+    run = Run("combined", "synthetic", 16, 1e-3)
+    monkeypatch.setattr(forecast, "holdout", errors_of)
+    combined, members, _ = forecast.combine(run, None, None)
+    assert combined["free run"][-1][0] == pytest.approx(expected)
+    assert ("vq_ar" in [member.model for member in members]) == (expected > 1)
 
 
 def test_the_holdout_tables_show_the_settings_that_validation_chose():
@@ -685,19 +699,27 @@ def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(cont
     assert series.name == "wert"
 
 
-@pytest.mark.parametrize("pattern", ["{:,}", "{:,.1f}", "{:_}", "{:_.1f}"])
+@pytest.mark.parametrize("pattern", ["{:,.1f}", "{:_.1f}", "{:,}", "{:_}"])
 def test_thousands_are_no_decimals(pattern):
-    values = np.arange(40) * 31 + 500
+    values = np.arange(40) * 31 + 999_500
     swap = str.maketrans(",._", ",,.") if "_" in pattern else {}
     content = "t;wert\n" + "".join(f"{i};{pattern.format(value).translate(swap)}\n" for i, value in enumerate(values))
     np.testing.assert_array_equal(read(content).values, values)
     assert not forecast.NOTES
 
 
-def test_numbers_that_may_be_thousands_are_noted():
-    series = read("t;wert\n" + "".join(f"{i};{i + 1},250\n" for i in range(40)))
-    np.testing.assert_array_equal(series.values, np.arange(40) + 1.25)
-    assert forecast.NOTES == ["numbers such as 1,250 are read as decimals, not as thousands"]
+@pytest.mark.parametrize(("pattern", "divisor", "meaning"), [
+    ("{:,}", 1, "',' in the numbers of 'wert' is taken for a mark between thousands"),
+    ("1{:,}", 1000, "',' in the numbers of 'wert' is taken for a mark before decimals"),
+    ("{:_}", 1000, "'.' in the numbers of 'wert' is taken for a mark before decimals"),
+])
+def test_a_mark_that_may_be_one_between_thousands_is_noted(pattern, divisor, meaning):
+    values = np.arange(40) * 31 + (1000 if pattern.startswith("1") else 500)
+    texts = [pattern.format(value).replace("_", ".") for value in values]
+    series = read("t;wert\n" + "".join(f"{i};{text}\n" for i, text in enumerate(texts)))
+    expected = [int(text) if text.isdigit() else int(re.sub("[.,]", "", text)) / divisor for text in texts]
+    np.testing.assert_array_equal(series.values, expected)
+    assert forecast.NOTES == [meaning]
 
 
 def test_a_number_may_name_a_column_or_a_series():
@@ -869,6 +891,7 @@ def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, t
     (["--dataset", "synthetic", "--model", "att", "--no-causal"], "would see its targets"),
     (["--model", "gru"], "invalid choice: 'gru'"),
     (["--epochs", "0"], "from 1 to a million"),
+    (["--learning-rate", "0"], "--learning-rate must be above 0"),
     (["--device", "abacus"], "unknown device 'abacus'"),
     (["--data", "a.csv", "--dataset", "synthetic"], "not allowed with argument"),
     (["--dataset", "synthetic", "--model", "att_mh", "--kv-heads", "3"], "--kv-heads must divide --n-heads"),
