@@ -69,7 +69,7 @@ plt.rcParams.update({
     "figure.dpi": 110, "font.size": 10, "axes.titlesize": 11, "legend.frameon": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3,
     "axes.spines.top": False, "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS), "date.converter": "concise",
 })
 
 

@@ -127,21 +127,25 @@ TEST_START = 0.8
 ORIGINS = 5
 COVERAGE = 0.8  # of the intervals
 COMBINED_RATE = 1e-3  # learning rate of vq_ar in `combined`
+VQ_AR_LIMIT = 2  # times the best validation error, above which vq_ar is left out of `combined`
 KINDS = {"free run": 8, "one step": 1}  # with the number of ranges of horizons for intervals
 SETTINGS = ["name", "dataset", "time_steps", "learning_rate"]  # of a row of a table
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
 # A number in place of the name of a column.
 NUMBER = r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*"
-# Names of columns that tell series apart.
+# Names of columns of times, and of those that tell series apart.
+TIME_COLUMN = r"(?i)\b(date|time|datetime|timestamp|ds|year)\b"
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
     r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
-# pandas' names of steps of the calendar.
-CALENDAR = ["B", "MS", "ME", "BMS", "BME", "3MS", "3ME", "12MS", "12ME"]
+# What a number with the mark M between its thousands does not have.
+NO_THOUSANDS = r"[M](?!\d{3}\D)|(?<!\d)0?[M]|\d{4}[M]|[^-+.,\d ]"
+# Dates that look like numbers, in the order in which they are preferred.
+NUMERIC_DATES = ["%Y%m%d", "%Y%m", "%Y.%m", "%m.%Y", "%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S"]
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         f"{EXPERIMENT}.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
@@ -199,7 +203,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=42, help="random seed of weights and order; the original's "
         "split has 42")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
-    if "--quick" in (argv or []):
+    if "--quick" in argv:
         parser.set_defaults(dataset=["synthetic"], epochs=12, time_steps=[128],
                             learning_rate=[3e-3])
     args = parser.parse_args(argv)
@@ -233,7 +237,7 @@ def generate_series(rows=720):
 
 
 def read_table(path):
-    """The table in a CSV file, whatever its encoding, delimiter and decimal point."""
+    """The table of texts in a CSV file, whatever its encoding and delimiter."""
     content = Path(path).read_bytes()
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
@@ -243,13 +247,12 @@ def read_table(path):
         text = content.decode("latin-1")
     if "\0" in text:
         raise UserError("this is not a CSV file")
-    text = text.strip("\r\n")
-    header = re.split("[\r\n]", text)[0]
+    text = text.lstrip("\r\n").rstrip("\r\n;\t|,")  # without empty rows at the end
+    header = re.sub('"[^"]*"', "", re.split("[\r\n]", text)[0])
     separator = max(";\t|,", key=header.count)
-    decimal = "," if separator != "," and re.search(r"\d,\d", text) else "."
     with warnings.catch_warnings(action="error"):  # a row is longer than the header
-        return pd.read_csv(io.StringIO(text), sep=separator, decimal=decimal, index_col=False,
-                           skip_blank_lines=False, low_memory=False)
+        return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, index_col=False,
+                           skip_blank_lines=False)
 
 
 def find_column(table, name):
@@ -269,7 +272,7 @@ def select_series(table, args):
     if args.series_column == "none":
         return table
     if args.series_column or args.series:
-        names = find_column(table, args.series_column).astype(str)
+        names = find_column(table, args.series_column)
         if args.series not in set(names):
             raise UserError(f"no series {args.series!r}, only {', '.join(names.unique()[:10])}")
         return table[names == args.series]
@@ -280,14 +283,29 @@ def select_series(table, args):
     return table
 
 
-def read_times(column):
-    """Times as numbers or dates; of all ways to read a column, the one with the fewest invalid
+def plain_numbers(texts):
+    """Texts of numbers with a point as decimal mark and nothing between thousands. Where three
+    digits follow every mark, a comma that some numbers lack is one between thousands."""
+    text = " ".join(texts.dropna()) + " "
+    for mark, decimal in [",.", ".,"]:
+        if mark in text and not re.search(NO_THOUSANDS.replace("M", mark), text):
+            is_certain = decimal in text or re.search(f"[{mark}]...[{mark}]", text)
+            is_thousands = is_certain or (mark == "," and text.count(mark) != texts.count())
+            if not is_certain:
+                meaning = "between thousands" if is_thousands else "before decimals"
+                note(f"{mark!r} in the numbers of {texts.name!r} is taken for a mark {meaning}")
+            if is_thousands:
+                return texts.str.replace(mark, "").str.replace(decimal, ".")
+    return texts.str.replace(",", ".")
+
+
+def read_times(texts):
+    """Times as dates or numbers; of all ways to read a column, the one with the fewest invalid
     and missing times."""
-    texts = column.astype(str)
     first = str(texts.iloc[0])
     if re.match(r"T?\d\d?:", first):
         raise UserError(f"times of day such as {first} need a date; leave out --time-column")
-    offsets = texts.str.extract(r":\d\d(Z|[+-]\d\d:?\d\d)$", expand=False)
+    offsets = texts.str.extract(r":\d\d[.\d]* ?(Z|[+-]\d\d:?\d*)$", expand=False)
     is_utc = offsets.nunique() > 1
     if is_utc:
         note("the times have several offsets; they are converted to UTC")
@@ -296,19 +314,25 @@ def read_times(column):
         with warnings.catch_warnings(action="ignore"):  # pandas warns of other formats
             return pd.to_datetime(texts, errors="coerce", utc=is_utc, **options)
 
-    if pd.api.types.is_numeric_dtype(column):
-        readings = [read(format="%Y%m%d"), read(format="%Y%m"), column]
+    texts = texts.str.removesuffix(".0")  # of whole numbers
+    numbers = pd.to_numeric(plain_numbers(texts), errors="coerce")
+    if numbers.notna().iloc[0]:
+        readings = [*(read(format=date) for date in NUMERIC_DATES), numbers]
     elif re.match(r"\d{4}-\d\d-\d\d", first):
         readings = [read(format="ISO8601")]
     elif re.match(r"\d\d?[^.\d]", first):
-        readings = [read(dayfirst=False), read(dayfirst=True)]
+        readings = [read(dayfirst=False), read(dayfirst=True), read(format="%y-%b")]
     else:
-        readings = [read(dayfirst="." in first[:3])]  # as in 31.12.2024
-    scores = [missing_times(reading) for reading in readings]
-    best = readings[scores.index(min(scores))]
-    for reading, score in zip(readings, scores):
-        if score == min(scores) and not reading.equals(best):
+        readings = [read(dayfirst="." in first[:3]), read(format="%b-%y")]  # as in 31.12.2024
+    best = min(readings, key=missing_times)
+    for reading in readings:
+        if missing_times(reading) == missing_times(best) and not reading.equals(best):
             note(f"the first time is taken for {best.iloc[0]}; it may also be {reading.iloc[0]}")
+    is_wrong = best.isna() | best.duplicated()
+    if is_wrong.any():
+        row = is_wrong.idxmax()
+        raise UserError(f"row {row}: the time {texts[row]} is invalid or occurs twice; "
+                        "--series-column and --series choose one of several series")
     return best
 
 
@@ -321,28 +345,29 @@ def missing_times(times):
 def equally_spaced(values, times):
     """The values at all times of an even step, NaN where a row is missing. Of the fixed step and
     those of the calendar, the one that meets all times with the fewest rows is taken."""
-    is_wrong = times.isna() | times.duplicated()
-    if is_wrong.any():
-        raise UserError(f"row {is_wrong.idxmax()}: the time is invalid or occurs twice; "
-                        "--series-column and --series choose one of several series")
     values = values.set_axis(pd.Index(times)).sort_index()
     times = values.index
     steps = pd.Series(times).diff()
-    step = steps[steps < 1.5 * steps.median()].mean()
+    step = steps[steps < 1.5 * steps.mode()[0]].mean()
     count = round((times[-1] - times[0]) / step) + 1
-    if count > 10 * len(times):
-        raise UserError(f"most times between {times[0]} and {times[-1]} are missing; without "
-                        "--time-column the rows count as equally spaced")
-    if isinstance(times, pd.DatetimeIndex):
-        grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *CALENDAR]]
+    most = 2 * len(times)  # rows, of which half would be missing
+    if count > most:
+        grids = []
+    elif isinstance(times, pd.DatetimeIndex):
+        months = max(1, round(step / pd.Timedelta(days=30.4)))
+        calendar = ["B", f"{months}MS", f"{months}ME", f"{months}BMS", f"{months}BME",
+                    pd.DateOffset(months=months)]
+        grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *calendar]]
         tolerance = pd.Timedelta(0)
     else:
         grids = [np.linspace(times[0], times[-1], count, dtype=times.dtype)]
         tolerance = step / 10  # numbers may have been rounded
-    placed = [values.reindex(grid, method="nearest", tolerance=tolerance) for grid in grids]
+    placed = [values.reindex(grid, method="nearest", tolerance=tolerance) for grid in grids
+              if len(grid) <= most]
     whole = [candidate for candidate in placed if candidate.count() == values.count()]
     if not whole:
-        raise UserError(f"the times are not equally spaced; the usual step is {step}")
+        raise UserError(f"the times are not equally spaced, or most are missing; the usual step "
+                        f"is {step}; without --time-column the rows count as equally spaced")
     return min(whole, key=len).rename_axis(times.name)
 
 
@@ -351,16 +376,19 @@ def read_series(args):
     try:
         table = select_series(read_table(args.data), args)
         values = find_column(table, args.column)
-        if re.fullmatch(NUMBER, values.name):
+        header = "".join(table) if values.name == args.column else values.name
+        if re.fullmatch(NUMBER, header):
             raise UserError(f"the first line names the columns, and {values.name!r} is no name")
-        values = pd.to_numeric(values).astype(float).where(np.isfinite)
+        values = pd.to_numeric(plain_numbers(values)).astype(float).where(np.isfinite)
         if not 1e-100 < values.max() - values.min() < 1e100:
             raise UserError(f"{values.name!r} is empty, constant, or too large or small")
         if args.time_column:
-            times = read_times(find_column(table, args.time_column))
+            times = find_column(table, args.time_column)
             if times.name == values.name:
                 raise UserError(f"{times.name!r} is the time column; choose another --column")
-            values = equally_spaced(values, times)
+            values = equally_spaced(values, read_times(times))
+        elif re.search(TIME_COLUMN, " ".join(table)):
+            note("the rows count as equally spaced, the newest one last; --time-column sorts them")
         if args.fill:
             note(f"missing values, now filled: {values.isna().sum()}")
             values = values.interpolate() if args.fill == "linear" else values.ffill()
@@ -863,11 +891,11 @@ def fit(run, args, values, stop, original=False):
         starts = [part[part < count] for part in original_split(end)]
     else:
         test_count = count + int(TEST_START * len(values)) - stop
-        starts = [torch.arange(count), torch.arange(end, max(end, test_count))]
+        starts = [torch.arange(count), torch.arange(test_count)[end:]]
     train_starts, val_starts = (part.to(args.device) for part in starts)
     z = fitted.normalize(values).to(args.device)
     history = train(model, z, train_starts, val_starts, run, args, shuffle=not original)
-    model.eval().cpu()
+    model.cpu()
     return fitted, history
 
 
@@ -904,18 +932,23 @@ def holdout(run, args, values):
 
 
 def combine(run, args, values):
-    """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error,
-    chosen for one step and for the free run separately."""
+    """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error, or
+    that one alone where the error of vq_ar is more than VQ_AR_LIMIT times as large; chosen for one
+    step and for the free run separately."""
     short = replace(run, time_steps=max(2, run.time_steps // 4))
     candidates = [replace(run, model=model) for model in BASELINES]
     candidates += [replace(short, model=model) for model in ("vq_ar", "ridge", "nlinear")]
     errors, network, history = holdout(replace(run, model="vq_ar"), args, values)
     others = [holdout(candidate, args, values) for candidate in candidates]
-    means = {}
+    combined = {}
     for kind in ("one step", "free run"):
-        best_errors, best, _ = min(others, key=lambda other: mean_error(other[0][kind][:-1]))
-        means[kind] = [(a + b) / 2 for a, b in zip(errors[kind], best_errors[kind])]
-    return means, network + best, history  # the best one in the free run
+        best_errors, members, _ = min(others, key=lambda other: mean_error(other[0][kind][:-1]))
+        combined[kind] = best_errors[kind]
+        limit = VQ_AR_LIMIT * mean_error(best_errors[kind][:-1])
+        if mean_error(errors[kind][:-1]) <= limit:
+            combined[kind] = [(a + b) / 2 for a, b in zip(errors[kind], best_errors[kind])]
+            members = network + members
+    return combined, members, history  # the members in the free run
 
 
 def mean_error(blocks):
@@ -932,7 +965,7 @@ def interval_widths(blocks, pools):
     for first, last in itertools.pairwise(edges):
         sizes = np.sort(np.abs(np.concatenate([block[first:last] for block in blocks])))
         rank = math.ceil((len(sizes) + 1) * COVERAGE)
-        widths += [float(sizes[:rank][-1])] * (last - first)
+        widths += [sizes[:rank][-1]] * (last - first)
     return np.maximum.accumulate(widths).tolist()
 
 
@@ -1035,18 +1068,21 @@ def execute_all(runs, args, series, run_dir):
     those that are there already are read."""
     from joblib import Parallel, delayed, parallel_config
 
-    files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
     (run_dir / "runs").mkdir(exist_ok=True)
+    files = {run: run_dir / "runs" / f"{run.id}.pt" for run in runs}
+    checkpoints = {run: read_checkpoint(file, series) for run, file in files.items()
+                   if file.exists()}
     # The workers' allocator keeps what is freed; mapping it again took a tenth of the time.
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     cluster = contextlib.nullcontext()
     if args.backend == "dask":
         from distributed import Client
 
-        local = {"n_workers": args.jobs, "threads_per_worker": 1, "dashboard_address": None}
-        cluster = Client(**({} if os.environ.get("DASK_SCHEDULER_ADDRESS") else local))
+        address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+        workers = {"n_workers": args.jobs, "threads_per_worker": 1, "dashboard_address": None}
+        cluster = Client(address) if address else Client(**workers)
     jobs = [delayed(execute)(run, args, series[run.dataset].to_numpy(), MODELS)
-            for run in files if not files[run].exists()]
+            for run in runs if run not in checkpoints]
     threads = torch.get_num_threads()
     with cluster, parallel_config(args.backend, n_jobs=args.jobs):
         finished = Parallel(return_as="generator_unordered")(jobs)
@@ -1054,21 +1090,24 @@ def execute_all(runs, args, series, run_dir):
             if "error" in checkpoint:
                 note(f"{run.id} failed: {checkpoint['error']}")
             else:
+                checkpoints[run] = checkpoint
                 with atomic_write(files[run]) as path:
                     torch.save(checkpoint, path)
     torch.set_num_threads(threads)
-    return {run: read_checkpoint(file, series) for run, file in files.items() if file.exists()}
+    return {run: checkpoints[run] for run in runs if run in checkpoints}
 
 
-def read_checkpoint(file, series):
-    """The checkpoint in a file; its series may have grown since, but not changed."""
+def read_checkpoint(file, series, may_have_grown=False):
+    """The checkpoint in a file, whose series should be as it was, or begin like that."""
     checkpoint = load_checkpoint(file, file)
     if "members" not in checkpoint:
         raise UserError(f"{file}: not a checkpoint of {EXPERIMENT}.py")
-    values = series.get(checkpoint["row"]["dataset"], pd.Series())
+    values = series.get(checkpoint["row"]["dataset"], pd.Series()).to_numpy()
     rows, sha256 = checkpoint["data"]
-    if digest(values.to_numpy()[:rows]) != sha256:
-        raise UserError(f"{file}: the series does not begin with the values that it was fitted to")
+    if may_have_grown:
+        values = values[:rows]
+    if digest(values) != sha256:
+        raise UserError(f"{file}: the series differs from the {rows} values that it was fitted to")
     return checkpoint
 
 
@@ -1114,39 +1153,34 @@ def make_tables(rows, args):
 # --- Pictures -----------------------------------------------------------------------------------
 
 
-def draw_forecasts(checkpoints, values, path):
+def draw_forecasts(checkpoints, values, title, path):
     """The end of the series, and the forecasts of its last rows in the checkpoint of each model."""
     rows = math.ceil(len(checkpoints) / 2)
-    title = path.stem.replace("_", " of ", 1)
     fig, axes = new_figure(title, rows, min(2, len(checkpoints)), (13, 1 + 2.6 * rows))
     for ax, checkpoint in zip(axes, checkpoints):
+        count = len(checkpoint["forecasts"]["free run"])
+        times = values.index[-count:]
+        ax.margins(y=0.5)
+        ax.plot(values[-max(100, 2 * count) :], color="black", linewidth=0.8, label="series")
+        ax.set_ylim(ax.get_ylim())  # the forecasts may lie outside
         for index, (kind, forecast) in enumerate(checkpoint["forecasts"].items(), 1):
-            forecast = pd.Series(forecast, values.index[-len(forecast) :]).replace(np.inf, np.nan)
-            plot_curve(ax, forecast.index, forecast, kind, index)
-            widths = checkpoint["widths"].get(kind)
-            if widths:
-                widths = extend(widths, len(forecast))
-                ax.fill_between(forecast.index, forecast - widths, forecast + widths, alpha=0.2,
+            forecast = pd.Series(forecast, times).replace(np.inf, np.nan)
+            plot_curve(ax, times, forecast, kind, index)
+            if checkpoint["widths"]:
+                widths = extend(checkpoint["widths"][kind], count)
+                ax.fill_between(times, forecast - widths, forecast + widths, alpha=0.2,
                                 color=COLORS[index], linewidth=0, label=f"80 % interval, {kind}")
-        shown = values[-max(100, 2 * len(forecast)) :]
-        ax.plot(shown, color="black", linewidth=0.8, label="series", zorder=1)
-        ax.axvline(forecast.index[0], color="0.5", linestyle=":")
-        low = shown.min()
-        high = shown.max()
-        margin = (high - low) / 2
-        ax.set_ylim(low - margin, high + margin)
-        ax.set(title=checkpoint["row"]["name"], xlabel=values.index.name or "row",
-               ylabel=values.name)
+        ax.axvline(times[0], color="0.5", linestyle=":")
+        ax.set(title=checkpoint["row"]["name"], xlabel=times.name or "row")
     for ax in axes[len(checkpoints) :]:
         ax.set_axis_off()
+    fig.supylabel(values.name)
     legend_below(axes[0])
     save_figure(fig, path)
 
 
-def draw_curves(checkpoints, path):
+def draw_curves(checkpoints, title, path):
     """The losses of networks; a training loss is an epoch's mean and stands in its middle."""
-    title = path.stem.replace("_", " of ", 1)
-    title += ": best run of each network (squared error; of vq_ar and combined the Huber loss)"
     fig, axes = new_figure(title, 1, 2)
     for index, checkpoint in enumerate(checkpoints):
         history = pd.DataFrame(checkpoint["history"])
@@ -1158,13 +1192,11 @@ def draw_curves(checkpoints, path):
     save_figure(fig, path)
 
 
-def draw_sweep(rows, score, unit, path):
+def draw_sweep(rows, score, title, path):
     """A heatmap of a score of all networks by learning rate and time steps."""
     table = rows.pivot_table(score, ["name", "learning_rate"], "time_steps")
-    title = path.stem.replace("_", " of ", 1)
-    fig, (ax,) = new_figure(f"{title}: {score}", size=(9, 2 + len(table) / 3))
-    image = ax.pcolormesh(np.log10(table), edgecolor="white")
-    fig.colorbar(image, label=f"log10 squared error [({unit})²]")
+    fig, (ax,) = new_figure(title, size=(9, 2 + len(table) / 3))
+    fig.colorbar(ax.pcolormesh(np.log10(table), edgecolor="white"))
     ax.set_xticks(np.arange(table.shape[1]) + 0.5, table.columns)
     ax.set_yticks(np.arange(len(table)) + 0.5, [f"{name}, {rate}" for name, rate in table.index])
     ax.set(xlabel="time steps", ylabel="model, learning rate")
@@ -1173,13 +1205,15 @@ def draw_sweep(rows, score, unit, path):
 
 def draw_pictures(rows, score, checkpoints, values, run_dir):
     """All pictures of a data set."""
-    name = f"{rows['dataset'].iloc[0]}.png"
+    dataset = rows["dataset"].iloc[0]
     best = [checkpoints[run] for run in choose(rows, score).drop_duplicates("model").index]
-    draw_forecasts(best, values, run_dir / f"forecasts_{name}")
+    draw_forecasts(best, values, f"forecasts of {dataset}", run_dir / f"forecasts_{dataset}.png")
     networks = [checkpoint for checkpoint in best if checkpoint["history"]]
     if networks:
-        draw_curves(networks, run_dir / f"curves_{name}")
-        draw_sweep(rows, score, values.name, run_dir / f"sweep_{name}")
+        title = f"{dataset}: best networks (squared error; of vq_ar and combined the Huber loss)"
+        draw_curves(networks, title, run_dir / f"curves_{dataset}.png")
+        title = f"{dataset}, {score}: log10 of the squared error [({values.name})²]"
+        draw_sweep(rows, score, title, run_dir / f"sweep_{dataset}.png")
 
 
 # --- The experiment -----------------------------------------------------------------------------
@@ -1223,8 +1257,11 @@ def unpack(member, args):
     if run.model in BASELINES:
         model = LinearForecaster(**member["model"])
     else:
-        model = MODELS[run.model](run, args)
-        model.load_state_dict(member["model"])
+        try:
+            model = MODELS[run.model](run, args)
+            model.load_state_dict(member["model"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"model {run.model!r} is absent or has changed ({error})") from None
     return Fitted(**member | {"run": run, "model": model.eval()})
 
 
@@ -1243,22 +1280,22 @@ def predict_steps(args):
     arguments = json.loads((file.parents[1] / "arguments.json").read_text())
     settings = argparse.Namespace(**arguments | changed_arguments(args))
     series = dict(zip(settings.dataset, load_series(settings).values()))
-    checkpoint = read_checkpoint(file, series)
+    checkpoint = read_checkpoint(file, series, may_have_grown=True)
     values = series[checkpoint["row"]["dataset"]]
-    members = [unpack(member, settings) for member in checkpoint["members"]]
-    paths = [fitted.free_run(values.to_numpy(), [len(values)], args.predict_steps)
-             for fitted in members]
+    paths = [unpack(member, settings).free_run(values.to_numpy(), [len(values)], args.predict_steps)
+             for member in checkpoint["members"]]
     times = next_times(values.index, args.predict_steps)
     forecast = np.mean(paths, axis=0)[0]
     table = pd.DataFrame({values.name: forecast}, times)
     if checkpoint["widths"]:
         widths = extend(checkpoint["widths"]["free run"], len(times))
-        table = table.assign(low=forecast - widths, high=forecast + widths)
+        table["80 % low"] = forecast - widths
+        table["80 % high"] = forecast + widths
     run_dir = next_run_dir(args)
     table.to_csv(run_dir / "forecast.csv")
     checkpoint["forecasts"] = {"free run": forecast}
-    extended = pd.concat([values, pd.Series(np.nan, times, name=values.name)])
-    draw_forecasts([checkpoint], extended.rename_axis(times.name), run_dir / "forecast.png")
+    extended = values.reindex(values.index.append(times))
+    draw_forecasts([checkpoint], extended, "forecast", run_dir / "forecast.png")
     text = f"{len(table)} values after {values.index[-1]}, in forecast.csv and forecast.png"
     return write_results({"forecast": forecast}, text, args, run_dir)
 

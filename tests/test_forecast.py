@@ -6,6 +6,7 @@ import http.client
 import http.server
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -301,6 +302,19 @@ def test_combined_chooses_for_one_step_and_for_the_free_run_separately(monkeypat
     assert [member.model for member in members] == ["vq_ar", "mean"]
 
 
+@pytest.mark.parametrize(("vq_ar_error", "expected"), [(1.4, 1.2), (1.5, 1.0)])  # 2 is the limit for squared errors
+def test_combined_leaves_vq_ar_out_where_validation_says_so(monkeypatch, vq_ar_error, expected):
+    def errors_of(member, *_):
+        error = vq_ar_error if member.model == "vq_ar" else 1.0
+        return {kind: [np.full(9, error)] * 4 for kind in forecast.KINDS}, [member], []
+
+    run = Run("combined", "synthetic", 16, 1e-3)
+    monkeypatch.setattr(forecast, "holdout", errors_of)
+    combined, members, _ = forecast.combine(run, None, None)
+    assert combined["free run"][-1][0] == pytest.approx(expected)
+    assert ("vq_ar" in [member.model for member in members]) == (expected > 1)
+
+
 def test_the_holdout_tables_show_the_settings_that_validation_chose():
     row = {"model": "lstm", "name": "lstm", "dataset": "a", "time_steps": 16, "learning_rate": 1e-3}
     scores = {f"{name} {kind}": 1.0 for name in ("validation", "test", "MASE", "coverage") for kind in forecast.KINDS}
@@ -489,7 +503,18 @@ def test_a_sweep_does_not_go_on_with_other_data(without_pictures, error_line):
     forecast.main(options)
     Path("outputs/forecast/run-001/results.json").unlink()
     write_csv("own.csv", HOURS, WAVE + 1)
-    assert "does not begin with the values that it was fitted to" in error_line(forecast, ["--resume"])
+    assert "the series differs from the 400 values that it was fitted to" in error_line(forecast, ["--resume"])
+    write_csv("own.csv", HOURS[:390], WAVE)
+    assert "the series differs from the 400 values" in error_line(forecast, ["--resume"])
+
+
+def test_a_sweep_does_not_go_on_with_a_series_that_has_grown(without_pictures, error_line):
+    write_csv("own.csv", HOURS[:390], WAVE)
+    forecast.main(["--data", "own.csv", *SMALL, "--model", "--protocol", "original"])
+    Path("outputs/forecast/run-001/results.json").unlink()
+    Path("outputs/forecast/run-001/runs/ridge_own_16_0.pt").unlink()
+    write_csv("own.csv", HOURS, WAVE)
+    assert "the series differs from the 390 values that it was fitted to" in error_line(forecast, ["--resume"])
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(monkeypatch, capsys):
@@ -559,10 +584,10 @@ def test_a_checkpoint_forecasts_from_the_newest_rows_of_a_series_that_has_grown(
     write_csv("own.csv", HOURS, WAVE)
     forecast.main(["--predict-steps", "12", "--checkpoint", str(checkpoint)])
     table = pd.read_csv("outputs/forecast/run-002/forecast.csv")
-    assert list(table) == ["date", "value", "low", "high"]
+    assert list(table) == ["date", "value", "80 % low", "80 % high"]
     assert list(table["date"]) == list(pd.date_range(HOURS[-1], periods=13, freq="h")[1:].astype(str))
     np.testing.assert_allclose(table["value"], np.sin(np.arange(400, 412) / 5), atol=0.1)
-    assert (table["low"] < table["value"]).all()
+    assert (table["80 % low"] < table["value"]).all()
     assert Path("outputs/forecast/run-002/forecast.png").stat().st_size > 10_000
     Path("own.csv").rename("moved.csv")
     monkeypatch.chdir(checkpoint.parent)
@@ -570,7 +595,7 @@ def test_a_checkpoint_forecasts_from_the_newest_rows_of_a_series_that_has_grown(
     pd.testing.assert_frame_equal(pd.read_csv("outputs/forecast/run-001/forecast.csv"), table)
     monkeypatch.chdir(tmp_path)
     write_csv("own.csv", HOURS, WAVE + 1)
-    assert "does not begin with the values that it was fitted to" in error_line(
+    assert "the series differs from the 390 values that it was fitted to" in error_line(
         forecast, ["--predict-steps", "3", "--checkpoint", checkpoint])
 
 
@@ -580,6 +605,34 @@ def test_a_checkpoint_of_another_script_is_one_line(error_line, without_pictures
     torch.save({"model": {}}, path)
     assert "fire.pt: not a checkpoint of forecast.py" in error_line(
         forecast, ["--predict-steps", "3", "--checkpoint", path])
+
+
+def test_a_checkpoint_of_a_model_that_is_absent_or_has_changed_is_one_line(error_line, monkeypatch, without_pictures):
+    monkeypatch.setitem(forecast.MODELS, "gru", GRU)
+    run_small("--model", "gru", "--protocol", "original")
+    checkpoint = next(Path("outputs/forecast/run-001/runs").glob("gru*.pt"))
+    argv = ["--predict-steps", "3", "--checkpoint", checkpoint]
+    monkeypatch.setitem(forecast.MODELS, "gru", forecast.LSTM)
+    assert "model 'gru' is absent or has changed" in error_line(forecast, argv)
+    monkeypatch.delitem(forecast.MODELS, "gru")
+    assert "model 'gru' is absent or has changed" in error_line(forecast, argv)
+
+
+def test_a_column_called_low_is_forecast_beside_its_interval():
+    write_csv("own.csv", HOURS, WAVE, "date,low")
+    forecast.main(["--data", "own.csv", *SMALL, "--time-column", "date", "--model", "--protocol", "holdout"])
+    forecast.main(["--predict-steps", "3", "--checkpoint", "outputs/forecast/run-001/runs/last_own_16_0.pt"])
+    table = pd.read_csv("outputs/forecast/run-002/forecast.csv")
+    np.testing.assert_allclose(table["low"], [WAVE[-1]] * 3, rtol=1e-4)
+    assert (table["80 % low"] < table["low"]).all()
+
+
+def test_the_limits_of_a_forecast_picture_are_those_of_the_series(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(forecast, "save_figure", lambda fig, path: figures.append(fig))
+    checkpoint = {"row": {"name": "far"}, "forecasts": {"free run": [1e9, np.inf]}, "widths": {}}
+    forecast.draw_forecasts([checkpoint], pd.Series([0.0, 2.0, 4.0, 2.0]), "title", tmp_path / "a.png")
+    assert figures[0].axes[0].get_ylim() == (-2, 6)
 
 
 def test_a_network_forecasts_from_its_checkpoint(without_pictures):
@@ -609,6 +662,9 @@ def test_a_network_forecasts_from_its_checkpoint(without_pictures):
     ([f"{day:%d/%m/%Y}" for day in pd.date_range("2024-01-01", periods=60)], ["2024-03-01", "2024-03-02"]),
     (pd.date_range("1990-12-31", periods=60, freq="12ME"), ["2050-12-31", "2051-12-31"]),
     (pd.date_range("1990-01-01", periods=60, freq="BMS"), ["1995-01-02", "1995-02-01"]),
+    (pd.date_range("1990-01-01", periods=60, freq="6MS"), ["2020-01-01", "2020-07-01"]),
+    (pd.date_range("1990-03-30", periods=60, freq="3BME"), ["2005-03-31", "2005-06-30"]),
+    ([f"{month}-15" for month in pd.period_range("1990-01", periods=60, freq="M")], ["1995-01-15", "1995-02-15"]),
 ])
 def test_the_calendar_step_and_the_zone_are_kept(times, following):
     write_csv("own.csv", times, WAVE[:60])
@@ -634,12 +690,48 @@ POINT = "t,wert\n" + "".join(f"{i},{50 + i % 9}.5\n" for i in range(40))
     (POINT, "utf-8"), (SEMICOLON, "utf-8"), (POINT.replace(",", "\t"), "utf-8"), (POINT, "utf-16"),
     ("\ufeff" + POINT, "utf-8"), (POINT.replace("t,", "µ,", 1), "latin-1"), (gzip.compress(POINT.encode()), ""),
     (COMMA_ONLY, "utf-8"), (POINT.replace(",", "|"), "utf-8"), (POINT.replace("\n", "\r"), "utf-8"),
-    (SEMICOLON.replace("t;", "T, out;", 1), "utf-8"),
+    (SEMICOLON.replace("t;", "T, out;", 1), "utf-8"), (SEMICOLON.replace("t;", '"a, b, c";', 1), "utf-8"),
+    (POINT + ",\n,\n", "utf-8"),
 ])
 def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(content, encoding):
     series = read(content, encoding=encoding)
     np.testing.assert_array_equal(series.values, [50.5 + i % 9 for i in range(40)])
     assert series.name == "wert"
+
+
+@pytest.mark.parametrize("pattern", ["{:,.1f}", "{:_.1f}", "{:,}", "{:_}"])
+def test_thousands_are_no_decimals(pattern):
+    values = np.arange(40) * 31 + 999_500
+    swap = str.maketrans(",._", ",,.") if "_" in pattern else {}
+    content = "t;wert\n" + "".join(f"{i};{pattern.format(value).translate(swap)}\n" for i, value in enumerate(values))
+    np.testing.assert_array_equal(read(content).values, values)
+    assert not forecast.NOTES
+
+
+@pytest.mark.parametrize(("pattern", "divisor", "meaning"), [
+    ("{:,}", 1, "',' in the numbers of 'wert' is taken for a mark between thousands"),
+    ("1{:,}", 1000, "',' in the numbers of 'wert' is taken for a mark before decimals"),
+    ("{:_}", 1000, "'.' in the numbers of 'wert' is taken for a mark before decimals"),
+])
+def test_a_mark_that_may_be_one_between_thousands_is_noted(pattern, divisor, meaning):
+    values = np.arange(40) * 31 + (1000 if pattern.startswith("1") else 500)
+    texts = [pattern.format(value).replace("_", ".") for value in values]
+    series = read("t;wert\n" + "".join(f"{i};{text}\n" for i, text in enumerate(texts)))
+    expected = [int(text) if text.isdigit() else int(re.sub("[.,]", "", text)) / divisor for text in texts]
+    np.testing.assert_array_equal(series.values, expected)
+    assert forecast.NOTES == [meaning]
+
+
+def test_a_number_may_name_a_column_or_a_series():
+    text = "t,2023,2024\n" + "".join(f"{i},{i},{i * i}\n" for i in range(40))
+    np.testing.assert_array_equal(read(text, "--column", "2023"), np.arange(40))
+    text = "id,y\n" + "".join(f"{i % 2:03d},{i}\n" for i in range(40))
+    np.testing.assert_array_equal(read(text, "--series-column", "id", "--series", "001"), np.arange(1, 40, 2))
+
+
+def test_times_that_are_not_used_are_noted():
+    read("Date,Close\n" + "".join(f"2024-01-{31 - i},{i}\n" for i in range(20)))
+    assert forecast.NOTES == ["the rows count as equally spaced, the newest one last; --time-column sorts them"]
 
 
 def test_the_next_whole_number_is_whole():
@@ -711,6 +803,8 @@ def test_all_rows_are_taken_without_a_series_column():
     ("D", "%d/%m/%Y"), ("D", "%m/%d/%Y"), ("MS", "%d/%m/%Y"), ("MS", "%m/%d/%Y"), ("ME", "%d/%m/%Y"),
     ("h", "%d/%m/%Y %H:%M"), ("7D", "%d.%m.%Y"), ("D", "%Y%m%d"), ("MS", "%Y%m%d"), ("B", "%Y%m%d"), ("MS", "%Y%m"),
     ("D", "%Y/%m/%d"), ("MS", "%Y/%m/%d"), ("D", "%d.%m.%y"), ("D", "%d/%m/%y"), ("MS", "%b %Y"), ("0.5s", "ISO"),
+    ("MS", "%b-%y"), ("MS", "%y-%b"), ("MS", "%Y.%m"), ("MS", "%m.%Y"), ("h", "%Y%m%d%H"), ("h", "%Y%m%d%H%M"),
+    ("h", "%Y%m%d%H%M%S"), ("D", "%Y%m%d.0"), ("h", "%Y-%m-%d %H:%M:%S"),
 ])
 def test_dates_are_read_whether_day_month_or_year_comes_first(frequency, pattern):
     times = pd.date_range("2020-01-01", periods=60, freq=frequency)
@@ -773,15 +867,18 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "no series 'C', only A, B"),
     ("u,y\nA,1\nB,2\n", ["--series-column", "u"], "no series None, only A, B"),
     ("u,y\nA,1\nB,2\n", ["--series", "A"], "no column None, only u, y"),
-    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 1: the time is invalid"),
+    ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 1: the time never is invalid"),
     ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"],
-     "row 2: the time is invalid or occurs twice; --series-column"),
+     "row 2: the time 2024-01-02 is invalid or occurs twice; --series-column"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "missing values: 4, the first at t 5"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
+    ("t,a\n1,1\n2,1\n3,4\n4,4\n11,2\n", ["--time-column", "t", "--fill", "linear"], "most are missing"),
+    ("1,5\n2,6\n3,8\n", ["--column", "1"], "names the columns"),
+    ("t,a,\n0,1,\n1,2,\n", [], "'Unnamed: 2' is empty"),
     ("t,a\n0,1\n1700000000,1\n1700000001,4\n1700000002,4\n", ["--time-column", "t"],
-     "most times between 0 and 1700000002 are missing"),
+     "most are missing"),
     ("t,a\n1970-01-01,1\n" + "".join(f"2024-05-01 00:00:0{i},{i}\n" for i in range(9)), ["--time-column", "t"],
-     "most times between 1970-01-01"),
+     "most are missing"),
 ])
 def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, text, options, message):
     Path("own.csv").write_text(text)
