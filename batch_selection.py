@@ -152,7 +152,8 @@ def parse_args(argv=None):
     if args.task == "nlp":
         parser.set_defaults(model="transformer", batch_size=16, learning_rate=0.003)
     if args.quick:
-        parser.set_defaults(runs=3, jobs=1, text_bytes=15_000, dataset="digits",
+        parser.set_defaults(runs=3, jobs=1, text_bytes=15_000,
+                            dataset=None if args.data else "digits",
                             benchmark_datasets=["breast_cancer"])
     args = parser.parse_args(argv)  # with the defaults of the task
     if args.jobs is None:
@@ -166,8 +167,10 @@ def parse_args(argv=None):
     if not min(args.learning_rate, *counts) > 0:  # the first one may be NaN
         parser.error("--epochs, --runs, --batch-size, --text-bytes, --jobs and --learning-rate "
                      "must be above 0")
-    if not min(args.budget_seconds, args.seed) >= 0:
-        parser.error("--budget-seconds and --seed must not be negative")
+    if not args.budget_seconds >= 0:
+        parser.error("--budget-seconds must not be negative")
+    if not 0 <= args.seed <= 2**64 - args.runs:
+        parser.error("--seed must be from 0 to 2**64 minus --runs")
     if not all(0 <= share <= 1 for share in args.label_noise):
         parser.error("--label-noise must be from 0 to 1")
     args.strategy = list(dict.fromkeys(args.strategy))  # named twice, each is trained once
@@ -186,6 +189,8 @@ def parse_args(argv=None):
 #                                gradient_norms=True the norms of their gradients at the logits
 #   learner.batches(rows)        these rows in batches without weights
 #   learner.progress()           share of the training that is done, from 0 to 1
+#   learner.epoch_steps          expected number of batches in this epoch, by which the learning
+#                                rate decays; a generator that knows it sets it
 #   learner.rng, learner.args    a numpy Generator and the command line
 # What it keeps as an attribute of the learner is there in the next epoch.
 
@@ -245,10 +250,13 @@ def accepted_batches(learner, accept):
     forward pass, and the accepted samples wait until they fill a batch."""
     size = learner.args.batch_size
     waiting = np.empty(0, int)
-    for candidates, _ in random_batches(learner):
+    pools = random_batches(learner)
+    start = learner.steps
+    for seen, (candidates, _) in enumerate(pools, 1):
         accepted = candidates[accept(learner.score(candidates))]
         waiting = np.concatenate([waiting, accepted])
         if len(waiting) >= size:
+            learner.epoch_steps = (learner.steps - start + 1) * len(pools) / seen
             yield waiting[:size], None
             waiting = waiting[size:]
     if len(waiting):
@@ -320,7 +328,9 @@ def importance(learner, pool=5):
     norms; a sample's weight is 1 / (candidates x its probability), so that the expected gradient
     stays the same. Without their switch that waits until the variance falls. arXiv:1803.00942.
     """
-    for candidates, _ in random_batches(learner, pool):
+    pools = random_batches(learner, pool)
+    learner.epoch_steps = len(pools)
+    for candidates, _ in pools:
         norms = learner.score(candidates, gradient_norms=True).astype(float) + 1e-8
         probabilities = norms / norms.sum()
         size = math.ceil(len(candidates) / pool)
@@ -353,7 +363,9 @@ def rho_loss(learner, pool=5):
     """
     if not hasattr(learner, "holdout_loss"):
         learner.holdout_loss = holdout_losses(learner)
-    for candidates, _ in random_batches(learner, pool):
+    pools = random_batches(learner, pool)
+    learner.epoch_steps = len(pools)
+    for candidates, _ in pools:
         reducible = learner.score(candidates) - learner.holdout_loss[candidates]
         size = math.ceil(len(candidates) / pool)
         yield candidates[np.argsort(-reducible, kind="stable")[:size]], None
@@ -406,6 +418,10 @@ class Data:
     num_classes: int
     info: dict  # source, classes, score of a simple baseline, sha256: a row of the summary
 
+    def __sizeof__(self):
+        """Bytes of the training images, so that dask sends them to a worker once, not per run."""
+        return self.x_train.nbytes
+
     def to(self, device):
         """The same as tensors on the device."""
         tensors = {name: torch.tensor(value, device=device) for name, value in vars(self).items()
@@ -443,7 +459,8 @@ def read_idx(folder):
         elif "idx2" in path.name:
             values = values[3::32]
         arrays.append(values)
-    return arrays[2:] + arrays[:2]  # the test part is first by name
+    x_test, y_test, x_train, y_train = arrays  # in the order of their names
+    return x_train, y_train, x_test, y_test
 
 
 def read_cifar(folder):
@@ -584,8 +601,8 @@ def load_dataset(name, data_dir):
     try:
         return make_data(name, DATASETS[name].read(folder), DATASETS[name].about)
     except (ValueError, IndexError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"{name} in {folder}: a file is damaged or incomplete ({error}); delete "
-                        "it, then it is downloaded again") from None
+        raise UserError(f"{name} in {folder}: {error}; if a file is damaged or incomplete, delete "
+                        "it, then a known data set is downloaded again") from None
 
 
 def make_data(name, arrays, source):
@@ -594,8 +611,9 @@ def make_data(name, arrays, source):
     from sklearn.preprocessing import LabelEncoder, StandardScaler
     from sklearn.utils import check_X_y
 
-    x_train, y_train = check_X_y(*arrays[:2], allow_nd=True)
-    x_test, y_test = check_X_y(*arrays[2:], allow_nd=True)
+    x_train, y_train, x_test, y_test = arrays
+    x_train, y_train = check_X_y(x_train, y_train, allow_nd=True)
+    x_test, y_test = check_X_y(x_test, y_test, allow_nd=True)
     encoder = LabelEncoder().fit(y_train)
     y_train, y_test = encoder.transform(y_train), encoder.transform(y_test)
     if len(encoder.classes_) < 2:
@@ -636,8 +654,11 @@ def load_table(path, drop):
         if len(distinct) < len(table):
             note(f"{path}: {len(distinct):,} of {len(table):,} rows are distinct and are used")
         y = distinct.pop("label")
-        if y.str.strip().str.casefold().nunique() < y.nunique():
-            note(f"{path}: some labels differ in case or spaces only: {sorted(y.unique())}")
+        plain = y.str.strip().str.casefold()
+        plain = pd.to_numeric(plain, errors="coerce").astype("string").fillna(plain)
+        if plain.nunique() < y.nunique():
+            note(f"{path}: some labels differ only in case, spaces or how a number is written: "
+                 f"{sorted(y.unique())}")
         ids = [name for name in distinct.select_dtypes("integer") if distinct[name].is_unique]
         if ids:
             note(f"{path}: columns {ids} seem to number the rows; if these are sorted by class, a "
@@ -664,7 +685,10 @@ def load_text(args):
     root = Path(args.data or Path(os.__file__).parent)
     paths = sorted(path for path in root.glob("**/*" if args.data else "*.py") if path.is_file())
     paths = np.random.default_rng(0).permutation(paths or [root])
-    text = b"".join(path.read_bytes() for path in paths)[: args.text_bytes]
+    text = b""
+    for path in paths:
+        with path.open("rb") as file:
+            text += file.read(args.text_bytes - len(text))
     if len(text) <= 2 * WINDOW:
         raise UserError(f"{root}: {len(text)} bytes are less than two windows of {WINDOW}")
     values = np.frombuffer(text, np.uint8).astype(np.int64)
@@ -716,7 +740,8 @@ class SmallCNN(nn.Sequential):
 
     def __init__(self, shape, classes, width=16):
         if len(shape) != 3 or shape[2] < 4:
-            raise UserError("--model cnn needs images of at least 4 x 4 pixels")
+            raise UserError(f"--model cnn needs images of at least 4 x 4 pixels, not {tuple(shape)}; "
+                            "--no-benchmark leaves out further data sets")
         channels, height, side = shape
         super().__init__(
             nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -758,7 +783,8 @@ def sample_losses(model, x, y):
     if losses.dim() > 1:
         losses = losses.mean(1)
     if not math.isfinite(losses.detach().sum()):
-        raise UserError("the loss is no longer a number; lower --learning-rate")
+        raise UserError("the loss is no longer a number; lower --learning-rate, or look for very "
+                        "large numbers in the data")
     return losses, logits
 
 
@@ -790,7 +816,7 @@ class Learner:
     def batches(self, rows, pool=1):
         """These rows in batches, `pool` together, without weights; the last one may be smaller."""
         size = pool * self.args.batch_size
-        return [(batch, None) for batch in np.split(rows, range(size, len(rows), size))]
+        return [(rows[start : start + size], None) for start in range(0, len(rows), size)]
 
     @torch.inference_mode()
     def score(self, rows, gradient_norms=False):
@@ -830,7 +856,7 @@ def train_epoch(learner, strategy):
         loss = losses.mean()
         if weights is not None:
             weights = torch.as_tensor(weights, dtype=torch.float32, device=args.device)
-            loss = (losses * weights).mean()
+            loss = (losses * weights.view_as(losses)).mean()  # never one weight for all
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1009,7 +1035,8 @@ def compare(records, args):
     stars = np.where(table["p"] < ALPHA, " *", "")
     table["effect"] = plus_minus(table["difference"], table["width"], "+") + stars
     target = by_setting["mean"].transform("first") * (1 - 0.01 * sign)
-    curves = records.groupby([*keys, "epoch"], sort=False).mean().join(target.rename("target"))
+    epochs = records.groupby([*keys, "epoch"], sort=False)
+    curves = epochs.mean()[epochs.size() == args.runs].join(target.rename("target"))
     reached = curves[sign * (curves[metric] - curves["target"]) >= 0].groupby(keys).first()
     return table.join(reached[["samples", "seconds"]].add_suffix(" to target"))
 
@@ -1078,7 +1105,7 @@ def plot_differences(ax, table, args):
 def plot_comparison(records, table, setting, args, run_dir):
     """The metric that decides over epochs, samples and seconds, and the differences."""
     runs = records.query("setting == @setting")
-    fig, axes = new_figure(f"{setting}: mean of {args.runs} runs", 2, 2, (12, 9))
+    fig, axes = new_figure(f"{setting}: mean of all runs ({args.runs})", 2, 2, (12, 9))
     for ax, x in zip(axes, ("epoch", "samples", "seconds")):
         plot_runs(ax, runs, x, DECIDING[args.task][0])
     plot_differences(axes[3], table.loc[[setting]], args)
@@ -1094,7 +1121,7 @@ def write_strategy_folders(records, args):
         folder = free_run_dir(Path(args.output_dir, args.task, setting, strategy))
         folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
         for metric in metrics:
-            fig, (ax,) = new_figure(f"{strategy} on {setting}: mean of {args.runs} runs")
+            fig, (ax,) = new_figure(f"{strategy} on {setting}: mean of all runs ({args.runs})")
             plot_runs(ax, runs, "epoch", metric)
             save_figure(fig, folder / f"{metric}.png", show=False)
         final = runs.groupby("seed")[metrics].last().rename(columns=METRICS)
@@ -1109,10 +1136,10 @@ def write_strategy_folders(records, args):
 # --- The experiment -----------------------------------------------------------------------------
 
 ABOUT = """±: 95 % interval over the seeds, of that figure alone. p: paired t-test, after Holm's \
-correction for all tests of a table; none where every seed has the same difference; * is p < 0.05. \
-Seconds: training and selection, without evaluation; runs side by side (--jobs) share the machine. \
-The last two columns: until the mean of the runs first comes within 1 % of what the first strategy \
-has in the end."""
+correction for all strategies on the same data set with the same share of wrong labels; none where \
+every seed has the same difference; * is p < 0.05. Seconds: training and selection, without \
+evaluation; runs side by side (--jobs) share the machine. The last two columns: until the mean of \
+all runs first comes within 1 % of what the first strategy has in the end."""
 
 
 def run_experiment(args):
@@ -1130,7 +1157,7 @@ def run_experiment(args):
     if effects.shape[1] > 1:
         sections += [f"## Differences from {name_control(args)}",
                      markdown_table(effects.reset_index())]
-        fig, (ax,) = new_figure(f"Mean of {args.runs} runs", size=(9, 2 + len(table) / 4))
+        fig, (ax,) = new_figure(f"Mean of all runs ({args.runs})", size=(9, 2 + len(table) / 4))
         plot_differences(ax, table, args)
         legend_below(ax, 3)
         save_figure(fig, run_dir / "benchmark.png")
