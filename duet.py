@@ -210,6 +210,8 @@ def parse_args(argv=None):
     if min(counts) < 1:
         parser.error("--num-classes, --windows, --steps, --evaluations, --batch-size, --runs: at "
                      "least 1")
+    if args.seed >= 2**31:
+        parser.error("--seed: below 2**31")
     if min(args.seed, args.synthetic_schemas, args.threads, args.learning_rate) < 0:
         parser.error("--seed, --synthetic-schemas, --threads, --learning-rate: not below 0")
     if args.target and not args.data:
@@ -270,6 +272,9 @@ def normalize_dataset(data):
         counts[split] = count.tolist()
     if not all(map(any, counts.values())) or np.count_nonzero(counts["train"]) < 2:
         raise UserError(f"{data.name}: too few windows of its classes: {counts}")
+    unseen = [name for name, count in zip(data.classes, counts["train"]) if not count]
+    if unseen:
+        note(f"{data.name}: classes that training lacks: {', '.join(unseen)}")
     starts = data.starts[data.splits["train"]]
     rows = np.unique(starts[:, None] + np.arange(data.seq_len))
     series = np.where(np.isfinite(data.series), data.series, np.nan)
@@ -436,7 +441,7 @@ def read_csv(path):
     except (ValueError, pd.errors.ParserWarning) as error:  # the latter for rows that are too long
         raise UserError(f"{path}: {error}") from None
     frame.index = pd.RangeIndex(2, len(frame) + 2, name="row")  # row 1 is the header
-    numbers = frame[[]].copy()
+    numbers = {}
     dates = []
     clocks = []  # times of day
     for name, column in frame.items():
@@ -446,16 +451,19 @@ def read_csv(path):
         if len(wrong) and wrong.str.fullmatch(THOUSANDS).all() and not is_large:
             values = pd.to_numeric(column.str.replace(",", ""))
             wrong = wrong[:0]
-        if re.match("(?i)(date|datetime|timestamp)$", name) or wrong.str.match(DATE).mean() > 0.5:
+        is_text = len(wrong) > column.count() / 2
+        is_date = is_text and wrong.str.match(DATE).mean() > 0.5
+        if is_date or re.match("(?i)(date|datetime|timestamp)$", name):
             dates.append(column.astype(str))
-        elif wrong.str.match(CLOCK).mean() > 0.5:
+        elif is_text and wrong.str.match(CLOCK).mean() > 0.5:
             clocks.append(column.astype(str))
-        elif len(wrong) >= len(column) / 2 or re.match("(?i)time$|Unnamed: ", name):
+        elif is_text or re.match("(?i)time$|Unnamed: ", name):
             note(f"{path}: column {name!r} left out: not numeric, or the row's number or time")
         elif len(wrong):
             raise UserError(f"{path}: column {name!r}: {wrong.iloc[0]!r}, a number is needed")
         else:
             numbers[name] = values.astype(float)
+    numbers = pd.DataFrame(numbers, frame.index)
     if not dates:
         return numbers
     if clocks and not dates[0].str.contains(":").any():
@@ -466,13 +474,15 @@ def read_csv(path):
 def sort_rows(path, numbers, dates):
     """The rows in order of their dates, with a note if they were not equally spaced in this order.
 
-    Dates have the month or the day first, whichever reads more of them or has fewer different
-    steps between them.
+    Dates have the month or the day first, or are numbers such as Unix time: whichever reads more of
+    them or has fewer different steps between them.
     """
     numbers.index = pd.Index(dates, name="date")
     with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
         readings = [pd.to_datetime(dates, errors="coerce", utc=True, dayfirst=day_first)
                     for day_first in (False, True)]
+    counts = pd.to_numeric(dates, errors="coerce")
+    readings.append(pd.to_datetime(counts, errors="coerce", utc=True, unit="us"))
     times = min(readings, key=lambda times: (times.isna().sum(),
                                              times.sort_values().diff().nunique()))
     if times.isna().any():
@@ -481,8 +491,8 @@ def sort_rows(path, numbers, dates):
     steps = times.diff()[1:]
     uneven = ~steps.between(0.5 * steps.median(), 1.5 * steps.median())
     if uneven.any():
-        note(f"{path}: {uneven.sum():,} dates out of order, repeated, or after a gap; the rows are "
-             "sorted and taken as one series of equal steps")
+        note(f"{path}: column {dates.name!r} has {uneven.sum():,} dates out of order, repeated, or "
+             "after a gap; the rows are sorted by it and taken as one series of equal steps")
     return numbers.iloc[times.argsort(kind="stable")]
 
 
@@ -510,12 +520,14 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
         train = train[train < before_test]
     distinct = np.unique(values[np.isfinite(values)])
     if len(distinct) <= max(10, num_classes):
-        classes = [f"{value:g}" for value in distinct]
+        classes = [np.format_float_positional(value, trim="-") for value in distinct]
         limits = (distinct[1:] + distinct[:-1]) / 2
     else:
-        classes = [f"quantile {k + 1}" for k in range(num_classes)]
         percentiles = 100 * np.arange(1, num_classes) / num_classes
         limits = np.nanpercentile(known, percentiles.round(2))
+        # Where many values are equal, limits coincide, or nothing is below the lowest of them.
+        limits = np.unique(limits.clip(min=distinct[1]))
+        classes = [f"quantile {k + 1}" for k in range(len(limits) + 1)]
     next_values = values[SEQ_LEN:]
     splits = {"train": train, "val": val[val < before_test], "test": starts[first_test:]}
     for split, windows in splits.items():
@@ -541,7 +553,7 @@ def read_archive(files, seq_len=0):
     is_test = []
     separator = r" *[\t,] *| +"
     for file in files:
-        text = file.read_text("utf-8-sig", "replace")
+        text = file.read_text("utf-8-sig", "backslashreplace")
         if re.search(r"(?im)^@targetlabel\s+true", text):
             raise UserError(f"{file}: @targetlabel true: a regression file, which has no classes")
         has_label = not re.search(r"(?im)^@classlabel\s+false", text)
@@ -555,7 +567,7 @@ def read_archive(files, seq_len=0):
             try:
                 for values in dimensions:
                     cells = re.split(separator, values.strip(" "))
-                    case.append([float(cell.strip("?") or "nan") for cell in cells])
+                    case.append(np.array([float(cell.strip("?") or "nan") for cell in cells]))
             except ValueError as error:
                 raise UserError(f"{file}: {error}") from None
             cases.append(case)
@@ -649,7 +661,8 @@ def load_datasets(args):
     names = [data.name for data in datasets]
     if len({"shared", "sources", *names}) < len(names) + 2:  # of files in models/
         raise UserError(f"data sets must have different names, not shared or sources: {names}")
-    if args.transfer and (len(names) < 2 or args.transfer not in ["last", *names]):
+    too_few = len(names) < 2 and not args.quick
+    if args.transfer and (too_few or args.transfer not in ["last", *names]):
         raise UserError(f"--transfer needs two data sets, and the name of one of them: {names}")
     without_target = [data.name for data in datasets if not data.target]
     if args.head == "ordinal" and without_target:
@@ -733,11 +746,15 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
 
     def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings",
                  target_dim=1):
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = re.sub(r"[^a-zA-Z0-9.-]+", "_", bert_model)
         path = Path(cache_dir) / f"{file}.safetensors"
-        vectors = load_file(path) if path.exists() else {}
+        try:
+            vectors = load_file(path) if path.exists() else {}
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged, delete it ({error})") from None
         dims = [len(vector) for vector in vectors.values()]
         dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
         super().__init__(target_dim, dim)
@@ -1191,7 +1208,8 @@ def hydra_features(x, groups=64, kernels=8):
         largest, winner = output.max(2)  # [batch, groups, time]
         empty = torch.zeros(output.shape[:3])
         features.append(empty.scatter_add(2, winner, largest))
-        features.append(empty.scatter_add(2, output.argmin(2), torch.ones_like(largest)))
+        loser = output.min(2).indices  # argmin(2) is five times slower
+        features.append(empty.scatter_add(2, loser, torch.ones_like(largest)))
     return torch.stack(features, dim=1).flatten(1)
 
 
@@ -1200,22 +1218,24 @@ def fit_hydra(data):
     do, and a ridge classifier, fitted to at most 4,000 training windows."""
     from sklearn.linear_model import RidgeCV
 
+    def read(windows):
+        for x in window_batches(data, windows, 64):
+            yield hydra_features(forward_fill(x).nan_to_num()).clamp(min=0).sqrt()
+
+    def scale(features):
+        return ((features - mean) * (features != 0) / std).numpy()
+
     train = data.splits["train"]
     train = train[:: math.ceil(len(train) / 4000)]
-    features = []
-    for windows in (train, data.splits["test"]):
-        batches = [hydra_features(forward_fill(x).nan_to_num())
-                   for x in window_batches(data, windows, 64)]
-        features.append(torch.cat(batches).clamp(min=0).sqrt())
-    mean = features[0].mean(0)
+    features = torch.cat(list(read(train)))
+    mean = features.mean(0)
     # A rare count has hardly any spread: the more zeros, the more is added to it.
-    share_zero = (features[0] == 0).float().mean(0)
-    std = features[0].std(0) + share_zero**4 + 1e-8
-    x_train, x_test = [(part - mean) * (part != 0) / std for part in features]
+    share_zero = (features == 0).float().mean(0)
+    std = features.std(0) + share_zero**4 + 1e-8
     targets = 2 * np.eye(len(data.classes))[data.labels[train]] - 1  # 1 for the class, -1 elsewhere
-    ridge = RidgeCV(np.logspace(-3, 3, 10)).fit(x_train.numpy(), targets)
-    outputs = ridge.predict(x_test.numpy())
-    return torch.from_numpy(2 * outputs).softmax(1).numpy()
+    ridge = RidgeCV(np.logspace(-3, 3, 10)).fit(scale(features), targets)
+    outputs = [ridge.predict(scale(features)) for features in read(data.splits["test"])]
+    return torch.from_numpy(2 * np.concatenate(outputs)).softmax(1).numpy()
 
 
 def with_validation(data):
@@ -1340,6 +1360,8 @@ def plot_shares(records, title, xlabel, panel, path):
             plot_curve(ax, shares, 100 * table, model, i, MARKERS[i % 7])
         ax.axhline(100 * part["chance"].iloc[0], linestyle=":", color="black", label="chance")
         ax.set(title=", ".join(name), xlabel=xlabel, ylabel="test accuracy [%]", ylim=(0, 102))
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
     legend_below(axes[0], 4)
     save_figure(fig, path)
 
@@ -1427,7 +1449,8 @@ def add_means(records):
     groups = records.groupby(["model", "strategy", "training", "seed", "quantity"], sort=False,
                              dropna=False)[["accuracy", "chance"]]
     means = groups.mean()[groups.size() == count].reset_index().assign(dataset="mean of all")
-    return means if count > 6 else pd.concat([records, means])
+    shown = pd.concat([records, means])
+    return shown[shown["dataset"] == "mean of all"] if count > 6 else shown
 
 
 def with_labels(data, share, seed):
@@ -1444,10 +1467,11 @@ def add_new_dataset(model, data, alike):
     data sets `alike` [names], if there are some."""
     model = copy.deepcopy(model)
     model.add_dataset(data)
-    heads = [model.head_of[name].state_dict() for name in alike]
-    for name, value in model.head_of[data.name].state_dict().items():
-        if heads:
-            value.copy_(torch.stack([head[name] for head in heads]).mean(0))
+    heads = [model.head_of[name] for name in alike]
+    if heads:
+        head = model.head_of[data.name]
+        head.weight.data = torch.stack([other.weight.data for other in heads]).mean(0)
+        head.bias.data = torch.stack([other.bias.data for other in heads]).mean(0)
     return model
 
 
@@ -1459,7 +1483,8 @@ def transfer(args, datasets, strategies, seeds, run_dir):
     same classes let a pretrained model classify the last one without any label.
     """
     *sources, data = datasets
-    alike = [source.name for source in sources if source.classes == data.classes]
+    alike = [source.name for source in sources if source.classes == data.classes
+             and (args.head == "mean" or bool(source.target) == bool(data.target))]
     longest = max(data.seq_len for data in datasets)
     few_steps = min(args.steps, max(40, args.steps // 4))
     records = []
@@ -1503,7 +1528,8 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
         model = make_model(args, [data], strategy, False, seed, fill=fill)
         file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
         fit(model, [data], args, seed, file, drop=True)
-        for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
+        kinds = MISSING_KINDS if len(data.columns) > 1 else MISSING_KINDS[:2]
+        for missing, share in itertools.product(kinds, MISSING_SHARES):
             torch.manual_seed(seed)  # the same values are missing for every model
             corrupt = functools.partial(drop_values, share=share, missing=missing)
             records.append(evaluate(model, data, strategy, fill, seed, corrupt, missing=missing,
@@ -1518,6 +1544,7 @@ def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out if its encoder cannot be loaded."""
     strategies = args.strategies or [name for name in STRATEGIES
                                      if not args.quick or name != "frozen_bert"]
+    strategies = list(dict.fromkeys(strategies))  # a model that is named twice is trained once
     try:
         if "frozen_bert" in strategies:
             embedder = FrozenBERTColumnEmbedder(**bert_options(args))
@@ -1553,7 +1580,7 @@ def run_experiment(args):
     strategies = find_strategies(args, datasets)
     seeds = range(args.seed, args.seed + args.runs)
     experiments = [nan_robustness] if args.nan_robustness else []
-    if args.transfer:
+    if args.transfer and len(datasets) > 1:
         experiments.append(transfer)
     if args.quick or not experiments:
         experiments.append(benchmark)
