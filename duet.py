@@ -161,7 +161,7 @@ def parse_args(argv=None):
         "original's have 1,000")
     add("--protocol", choices=["original", "holdout"], help="class limits of series from all rows "
         "(original) or from those before the test part (holdout); if unset, original for etth1 "
-        "and with --quick, holdout for --data; original also takes the original's synthetic data "
+        "and with --quick, otherwise holdout; original also takes the original's synthetic data "
         "in place of the embedded ones, and removes 5 %% of ETTh1")
     add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="strategies for column "
         "names: %(choices)s; if unset, all; --quick then leaves out frozen_bert, and "
@@ -307,15 +307,14 @@ def standardize(series, mean, std):
     return np.where(np.abs(scaled) < 1e6, scaled, np.nan).astype(np.float32)
 
 
-def split_blocks(windows, gap):
+def split_blocks(windows):
     """(train, val) numbers of windows that begin at consecutive rows.
 
-    Every fifth block is for validation; the `gap` windows beside it, which share rows with it, are
-    left out.
+    Every fifth block is for validation; the windows beside it that share rows with it are left out.
     """
-    blocks = int(np.clip(windows // (4 * gap), 5, 25))
+    blocks = int(np.clip(windows // (4 * SEQ_LEN), 5, 25))
     in_val = np.arange(windows) * blocks // windows % 5 == 2
-    near = np.convolve(in_val, np.ones(2 * gap + 1), "same") > 0.5
+    near = np.convolve(in_val, np.ones(2 * SEQ_LEN + 1), "same") > 0.5
     return np.flatnonzero(~near), np.flatnonzero(in_val)
 
 
@@ -513,7 +512,7 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     starts = np.arange(len(values) - SEQ_LEN)
     first_test = int(0.8 * len(starts))
     before_test = first_test - SEQ_LEN
-    train, val = split_blocks(first_test, gap=SEQ_LEN)
+    train, val = split_blocks(first_test)
     known = values
     if protocol == "holdout":
         known = values[:first_test]
@@ -851,7 +850,8 @@ class OrdinalHead(nn.Linear):
     def __init__(self, target, limits):
         super().__init__(D_MODEL, 2)
         self.target = target  # number of the column
-        self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]))
+        limits = torch.tensor([-1e9, *limits, 1e9])
+        self.register_buffer("limits", limits, persistent=False)  # these belong to the data set
         nn.init.zeros_(self.weight)
         self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
 
@@ -1331,10 +1331,10 @@ def make_table(records, rows, column):
 def plot_benchmark(records, path):
     """Accuracy of every model on each data set, with its interval where there are several seeds."""
     names = records["dataset"].unique()
-    pivot = functools.partial(records.pivot_table, "accuracy", "dataset", "model", sort=False,
-                              dropna=False)
-    means = 100 * pivot(aggfunc="mean")
-    widths = 100 * pivot(aggfunc=lambda runs: float(mean_and_interval(runs)[1]))
+    groups = 100 * records.set_index(["dataset", "model"])["accuracy"]
+    groups = groups.groupby(["dataset", "model"], sort=False)
+    means = groups.mean().unstack(sort=False)
+    widths = groups.agg(lambda runs: mean_and_interval(runs)[1]).unstack(sort=False)
     fig, (ax,) = new_figure("Test accuracy, with the 95 % interval where there are several seeds",
                             size=(11, 2 + 1.4 * len(names)))
     plot_dots(ax, names, means.to_dict("list"), errors=widths.to_dict("list"))
@@ -1398,10 +1398,8 @@ def train_convolutions(args, data, seed, run_dir):
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
         model.add_dataset(data)
         file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
-        batch_size = min(args.batch_size, 32)
-        steps = 2 * args.steps
-        fit(model, [whole], args, member_seed, file, keep="last", steps=steps,
-            batch_size=batch_size)
+        fit(model, [whole], args, member_seed, file, keep="last", steps=2 * args.steps,
+            batch_size=min(args.batch_size, 32))
         outputs += predict(model, data, "test") / 3
     return outputs
 
@@ -1467,11 +1465,10 @@ def add_new_dataset(model, data, alike):
     data sets `alike` [names], if there are some."""
     model = copy.deepcopy(model)
     model.add_dataset(data)
-    heads = [model.head_of[name] for name in alike]
+    heads = [model.head_of[name].state_dict() for name in alike]
     if heads:
-        head = model.head_of[data.name]
-        head.weight.data = torch.stack([other.weight.data for other in heads]).mean(0)
-        head.bias.data = torch.stack([other.bias.data for other in heads]).mean(0)
+        for name, value in model.head_of[data.name].state_dict().items():
+            value.copy_(torch.stack([head[name] for head in heads]).mean(0))
     return model
 
 
@@ -1483,8 +1480,8 @@ def transfer(args, datasets, strategies, seeds, run_dir):
     same classes let a pretrained model classify the last one without any label.
     """
     *sources, data = datasets
-    alike = [source.name for source in sources if source.classes == data.classes
-             and (args.head == "mean" or bool(source.target) == bool(data.target))]
+    kind = (data.classes, bool(data.target))
+    alike = [source.name for source in sources if (source.classes, bool(source.target)) == kind]
     longest = max(data.seq_len for data in datasets)
     few_steps = min(args.steps, max(40, args.steps // 4))
     records = []
@@ -1542,19 +1539,19 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
 
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out if its encoder cannot be loaded."""
-    strategies = args.strategies or [name for name in STRATEGIES
-                                     if not args.quick or name != "frozen_bert"]
-    strategies = list(dict.fromkeys(strategies))  # a model that is named twice is trained once
+    strategies = dict.fromkeys(args.strategies or STRATEGIES)  # each is run once
+    if args.quick and not args.strategies:
+        del strategies["frozen_bert"]
     try:
         if "frozen_bert" in strategies:
             embedder = FrozenBERTColumnEmbedder(**bert_options(args))
             embedder.add([name for data in datasets for name in data.columns])
     except (UserError, ModuleNotFoundError) as error:
-        if strategies == ["frozen_bert"]:
+        if len(strategies) == 1:
             raise
         note(f"frozen_bert is not run: {error}")
-        return [name for name in strategies if name != "frozen_bert"]
-    return strategies
+        del strategies["frozen_bert"]
+    return list(strategies)
 
 
 def choose_threads():
@@ -1682,7 +1679,8 @@ def compare_columns(args):
     vectors = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
     similarity = pd.DataFrame(vectors @ vectors.T, names, names)
     run_dir = next_run_dir(args)
-    fig, (ax,) = new_figure("Column names by their embedding", size=(9, 8))
+    side = max(8, len(names) / 6)
+    fig, (ax,) = new_figure("Column names by their embedding", size=(side + 1, side))
     fig.colorbar(ax.imshow(similarity, cmap="Greys", vmax=1), label="cosine similarity")
     ax.set_yticks(range(len(names)), names)
     ax.set_xticks(range(len(names)), names, rotation=90)

@@ -378,7 +378,7 @@ def test_schemas_differ_in_their_columns():
 
 
 def test_blocks_never_share_rows():
-    train, validation = duet.split_blocks(13_859, 96)
+    train, validation = duet.split_blocks(13_859)
     assert 0.17 < len(validation) / 13_859 < 0.23
     apart = np.abs(train[:, None] - validation[None, :: 20]).min()
     assert apart > 96  # window i has rows i … i + 96, its label among them
