@@ -237,10 +237,10 @@ class Dataset:
     splits: dict  # {train, val, test: numbers of windows}
     info: dict  # for results.json
     seq_len: int = SEQ_LEN
-    target: str | None = None  # the column whose next value is classified, if there is one
-    limits: list | None = None  # [classes - 1] between the classes, in units of the target
-    mean: list | None = None  # [columns] of the training part
-    std: list | None = None
+    target: str = None  # the column whose next value is classified, if there is one
+    limits: list = None  # [classes - 1] between the classes, in units of the target
+    mean: list = None  # [columns] of the training part
+    std: list = None
 
 
 def describe(data):
@@ -266,10 +266,8 @@ def normalize_dataset(data):
 
     Raises UserError where no column varies, a part lacks windows, or training has one class.
     """
-    counts = {}
-    for split, windows in data.splits.items():
-        count = np.bincount(data.labels[windows], minlength=len(data.classes))
-        counts[split] = count.tolist()
+    count = functools.partial(np.bincount, minlength=len(data.classes))
+    counts = {split: count(data.labels[part]).tolist() for split, part in data.splits.items()}
     if not all(map(any, counts.values())) or np.count_nonzero(counts["train"]) < 2:
         raise UserError(f"{data.name}: too few windows of its classes: {counts}")
     unseen = [name for name, count in zip(data.classes, counts["train"]) if not count]
@@ -477,11 +475,10 @@ def sort_rows(path, numbers, dates):
     them or has fewer different steps between them.
     """
     numbers.index = pd.Index(dates, name="date")
-    with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
-        readings = [pd.to_datetime(dates, errors="coerce", utc=True, dayfirst=day_first)
-                    for day_first in (False, True)]
+    parse = functools.partial(pd.to_datetime, errors="coerce", utc=True)
     counts = pd.to_numeric(dates, errors="coerce")
-    readings.append(pd.to_datetime(counts, errors="coerce", utc=True, unit="us"))
+    with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
+        readings = [parse(dates), parse(dates, dayfirst=True), parse(counts, unit="us")]
     times = min(readings, key=lambda times: (times.isna().sum(),
                                              times.sort_values().diff().nunique()))
     if times.isna().any():
@@ -529,8 +526,8 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
         classes = [f"quantile {k + 1}" for k in range(len(limits) + 1)]
     next_values = values[SEQ_LEN:]
     splits = {"train": train, "val": val[val < before_test], "test": starts[first_test:]}
-    for split, windows in splits.items():
-        splits[split] = windows[np.isfinite(next_values[windows])]
+    is_known = np.isfinite(next_values)
+    splits = {split: windows[is_known[windows]] for split, windows in splits.items()}
     series = numbers.to_numpy(copy=True)
     series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
     info = {"source": f"real, protocol {protocol}", "path": str(path), "class_limits": limits}
@@ -971,9 +968,8 @@ class ConvNet(nn.Module):
         layers = []
         for i, kernel in enumerate((9, 5, 3)):
             channels, outputs = sizes[i : i + 2]
-            layers.append(nn.Conv1d(channels, outputs, kernel, padding="same", bias=False))
-            layers.append(nn.BatchNorm1d(outputs))
-            layers.append(nn.ReLU())
+            convolution = nn.Conv1d(channels, outputs, kernel, padding="same", bias=False)
+            layers += [convolution, nn.BatchNorm1d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.linear = nn.Linear(64, num_classes)
 
@@ -1207,9 +1203,9 @@ def hydra_features(x, groups=64, kernels=8):
         output = output.unflatten(1, weights.shape[:2])
         largest, winner = output.max(2)  # [batch, groups, time]
         empty = torch.zeros(output.shape[:3])
-        features.append(empty.scatter_add(2, winner, largest))
         loser = output.min(2).indices  # argmin(2) is five times slower
-        features.append(empty.scatter_add(2, loser, torch.ones_like(largest)))
+        features += [empty.scatter_add(2, winner, largest),
+                     empty.scatter_add(2, loser, torch.ones_like(largest))]
     return torch.stack(features, dim=1).flatten(1)
 
 
@@ -1360,8 +1356,6 @@ def plot_shares(records, title, xlabel, panel, path):
             plot_curve(ax, shares, 100 * table, model, i, MARKERS[i % 7])
         ax.axhline(100 * part["chance"].iloc[0], linestyle=":", color="black", label="chance")
         ax.set(title=", ".join(name), xlabel=xlabel, ylabel="test accuracy [%]", ylim=(0, 102))
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
     legend_below(axes[0], 4)
     save_figure(fig, path)
 
@@ -1517,7 +1511,7 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
     with four ways to fill gaps.
 
     All train alike, with up to half of the values left out at random, in blocks and as whole
-    columns in turn.
+    columns in turn. One column always stays, so of a single column nothing is left out as a whole.
     """
     strategies = strategies if args.strategies else ["none"]
     records = []
@@ -1525,8 +1519,7 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
         model = make_model(args, [data], strategy, False, seed, fill=fill)
         file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
         fit(model, [data], args, seed, file, drop=True)
-        kinds = MISSING_KINDS if len(data.columns) > 1 else MISSING_KINDS[:2]
-        for missing, share in itertools.product(kinds, MISSING_SHARES):
+        for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
             torch.manual_seed(seed)  # the same values are missing for every model
             corrupt = functools.partial(drop_values, share=share, missing=missing)
             records.append(evaluate(model, data, strategy, fill, seed, corrupt, missing=missing,
