@@ -81,17 +81,16 @@ MIN_ROWS = 1296  # of a CSV file: 10 windows without common rows before the test
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
 ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol original
-    ("temperature_sensors", "none"): 99.5, ("temperature_sensors", "auto_expanding"): 99.5,
-    ("temperature_sensors", "frozen_bert"): 100.0, ("user_metrics", "none"): 99.0,
-    ("user_metrics", "auto_expanding"): 99.0, ("etth1", "none"): 79.7,
-    ("etth1", "auto_expanding"): 87.5,
+    "temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
+    "user_metrics": {"none": 99.0, "auto_expanding": 99.0},
+    "etth1": {"none": 79.7, "auto_expanding": 87.5},
 }
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
 FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"]
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
-KEYS = ["dataset", "strategy", "training", "missing", "share", "seed"]  # what tells records apart
+KEYS = "dataset strategy training missing share seed".split()  # what tells records apart
 INTERVALS = (
     "±: 95 % interval of the mean over the seeds (Student's t), which vary the initial weights, "
     "the order of batches and, in a transfer, the choice of labels, but not the test part. *: the "
@@ -110,14 +109,13 @@ EMBEDDED = {
         ("user_count", "page_views")),
 }
 # Synthetic schemas: the class is always how a power column follows a temperature column.
-TEMPERATURES = ["outdoor_temp", "ambient_temperature", "airTempC", "temp_outside",
-                "weather_temperature", "tempC"]
-POWERS = ["power_load", "energy_usage", "electricity_demand", "consumptionKwh", "grid_load",
-          "power_demand"]
-OTHERS = ["humidity", "pressure", "wind_speed", "CPU_usage", "memory_usage", "disk_IO",
-          "network_bytes", "price", "volume", "volatility", "page_views", "click_rate",
-          "user_count", "vibration", "flow_rate", "rainfall"]
-SITES = ["roof", "hall", "north", "south", "cellar", "garden", "plant", "office"]
+TEMPERATURES = ("outdoor_temp ambient_temperature airTempC temp_outside weather_temperature "
+                "tempC").split()
+POWERS = ("power_load energy_usage electricity_demand consumptionKwh grid_load "
+          "power_demand").split()
+OTHERS = ("humidity pressure wind_speed CPU_usage memory_usage disk_IO network_bytes price volume "
+          "volatility page_views click_rate user_count vibration flow_rate rainfall").split()
+SITES = "roof hall north south cellar garden plant office".split()
 
 DATE = r"\d+([-/.]\d+)+([ T].*)?$"
 CLOCK = r"\d+(:\d+)+"
@@ -139,6 +137,14 @@ UNITS = {
 QUANTITIES = {"temperature", "voltage", "current", "duration", "time", "length", "period", "delay"}
 
 
+def positive(text):
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def parse_args(argv=None):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -154,10 +160,10 @@ def parse_args(argv=None):
         ".txt files of the UEA and UCR archives, or folders of those")
     add("--target", help="column of the CSV files whose next value is classified: into its "
         "quantiles, or, with few distinct values, into these")
-    add("--num-classes", type=int, default=3, help="number of quantile classes of --target")
+    add("--num-classes", type=positive, default=3, help="number of quantile classes of --target")
     add("--synthetic-schemas", type=int, default=0, help="number of synthetic data sets with "
         "3 to 12 columns each")
-    add("--windows", type=int, default=2000, help="windows of each embedded data set; the "
+    add("--windows", type=positive, default=2000, help="windows of each embedded data set; the "
         "original's have 1,000")
     add("--protocol", choices=["original", "holdout"], help="class limits of series from all rows "
         "(original) or from those before the test part (holdout); if unset, original for etth1 "
@@ -176,16 +182,16 @@ def parse_args(argv=None):
     add("--head", choices=["mean", "ordinal"], default="mean", help="classify the mean of the "
         "patches, as the original does, or forecast --target, where there is one, and let the "
         "class limits cut the forecast")
-    add("--steps", type=int, default=600, help="training steps for each data set; "
+    add("--steps", type=positive, default=600, help="training steps for each data set; "
         "convolutions take twice as many")
-    add("--evaluations", type=int, default=6, help="evaluations on the validation part, of "
+    add("--evaluations", type=positive, default=6, help="evaluations on the validation part, of "
         "which the best keeps its weights")
-    add("--batch-size", type=int, default=128, help="most windows in a batch; small data sets "
+    add("--batch-size", type=positive, default=128, help="most windows in a batch; small data sets "
         "have smaller batches")
     add("--learning-rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     add("--bert-model", default="bert-base-uncased", help="frozen encoder of frozen_bert: a name "
         "on the Hugging Face hub, or a folder")
-    add("--runs", type=int, default=1, help="number of seeds")
+    add("--runs", type=positive, default=1, help="number of seeds")
     add("--seed", type=int, default=42, help="first seed")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--threads", type=int, default=0, help="threads on a CPU, on which the last digits "
@@ -205,11 +211,6 @@ def parse_args(argv=None):
             steps=40, batch_size=32, evaluations=2, shared="also", transfer="last",
             nan_robustness=True, protocol="original")
     args = parser.parse_args(argv)
-    counts = (args.num_classes, args.windows, args.steps, args.evaluations, args.batch_size,
-              args.runs)
-    if min(counts) < 1:
-        parser.error("--num-classes, --windows, --steps, --evaluations, --batch-size, --runs: at "
-                     "least 1")
     if args.seed >= 2**31:
         parser.error("--seed: below 2**31")
     if min(args.seed, args.synthetic_schemas, args.threads, args.learning_rate) < 0:
@@ -270,9 +271,8 @@ def normalize_dataset(data):
     counts = {split: count(data.labels[part]).tolist() for split, part in data.splits.items()}
     if not all(map(any, counts.values())) or np.count_nonzero(counts["train"]) < 2:
         raise UserError(f"{data.name}: too few windows of its classes: {counts}")
-    unseen = [name for name, count in zip(data.classes, counts["train"]) if not count]
-    if unseen:
-        note(f"{data.name}: classes that training lacks: {', '.join(unseen)}")
+    if not all(counts["train"]):
+        note(f"{data.name}: training lacks some of the classes {data.classes}: {counts['train']}")
     starts = data.starts[data.splits["train"]]
     rows = np.unique(starts[:, None] + np.arange(data.seq_len))
     series = np.where(np.isfinite(data.series), data.series, np.nan)
@@ -301,7 +301,7 @@ def normalize_dataset(data):
 
 def standardize(series, mean, std):
     """The series in float32, scaled; NaN where a value is not finite or absurd."""
-    scaled = (series - np.array(mean)) / std
+    scaled = (series - mean) / std
     return np.where(np.abs(scaled) < 1e6, scaled, np.nan).astype(np.float32)
 
 
@@ -341,8 +341,8 @@ def windows_dataset(name, columns, x, labels, classes, info, is_test=None):
     series = x.reshape(windows * seq_len, -1)
     starts = seq_len * np.arange(windows)
     splits = {"train": train, "val": val, "test": test}
-    data = Dataset(name, columns, series, starts, labels, classes, splits, info, seq_len)
-    return normalize_dataset(data)
+    return normalize_dataset(
+        Dataset(name, columns, series, starts, labels, classes, splits, info, seq_len))
 
 
 # --- Data: embedded generators ------------------------------------------------------------------
@@ -413,9 +413,8 @@ def synthetic_schema(number, windows):
     prefix = f"{SITES[(place - 1) % 8]}{place}_" if place else ""
     coupled = [prefix + TEMPERATURES[kind], prefix + POWERS[kind]]
     names = [*coupled, *rng.permutation(OTHERS)[: rng.integers(1, 11)]]
-    columns = {}
-    for name in rng.permutation(names).tolist():
-        columns[name] = (rng.uniform(-5, 50), rng.uniform(0.5, 20))
+    columns = {name: (rng.uniform(-5, 50), rng.uniform(0.5, 20))
+               for name in rng.permutation(names).tolist()}
     return embedded_dataset(f"schema_{number + 1:02}", columns, coupled, windows, [2, number])
 
 
@@ -532,9 +531,8 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
     info = {"source": f"real, protocol {protocol}", "path": str(path), "class_limits": limits}
     labels = np.digitize(next_values, limits)
-    data = Dataset(name or path.stem, list(numbers), series, starts, labels, classes, splits, info,
-                   target=target, limits=limits)
-    return normalize_dataset(data)
+    return normalize_dataset(Dataset(name or path.stem, list(numbers), series, starts, labels,
+                                     classes, splits, info, target=target, limits=limits))
 
 
 def read_archive(files, seq_len=0):
@@ -660,9 +658,8 @@ def load_datasets(args):
     too_few = len(names) < 2 and not args.quick
     if args.transfer and (too_few or args.transfer not in ["last", *names]):
         raise UserError(f"--transfer needs two data sets, and the name of one of them: {names}")
-    without_target = [data.name for data in datasets if not data.target]
-    if args.head == "ordinal" and without_target:
-        note(f"no --target, so --head mean is used: {', '.join(without_target)}")
+    if args.head == "ordinal" and not all(data.target for data in datasets):
+        note("data sets without --target have --head mean")
     return sorted(datasets, key=lambda data: data.name == args.transfer)
 
 
@@ -749,8 +746,8 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
         path = Path(cache_dir) / f"{file}.safetensors"
         try:
             vectors = load_file(path) if path.exists() else {}
-        except SafetensorError as error:
-            raise UserError(f"{path}: damaged, delete it ({error})") from None
+        except SafetensorError:
+            raise UserError(f"{path}: a damaged cache; delete it") from None
         dims = [len(vector) for vector in vectors.values()]
         dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
         super().__init__(target_dim, dim)
@@ -776,8 +773,8 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
-        size = self.cache_path.stat().st_size / 1e6
-        return {"cached_embeddings": len(self.vectors), "cache_size_mb": round(size, 3),
+        return {"cached_embeddings": len(self.vectors),
+                "cache_size_mb": round(self.cache_path.stat().st_size / 1e6, 3),
                 "bert_model": self.bert_model, "bert_dim": self.projection.in_features}
 
 
@@ -847,8 +844,8 @@ class OrdinalHead(nn.Linear):
     def __init__(self, target, limits):
         super().__init__(D_MODEL, 2)
         self.target = target  # number of the column
-        limits = torch.tensor([-1e9, *limits, 1e9])
-        self.register_buffer("limits", limits, persistent=False)  # these belong to the data set
+        # The limits belong to the data set: no head gets those of another.
+        self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]), persistent=False)
         nn.init.zeros_(self.weight)
         self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
 
@@ -934,7 +931,7 @@ class MultiDatasetPatchDuET(nn.Module):
 
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x, self.settings["fill"])
-        names = self.embedder(self.columns[dataset]).to(x) if self.embedder else None
+        names = self.embedder(self.columns[dataset]) if self.embedder else None
         if self.settings["shared"]:  # one column at a time
             patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)
             tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
@@ -966,8 +963,7 @@ class ConvNet(nn.Module):
         self.datasets = {}
         sizes = [3 * c_in, 128, 128, 64]
         layers = []
-        for i, kernel in enumerate((9, 5, 3)):
-            channels, outputs = sizes[i : i + 2]
+        for channels, outputs, kernel in zip(sizes, sizes[1:], (9, 5, 3)):
             convolution = nn.Conv1d(channels, outputs, kernel, padding="same", bias=False)
             layers += [convolution, nn.BatchNorm1d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
@@ -1060,7 +1056,7 @@ def load_state(file, model, optimizer, datasets):
     """The state of a training: a new one, or that in `file`, whose weights and moments of the
     optimizer are loaded unless it is finished."""
     hashes = [data.info["sha256"] for data in datasets]
-    state = {"hashes": hashes, "history": [], "class": type(model).__name__,
+    state = {"hashes": hashes, "history": [], "best_accuracy": -1.0,
              "settings": model.settings, "datasets": model.datasets}
     if file.exists():
         state = load_checkpoint(file, file)
@@ -1122,11 +1118,10 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         train_seconds = time.perf_counter() - start_time
         accuracies = [accuracy(predict(model, data, "val"), data, "val") for data in datasets]
         val_accuracy = float(np.mean(accuracies))
-        best = max([epoch["val_accuracy"] for epoch in state["history"]], default=-1.0)
         state["history"].append({"train_loss": train_loss, "val_accuracy": val_accuracy,
                                  "train_seconds": train_seconds})
-        if keep == "last" or val_accuracy > best:
-            state["best"] = copy.deepcopy(model.state_dict())
+        if keep == "last" or val_accuracy > state["best_accuracy"]:
+            state |= {"best": copy.deepcopy(model.state_dict()), "best_accuracy": val_accuracy}
         training = {"training": (model.state_dict(), optimizer.state_dict())}
         with atomic_write(file) as path:
             torch.save(state | training if number + 1 < evaluations else state, path)
@@ -1137,13 +1132,14 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
 
 @torch.inference_mode()
 def predict(model, data, split, corrupt=None):
-    """Probabilities [windows, classes] of a split; `corrupt` changes x [batch, columns, time]."""
+    """Probabilities [windows, classes] of a split; `corrupt`, if given, is what
+    drop_values() needs: a share of the values and how they are missing."""
     model.eval()
     device = next(model.parameters()).device
     outputs = []
     for x in window_batches(data, data.splits[split], max(16, 100_000 // data.seq_len), device):
         with autocast(device):
-            logits = model(corrupt(x) if corrupt else x, data.name)
+            logits = model(drop_values(x, *corrupt) if corrupt else x, data.name)
         outputs.append(logits.float().softmax(1))
     return torch.cat(outputs).cpu().numpy()
 
@@ -1170,8 +1166,8 @@ def window_features(data, split):
         x = torch.where(x.isnan(), mean[..., None], x)
         std = x.std(-1, correction=0)
         slope = x @ t / (t @ t)
-        parts = [last, mean, std, x.amin(-1), x.amax(-1), slope, share_missing]
-        features.append(torch.cat(parts, dim=1))
+        features.append(torch.cat([last, mean, std, x.amin(-1), x.amax(-1), slope, share_missing],
+                                  dim=1))
     return torch.cat(features).numpy()
 
 
@@ -1276,20 +1272,22 @@ def fit_baselines(data):
 # --- Evaluation: records, tables and pictures ---------------------------------------------------
 
 
-def make_record(data, model, outputs, seed, **columns):
-    """One row of the results: the accuracy of `outputs` for the test part."""
-    record = dict.fromkeys(KEYS) | {"dataset": data.name, "model": model, "seed": seed}
-    return record | {"quantity": "accuracy %", "accuracy": accuracy(outputs, data, "test"),
-                     "chance": 1 / len(data.classes), "parameters": None} | columns
+def make_records(data, outputs, seed, **columns):
+    """Rows of the results: the accuracy on the test part of {model: its outputs}."""
+    record = dict.fromkeys(KEYS) | {
+        "dataset": data.name, "seed": seed, "quantity": "accuracy %",
+        "chance": 1 / len(data.classes), "parameters": None} | columns
+    return [record | {"model": model, "accuracy": accuracy(predicted, data, "test")}
+            for model, predicted in outputs.items()]
 
 
 def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
-    """The record of a trained model on the test part of a data set."""
+    """The record of a trained model on the test part of a data set, in a list."""
     name = strategy if training == "own" else f"{strategy}, {training}"
     count = sum(parameter.numel() for parameter in model.parameters())
-    outputs = predict(model, data, "test", corrupt)
-    return make_record(data, name, outputs, seed, strategy=strategy, training=training,
-                       parameters=f"{count:,}", **columns)
+    outputs = {name: predict(model, data, "test", corrupt)}
+    return make_records(data, outputs, seed, strategy=strategy, training=training,
+                        parameters=f"{count:,}", **columns)
 
 
 def difference(records, column, base):
@@ -1376,6 +1374,11 @@ def make_model(args, datasets, strategy, shared, seed, **options):
     return model.to(args.device)
 
 
+def model_file(run_dir, *names):
+    """The path of a checkpoint."""
+    return run_dir / "models" / ("-".join(map(str, names)) + ".pt")
+
+
 def bert_options(args):
     """The arguments that FrozenBERTColumnEmbedder needs."""
     return {"bert_model": args.bert_model, "cache_dir": f"{args.data_dir}/column_embeddings"}
@@ -1391,9 +1394,9 @@ def train_convolutions(args, data, seed, run_dir):
         seed_everything(member_seed)
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
         model.add_dataset(data)
-        file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
-        fit(model, [whole], args, member_seed, file, keep="last", steps=2 * args.steps,
-            batch_size=min(args.batch_size, 32))
+        fit(model, [whole], args, member_seed,
+            model_file(run_dir, data.name, "conv", seed, member), keep="last",
+            steps=2 * args.steps, batch_size=min(args.batch_size, 32))
         outputs += predict(model, data, "test") / 3
     return outputs
 
@@ -1408,27 +1411,26 @@ def benchmark(args, datasets, strategies, seeds, run_dir):
     records = []
     for data in progress(datasets, "baselines"):
         baselines = fit_baselines(data)
-        records += [make_record(data, name, outputs, args.seed)
-                    for name, outputs in baselines.items()]
+        records += make_records(data, baselines, args.seed)
         for seed in seeds if data.info["source"] == "archive" else ():
             conv = train_convolutions(args, data, seed, run_dir)
-            records.append(make_record(data, "conv", conv, seed))
-            records.append(make_record(data, "conv + hydra", conv + baselines["hydra"], seed))
+            outputs = {"conv": conv, "conv + hydra": conv + baselines["hydra"]}
+            records += make_records(data, outputs, seed)
     groups = [(data.name, [data], "own") for data in datasets if args.shared != "only"]
     if args.shared:
         groups.append(("shared", datasets, "shared"))
     for seed, (name, group, training), strategy in itertools.product(seeds, groups, strategies):
         model = make_model(args, group, strategy, training == "shared", seed)
-        file = run_dir / f"models/{name}-{strategy}-{seed}.pt"
-        fit(model, group, args, seed, file)
-        records += [evaluate(model, data, strategy, training, seed) for data in group]
+        fit(model, group, args, seed, model_file(run_dir, name, strategy, seed))
+        for data in group:
+            records += evaluate(model, data, strategy, training, seed)
     records = pd.DataFrame(records)
     shown = add_means(records)
     plot_benchmark(shown, run_dir / "benchmark.png")
     table = make_table(shown, ["dataset", "model"], "quantity")
     table["parameters"] = records.groupby(["dataset", "model"])["parameters"].first()
     if args.protocol == "original":
-        table["original %"] = pd.Series(ORIGINAL_TABLE)
+        table["original %"] = pd.DataFrame(ORIGINAL_TABLE).unstack()
     return records, table
 
 
@@ -1449,8 +1451,7 @@ def with_labels(data, share, seed):
     """The data set with a share of its training and validation labels, at least one a class."""
     splits = dict(data.splits)
     for split in ("train", "val"):
-        _, chosen = choose_windows(splits[split], data.labels, share, seed, at_least=1)
-        splits[split] = chosen
+        splits[split] = choose_windows(splits[split], data.labels, share, seed, at_least=1)[1]
     return replace(data, splits=splits)
 
 
@@ -1481,7 +1482,7 @@ def transfer(args, datasets, strategies, seeds, run_dir):
     records = []
     for seed, strategy in itertools.product(seeds, strategies):
         base = make_model(args, sources, strategy, True, seed, seq_len=longest)
-        fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
+        fit(base, sources, args, seed, model_file(run_dir, "sources", strategy, seed))
         for share, training in itertools.product(LABEL_SHARES, ("pretrained", "scratch")):
             seed_everything(seed)
             if training == "pretrained":
@@ -1489,17 +1490,16 @@ def transfer(args, datasets, strategies, seeds, run_dir):
             else:
                 model = make_model(args, [data], strategy, True, seed)
             if share:
-                part = with_labels(data, share, seed)
-                file = run_dir / f"models/{data.name}-{strategy}-{training}-{share:g}-{seed}.pt"
+                file = model_file(run_dir, data.name, strategy, training, f"{share:g}", seed)
                 steps = args.steps if share == 1 else few_steps
-                fit(model, [part], args, seed, file, steps=steps)
+                fit(model, [with_labels(data, share, seed)], args, seed, file, steps=steps)
             elif training == "scratch" or not alike:
                 continue
-            records.append(evaluate(model, data, strategy, training, seed, share=f"{share:.0%}"))
+            records += evaluate(model, data, strategy, training, seed, share=f"{share:.0%}")
     for seed, share in itertools.product(seeds, LABEL_SHARES[1:]):
         baselines = fit_baselines(with_labels(data, share, seed))
-        records += [make_record(data, name, baselines[name], seed, share=f"{share:.0%}")
-                    for name in ("gradient boosting", "hydra")]
+        outputs = {name: baselines[name] for name in ("gradient boosting", "hydra")}
+        records += make_records(data, outputs, seed, share=f"{share:.0%}")
     records = pd.DataFrame(records)
     plot_shares(records, "A shared model on a new data set",
                 "share of its labels that is known", ["dataset"], run_dir / "transfer.png")
@@ -1517,13 +1517,12 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
     records = []
     for data, seed, strategy, fill in itertools.product(datasets, seeds, strategies, FILLS):
         model = make_model(args, [data], strategy, False, seed, fill=fill)
-        file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
-        fit(model, [data], args, seed, file, drop=True)
+        fit(model, [data], args, seed, model_file(run_dir, data.name, strategy, fill, seed),
+            drop=True)
         for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
             torch.manual_seed(seed)  # the same values are missing for every model
-            corrupt = functools.partial(drop_values, share=share, missing=missing)
-            records.append(evaluate(model, data, strategy, fill, seed, corrupt, missing=missing,
-                                    share=f"{share:.0%}"))
+            records += evaluate(model, data, strategy, fill, seed, (share, missing),
+                                missing=missing, share=f"{share:.0%}")
     records = pd.DataFrame(records)
     plot_shares(records, "Test windows with missing values", "share of values left out",
                 ["dataset", "missing"], run_dir / "nan_robustness.png")
@@ -1537,8 +1536,8 @@ def find_strategies(args, datasets):
         del strategies["frozen_bert"]
     try:
         if "frozen_bert" in strategies:
-            embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-            embedder.add([name for data in datasets for name in data.columns])
+            names = [name for data in datasets for name in data.columns]
+            FrozenBERTColumnEmbedder(**bert_options(args)).add(names)
     except (UserError, ModuleNotFoundError) as error:
         if len(strategies) == 1:
             raise
@@ -1551,11 +1550,11 @@ def choose_threads():
     """2, or 1 on a busy machine, where two threads wait for each other and can be ten times slower
     than one; more than 2 hardly help such small models."""
     x = torch.randn(512, 512)
-    seconds = {}
+    seconds = []
     for threads in (2, 2, 1):  # the first time warms up
         torch.set_num_threads(threads)
-        seconds[threads] = timeit.timeit(lambda: x @ x, number=40)
-    return 2 if seconds[2] < 0.9 * seconds[1] else 1
+        seconds.append(timeit.timeit(lambda: x @ x, number=40))
+    return 2 if seconds[1] < 0.9 * seconds[2] else 1
 
 
 def run_experiment(args):
@@ -1563,9 +1562,9 @@ def run_experiment(args):
     args = argparse.Namespace(**vars(args) | {"threads": args.threads or choose_threads()})
     torch.set_num_threads(args.threads)
     datasets = load_datasets(args)
-    steps = args.batch_size * max(data.seq_len for data in datasets)
-    if steps > 800_000:
-        note(f"batches of {steps:,} steps need about {steps / 2e5:.0f} GB in training; lower "
+    gigabytes = args.batch_size * max(data.seq_len for data in datasets) / 2e5
+    if gigabytes > 4:
+        note(f"batches of so many steps need about {gigabytes:.0f} GB in training; lower "
              "--batch-size")
     strategies = find_strategies(args, datasets)
     seeds = range(args.seed, args.seed + args.runs)
@@ -1609,9 +1608,10 @@ def run(args):
 def restore_model(path, device):
     """The trained model in a checkpoint; its `datasets` say how to read files for it."""
     checkpoint = load_checkpoint(path, path)
-    classes = {"MultiDatasetPatchDuET": MultiDatasetPatchDuET, "ConvNet": ConvNet}
     try:
-        model = classes[checkpoint["class"]](**checkpoint["settings"])
+        settings = checkpoint["settings"]
+        network = ConvNet if "num_classes" in settings else MultiDatasetPatchDuET
+        model = network(**settings)
         for description in checkpoint["datasets"].values():
             model.add_dataset(Dataset(**description))
         model.load_state_dict(checkpoint["best"])
@@ -1642,8 +1642,8 @@ def predict_file(args):
     missing = {*data.columns} - {*numbers}
     if missing:
         note(f"{path}: no column {', '.join(sorted(missing))}; their values count as missing")
-    ends = np.arange(step, len(numbers) + 1, step)
-    starts = ends[ends >= data.seq_len] - data.seq_len
+    starts = np.arange(step, len(numbers) + 1, step) - data.seq_len
+    starts = starts[starts >= 0]
     if not len(starts) or len(missing) == len(data.columns):
         raise UserError(f"{path}: needs {data.seq_len} rows of {', '.join(data.columns)}")
     series = standardize(numbers.reindex(columns=data.columns), data.mean, data.std)
@@ -1657,8 +1657,8 @@ def predict_file(args):
     counts = table["class"].value_counts().to_dict()
     summary = (f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; "
                "each is in predictions.csv.\n")
-    results = {"dataset": data.name, "windows": len(table), "classes": counts}
-    return write_results(results, summary, args, run_dir)
+    return write_results({"dataset": data.name, "windows": len(table), "classes": counts}, summary,
+                         args, run_dir)
 
 
 # --- Extra: column names ------------------------------------------------------------------------
@@ -1666,11 +1666,13 @@ def predict_file(args):
 
 def compare_columns(args):
     """Cosine similarity of column names by the frozen encoder."""
+    from sklearn.metrics.pairwise import cosine_similarity
+
     columns = [name for data in load_datasets(args) for name in data.columns]
-    names = list(dict.fromkeys([*PROBES, *columns]))
+    names = list(dict.fromkeys(PROBES + columns))
     embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-    vectors = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
-    similarity = pd.DataFrame(vectors @ vectors.T, names, names)
+    vectors = embedder.embed(names).detach().double()
+    similarity = pd.DataFrame(cosine_similarity(vectors), names, names)
     run_dir = next_run_dir(args)
     side = max(8, len(names) / 6)
     fig, (ax,) = new_figure("Column names by their embedding", size=(side + 1, side))
