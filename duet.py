@@ -90,7 +90,7 @@ FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fi
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
-KEYS = "dataset strategy training missing share seed".split()  # what tells records apart
+KEYS = ["dataset", "strategy", "training", "missing", "share", "seed"]  # what tells records apart
 INTERVALS = (
     "±: 95 % interval of the mean over the seeds (Student's t), which vary the initial weights, "
     "the order of batches and, in a transfer, the choice of labels, but not the test part. *: the "
@@ -109,13 +109,14 @@ EMBEDDED = {
         ("user_count", "page_views")),
 }
 # Synthetic schemas: the class is always how a power column follows a temperature column.
-TEMPERATURES = ("outdoor_temp ambient_temperature airTempC temp_outside weather_temperature "
-                "tempC").split()
-POWERS = ("power_load energy_usage electricity_demand consumptionKwh grid_load "
-          "power_demand").split()
-OTHERS = ("humidity pressure wind_speed CPU_usage memory_usage disk_IO network_bytes price volume "
-          "volatility page_views click_rate user_count vibration flow_rate rainfall").split()
-SITES = "roof hall north south cellar garden plant office".split()
+TEMPERATURES = ["outdoor_temp", "ambient_temperature", "airTempC", "temp_outside",
+                "weather_temperature", "tempC"]
+POWERS = ["power_load", "energy_usage", "electricity_demand", "consumptionKwh", "grid_load",
+          "power_demand"]
+OTHERS = ["humidity", "pressure", "wind_speed", "CPU_usage", "memory_usage", "disk_IO",
+          "network_bytes", "price", "volume", "volatility", "page_views", "click_rate",
+          "user_count", "vibration", "flow_rate", "rainfall"]
+SITES = ["roof", "hall", "north", "south", "cellar", "garden", "plant", "office"]
 
 DATE = r"\d+([-/.]\d+)+([ T].*)?$"
 CLOCK = r"\d+(:\d+)+"
@@ -1285,9 +1286,8 @@ def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
     """The record of a trained model on the test part of a data set, in a list."""
     name = strategy if training == "own" else f"{strategy}, {training}"
     count = sum(parameter.numel() for parameter in model.parameters())
-    outputs = {name: predict(model, data, "test", corrupt)}
-    return make_records(data, outputs, seed, strategy=strategy, training=training,
-                        parameters=f"{count:,}", **columns)
+    return make_records(data, {name: predict(model, data, "test", corrupt)}, seed,
+                        strategy=strategy, training=training, parameters=f"{count:,}", **columns)
 
 
 def difference(records, column, base):
@@ -1414,8 +1414,8 @@ def benchmark(args, datasets, strategies, seeds, run_dir):
         records += make_records(data, baselines, args.seed)
         for seed in seeds if data.info["source"] == "archive" else ():
             conv = train_convolutions(args, data, seed, run_dir)
-            outputs = {"conv": conv, "conv + hydra": conv + baselines["hydra"]}
-            records += make_records(data, outputs, seed)
+            records += make_records(
+                data, {"conv": conv, "conv + hydra": conv + baselines["hydra"]}, seed)
     groups = [(data.name, [data], "own") for data in datasets if args.shared != "only"]
     if args.shared:
         groups.append(("shared", datasets, "shared"))
@@ -1477,11 +1477,11 @@ def transfer(args, datasets, strategies, seeds, run_dir):
     *sources, data = datasets
     kind = (data.classes, bool(data.target))
     alike = [source.name for source in sources if (source.classes, bool(source.target)) == kind]
-    longest = max(data.seq_len for data in datasets)
     few_steps = min(args.steps, max(40, args.steps // 4))
     records = []
     for seed, strategy in itertools.product(seeds, strategies):
-        base = make_model(args, sources, strategy, True, seed, seq_len=longest)
+        base = make_model(args, sources, strategy, True, seed,
+                          seq_len=max(data.seq_len for data in datasets))
         fit(base, sources, args, seed, model_file(run_dir, "sources", strategy, seed))
         for share, training in itertools.product(LABEL_SHARES, ("pretrained", "scratch")):
             seed_everything(seed)
@@ -1491,15 +1491,16 @@ def transfer(args, datasets, strategies, seeds, run_dir):
                 model = make_model(args, [data], strategy, True, seed)
             if share:
                 file = model_file(run_dir, data.name, strategy, training, f"{share:g}", seed)
-                steps = args.steps if share == 1 else few_steps
-                fit(model, [with_labels(data, share, seed)], args, seed, file, steps=steps)
+                fit(model, [with_labels(data, share, seed)], args, seed, file,
+                    steps=args.steps if share == 1 else few_steps)
             elif training == "scratch" or not alike:
                 continue
             records += evaluate(model, data, strategy, training, seed, share=f"{share:.0%}")
     for seed, share in itertools.product(seeds, LABEL_SHARES[1:]):
         baselines = fit_baselines(with_labels(data, share, seed))
-        outputs = {name: baselines[name] for name in ("gradient boosting", "hydra")}
-        records += make_records(data, outputs, seed, share=f"{share:.0%}")
+        records += make_records(
+            data, {name: baselines[name] for name in ("gradient boosting", "hydra")}, seed,
+            share=f"{share:.0%}")
     records = pd.DataFrame(records)
     plot_shares(records, "A shared model on a new data set",
                 "share of its labels that is known", ["dataset"], run_dir / "transfer.png")
@@ -1655,10 +1656,10 @@ def predict_file(args):
     run_dir = next_run_dir(args)
     table.to_csv(run_dir / "predictions.csv", index=False)
     counts = table["class"].value_counts().to_dict()
-    summary = (f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; "
-               "each is in predictions.csv.\n")
-    return write_results({"dataset": data.name, "windows": len(table), "classes": counts}, summary,
-                         args, run_dir)
+    return write_results(
+        {"dataset": data.name, "windows": len(table), "classes": counts},
+        f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; each is in "
+        "predictions.csv.\n", args, run_dir)
 
 
 # --- Extra: column names ------------------------------------------------------------------------
