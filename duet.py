@@ -81,10 +81,9 @@ MIN_ROWS = 1296  # of a CSV file: 10 windows without common rows before the test
 ETTH1_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/ETTh1.csv"
 ETTH1_SHA256 = "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066"
 ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol original
-    ("temperature_sensors", "none"): 99.5, ("temperature_sensors", "auto_expanding"): 99.5,
-    ("temperature_sensors", "frozen_bert"): 100.0, ("user_metrics", "none"): 99.0,
-    ("user_metrics", "auto_expanding"): 99.0, ("etth1", "none"): 79.7,
-    ("etth1", "auto_expanding"): 87.5,
+    "temperature_sensors": {"none": 99.5, "auto_expanding": 99.5, "frozen_bert": 100.0},
+    "user_metrics": {"none": 99.0, "auto_expanding": 99.0},
+    "etth1": {"none": 79.7, "auto_expanding": 87.5},
 }
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
 FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"]
@@ -139,6 +138,14 @@ UNITS = {
 QUANTITIES = {"temperature", "voltage", "current", "duration", "time", "length", "period", "delay"}
 
 
+def positive(text):
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def parse_args(argv=None):
     """The command line as a namespace; an error is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -154,14 +161,14 @@ def parse_args(argv=None):
         ".txt files of the UEA and UCR archives, or folders of those")
     add("--target", help="column of the CSV files whose next value is classified: into its "
         "quantiles, or, with few distinct values, into these")
-    add("--num-classes", type=int, default=3, help="number of quantile classes of --target")
+    add("--num-classes", type=positive, default=3, help="number of quantile classes of --target")
     add("--synthetic-schemas", type=int, default=0, help="number of synthetic data sets with "
         "3 to 12 columns each")
-    add("--windows", type=int, default=2000, help="windows of each embedded data set; the "
+    add("--windows", type=positive, default=2000, help="windows of each embedded data set; the "
         "original's have 1,000")
     add("--protocol", choices=["original", "holdout"], help="class limits of series from all rows "
         "(original) or from those before the test part (holdout); if unset, original for etth1 "
-        "and with --quick, holdout for --data; original also takes the original's synthetic data "
+        "and with --quick, otherwise holdout; original also takes the original's synthetic data "
         "in place of the embedded ones, and removes 5 %% of ETTh1")
     add("--strategies", nargs="+", choices=STRATEGIES, metavar="NAME", help="strategies for column "
         "names: %(choices)s; if unset, all; --quick then leaves out frozen_bert, and "
@@ -176,16 +183,16 @@ def parse_args(argv=None):
     add("--head", choices=["mean", "ordinal"], default="mean", help="classify the mean of the "
         "patches, as the original does, or forecast --target, where there is one, and let the "
         "class limits cut the forecast")
-    add("--steps", type=int, default=600, help="training steps for each data set; "
+    add("--steps", type=positive, default=600, help="training steps for each data set; "
         "convolutions take twice as many")
-    add("--evaluations", type=int, default=6, help="evaluations on the validation part, of "
+    add("--evaluations", type=positive, default=6, help="evaluations on the validation part, of "
         "which the best keeps its weights")
-    add("--batch-size", type=int, default=128, help="most windows in a batch; small data sets "
+    add("--batch-size", type=positive, default=128, help="most windows in a batch; small data sets "
         "have smaller batches")
     add("--learning-rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     add("--bert-model", default="bert-base-uncased", help="frozen encoder of frozen_bert: a name "
         "on the Hugging Face hub, or a folder")
-    add("--runs", type=int, default=1, help="number of seeds")
+    add("--runs", type=positive, default=1, help="number of seeds")
     add("--seed", type=int, default=42, help="first seed")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--threads", type=int, default=0, help="threads on a CPU, on which the last digits "
@@ -205,11 +212,8 @@ def parse_args(argv=None):
             steps=40, batch_size=32, evaluations=2, shared="also", transfer="last",
             nan_robustness=True, protocol="original")
     args = parser.parse_args(argv)
-    counts = (args.num_classes, args.windows, args.steps, args.evaluations, args.batch_size,
-              args.runs)
-    if min(counts) < 1:
-        parser.error("--num-classes, --windows, --steps, --evaluations, --batch-size, --runs: at "
-                     "least 1")
+    if args.seed >= 2**31:
+        parser.error("--seed: below 2**31")
     if min(args.seed, args.synthetic_schemas, args.threads, args.learning_rate) < 0:
         parser.error("--seed, --synthetic-schemas, --threads, --learning-rate: not below 0")
     if args.target and not args.data:
@@ -235,10 +239,10 @@ class Dataset:
     splits: dict  # {train, val, test: numbers of windows}
     info: dict  # for results.json
     seq_len: int = SEQ_LEN
-    target: str | None = None  # the column whose next value is classified, if there is one
-    limits: list | None = None  # [classes - 1] between the classes, in units of the target
-    mean: list | None = None  # [columns] of the training part
-    std: list | None = None
+    target: str = None  # the column whose next value is classified, if there is one
+    limits: list = None  # [classes - 1] between the classes, in units of the target
+    mean: list = None  # [columns] of the training part
+    std: list = None
 
 
 def describe(data):
@@ -264,12 +268,12 @@ def normalize_dataset(data):
 
     Raises UserError where no column varies, a part lacks windows, or training has one class.
     """
-    counts = {}
-    for split, windows in data.splits.items():
-        count = np.bincount(data.labels[windows], minlength=len(data.classes))
-        counts[split] = count.tolist()
+    count = functools.partial(np.bincount, minlength=len(data.classes))
+    counts = {split: count(data.labels[part]).tolist() for split, part in data.splits.items()}
     if not all(map(any, counts.values())) or np.count_nonzero(counts["train"]) < 2:
         raise UserError(f"{data.name}: too few windows of its classes: {counts}")
+    if not all(counts["train"]):
+        note(f"{data.name}: training lacks some of the classes {data.classes}: {counts['train']}")
     starts = data.starts[data.splits["train"]]
     rows = np.unique(starts[:, None] + np.arange(data.seq_len))
     series = np.where(np.isfinite(data.series), data.series, np.nan)
@@ -298,19 +302,18 @@ def normalize_dataset(data):
 
 def standardize(series, mean, std):
     """The series in float32, scaled; NaN where a value is not finite or absurd."""
-    scaled = (series - np.array(mean)) / std
+    scaled = (series - mean) / std
     return np.where(np.abs(scaled) < 1e6, scaled, np.nan).astype(np.float32)
 
 
-def split_blocks(windows, gap):
+def split_blocks(windows):
     """(train, val) numbers of windows that begin at consecutive rows.
 
-    Every fifth block is for validation; the `gap` windows beside it, which share rows with it, are
-    left out.
+    Every fifth block is for validation; the windows beside it that share rows with it are left out.
     """
-    blocks = int(np.clip(windows // (4 * gap), 5, 25))
+    blocks = int(np.clip(windows // (4 * SEQ_LEN), 5, 25))
     in_val = np.arange(windows) * blocks // windows % 5 == 2
-    near = np.convolve(in_val, np.ones(2 * gap + 1), "same") > 0.5
+    near = np.convolve(in_val, np.ones(2 * SEQ_LEN + 1), "same") > 0.5
     return np.flatnonzero(~near), np.flatnonzero(in_val)
 
 
@@ -339,8 +342,8 @@ def windows_dataset(name, columns, x, labels, classes, info, is_test=None):
     series = x.reshape(windows * seq_len, -1)
     starts = seq_len * np.arange(windows)
     splits = {"train": train, "val": val, "test": test}
-    data = Dataset(name, columns, series, starts, labels, classes, splits, info, seq_len)
-    return normalize_dataset(data)
+    return normalize_dataset(
+        Dataset(name, columns, series, starts, labels, classes, splits, info, seq_len))
 
 
 # --- Data: embedded generators ------------------------------------------------------------------
@@ -411,9 +414,8 @@ def synthetic_schema(number, windows):
     prefix = f"{SITES[(place - 1) % 8]}{place}_" if place else ""
     coupled = [prefix + TEMPERATURES[kind], prefix + POWERS[kind]]
     names = [*coupled, *rng.permutation(OTHERS)[: rng.integers(1, 11)]]
-    columns = {}
-    for name in rng.permutation(names).tolist():
-        columns[name] = (rng.uniform(-5, 50), rng.uniform(0.5, 20))
+    columns = {name: (rng.uniform(-5, 50), rng.uniform(0.5, 20))
+               for name in rng.permutation(names).tolist()}
     return embedded_dataset(f"schema_{number + 1:02}", columns, coupled, windows, [2, number])
 
 
@@ -436,7 +438,7 @@ def read_csv(path):
     except (ValueError, pd.errors.ParserWarning) as error:  # the latter for rows that are too long
         raise UserError(f"{path}: {error}") from None
     frame.index = pd.RangeIndex(2, len(frame) + 2, name="row")  # row 1 is the header
-    numbers = frame[[]].copy()
+    numbers = {}
     dates = []
     clocks = []  # times of day
     for name, column in frame.items():
@@ -446,16 +448,19 @@ def read_csv(path):
         if len(wrong) and wrong.str.fullmatch(THOUSANDS).all() and not is_large:
             values = pd.to_numeric(column.str.replace(",", ""))
             wrong = wrong[:0]
-        if re.match("(?i)(date|datetime|timestamp)$", name) or wrong.str.match(DATE).mean() > 0.5:
+        is_text = len(wrong) > column.count() / 2
+        is_date = is_text and wrong.str.match(DATE).mean() > 0.5
+        if is_date or re.match("(?i)(date|datetime|timestamp)$", name):
             dates.append(column.astype(str))
-        elif wrong.str.match(CLOCK).mean() > 0.5:
+        elif is_text and wrong.str.match(CLOCK).mean() > 0.5:
             clocks.append(column.astype(str))
-        elif len(wrong) >= len(column) / 2 or re.match("(?i)time$|Unnamed: ", name):
+        elif is_text or re.match("(?i)time$|Unnamed: ", name):
             note(f"{path}: column {name!r} left out: not numeric, or the row's number or time")
         elif len(wrong):
             raise UserError(f"{path}: column {name!r}: {wrong.iloc[0]!r}, a number is needed")
         else:
             numbers[name] = values.astype(float)
+    numbers = pd.DataFrame(numbers, frame.index)
     if not dates:
         return numbers
     if clocks and not dates[0].str.contains(":").any():
@@ -466,13 +471,14 @@ def read_csv(path):
 def sort_rows(path, numbers, dates):
     """The rows in order of their dates, with a note if they were not equally spaced in this order.
 
-    Dates have the month or the day first, whichever reads more of them or has fewer different
-    steps between them.
+    Dates have the month or the day first, or are numbers such as Unix time: whichever reads more of
+    them or has fewer different steps between them.
     """
     numbers.index = pd.Index(dates, name="date")
+    parse = functools.partial(pd.to_datetime, errors="coerce", utc=True)
+    counts = pd.to_numeric(dates, errors="coerce")
     with warnings.catch_warnings(action="ignore"):  # that no format could be inferred
-        readings = [pd.to_datetime(dates, errors="coerce", utc=True, dayfirst=day_first)
-                    for day_first in (False, True)]
+        readings = [parse(dates), parse(dates, dayfirst=True), parse(counts, unit="us")]
     times = min(readings, key=lambda times: (times.isna().sum(),
                                              times.sort_values().diff().nunique()))
     if times.isna().any():
@@ -481,8 +487,8 @@ def sort_rows(path, numbers, dates):
     steps = times.diff()[1:]
     uneven = ~steps.between(0.5 * steps.median(), 1.5 * steps.median())
     if uneven.any():
-        note(f"{path}: {uneven.sum():,} dates out of order, repeated, or after a gap; the rows are "
-             "sorted and taken as one series of equal steps")
+        note(f"{path}: column {dates.name!r} has {uneven.sum():,} dates out of order, repeated, or "
+             "after a gap; the rows are sorted by it and taken as one series of equal steps")
     return numbers.iloc[times.argsort(kind="stable")]
 
 
@@ -503,30 +509,31 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     starts = np.arange(len(values) - SEQ_LEN)
     first_test = int(0.8 * len(starts))
     before_test = first_test - SEQ_LEN
-    train, val = split_blocks(first_test, gap=SEQ_LEN)
+    train, val = split_blocks(first_test)
     known = values
     if protocol == "holdout":
         known = values[:first_test]
         train = train[train < before_test]
     distinct = np.unique(values[np.isfinite(values)])
     if len(distinct) <= max(10, num_classes):
-        classes = [f"{value:g}" for value in distinct]
+        classes = [np.format_float_positional(value, trim="-") for value in distinct]
         limits = (distinct[1:] + distinct[:-1]) / 2
     else:
-        classes = [f"quantile {k + 1}" for k in range(num_classes)]
         percentiles = 100 * np.arange(1, num_classes) / num_classes
         limits = np.nanpercentile(known, percentiles.round(2))
+        # Where many values are equal, limits coincide, or nothing is below the lowest of them.
+        limits = np.unique(limits.clip(min=distinct[1]))
+        classes = [f"quantile {k + 1}" for k in range(len(limits) + 1)]
     next_values = values[SEQ_LEN:]
     splits = {"train": train, "val": val[val < before_test], "test": starts[first_test:]}
-    for split, windows in splits.items():
-        splits[split] = windows[np.isfinite(next_values[windows])]
+    is_known = np.isfinite(next_values)
+    splits = {split: windows[is_known[windows]] for split, windows in splits.items()}
     series = numbers.to_numpy(copy=True)
     series[np.random.default_rng(0).random(series.shape) < missing] = np.nan
     info = {"source": f"real, protocol {protocol}", "path": str(path), "class_limits": limits}
     labels = np.digitize(next_values, limits)
-    data = Dataset(name or path.stem, list(numbers), series, starts, labels, classes, splits, info,
-                   target=target, limits=limits)
-    return normalize_dataset(data)
+    return normalize_dataset(Dataset(name or path.stem, list(numbers), series, starts, labels,
+                                     classes, splits, info, target=target, limits=limits))
 
 
 def read_archive(files, seq_len=0):
@@ -541,7 +548,7 @@ def read_archive(files, seq_len=0):
     is_test = []
     separator = r" *[\t,] *| +"
     for file in files:
-        text = file.read_text("utf-8-sig", "replace")
+        text = file.read_text("utf-8-sig", "backslashreplace")
         if re.search(r"(?im)^@targetlabel\s+true", text):
             raise UserError(f"{file}: @targetlabel true: a regression file, which has no classes")
         has_label = not re.search(r"(?im)^@classlabel\s+false", text)
@@ -555,7 +562,7 @@ def read_archive(files, seq_len=0):
             try:
                 for values in dimensions:
                     cells = re.split(separator, values.strip(" "))
-                    case.append([float(cell.strip("?") or "nan") for cell in cells])
+                    case.append(np.array([float(cell.strip("?") or "nan") for cell in cells]))
             except ValueError as error:
                 raise UserError(f"{file}: {error}") from None
             cases.append(case)
@@ -649,11 +656,11 @@ def load_datasets(args):
     names = [data.name for data in datasets]
     if len({"shared", "sources", *names}) < len(names) + 2:  # of files in models/
         raise UserError(f"data sets must have different names, not shared or sources: {names}")
-    if args.transfer and (len(names) < 2 or args.transfer not in ["last", *names]):
+    too_few = len(names) < 2 and not args.quick
+    if args.transfer and (too_few or args.transfer not in ["last", *names]):
         raise UserError(f"--transfer needs two data sets, and the name of one of them: {names}")
-    without_target = [data.name for data in datasets if not data.target]
-    if args.head == "ordinal" and without_target:
-        note(f"no --target, so --head mean is used: {', '.join(without_target)}")
+    if args.head == "ordinal" and not all(data.target for data in datasets):
+        note("data sets without --target have --head mean")
     return sorted(datasets, key=lambda data: data.name == args.transfer)
 
 
@@ -733,11 +740,15 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
 
     def __init__(self, bert_model="bert-base-uncased", cache_dir="data/column_embeddings",
                  target_dim=1):
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = re.sub(r"[^a-zA-Z0-9.-]+", "_", bert_model)
         path = Path(cache_dir) / f"{file}.safetensors"
-        vectors = load_file(path) if path.exists() else {}
+        try:
+            vectors = load_file(path) if path.exists() else {}
+        except SafetensorError:
+            raise UserError(f"{path}: a damaged cache; delete it") from None
         dims = [len(vector) for vector in vectors.values()]
         dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
         super().__init__(target_dim, dim)
@@ -763,8 +774,8 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
-        size = self.cache_path.stat().st_size / 1e6
-        return {"cached_embeddings": len(self.vectors), "cache_size_mb": round(size, 3),
+        return {"cached_embeddings": len(self.vectors),
+                "cache_size_mb": round(self.cache_path.stat().st_size / 1e6, 3),
                 "bert_model": self.bert_model, "bert_dim": self.projection.in_features}
 
 
@@ -834,7 +845,8 @@ class OrdinalHead(nn.Linear):
     def __init__(self, target, limits):
         super().__init__(D_MODEL, 2)
         self.target = target  # number of the column
-        self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]))
+        # The limits belong to the data set: no head gets those of another.
+        self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]), persistent=False)
         nn.init.zeros_(self.weight)
         self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
 
@@ -920,7 +932,7 @@ class MultiDatasetPatchDuET(nn.Module):
 
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x, self.settings["fill"])
-        names = self.embedder(self.columns[dataset]).to(x) if self.embedder else None
+        names = self.embedder(self.columns[dataset]) if self.embedder else None
         if self.settings["shared"]:  # one column at a time
             patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)
             tokens = self.patch_layer(patches.transpose(1, 2))  # [batch, patches, columns, d_model]
@@ -952,11 +964,9 @@ class ConvNet(nn.Module):
         self.datasets = {}
         sizes = [3 * c_in, 128, 128, 64]
         layers = []
-        for i, kernel in enumerate((9, 5, 3)):
-            channels, outputs = sizes[i : i + 2]
-            layers.append(nn.Conv1d(channels, outputs, kernel, padding="same", bias=False))
-            layers.append(nn.BatchNorm1d(outputs))
-            layers.append(nn.ReLU())
+        for channels, outputs, kernel in zip(sizes, sizes[1:], (9, 5, 3)):
+            convolution = nn.Conv1d(channels, outputs, kernel, padding="same", bias=False)
+            layers += [convolution, nn.BatchNorm1d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.linear = nn.Linear(64, num_classes)
 
@@ -1047,7 +1057,7 @@ def load_state(file, model, optimizer, datasets):
     """The state of a training: a new one, or that in `file`, whose weights and moments of the
     optimizer are loaded unless it is finished."""
     hashes = [data.info["sha256"] for data in datasets]
-    state = {"hashes": hashes, "history": [], "class": type(model).__name__,
+    state = {"hashes": hashes, "history": [], "best_accuracy": -1.0,
              "settings": model.settings, "datasets": model.datasets}
     if file.exists():
         state = load_checkpoint(file, file)
@@ -1109,11 +1119,10 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         train_seconds = time.perf_counter() - start_time
         accuracies = [accuracy(predict(model, data, "val"), data, "val") for data in datasets]
         val_accuracy = float(np.mean(accuracies))
-        best = max([epoch["val_accuracy"] for epoch in state["history"]], default=-1.0)
         state["history"].append({"train_loss": train_loss, "val_accuracy": val_accuracy,
                                  "train_seconds": train_seconds})
-        if keep == "last" or val_accuracy > best:
-            state["best"] = copy.deepcopy(model.state_dict())
+        if keep == "last" or val_accuracy > state["best_accuracy"]:
+            state |= {"best": copy.deepcopy(model.state_dict()), "best_accuracy": val_accuracy}
         training = {"training": (model.state_dict(), optimizer.state_dict())}
         with atomic_write(file) as path:
             torch.save(state | training if number + 1 < evaluations else state, path)
@@ -1124,13 +1133,14 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
 
 @torch.inference_mode()
 def predict(model, data, split, corrupt=None):
-    """Probabilities [windows, classes] of a split; `corrupt` changes x [batch, columns, time]."""
+    """Probabilities [windows, classes] of a split; `corrupt`, if given, is what
+    drop_values() needs: a share of the values and how they are missing."""
     model.eval()
     device = next(model.parameters()).device
     outputs = []
     for x in window_batches(data, data.splits[split], max(16, 100_000 // data.seq_len), device):
         with autocast(device):
-            logits = model(corrupt(x) if corrupt else x, data.name)
+            logits = model(drop_values(x, *corrupt) if corrupt else x, data.name)
         outputs.append(logits.float().softmax(1))
     return torch.cat(outputs).cpu().numpy()
 
@@ -1157,8 +1167,8 @@ def window_features(data, split):
         x = torch.where(x.isnan(), mean[..., None], x)
         std = x.std(-1, correction=0)
         slope = x @ t / (t @ t)
-        parts = [last, mean, std, x.amin(-1), x.amax(-1), slope, share_missing]
-        features.append(torch.cat(parts, dim=1))
+        features.append(torch.cat([last, mean, std, x.amin(-1), x.amax(-1), slope, share_missing],
+                                  dim=1))
     return torch.cat(features).numpy()
 
 
@@ -1190,8 +1200,9 @@ def hydra_features(x, groups=64, kernels=8):
         output = output.unflatten(1, weights.shape[:2])
         largest, winner = output.max(2)  # [batch, groups, time]
         empty = torch.zeros(output.shape[:3])
-        features.append(empty.scatter_add(2, winner, largest))
-        features.append(empty.scatter_add(2, output.argmin(2), torch.ones_like(largest)))
+        loser = output.min(2).indices  # argmin(2) is five times slower
+        features += [empty.scatter_add(2, winner, largest),
+                     empty.scatter_add(2, loser, torch.ones_like(largest))]
     return torch.stack(features, dim=1).flatten(1)
 
 
@@ -1200,22 +1211,24 @@ def fit_hydra(data):
     do, and a ridge classifier, fitted to at most 4,000 training windows."""
     from sklearn.linear_model import RidgeCV
 
+    def read(windows):
+        for x in window_batches(data, windows, 64):
+            yield hydra_features(forward_fill(x).nan_to_num()).clamp(min=0).sqrt()
+
+    def scale(features):
+        return ((features - mean) * (features != 0) / std).numpy()
+
     train = data.splits["train"]
     train = train[:: math.ceil(len(train) / 4000)]
-    features = []
-    for windows in (train, data.splits["test"]):
-        batches = [hydra_features(forward_fill(x).nan_to_num())
-                   for x in window_batches(data, windows, 64)]
-        features.append(torch.cat(batches).clamp(min=0).sqrt())
-    mean = features[0].mean(0)
+    features = torch.cat(list(read(train)))
+    mean = features.mean(0)
     # A rare count has hardly any spread: the more zeros, the more is added to it.
-    share_zero = (features[0] == 0).float().mean(0)
-    std = features[0].std(0) + share_zero**4 + 1e-8
-    x_train, x_test = [(part - mean) * (part != 0) / std for part in features]
+    share_zero = (features == 0).float().mean(0)
+    std = features.std(0) + share_zero**4 + 1e-8
     targets = 2 * np.eye(len(data.classes))[data.labels[train]] - 1  # 1 for the class, -1 elsewhere
-    ridge = RidgeCV(np.logspace(-3, 3, 10)).fit(x_train.numpy(), targets)
-    outputs = ridge.predict(x_test.numpy())
-    return torch.from_numpy(2 * outputs).softmax(1).numpy()
+    ridge = RidgeCV(np.logspace(-3, 3, 10)).fit(scale(features), targets)
+    outputs = [ridge.predict(scale(features)) for features in read(data.splits["test"])]
+    return torch.from_numpy(2 * np.concatenate(outputs)).softmax(1).numpy()
 
 
 def with_validation(data):
@@ -1260,20 +1273,21 @@ def fit_baselines(data):
 # --- Evaluation: records, tables and pictures ---------------------------------------------------
 
 
-def make_record(data, model, outputs, seed, **columns):
-    """One row of the results: the accuracy of `outputs` for the test part."""
-    record = dict.fromkeys(KEYS) | {"dataset": data.name, "model": model, "seed": seed}
-    return record | {"quantity": "accuracy %", "accuracy": accuracy(outputs, data, "test"),
-                     "chance": 1 / len(data.classes), "parameters": None} | columns
+def make_records(data, outputs, seed, **columns):
+    """Rows of the results: the accuracy on the test part of {model: its outputs}."""
+    record = dict.fromkeys(KEYS) | {
+        "dataset": data.name, "seed": seed, "quantity": "accuracy %",
+        "chance": 1 / len(data.classes), "parameters": None} | columns
+    return [record | {"model": model, "accuracy": accuracy(predicted, data, "test")}
+            for model, predicted in outputs.items()]
 
 
 def evaluate(model, data, strategy, training, seed, corrupt=None, **columns):
-    """The record of a trained model on the test part of a data set."""
+    """The record of a trained model on the test part of a data set, in a list."""
     name = strategy if training == "own" else f"{strategy}, {training}"
     count = sum(parameter.numel() for parameter in model.parameters())
-    outputs = predict(model, data, "test", corrupt)
-    return make_record(data, name, outputs, seed, strategy=strategy, training=training,
-                       parameters=f"{count:,}", **columns)
+    return make_records(data, {name: predict(model, data, "test", corrupt)}, seed,
+                        strategy=strategy, training=training, parameters=f"{count:,}", **columns)
 
 
 def difference(records, column, base):
@@ -1311,10 +1325,10 @@ def make_table(records, rows, column):
 def plot_benchmark(records, path):
     """Accuracy of every model on each data set, with its interval where there are several seeds."""
     names = records["dataset"].unique()
-    pivot = functools.partial(records.pivot_table, "accuracy", "dataset", "model", sort=False,
-                              dropna=False)
-    means = 100 * pivot(aggfunc="mean")
-    widths = 100 * pivot(aggfunc=lambda runs: float(mean_and_interval(runs)[1]))
+    groups = 100 * records.set_index(["dataset", "model"])["accuracy"]
+    groups = groups.groupby(["dataset", "model"], sort=False)
+    means = groups.mean().unstack(sort=False)
+    widths = groups.agg(lambda runs: mean_and_interval(runs)[1]).unstack(sort=False)
     fig, (ax,) = new_figure("Test accuracy, with the 95 % interval where there are several seeds",
                             size=(11, 2 + 1.4 * len(names)))
     plot_dots(ax, names, means.to_dict("list"), errors=widths.to_dict("list"))
@@ -1360,6 +1374,11 @@ def make_model(args, datasets, strategy, shared, seed, **options):
     return model.to(args.device)
 
 
+def model_file(run_dir, *names):
+    """The path of a checkpoint."""
+    return run_dir / "models" / ("-".join(map(str, names)) + ".pt")
+
+
 def bert_options(args):
     """The arguments that FrozenBERTColumnEmbedder needs."""
     return {"bert_model": args.bert_model, "cache_dir": f"{args.data_dir}/column_embeddings"}
@@ -1375,11 +1394,9 @@ def train_convolutions(args, data, seed, run_dir):
         seed_everything(member_seed)
         model = ConvNet(len(data.columns), len(data.classes)).to(args.device)
         model.add_dataset(data)
-        file = run_dir / f"models/{data.name}-conv-{seed}-{member}.pt"
-        batch_size = min(args.batch_size, 32)
-        steps = 2 * args.steps
-        fit(model, [whole], args, member_seed, file, keep="last", steps=steps,
-            batch_size=batch_size)
+        fit(model, [whole], args, member_seed,
+            model_file(run_dir, data.name, "conv", seed, member), keep="last",
+            steps=2 * args.steps, batch_size=min(args.batch_size, 32))
         outputs += predict(model, data, "test") / 3
     return outputs
 
@@ -1394,27 +1411,26 @@ def benchmark(args, datasets, strategies, seeds, run_dir):
     records = []
     for data in progress(datasets, "baselines"):
         baselines = fit_baselines(data)
-        records += [make_record(data, name, outputs, args.seed)
-                    for name, outputs in baselines.items()]
+        records += make_records(data, baselines, args.seed)
         for seed in seeds if data.info["source"] == "archive" else ():
             conv = train_convolutions(args, data, seed, run_dir)
-            records.append(make_record(data, "conv", conv, seed))
-            records.append(make_record(data, "conv + hydra", conv + baselines["hydra"], seed))
+            records += make_records(
+                data, {"conv": conv, "conv + hydra": conv + baselines["hydra"]}, seed)
     groups = [(data.name, [data], "own") for data in datasets if args.shared != "only"]
     if args.shared:
         groups.append(("shared", datasets, "shared"))
     for seed, (name, group, training), strategy in itertools.product(seeds, groups, strategies):
         model = make_model(args, group, strategy, training == "shared", seed)
-        file = run_dir / f"models/{name}-{strategy}-{seed}.pt"
-        fit(model, group, args, seed, file)
-        records += [evaluate(model, data, strategy, training, seed) for data in group]
+        fit(model, group, args, seed, model_file(run_dir, name, strategy, seed))
+        for data in group:
+            records += evaluate(model, data, strategy, training, seed)
     records = pd.DataFrame(records)
     shown = add_means(records)
     plot_benchmark(shown, run_dir / "benchmark.png")
     table = make_table(shown, ["dataset", "model"], "quantity")
     table["parameters"] = records.groupby(["dataset", "model"])["parameters"].first()
     if args.protocol == "original":
-        table["original %"] = pd.Series(ORIGINAL_TABLE)
+        table["original %"] = pd.DataFrame(ORIGINAL_TABLE).unstack()
     return records, table
 
 
@@ -1427,15 +1443,15 @@ def add_means(records):
     groups = records.groupby(["model", "strategy", "training", "seed", "quantity"], sort=False,
                              dropna=False)[["accuracy", "chance"]]
     means = groups.mean()[groups.size() == count].reset_index().assign(dataset="mean of all")
-    return means if count > 6 else pd.concat([records, means])
+    shown = pd.concat([records, means])
+    return shown[shown["dataset"] == "mean of all"] if count > 6 else shown
 
 
 def with_labels(data, share, seed):
     """The data set with a share of its training and validation labels, at least one a class."""
     splits = dict(data.splits)
     for split in ("train", "val"):
-        _, chosen = choose_windows(splits[split], data.labels, share, seed, at_least=1)
-        splits[split] = chosen
+        splits[split] = choose_windows(splits[split], data.labels, share, seed, at_least=1)[1]
     return replace(data, splits=splits)
 
 
@@ -1445,8 +1461,8 @@ def add_new_dataset(model, data, alike):
     model = copy.deepcopy(model)
     model.add_dataset(data)
     heads = [model.head_of[name].state_dict() for name in alike]
-    for name, value in model.head_of[data.name].state_dict().items():
-        if heads:
+    if heads:
+        for name, value in model.head_of[data.name].state_dict().items():
             value.copy_(torch.stack([head[name] for head in heads]).mean(0))
     return model
 
@@ -1459,13 +1475,14 @@ def transfer(args, datasets, strategies, seeds, run_dir):
     same classes let a pretrained model classify the last one without any label.
     """
     *sources, data = datasets
-    alike = [source.name for source in sources if source.classes == data.classes]
-    longest = max(data.seq_len for data in datasets)
+    kind = (data.classes, bool(data.target))
+    alike = [source.name for source in sources if (source.classes, bool(source.target)) == kind]
     few_steps = min(args.steps, max(40, args.steps // 4))
     records = []
     for seed, strategy in itertools.product(seeds, strategies):
-        base = make_model(args, sources, strategy, True, seed, seq_len=longest)
-        fit(base, sources, args, seed, run_dir / f"models/sources-{strategy}-{seed}.pt")
+        base = make_model(args, sources, strategy, True, seed,
+                          seq_len=max(data.seq_len for data in datasets))
+        fit(base, sources, args, seed, model_file(run_dir, "sources", strategy, seed))
         for share, training in itertools.product(LABEL_SHARES, ("pretrained", "scratch")):
             seed_everything(seed)
             if training == "pretrained":
@@ -1473,17 +1490,17 @@ def transfer(args, datasets, strategies, seeds, run_dir):
             else:
                 model = make_model(args, [data], strategy, True, seed)
             if share:
-                part = with_labels(data, share, seed)
-                file = run_dir / f"models/{data.name}-{strategy}-{training}-{share:g}-{seed}.pt"
-                steps = args.steps if share == 1 else few_steps
-                fit(model, [part], args, seed, file, steps=steps)
+                file = model_file(run_dir, data.name, strategy, training, f"{share:g}", seed)
+                fit(model, [with_labels(data, share, seed)], args, seed, file,
+                    steps=args.steps if share == 1 else few_steps)
             elif training == "scratch" or not alike:
                 continue
-            records.append(evaluate(model, data, strategy, training, seed, share=f"{share:.0%}"))
+            records += evaluate(model, data, strategy, training, seed, share=f"{share:.0%}")
     for seed, share in itertools.product(seeds, LABEL_SHARES[1:]):
         baselines = fit_baselines(with_labels(data, share, seed))
-        records += [make_record(data, name, baselines[name], seed, share=f"{share:.0%}")
-                    for name in ("gradient boosting", "hydra")]
+        records += make_records(
+            data, {name: baselines[name] for name in ("gradient boosting", "hydra")}, seed,
+            share=f"{share:.0%}")
     records = pd.DataFrame(records)
     plot_shares(records, "A shared model on a new data set",
                 "share of its labels that is known", ["dataset"], run_dir / "transfer.png")
@@ -1495,19 +1512,18 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
     with four ways to fill gaps.
 
     All train alike, with up to half of the values left out at random, in blocks and as whole
-    columns in turn.
+    columns in turn. One column always stays, so of a single column nothing is left out as a whole.
     """
     strategies = strategies if args.strategies else ["none"]
     records = []
     for data, seed, strategy, fill in itertools.product(datasets, seeds, strategies, FILLS):
         model = make_model(args, [data], strategy, False, seed, fill=fill)
-        file = run_dir / f"models/{data.name}-{strategy}-{fill}-{seed}.pt"
-        fit(model, [data], args, seed, file, drop=True)
+        fit(model, [data], args, seed, model_file(run_dir, data.name, strategy, fill, seed),
+            drop=True)
         for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
             torch.manual_seed(seed)  # the same values are missing for every model
-            corrupt = functools.partial(drop_values, share=share, missing=missing)
-            records.append(evaluate(model, data, strategy, fill, seed, corrupt, missing=missing,
-                                    share=f"{share:.0%}"))
+            records += evaluate(model, data, strategy, fill, seed, (share, missing),
+                                missing=missing, share=f"{share:.0%}")
     records = pd.DataFrame(records)
     plot_shares(records, "Test windows with missing values", "share of values left out",
                 ["dataset", "missing"], run_dir / "nan_robustness.png")
@@ -1516,29 +1532,30 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
 
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out if its encoder cannot be loaded."""
-    strategies = args.strategies or [name for name in STRATEGIES
-                                     if not args.quick or name != "frozen_bert"]
+    strategies = dict.fromkeys(args.strategies or STRATEGIES)  # each is run once
+    if args.quick and not args.strategies:
+        del strategies["frozen_bert"]
     try:
         if "frozen_bert" in strategies:
-            embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-            embedder.add([name for data in datasets for name in data.columns])
+            names = [name for data in datasets for name in data.columns]
+            FrozenBERTColumnEmbedder(**bert_options(args)).add(names)
     except (UserError, ModuleNotFoundError) as error:
-        if strategies == ["frozen_bert"]:
+        if len(strategies) == 1:
             raise
         note(f"frozen_bert is not run: {error}")
-        return [name for name in strategies if name != "frozen_bert"]
-    return strategies
+        del strategies["frozen_bert"]
+    return list(strategies)
 
 
 def choose_threads():
     """2, or 1 on a busy machine, where two threads wait for each other and can be ten times slower
     than one; more than 2 hardly help such small models."""
     x = torch.randn(512, 512)
-    seconds = {}
+    seconds = []
     for threads in (2, 2, 1):  # the first time warms up
         torch.set_num_threads(threads)
-        seconds[threads] = timeit.timeit(lambda: x @ x, number=40)
-    return 2 if seconds[2] < 0.9 * seconds[1] else 1
+        seconds.append(timeit.timeit(lambda: x @ x, number=40))
+    return 2 if seconds[1] < 0.9 * seconds[2] else 1
 
 
 def run_experiment(args):
@@ -1546,14 +1563,14 @@ def run_experiment(args):
     args = argparse.Namespace(**vars(args) | {"threads": args.threads or choose_threads()})
     torch.set_num_threads(args.threads)
     datasets = load_datasets(args)
-    steps = args.batch_size * max(data.seq_len for data in datasets)
-    if steps > 800_000:
-        note(f"batches of {steps:,} steps need about {steps / 2e5:.0f} GB in training; lower "
+    gigabytes = args.batch_size * max(data.seq_len for data in datasets) / 2e5
+    if gigabytes > 4:
+        note(f"batches of so many steps need about {gigabytes:.0f} GB in training; lower "
              "--batch-size")
     strategies = find_strategies(args, datasets)
     seeds = range(args.seed, args.seed + args.runs)
     experiments = [nan_robustness] if args.nan_robustness else []
-    if args.transfer:
+    if args.transfer and len(datasets) > 1:
         experiments.append(transfer)
     if args.quick or not experiments:
         experiments.append(benchmark)
@@ -1592,9 +1609,10 @@ def run(args):
 def restore_model(path, device):
     """The trained model in a checkpoint; its `datasets` say how to read files for it."""
     checkpoint = load_checkpoint(path, path)
-    classes = {"MultiDatasetPatchDuET": MultiDatasetPatchDuET, "ConvNet": ConvNet}
     try:
-        model = classes[checkpoint["class"]](**checkpoint["settings"])
+        settings = checkpoint["settings"]
+        network = ConvNet if "num_classes" in settings else MultiDatasetPatchDuET
+        model = network(**settings)
         for description in checkpoint["datasets"].values():
             model.add_dataset(Dataset(**description))
         model.load_state_dict(checkpoint["best"])
@@ -1625,8 +1643,8 @@ def predict_file(args):
     missing = {*data.columns} - {*numbers}
     if missing:
         note(f"{path}: no column {', '.join(sorted(missing))}; their values count as missing")
-    ends = np.arange(step, len(numbers) + 1, step)
-    starts = ends[ends >= data.seq_len] - data.seq_len
+    starts = np.arange(step, len(numbers) + 1, step) - data.seq_len
+    starts = starts[starts >= 0]
     if not len(starts) or len(missing) == len(data.columns):
         raise UserError(f"{path}: needs {data.seq_len} rows of {', '.join(data.columns)}")
     series = standardize(numbers.reindex(columns=data.columns), data.mean, data.std)
@@ -1638,10 +1656,10 @@ def predict_file(args):
     run_dir = next_run_dir(args)
     table.to_csv(run_dir / "predictions.csv", index=False)
     counts = table["class"].value_counts().to_dict()
-    summary = (f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; "
-               "each is in predictions.csv.\n")
-    results = {"dataset": data.name, "windows": len(table), "classes": counts}
-    return write_results(results, summary, args, run_dir)
+    return write_results(
+        {"dataset": data.name, "windows": len(table), "classes": counts},
+        f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; each is in "
+        "predictions.csv.\n", args, run_dir)
 
 
 # --- Extra: column names ------------------------------------------------------------------------
@@ -1649,13 +1667,16 @@ def predict_file(args):
 
 def compare_columns(args):
     """Cosine similarity of column names by the frozen encoder."""
+    from sklearn.metrics.pairwise import cosine_similarity
+
     columns = [name for data in load_datasets(args) for name in data.columns]
-    names = list(dict.fromkeys([*PROBES, *columns]))
+    names = list(dict.fromkeys(PROBES + columns))
     embedder = FrozenBERTColumnEmbedder(**bert_options(args))
-    vectors = F.normalize(embedder.embed(names).detach().double(), dim=1).numpy()
-    similarity = pd.DataFrame(vectors @ vectors.T, names, names)
+    vectors = embedder.embed(names).detach().double()
+    similarity = pd.DataFrame(cosine_similarity(vectors), names, names)
     run_dir = next_run_dir(args)
-    fig, (ax,) = new_figure("Column names by their embedding", size=(9, 8))
+    side = max(8, len(names) / 6)
+    fig, (ax,) = new_figure("Column names by their embedding", size=(side + 1, side))
     fig.colorbar(ax.imshow(similarity, cmap="Greys", vmax=1), label="cosine similarity")
     ax.set_yticks(range(len(names)), names)
     ax.set_xticks(range(len(names)), names, rotation=90)

@@ -378,7 +378,7 @@ def test_schemas_differ_in_their_columns():
 
 
 def test_blocks_never_share_rows():
-    train, validation = duet.split_blocks(13_859, 96)
+    train, validation = duet.split_blocks(13_859)
     assert 0.17 < len(validation) / 13_859 < 0.23
     apart = np.abs(train[:, None] - validation[None, :: 20]).min()
     assert apart > 96  # window i has rows i … i + 96, its label among them
@@ -1022,11 +1022,12 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--predict", "SHORT", "--checkpoint", "MODEL"], "needs 96 rows of tempC, load, noise"),
     (["--predict", "no.csv", "--checkpoint", "MODEL"], "no.csv"),
     (["--transfer", "nothing", "--dataset", *duet.EMBEDDED], "the name of one of them: ['temperature_sensors', "),
-    (["--num-classes", "0"], "--runs: at least 1"),
+    (["--seed", "5000000000"], "--seed: below 2**31"),
+    (["--num-classes", "0"], "--num-classes: invalid positive value"),
     (["--seed", "-1"], "--seed, --synthetic-schemas, --threads, --learning-rate: not below 0"),
     (["--target", "HULL"], "--target is for the CSV files of --data"),
     (["--data", "SHARED", "--target", "a"], "data sets must have different names, not shared or sources"),
-    (["--steps", "0"], "--steps, --evaluations, --batch-size, --runs: at least 1"),
+    (["--steps", "0"], "--steps: invalid positive value"),
     (["--device", "tpu"], "unknown device 'tpu'"),
     (["--resume"], "no unfinished run"),
     (["--resume", "--steps", "5"], "no unfinished run"),
@@ -1103,3 +1104,79 @@ def test_a_damaged_checkpoint_and_other_data_are_told(small_csv, tmp_path, capsy
     assert "damaged" in error_line(duet, ["--resume", "--output-dir", tmp_path])
     (tmp_path / "file").write_text("")
     assert "file" in error_line(duet, [*arguments, "--output-dir", tmp_path / "file"])
+
+
+def test_cells_that_look_like_dates_are_errors_in_a_column_of_numbers(tmp_path):
+    for cell in ("1.2.3", "1-2", "12:30"):
+        (tmp_path / "a.csv").write_text("a,b\n" + "1,2\n" * 20 + f"{cell},2\n")
+        with pytest.raises(duet.UserError, match=f"'{cell}', a number is needed"):
+            duet.read_csv(tmp_path / "a.csv")
+
+
+def test_unix_times_that_fall_are_sorted(tmp_path):
+    (tmp_path / "a.csv").write_text("timestamp,a\n" + "".join(f"{1467331200 + i},{i}\n" for i in range(90, 0, -1)))
+    assert duet.read_csv(tmp_path / "a.csv")["a"].tolist() == list(range(1, 91))
+
+
+@pytest.mark.parametrize("share, classes", [(0.5, 3), (0.9, 2)])
+def test_no_class_is_empty_where_many_values_are_equal(share, classes, tmp_path):
+    rng = np.random.default_rng(0)
+    rain = np.where(rng.random(2000) < share, 0, rng.gamma(1, 1, 2000))
+    (tmp_path / "a.csv").write_text("a\n" + "\n".join(map(str, rain)))
+    data = duet.csv_dataset(tmp_path / "a.csv", "a", 3, "holdout")
+    train = data.info["windows"]["train"]
+    assert len(train) == classes
+    assert min(train) > 50
+
+
+def test_classes_that_are_large_numbers_keep_their_names(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n" + "".join(f"{1000001 + i % 2},{i % 7}\n" for i in range(2000)))
+    assert duet.csv_dataset(tmp_path / "a.csv", "a", 3, "holdout").classes == ["1000001", "1000002"]
+
+
+def test_a_class_that_training_lacks_is_noted(tmp_path, capsys):
+    (tmp_path / "a_TRAIN.ts").write_text("1,2:x\n2,1:y\n" * 9)
+    (tmp_path / "a_TEST.ts").write_text("1,2:x\n2,1:z\n" * 9)
+    duet.archive_dataset("a", [tmp_path / "a_TRAIN.ts", tmp_path / "a_TEST.ts"])
+    assert "training lacks some of the classes ['x', 'y', 'z']" in capsys.readouterr().err
+
+
+def test_labels_in_another_encoding_stay_apart(tmp_path):
+    (tmp_path / "a.ts").write_bytes("1,2:Bär\n2,1:Bör\n".encode("cp1252"))
+    assert len(set(duet.read_archive([tmp_path / "a.ts"])[1])) == 2
+
+
+def test_an_ordinal_head_has_the_limits_of_its_own_data_set(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        values = rng.gamma(1 if name == "a" else 9, 1, 2000)
+        (tmp_path / f"{name}.csv").write_text("y\n" + "\n".join(map(str, values)))
+    args = duet.parse_args(["--head", "ordinal", "--device", "cpu"])
+    first, second = [duet.csv_dataset(tmp_path / f"{name}.csv", "y", 3, "holdout") for name in "ab"]
+    model = duet.make_model(args, [first], "none", True, 0)
+    model = duet.add_new_dataset(model, second, ["a"])
+    assert model.head_of["b"].limits[1:-1].tolist() == pytest.approx(second.limits)
+    assert torch.equal(model.head_of["a"].weight, model.head_of["b"].weight)
+
+
+def test_more_than_six_data_sets_have_their_means_in_the_table_and_a_strategy_runs_once(tmp_path, no_hydra):
+    results = duet.main(["--synthetic-schemas", "7", "--strategies", "none", "random_names", "none",
+                         "--output-dir", str(tmp_path), *TINY])
+    table = results["benchmark"]["table"]
+    assert {row["dataset"] for row in table} == {"mean of all"}
+    assert [row["model"] for row in table][-2:] == ["none", "random_names"]
+    assert len([row for row in results["benchmark"]["records"] if row["strategy"] == "none"]) == 7
+
+
+def test_quick_takes_a_single_data_set(tmp_path, no_hydra, few_windows):
+    results = duet.main(["--quick", "--dataset", "user_metrics", "--strategies", "none", "--output-dir", str(tmp_path),
+                         *TINY])
+    assert "transfer" not in results
+
+
+def test_a_damaged_cache_of_embeddings_is_one_line(encoder, tmp_path, error_line):
+    embedder = duet.FrozenBERTColumnEmbedder(encoder, tmp_path / "column_embeddings")
+    embedder.add(["wind"])
+    embedder.cache_path.write_bytes(b"half")
+    line = error_line(duet, ["--columns", "--dataset", "user_metrics", "--bert-model", encoder, "--data-dir", tmp_path])
+    assert f"{embedder.cache_path}: a damaged cache" in line
