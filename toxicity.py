@@ -46,6 +46,7 @@ import argparse
 import bdb
 import contextlib
 import copy
+import csv
 import hashlib
 import html
 import io
@@ -95,6 +96,7 @@ COPIES = 4  # altered copies of each text for --distill
 TFIDF_TEXTS = 100_000  # a baseline is fitted on so many texts at most
 NO_LABEL = ["", "nan", "null", "na", "n/a", "-1", "-1.0"]
 MAX_CLASSES = 20  # a column with more label values holds a scale
+DIALECTS = [{}, {"escapechar": "\\"}, {"quoting": csv.QUOTE_NONE}]  # of CSV files, the usual first
 COMPARED = ["PR AUC", "F1", "ROC AUC"]  # what the table of several seeds or arms shows
 LEGEND = """\
 PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on the
@@ -126,8 +128,8 @@ def parse_args(argv=None):
                "Parquet file of your own")
     add("--text-column", default="text", help="column of --data with the texts")
     add("--label-column", default="toxicity", help="column of --data with labels")
-    add("--positive-label", help="label value that means toxic; if unset, labels "
-        "are numbers, and --label-threshold counts")
+    add("--positive-label", help="label value that means toxic, also in a list of labels; if "
+        "unset, labels are numbers, and --label-threshold counts")
     add("--label-threshold", type=float, default=0.5, help="number from which on a "
         "label means toxic; labels go from 0 to 1, unless it is 1 or more")
     add("--sample-size", type=int, default=5000, help="training texts; validation and "
@@ -384,7 +386,7 @@ def hash_texts(texts):
 
 def read_table(path):
     """DataFrame of a JSON, JSON lines or Parquet file, or of a CSV file with any usual delimiter,
-    whose cells stay text. A quote within quotes is doubled, or escaped by a backslash."""
+    whose cells stay text."""
     name = Path(path).name.lower()
     if name.endswith(".parquet"):
         return pd.read_parquet(path)
@@ -393,18 +395,33 @@ def read_table(path):
     text = content.decode("utf-16" if wide else "utf-8-sig")
     if re.search(r"\.(nd)?jsonl?(\.gz)?$", name):
         return pd.read_json(io.StringIO(text), lines=text.lstrip()[:1] != "[", dtype=False)
-    header = text.partition("\n")[0]
-    escaped = re.search(r'\\"[^",;\t\r\n]', text)
-    table = pd.read_csv(io.StringIO(text), sep=max(",;\t|", key=header.count), dtype=str,
-                        keep_default_na=False, escapechar="\\" if escaped else None)
+    header = re.match(r"\s*([^\r\n]*)", text)[1]
+    delimiter = max(",;\t|", key=header.count)
+    dialect = find_dialect(text, delimiter)
+    table = pd.read_csv(io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False,
+                        **dialect)
     if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for an index
         raise UserError("the rows have more cells than the first line has columns")
     return table
 
 
+def find_dialect(text, delimiter):
+    """The first of DIALECTS in which each quote that opens a cell is closed at the end of a cell: a
+    quote within quotes is doubled, or escaped by a backslash, or quotes are ordinary characters. In
+    the wrong one a quote at the start of a text would swallow the rows up to the next."""
+    csv.field_size_limit(len(text))
+    for dialect in DIALECTS:
+        lines = io.StringIO(text, newline="")
+        with contextlib.suppress(csv.Error):
+            for _ in csv.reader(lines, delimiter=delimiter, strict=True, **dialect):
+                pass
+            break
+    return dialect
+
+
 def read_texts(path, args):
-    """Table [text, label, class] of a file. Toxic is --positive-label, whatever its letter case
-    and the spaces around it, or else a number from --label-threshold on."""
+    """Table [text, label, class] of a file. Toxic is --positive-label, alone or in a list, whatever
+    its letter case and the spaces around it, or else a number from --label-threshold on."""
     table = read_table(path).reset_index(drop=True)
     for name in (args.text_column, args.label_column):
         if name not in table:
@@ -414,11 +431,13 @@ def read_texts(path, args):
     values = cells.str.strip().str.lower()
     if args.positive_label is None:
         values = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
+        values = values.astype("float32")  # files of float32 have 0.69999999 for 0.7
         known = values.between(0, 1 if args.label_threshold < 1 else np.inf)
         toxic = values >= args.label_threshold
     else:
         known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
-        toxic = values == args.positive_label.strip().lower()
+        positive = args.positive_label.strip().lower()
+        toxic = values.map(lambda value: positive in [value, *re.split(r"\s*[][,;|'\"]+\s*", value)])
     labels = toxic.astype(int)
     placed = np.where(known, np.take(CLASSES, labels), "no label")
     counts, classes = cells.groupby(placed).value_counts(), pd.factorize(values)[0]
@@ -442,7 +461,7 @@ def hub_in_reach():
     try:
         address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         urllib.request.urlopen(address, timeout=3).close()
-    except OSError:
+    except (OSError, ValueError):  # the latter of an HF_ENDPOINT that is no address
         os.environ["HF_HUB_OFFLINE"] = "1"
         return False
     return True
@@ -454,20 +473,24 @@ def fetch_civil_comments(args):
     path = Path(args.data_dir, f"civil_comments-{args.sample_size or 'all'}.parquet")
     if path.exists():
         return path
-    if not hub_in_reach():
-        problem = f"the Hugging Face hub is out of reach, and {path} is not there"
-        if args.dataset:
-            raise UserError(problem)
-        note(f"{problem}; synthetic comments instead, all figures are about those")
-        return None
-    import datasets
+    problem = f"the Hugging Face hub is out of reach, and {path} is not there"
+    if hub_in_reach():
+        import datasets
 
-    rows = datasets.load_dataset("google/civil_comments", split="train", streaming=True)
-    table = pd.DataFrame(itertools.islice(rows, 2 * args.sample_size or None))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        table[table["text"].str.strip() != ""].to_parquet(part)
-    return path
+        try:
+            rows = datasets.load_dataset("google/civil_comments", split="train", streaming=True)
+            table = pd.DataFrame(itertools.islice(rows, 2 * args.sample_size or None))
+        except Exception as error:  # the libraries of the hub raise errors of many types
+            problem = f"the Hugging Face hub does not send {path} ({error})"
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as part:
+                table[table["text"].str.strip() != ""].to_parquet(part)
+            return path
+    if args.dataset:
+        raise UserError(problem)
+    note(f"{problem}; synthetic comments instead, all figures are about those")
+    return None
 
 
 def read_source(args):
@@ -572,8 +595,11 @@ def tokenize(tokenizer, texts, max_length):
     [SEP], and filled up with 0."""
     tokenizer.enable_truncation(max_length)
     tokenizer.no_padding()
-    ids = [torch.tensor(encoding.ids, dtype=torch.int32)
-           for encoding in tokenizer.encode_batch_fast(texts)]
+    tokenizer.encode_special_tokens = True  # "[PAD]" in a text is a word
+    ids = []
+    for start in range(0, len(texts), 1000):  # the encodings of all texts would fill the memory
+        encodings = tokenizer.encode_batch_fast(texts[start : start + 1000])
+        ids += [torch.tensor(encoding.ids, dtype=torch.int32) for encoding in encodings]
     return nn.utils.rnn.pad_sequence(ids, batch_first=True)
 
 
@@ -612,9 +638,9 @@ def build_bert(config):
     return BertForSequenceClassification(BertConfig(**config))
 
 
-def load_pretrained(name, num_labels):
+def load_pretrained(name, num_labels, max_length):
     """(BertForSequenceClassification, its tokenizer, its name, its learning rate) of a folder or a
-    hub id."""
+    hub id. If it has other classes, the layer that tells them apart begins with random weights."""
     offline = Path(name).is_dir() or not hub_in_reach()
     import transformers
 
@@ -623,11 +649,15 @@ def load_pretrained(name, num_labels):
     try:
         model, loading = transformers.BertForSequenceClassification.from_pretrained(
             name, num_labels=num_labels, dtype=torch.float32, local_files_only=offline,
-            output_loading_info=True)
+            ignore_mismatched_sizes=True, output_loading_info=True)
         tokenizer = transformers.BertTokenizerFast.from_pretrained(name, local_files_only=offline)
-        random = any(key.startswith("bert.e") for key in loading["missing_keys"])
-        if random or len(tokenizer) <= len(SPECIAL_TOKENS):
-            raise ValueError("weights or vocabulary are missing")
+        random = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+        if any(key.startswith("bert.e") for key in random):
+            raise ValueError("weights are missing")
+        if not len(SPECIAL_TOKENS) < len(tokenizer) <= model.config.vocab_size:
+            raise ValueError("its vocabulary is missing, or that of another model")
+        if max_length > model.config.max_position_embeddings:
+            raise ValueError(f"--max-length {max_length} is more than it reads")
     except Exception as error:  # transformers passes on what its libraries raise
         raise UserError(f"{name}: no BERT to be loaded, here or from the hub ({error})") from None
     return model, tokenizer.backend_tokenizer, Path(name).name, RATE_PRETRAINED
@@ -637,10 +667,10 @@ def make_model(args, texts, num_labels):
     """(model, tokenizer, its name, its learning rate) to be trained: a pretrained one, or one of
     BERT-Tiny's size with random weights and a vocabulary of the `texts`."""
     if args.model:
-        return load_pretrained(args.model, num_labels)
+        return load_pretrained(args.model, num_labels, args.max_length)
     if not args.from_scratch:
         try:
-            return load_pretrained(DEFAULT_MODEL, num_labels)
+            return load_pretrained(DEFAULT_MODEL, num_labels, args.max_length)
         except UserError as error:
             note(f"{error}; random weights instead, which have read nothing before")
     config = TINY | {"hidden_dropout_prob": DROPOUT_FROM_SCRATCH, "num_labels": num_labels}
@@ -712,7 +742,7 @@ def remove_dendrites(model, constant=0.0):
 
 
 def has_dendrites(model):
-    return isinstance(model.classifier, DendriticLinear)
+    return any(isinstance(layer, DendriticLinear) for layer in model.modules())
 
 
 @torch.inference_mode()
@@ -720,6 +750,8 @@ def dendrite_share(model, tokens):
     """Share [%] of the output of the dendritic layers that the dendrites carry: their standard
     deviation over texts and tokens over the sum of theirs and the neurons' own, on average; NaN
     without dendrites."""
+    if not has_dendrites(model):
+        return float("nan")
     batch = make_batch(tokens.to(model.device), slice(None))
     shares = []
 
@@ -1031,10 +1063,11 @@ def load_classifier(path, device):
 
     state = load_checkpoint(path, path)
     try:
-        state["model"] = unpack_model(state["model"]).to(device).eval()
-        state["tokenizer"] = Tokenizer.from_str(state["tokenizer"])
-        state["path"] = path
-        return Classifier(**state)
+        classifier = Classifier(**state)
+        classifier.model = unpack_model(classifier.model).to(device).eval()
+        classifier.tokenizer = Tokenizer.from_str(classifier.tokenizer)
+        classifier.path = path
+        return classifier
     except (LookupError, TypeError, RuntimeError):
         raise UserError(f"{path}: no best_model.pt of this version of the script") from None
 
@@ -1297,16 +1330,24 @@ def run_experiment(args):
         data = load_data(seed_args)
         texts, _ = data.split("train")
         loaded = make_model(args, texts, len(data.toxic) if args.distill else 2)
-        giant = load_pretrained(args.giant, len(data.toxic)) if args.distill == "giant" else None
+        giant = None
+        if args.distill == "giant":
+            giant = load_pretrained(args.giant, len(data.toxic), args.max_length)
         run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
         path = run_dir / f"checkpoint_{seed}.json"
         if not path.exists():
-            seed_records = run_seed(loaded, giant, data, seed_args, run_dir)
+            done = {"records": run_seed(loaded, giant, data, seed_args, run_dir),
+                    "data": data.info, "notes": NOTES}
             with atomic_write(path) as part:
-                part.write_text(to_json(seed_records))
+                part.write_text(to_json(done))
             for checkpoint in run_dir.rglob("checkpoint*.pt"):
                 checkpoint.unlink()
-        records += json.loads(path.read_text())
+        done = json.loads(path.read_text())
+        if done["data"] != data.info:
+            raise UserError(f"{path}: the run began with {done['data']}, here are {data.info}")
+        for text in done["notes"]:
+            note(text)
+        records += done["records"]
     return report(records, data, args, run_dir)
 
 
@@ -1362,15 +1403,19 @@ def report(records, data, args, run_dir):
     table = pd.DataFrame([*records, ORIGINAL])
     scored = table.dropna(subset="scores")
     _, labels = data.split("test")
-    last = scored.drop_duplicates("model", keep="last")
-    plot_curves(last, labels, data.info["source"], run_dir / "pr_roc.png")
-    columns = table.select_dtypes("number").columns[1:]  # all but the seed
-    if args.runs > 1:
-        columns = [*COMPARED, "dendrites carry %"]
+    source, seed = data.info["source"], data.info["seed"]
+    last = scored[scored["seed"] == seed]
+    plot_curves(last, labels, f"{source}, seed {seed}", run_dir / "pr_roc.png")
     by_model = table.groupby("model", sort=False)
-    parts = [f"{data.info['source']}, {len(labels):,} test texts:",
-             markdown_table(by_model[columns].agg(format_mean).reset_index()), LEGEND]
-    if args.runs > 1:
+    seeds = by_model["seed"].count()
+    columns = table.select_dtypes("number").columns[1:]  # all but the seed
+    if seeds.max() > 1:
+        columns = [*COMPARED, "dendrites carry %"]
+    means = by_model[columns].agg(format_mean)
+    if seeds.max() > 1:
+        means["seeds"] = seeds
+    parts = [f"{source}, {len(labels):,} test texts:", markdown_table(means.reset_index()), LEGEND]
+    if seeds.max() > 1:
         ours = scored[scored["model"] == table["model"][0]].set_index("seed")[COMPARED]
         differences = ours.loc[scored["seed"]].to_numpy() - scored[COMPARED]  # paired by seed
         differences = differences.groupby(scored["model"], sort=False).agg(format_mean, sign="+")
@@ -1379,7 +1424,7 @@ def report(records, data, args, run_dir):
     means = by_model.mean(numeric_only=True)
     for giant in means.index[means.index.str.startswith("giant ")]:
         parts.append(markdown_table([giant_killer(means.iloc[0], means.loc[giant])]))
-    areas = means["PR AUC"].dropna().sort_values(ascending=False)
+    areas = means["PR AUC"][seeds == seeds.max()].sort_values(ascending=False)
     ranked = "; ".join(f"{name} {area:.3f}" for name, area in areas.items())
     parts.append(f"PR AUC on the test part, from the best to the worst: {ranked}.")
     results = {"data": data.info, "answer": parts[-1],
@@ -1398,8 +1443,8 @@ def altered_copies(texts, rng):
     end of another text."""
     copies = []
     for number in range(COPIES):
-        for text, other in zip(texts, rng.permutation(texts).tolist()):
-            words, others = text.split(), other.split()
+        for text, other in zip(texts, rng.permutation(len(texts))):
+            words, others = text.split(), texts[other].split()
             if number % 2:
                 head, tail = rng.uniform(0.3, 0.8, 2)
                 words = words[: 1 + int(head * len(words))] + others[int(tail * len(others)) :]
@@ -1444,7 +1489,7 @@ def find_classifier(args):
     if not path:
         raise UserError(f"no best_model.pt in {args.output_dir}; train first: python toxicity.py")
     log(f"the model is {path}")
-    return load_classifier(path, args.device)
+    return load_classifier(os.path.abspath(path), args.device)
 
 
 def evaluate_checkpoint(args):
@@ -1452,20 +1497,23 @@ def evaluate_checkpoint(args):
     trained with, beside the baselines and what the arguments ask for: other versions of it, a
     BERT-Base, the fine-tuned --giant."""
     classifier = find_classifier(args)
+    args = change(args, checkpoint=classifier.path)  # --resume must not take a newer one
     foreign = args.data or args.dataset
     if foreign and args.compare_base:
         raise UserError("--compare-base takes the texts of the checkpoint, not --data or --dataset")
     data_args = args if foreign else change(args, **classifier.arguments)
     seed_everything(data_args.seed)
     data = load_data(data_args, foreign, classifier.hashes)
-    giant = load_pretrained(args.giant, len(data.toxic)) if args.compare_base else None
+    giant = None
+    if args.compare_base:
+        giant = load_pretrained(args.giant, len(data.toxic), data_args.max_length)
     if args.export_onnx:
         import onnx  # noqa: F401  if it is missing, that is known before there is a folder
     run_dir = next_run_dir(args)
     versions = [make(classifier, run_dir) for job, make in VERSIONS.items() if getattr(args, job)]
     records = evaluate_versions([classifier, *versions], data)
     records += evaluate_others(data, data_args, run_dir, giant)
-    return report(records, data, args, run_dir)
+    return report(records, data, data_args, run_dir)
 
 
 class OnnxModel(nn.Module):
@@ -1523,6 +1571,9 @@ def export_hf(args):
         raise UserError("--export-hf: no BERT of transformers has dendrites, and without them a "
                         f"score changes by {largest:.3f}; take --export-onnx or --arm plain")
     model.config.id2label = {i: CLASSES[toxic] for i, toxic in enumerate(classifier.toxic)}
+    model.config.label2id = {label: i for i, label in model.config.id2label.items()}
+    model.config.problem_type = "single_label_classification"  # of --model it may be another
+    Path(args.export_hf).mkdir(parents=True, exist_ok=True)  # transformers ignores a file there
     model.save_pretrained(args.export_hf)
     tokenizer = transformers.BertTokenizerFast(
         tokenizer_object=classifier.tokenizer, model_max_length=classifier.arguments["max_length"])
@@ -1536,7 +1587,7 @@ def predict(args):
     classifier = find_classifier(args)
     threshold = classifier.threshold
     cuts = [threshold / 2, threshold, (1 + threshold) / 2]
-    texts = (line.rstrip("\r\n") for line in args.predict or sys.stdin if line.strip())
+    texts = (line.rstrip("\r\n") for line in args.predict or sys.stdin or () if line.strip())
     try:
         while batch := list(itertools.islice(texts, INFERENCE_BATCH)):
             scores = classifier.scores([clean_text(text) for text in batch]).tolist()
