@@ -363,7 +363,7 @@ def perforated():
     """(a model of perforatedai with random dendrites, the same in plain torch, a batch)."""
     torch.manual_seed(0)
     plain = toxicity.build_bert(toxicity.TINY | {"vocab_size": 200, "hidden_dropout_prob": 0.0})
-    model = toxicity.perforate(plain, CPU)
+    model = toxicity.library(plain, None, toxicity.argparse.Namespace(device=CPU))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -409,7 +409,7 @@ def test_the_library_trains_the_dendrites(monkeypatch, tmp_path):
 
 def test_a_second_switch_keeps_the_dendrites(perforated):
     _, plain, batch = perforated
-    again = toxicity.perforate(plain, CPU).eval()
+    again = toxicity.library(plain, None, toxicity.argparse.Namespace(device=CPU)).eval()
     torch.testing.assert_close(again(**batch).logits, plain(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -756,7 +756,7 @@ def test_onnx_agrees_with_the_float_model(fast, dendritic, tmp_path):
     full, onnx = results["models"][:2]
     assert onnx["F1"] == full["F1"]
     classifier, texts = load_model(dendritic), toxicity.generate_comments(50, seed=9)[0]
-    exported = toxicity.replace(classifier, model=toxicity.OnnxModel(tmp_path / "toxicity/run-001/model.onnx", None))
+    exported = toxicity.to_onnx(load_model(dendritic), tmp_path)
     np.testing.assert_allclose(exported.scores(texts), classifier.scores(texts), atol=1e-5)
     assert (tmp_path / "toxicity/run-001/tokenizer.json").exists()
 
