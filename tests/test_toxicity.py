@@ -169,6 +169,14 @@ def test_files_of_each_kind_give_the_same_data(kind, tmp_path):
     assert read(path, "--text-column", "comment", "--label-column", "toxic") == (texts, labels.tolist())
 
 
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_a_file_without_quoting_keeps_all_its_rows(separator, tmp_path):
+    texts = ['"hello world', 'fine "bar" text', '"quote" she said', "nothing", 'he said "no', "\\"] * 9
+    lines = [f"{text}{separator}{i % 2}" for i, text in enumerate(texts)]
+    (tmp_path / "a.csv").write_text("\n".join([f"text{separator}toxicity", *lines]))
+    assert read(tmp_path / "a.csv") == (texts, [i % 2 for i in range(54)])
+
+
 def test_html_entities_are_characters(tmp_path):
     texts, labels = toxicity.generate_comments(300, seed=5)
     path = write_csv(tmp_path / "a.csv", [f"{text} &amp; &#39;so&#39;" for text in texts], labels)
@@ -182,6 +190,8 @@ LABELS = [  # labels of a file that begins with them, further flags, what the la
     (["none", "hate"], ["--positive-label", "hate"], [0, 1]),
     (["55", "3"], ["--label-threshold", "40"], [1, 0]),
     ([0, 2, 1], ["--positive-label", "0"], [1, 0, 0]),
+    (["0.699999988079071", "0.6"], ["--label-threshold", "0.7"], [1, 0]),  # 0.7 in float32
+    (["toxic,insult", "['insult', 'toxic']", "not toxic", "[]"], ["--positive-label", "toxic"], [1, 1, 0, 0]),
 ]
 
 
@@ -337,6 +347,13 @@ def test_the_vocabulary_is_the_same_in_every_run():
     assert toxicity.text_lengths(tokens).tolist() == [8, 3]
 
 
+def test_special_tokens_in_a_text_are_words(plain):
+    classifier = load_model(plain)
+    tokens = classifier.tokens(["[PAD] [SEP] you are a clown", "you"])
+    assert toxicity.text_lengths(tokens)[0] > 6
+    assert (tokens[0] == tokens[1, 2]).sum() == 1  # one [SEP], that of the end
+
+
 def test_the_share_of_texts_that_are_cut_is_noted(plain):
     notes = [note for note in plain[1]["notes"] if "fill --max-length" in note]
     assert len(notes) == 1
@@ -363,7 +380,7 @@ def perforated():
     """(a model of perforatedai with random dendrites, the same in plain torch, a batch)."""
     torch.manual_seed(0)
     plain = toxicity.build_bert(toxicity.TINY | {"vocab_size": 200, "hidden_dropout_prob": 0.0})
-    model = toxicity.perforate(plain, CPU)
+    model = toxicity.library(plain, None, toxicity.argparse.Namespace(device=CPU))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -409,7 +426,7 @@ def test_the_library_trains_the_dendrites(monkeypatch, tmp_path):
 
 def test_a_second_switch_keeps_the_dendrites(perforated):
     _, plain, batch = perforated
-    again = toxicity.perforate(plain, CPU).eval()
+    again = toxicity.library(plain, None, toxicity.argparse.Namespace(device=CPU)).eval()
     torch.testing.assert_close(again(**batch).logits, plain(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -505,6 +522,42 @@ def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch,
     results = toxicity.main(["--resume", "--output-dir", str(tmp_path)])
     assert capsys.readouterr().err.count(": epoch ") == 2  # those of the second arm alone
     assert [row["model"] for row in results["models"] if row["training"]] == ["plain", "restart"]
+
+
+def test_a_resumed_run_keeps_the_notes_and_the_data_of_its_finished_seeds(fast, tmp_path, monkeypatch, error_line):
+    texts, labels = toxicity.generate_comments(300, seed=5)
+    path = write_csv(tmp_path / "a.csv", texts, labels)
+    run_seed, seeds = toxicity.run_seed, [42]
+
+    def run(loaded, giant, data, args, run_dir):
+        if args.seed not in seeds:
+            raise toxicity.UserError("out of luck")
+        toxicity.note(f"something about seed {args.seed}")
+        return run_seed(loaded, giant, data, args, run_dir)
+
+    monkeypatch.setattr(toxicity, "run_seed", run)
+    argv = ["--data", path, "--from-scratch", "--arm", "plain", "--epochs", "1", "--max-length", "16", "--runs", "2"]
+    assert "out of luck" in error_line(toxicity, [*argv, "--output-dir", tmp_path])
+    seeds.append(43)
+    write_csv(path, texts, 1 - labels)
+    assert "the run began with other data" in error_line(toxicity, ["--resume", "--output-dir", tmp_path])
+    write_csv(path, texts, labels)
+    notes = toxicity.main(["--resume", "--output-dir", str(tmp_path)])["notes"]
+    assert {"something about seed 42", "something about seed 43"} <= set(notes)
+
+
+def test_models_are_ranked_by_means_over_the_same_seeds(fast, tmp_path):
+    args = toxicity.parse_args([*SMALL, "--output-dir", str(tmp_path)])
+    data = toxicity.load_data(args)
+    record = {"scores": [0.5], "F1": 0.5, "ROC AUC": 0.5, "dendrites carry %": 0.1}
+    areas = [("library", 42, 0.4), ("off", 42, 0.4), ("plain", 42, 0.3), ("library", 43, 0.1), ("plain", 43, 0.2)]
+    records = [record | {"model": model, "seed": seed, "PR AUC": area} for model, seed, area in areas]
+    results = toxicity.report(records, data, args, toxicity.next_run_dir(args))
+    assert results["answer"].endswith("to the worst: library 0.250; plain 0.250.")
+    summary = (tmp_path / "toxicity/run-001/summary.md").read_text()
+    assert "| off | 0.400 | 0.500 | 0.500 | 0.100 | 1 |" in summary
+    mean, width = toxicity.mean_and_interval([0.4 - 0.3, 0.1 - 0.2])
+    assert f"| plain | {mean:+.3f} ± {width:.3f} |" in summary.split("library minus")[1]
 
 
 def test_a_teacher_has_not_seen_the_texts_that_it_scores(monkeypatch):
@@ -648,6 +701,7 @@ def test_training_texts_are_known_by_their_hashes(fast, tmp_path, error_line):
     assert "of one class only" in error_line(toxicity, ["--evaluate", "--data", path, *out])
 
 
+@pytest.mark.filterwarnings("error")
 def test_foreign_and_truncated_files_are_refused(dendritic, tmp_path, error_line):
     whole = model_of(dendritic).read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
@@ -734,6 +788,8 @@ def test_the_calibration_error_of_its_definition():
 def test_int8_is_small_and_agrees_with_the_float_model(fast, dendritic, tmp_path):
     results = toxicity.main(["--quantize", "--checkpoint", str(model_of(dendritic)), "--output-dir", str(tmp_path)])
     assert "BERT-Tiny from scratch, dendrites switched off" in rows_of(results)
+    assert results["arguments"]["checkpoint"] == str(model_of(dendritic))  # also if it was the newest
+    assert results["arguments"]["sample_size"] == 400  # what it was evaluated on
     assert rows_of(dendritic[1])["BERT-Tiny from scratch, int8"]["MB"] < 6
     assert (tmp_path / "toxicity/run-001/model_int8.pt").stat().st_size < 6e6
     texts = toxicity.generate_comments(50, seed=9)[0]
@@ -756,7 +812,7 @@ def test_onnx_agrees_with_the_float_model(fast, dendritic, tmp_path):
     full, onnx = results["models"][:2]
     assert onnx["F1"] == full["F1"]
     classifier, texts = load_model(dendritic), toxicity.generate_comments(50, seed=9)[0]
-    exported = toxicity.replace(classifier, model=toxicity.OnnxModel(tmp_path / "toxicity/run-001/model.onnx", None))
+    exported = toxicity.to_onnx(load_model(dendritic), tmp_path)
     np.testing.assert_allclose(exported.scores(texts), classifier.scores(texts), atol=1e-5)
     assert (tmp_path / "toxicity/run-001/tokenizer.json").exists()
 
@@ -803,6 +859,10 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
     argv.remove("--from-scratch")
     results = toxicity.main(argv)
     assert "hf" in rows_of(results)
+    other_classes, *_ = toxicity.load_pretrained(str(folder), 3)
+    assert other_classes.classifier.out_features == 3
+    (tmp_path / "file").touch()
+    assert "file" in error_line(toxicity, ["--export-hf", tmp_path / "file", "--checkpoint", model_of(plain)])
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
     assert "no BERT" in error_line(toxicity, argv)
     os.remove(folder / "model.safetensors")
