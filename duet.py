@@ -239,10 +239,10 @@ class Dataset:
     splits: dict  # {train, val, test: numbers of windows}
     info: dict  # for results.json
     seq_len: int = SEQ_LEN
-    target: str = None  # the column whose next value is classified, if there is one
-    limits: list = None  # [classes - 1] between the classes, in units of the target
-    mean: list = None  # [columns] of the training part
-    std: list = None
+    target: str | None = None  # the column whose next value is classified, if there is one
+    limits: list | None = None  # [classes - 1] between the classes, in units of the target
+    mean: list | None = None  # [columns] of the training part
+    std: list | None = None
 
 
 def describe(data):

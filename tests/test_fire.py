@@ -526,8 +526,9 @@ def bad_inputs(tmp_path):
         "no sensors": (file("few.csv", "label\n0\n2\n"), ["few.csv", "no sensor column"]),
         "no sensor chosen": (file("fine.csv", text, "--columns", "label"), ["fine.csv", "no sensor column"]),
         "few rows": (file("short.csv", text[: text.index("\n", 900)]), ["too few"]),
-        "other classes later": (file("later.csv", "a,label\n" + "1,0\n2,1\n" * 1500 + "3,2\n" * 1280, "--split", "time"),
-                                ["too few", "fire"]),
+        "other classes later": (
+            file("later.csv", "a,label\n" + "1,0\n2,1\n" * 1500 + "3,2\n" * 1280, "--split", "time"),
+            ["too few", "fire"]),
         "one class": (file("one.csv", "a,label\n" + "1,0\n2,0\n" * 1500), ["too few", "normal"]),
         "shuffled": (file("order.csv", stamped(times[::-1].to_numpy()).to_csv(index=False)),
                      ["'date'", "row 2", "not later"]),

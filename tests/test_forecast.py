@@ -719,7 +719,7 @@ def test_a_mark_that_may_be_one_between_thousands_is_noted(pattern, divisor, mea
     series = read("t;wert\n" + "".join(f"{i};{text}\n" for i, text in enumerate(texts)))
     expected = [int(text) if text.isdigit() else int(re.sub("[.,]", "", text)) / divisor for text in texts]
     np.testing.assert_array_equal(series.values, expected)
-    assert forecast.NOTES == [meaning]
+    assert [meaning] == forecast.NOTES
 
 
 def test_a_number_may_name_a_column_or_a_series():
