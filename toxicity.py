@@ -94,7 +94,7 @@ FOLDS = 3  # of the training texts for --distill
 GIANT_EPOCHS = 3  # of fine-tuning
 COPIES = 4  # altered copies of each text for --distill
 TFIDF_TEXTS = 100_000  # a baseline is fitted on so many texts at most
-NO_LABEL = ["", "nan", "null", "na", "n/a", "-1", "-1.0"]
+NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
 MAX_CLASSES = 20  # a column with more label values holds a scale
 DIALECTS = [{}, {"escapechar": "\\"}, {"quoting": csv.QUOTE_NONE}]  # of CSV files, the usual first
 COMPARED = ["PR AUC", "F1", "ROC AUC"]  # what the table of several seeds or arms shows
@@ -427,14 +427,14 @@ def read_texts(path, args):
             raise UserError(f"no column {name!r} among {list(table)}")
     texts = table[args.text_column]
     cells = table[args.label_column].map(str)
-    values = cells.str.strip().str.lower()
+    values = cells.str.strip().str.lower().str.removesuffix(".0")  # 1.0 is 1
     if args.positive_label is None:
         values = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
         known = values.between(0, 1 if args.label_threshold < 1 else np.inf)
         toxic = values.astype("float32") >= args.label_threshold  # float32 has 0.69999999 for 0.7
     else:
         known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
-        positive = args.positive_label.strip().lower()
+        positive = args.positive_label.strip().lower().removesuffix(".0")
         toxic = values.map(lambda value: positive in [value, *re.split(r"\s*[][,;|'\"]+\s*", value)])
     labels = toxic.astype(int)
     placed = np.where(known, np.take(CLASSES, labels), "no label")

@@ -190,6 +190,7 @@ LABELS = [  # labels of a file that begins with them, further flags, what the la
     (["none", "hate"], ["--positive-label", "hate"], [0, 1]),
     (["55", "3"], ["--label-threshold", "40"], [1, 0]),
     ([0, 2, 1], ["--positive-label", "0"], [1, 0, 0]),
+    (["1.0", "1", "0"], ["--positive-label", "1"], [1, 1, 0]),
     (["0.699999988079071", "0.6"], ["--label-threshold", "0.7"], [1, 0]),  # 0.7 in float32
     (["toxic,insult", "['insult', 'toxic']", "not toxic", "[]"], ["--positive-label", "toxic"], [1, 1, 0, 0]),
 ]
