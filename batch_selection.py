@@ -1239,7 +1239,7 @@ def atomic_write(path):
 def load_checkpoint(file, name):
     """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception:  # torch.load raises errors of many types for a damaged file

@@ -487,7 +487,8 @@ def read_numbers(column, na_values):
     """A column as numbers, NaN where missing. An extreme that repeats, far from all others, such as
     -999, is noted."""
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    refuse(numbers.isna() & column.notna() & ~column.isin(na_values), column,
+    texts = column[numbers.isna() & column.notna()]
+    refuse(~texts.isin(na_values), texts,
            "is not a number; see --na-values, --columns, --time-column and --area-column")
     missing = [*pd.to_numeric(na_values, errors="coerce"), np.inf, -np.inf]
     numbers = numbers.mask(numbers.isin(missing))
@@ -536,7 +537,7 @@ def read_area(frames, args):
     readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
         readings[:, i] = read_numbers(frame[name], args.na_values)
-    starts = np.flatnonzero(~frame.index.get_level_values(0).duplicated())
+    starts = np.flatnonzero(np.diff(frame.index.codes[0], prepend=-1))
     oracle = np.full(len(frame), -1, np.int8)
     labels = frame.get(label, oracle)
     area = Area(sensors, readings, labels, oracle, 1.0, starts, starts, frame.get(times))
@@ -1718,7 +1719,7 @@ def atomic_write(path):
 def load_checkpoint(file, name):
     """What torch.save wrote to `file`, a path or a stream. Raises UserError with its `name`."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception:  # torch.load raises errors of many types for a damaged file

@@ -1016,7 +1016,7 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--columns", "--checkpoint", "MODEL"], "--predict needs --checkpoint"),
     (["--predict", "CSV", "--checkpoint", "no.pt"], "no.pt"),
     (["--predict", "CSV", "--checkpoint", "CSV"], "damaged, or not a checkpoint of duet.py"),
-    (["--predict", "CSV", "--checkpoint", "TENSOR"], "not a model of this duet.py"),
+    (["--predict", "CSV", "--checkpoint", "TENSOR"], "damaged, or not a checkpoint of duet.py"),
     (["--predict", "CSV", "--checkpoint", "FOREIGN"], "not a model of this duet.py"),
     (["--predict", "CSV", "--checkpoint", "CARDLESS"], "not a model of this duet.py"),
     (["--predict", "SHORT", "--checkpoint", "MODEL"], "needs 96 rows of tempC, load, noise"),
