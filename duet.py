@@ -1057,7 +1057,7 @@ def load_state(file, model, optimizer, datasets):
     """The state of a training: a new one, or that in `file`, whose weights and moments of the
     optimizer are loaded unless it is finished."""
     hashes = [data.info["sha256"] for data in datasets]
-    state = {"hashes": hashes, "history": [], "best_accuracy": -1.0,
+    state = {"hashes": hashes, "history": [], "class": type(model).__name__,
              "settings": model.settings, "datasets": model.datasets}
     if file.exists():
         state = load_checkpoint(file, file)
@@ -1119,10 +1119,11 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         train_seconds = time.perf_counter() - start_time
         accuracies = [accuracy(predict(model, data, "val"), data, "val") for data in datasets]
         val_accuracy = float(np.mean(accuracies))
+        best = max([epoch["val_accuracy"] for epoch in state["history"]], default=-1.0)
         state["history"].append({"train_loss": train_loss, "val_accuracy": val_accuracy,
                                  "train_seconds": train_seconds})
-        if keep == "last" or val_accuracy > state["best_accuracy"]:
-            state |= {"best": copy.deepcopy(model.state_dict()), "best_accuracy": val_accuracy}
+        if keep == "last" or val_accuracy > best:
+            state["best"] = copy.deepcopy(model.state_dict())
         training = {"training": (model.state_dict(), optimizer.state_dict())}
         with atomic_write(file) as path:
             torch.save(state | training if number + 1 < evaluations else state, path)
@@ -1551,11 +1552,11 @@ def choose_threads():
     """2, or 1 on a busy machine, where two threads wait for each other and can be ten times slower
     than one; more than 2 hardly help such small models."""
     x = torch.randn(512, 512)
-    seconds = []
+    seconds = {}
     for threads in (2, 2, 1):  # the first time warms up
         torch.set_num_threads(threads)
-        seconds.append(timeit.timeit(lambda: x @ x, number=40))
-    return 2 if seconds[1] < 0.9 * seconds[2] else 1
+        seconds[threads] = timeit.timeit(lambda: x @ x, number=40)
+    return 2 if seconds[2] < 0.9 * seconds[1] else 1
 
 
 def run_experiment(args):
@@ -1609,10 +1610,9 @@ def run(args):
 def restore_model(path, device):
     """The trained model in a checkpoint; its `datasets` say how to read files for it."""
     checkpoint = load_checkpoint(path, path)
+    classes = {"MultiDatasetPatchDuET": MultiDatasetPatchDuET, "ConvNet": ConvNet}
     try:
-        settings = checkpoint["settings"]
-        network = ConvNet if "num_classes" in settings else MultiDatasetPatchDuET
-        model = network(**settings)
+        model = classes[checkpoint["class"]](**checkpoint["settings"])
         for description in checkpoint["datasets"].values():
             model.add_dataset(Dataset(**description))
         model.load_state_dict(checkpoint["best"])
@@ -1656,10 +1656,10 @@ def predict_file(args):
     run_dir = next_run_dir(args)
     table.to_csv(run_dir / "predictions.csv", index=False)
     counts = table["class"].value_counts().to_dict()
-    return write_results(
-        {"dataset": data.name, "windows": len(table), "classes": counts},
-        f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; each is in "
-        "predictions.csv.\n", args, run_dir)
+    summary = (f"{markdown_table([counts])}\n\nWindows of {args.predict}, read as {data.name}; "
+               "each is in predictions.csv.\n")
+    results = {"dataset": data.name, "windows": len(table), "classes": counts}
+    return write_results(results, summary, args, run_dir)
 
 
 # --- Extra: column names ------------------------------------------------------------------------

@@ -528,6 +528,7 @@ def read_area(frames, args):
         if is_device and frame[name].nunique() > 1:
             raise UserError(f"{address}: column {name!r} seems to name devices or rooms: train "
                             "with --area-column, or keep the rows of one")
+    step = 1.0
     if times:
         order, step, breaks = read_times(frame[times])
         frame = frame.iloc[order]
@@ -540,11 +541,9 @@ def read_area(frames, args):
     starts = np.flatnonzero(np.diff(frame.index.codes[0], prepend=-1))
     oracle = np.full(len(frame), -1, np.int8)
     labels = frame.get(label, oracle)
-    area = Area(sensors, readings, labels, oracle, 1.0, starts, starts, frame.get(times))
-    if times:
-        area.step = step
-        area.breaks = breaks
-    return area
+    if not times:
+        breaks = starts
+    return Area(sensors, readings, labels, oracle, step, starts, breaks, frame.get(times))
 
 
 def label_text(label):
@@ -556,11 +555,12 @@ def label_text(label):
 def read_labels(areas):
     """Turn the labels of the areas into classes. A 1 is fire, unless a label of any area is a 2, a
     warning or a fire."""
-    texts = [label_text(label) for area in areas for label in area.labels.unique()]
+    label_texts = [{label: label_text(label) for label in area.labels.unique()} for area in areas]
+    texts = [text for by_label in label_texts for text in by_label.values()]
     three_classes = not {"2", "warning", "fire"}.isdisjoint(texts)
     numbers = LABELS if three_classes else LABELS | {"1": 2}
-    for area in areas:
-        meanings = {label: numbers.get(label_text(label)) for label in area.labels.unique()}
+    for area, by_label in zip(areas, label_texts):
+        meanings = {label: numbers.get(text) for label, text in by_label.items()}
         classes = area.labels.map(meanings)
         refuse(classes.isna(), area.labels, f"is no label; labels are {', '.join(LABELS)}")
         area.labels = classes.to_numpy(np.int8)
@@ -1127,9 +1127,7 @@ def train_transformer(model, data, args, state, run_dir):
             "learning_rate": scheduler.get_last_lr()[0],
             "memory_mib": memory_mib(),
         })
-        seconds = time.perf_counter() - start_time
-        stage = {"name": "transformer", "seconds": seconds, "memory_mib": memory_mib()}
-        state["stages"].append(stage)
+        add_stage(state["stages"], "transformer", start_time)
         end_epoch(state, modules, args, run_dir)
     model.load_state_dict(state["best"]["model"])
 
@@ -1353,13 +1351,18 @@ draw();
 # --- The experiment -----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def timed(stages, name):
-    """Append time and memory of the block, a stage of the run, to the list `stages`."""
-    start_time = time.perf_counter()
-    yield
+def add_stage(stages, name, start_time):
+    """Append time and memory of a stage of the run, which ends now, to the list `stages`."""
     seconds = time.perf_counter() - start_time
     stages.append({"name": name, "seconds": seconds, "memory_mib": memory_mib()})
+
+
+@contextlib.contextmanager
+def timed(stages, name):
+    """Add the block as a stage of the run to the list `stages`."""
+    start_time = time.perf_counter()
+    yield
+    add_stage(stages, name, start_time)
 
 
 def format_summary(results, table, by_area):

@@ -117,8 +117,9 @@ def parse_args(argv):
         "toxicity.py", argparse.SUPPRESS, __doc__.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add_source, add_weights, add_job = (
-        parser.add_mutually_exclusive_group().add_argument for _ in range(3))
+    add_source = parser.add_mutually_exclusive_group().add_argument
+    add_weights = parser.add_mutually_exclusive_group().add_argument
+    add_job = parser.add_mutually_exclusive_group().add_argument
     add("--quick", action="store_true", help="3,000 synthetic comments, 8 epochs from random "
         "weights, no network: a minute")
     add_source("--dataset", choices=["civil_comments", "embedded"], help="data set; if unset, "
@@ -1394,7 +1395,8 @@ def report(records, data, args, run_dir):
     rows = by_model[columns].agg(format_mean).assign(seeds=seeds).reset_index()
     parts = [f"{source}, {len(labels):,} test texts:", markdown_table(rows), LEGEND, *differences]
     means = by_model.mean(numeric_only=True)
-    ours, giant = means.iloc[0], means.filter(regex="^giant ", axis=0)
+    ours = means.iloc[0]
+    giant = means.filter(regex="^giant ", axis=0)
     if len(giant):
         rows = pd.DataFrame({  # what the original asks of a giant-killer, and what was measured
             "F1 [% of the giant's], asked: 98": 100 * ours["F1"] / giant["F1"],
