@@ -373,14 +373,14 @@ def clean_text(text):
     return html.unescape(text).encode("utf-8", "replace").decode()
 
 
-def same_text(text):
-    """What texts have in common that count as the same: letter case and spaces do not matter."""
+def text_key(text):
+    """The key of a text: texts that differ only in letter case and spaces have the same one."""
     return " ".join(text.lower().split())
 
 
 def hash_texts(texts):
-    """Hashes [texts] int64, equal for texts that count as the same."""
-    keys = pd.Series(list(texts)).map(same_text)
+    """Hashes [texts] int64 of the texts' keys."""
+    keys = pd.Series(list(texts)).map(text_key)
     return torch.tensor(pd.util.hash_pandas_object(keys, index=False).to_numpy().view(np.int64))
 
 
@@ -388,15 +388,16 @@ def read_table(path):
     """DataFrame of a JSON, JSON lines or Parquet file, or of a CSV file with any usual delimiter,
     whose cells stay text."""
     name = str(path).lower()
-    if name.endswith(".parquet"):
-        return pd.read_parquet(path)
     content = pa.input_stream(str(path)).read()  # unpacks .gz
+    if name.endswith(".parquet"):
+        return pd.read_parquet(io.BytesIO(content))
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = content.decode("utf-16" if wide else "utf-8-sig")
     if re.search(r"\.(nd)?jsonl?(\.gz)?$", name):
-        return pd.read_json(io.StringIO(text), lines=text.lstrip()[:1] != "[", dtype=False)
+        lines = re.search(r"}\s*\n\s*{", text) is not None
+        return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
     header = re.match(r"\s*([^\r\n]*)", text)[1]
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = max("\t,;|", key=header.count)
     dialect = find_dialect(text, delimiter)
     table = pd.read_csv(io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False,
                         **dialect)
@@ -427,31 +428,38 @@ def read_texts(path, args):
         if name not in table:
             raise UserError(f"no column {name!r} among {list(table)}")
     texts = table[args.text_column]
-    cells = table[args.label_column].map(str)
+    cells = table[args.label_column].astype(object).map(str)
     values = cells.str.strip().str.lower().str.removesuffix(".0")  # 1.0 is 1
+    classes = pd.factorize(values)[0]
+    many = values.nunique() > MAX_CLASSES
     if args.positive_label is None:
         values = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
         known = values.between(0, 1 if args.label_threshold < 1 else np.inf)
         toxic = values.astype("float32") >= args.label_threshold  # float32 has 0.69999999 for 0.7
     else:
         known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
+        if set(values) == {"-1", "1"}:  # two classes
+            known[:] = True
         positive = args.positive_label.strip().lower().removesuffix(".0")
         toxic = values.map(lambda value: positive in [value, *re.split(r"\s*[][,;|'\"]+\s*", value)])
     labels = toxic.astype(int)
     placed = np.where(known, np.take(CLASSES, labels), "no label")
-    counts, classes = cells.groupby(placed).value_counts(), pd.factorize(values)[0]
-    if len(counts) > MAX_CLASSES:
-        counts, classes = values.groupby(placed).agg(["size", "min", "max"]), labels
-    note(f"labels with their numbers of texts: {counts.to_dict()}")
+    if many and args.positive_label is None:
+        scale = values.groupby(placed).agg(["size", "min", "max"])
+        note(f"numbers of texts and ranges of the labels: {scale.to_dict()}")
+    else:
+        counts = cells.groupby(placed).value_counts().nlargest(MAX_CLASSES)
+        note(f"most frequent labels with their numbers of texts: {counts.to_dict()}")
     filled = [isinstance(text, str) and text.strip() != "" for text in texts]
     good = known & np.array(filled, dtype=bool)
     if not good.all():
         row = good.argmin()
         raise UserError(
-            f"row {row + 1} has no text or no valid label: {texts[row]!r:.80}, {cells[row]!r}; "
+            f"row {row + 1} has no text or no valid label: {texts[row]!r:.80}, {cells[row]!r:.80}; "
             "without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
             "--label-threshold is 1 or more")
-    return pd.DataFrame({"text": texts.map(clean_text), "label": labels, "class": classes})
+    return pd.DataFrame({"text": texts.map(clean_text), "label": labels,
+                         "class": labels if many else classes})
 
 
 def hub_in_reach():
@@ -510,7 +518,7 @@ def split_texts(table, sample_size, seed):
     """
     from sklearn.model_selection import train_test_split
 
-    keys = table["text"].map(same_text)
+    keys = table["text"].map(text_key)
     rest = table.loc[keys.drop_duplicates().sort_values().index]
     both = (table.groupby(keys)["label"].nunique() == 2).sum()
     if both:
@@ -558,7 +566,7 @@ def load_data(args, only_test=False, seen=()):
 
 
 def text_lengths(tokens):
-    """Tokens of each text."""
+    """Number of tokens of each text."""
     return (tokens > 0).sum(1).cpu()  # 0 is [PAD]
 
 
@@ -600,8 +608,8 @@ def tokenize(tokenizer, texts, max_length):
 
 
 def bucket_batches(tokens, batch_size, count):
-    """Rows of each batch of an epoch of `count` texts drawn at random, shuffled; texts of like
-    lengths are together, since the texts are sorted within runs of 50 batches."""
+    """Rows of each batch of an epoch of `count` texts drawn at random, shuffled; texts of
+    similar lengths are together, since the texts are sorted within runs of 50 batches."""
     lengths = text_lengths(tokens)
     batches = []
     for run in torch.randperm(len(lengths))[:count].split(50 * batch_size):
@@ -611,8 +619,8 @@ def bucket_batches(tokens, batch_size, count):
 
 @torch.inference_mode()
 def run_in_buckets(function, tokens, device):
-    """What a function of the arguments of a BERT says about each text [texts, …], in their order,
-    computed in batches of texts of like lengths."""
+    """Outputs [texts, …] of a function of a BERT's arguments, in the order of the texts, computed
+    in batches of texts of similar lengths."""
     tokens = tokens.to(device)
     batches = text_lengths(tokens).argsort().split(INFERENCE_BATCH)
     outputs = [function(**make_batch(tokens, rows)).float() for rows in batches]
@@ -634,9 +642,9 @@ def build_bert(config):
     return BertForSequenceClassification(BertConfig(**config))
 
 
-def load_pretrained(name, num_labels):
+def load_pretrained(name, num_labels, max_length):
     """(BertForSequenceClassification, its tokenizer, its name, its learning rate) of a folder or a
-    hub id. If it has other classes, the layer that tells them apart begins with random weights."""
+    hub id. A classifier for another number of classes is replaced by one with random weights."""
     offline = Path(name).is_dir() or not hub_in_reach()
     import transformers
 
@@ -651,6 +659,8 @@ def load_pretrained(name, num_labels):
         vocabulary = len(SPECIAL_TOKENS) < len(tokenizer) <= model.config.vocab_size
         if "bert.e" in random or not vocabulary:  # of the embeddings or the encoder
             raise ValueError("weights or vocabulary are missing, or do not belong together")
+        if max_length > model.config.max_position_embeddings:
+            raise ValueError(f"it cannot read {max_length} tokens, see --max-length")
     except Exception as error:  # transformers passes on what its libraries raise
         raise UserError(f"{name}: no BERT to be loaded, here or from the hub ({error})") from None
     return model, tokenizer.backend_tokenizer, Path(name).name, RATE_PRETRAINED
@@ -660,10 +670,10 @@ def make_model(args, texts, num_labels):
     """(model, tokenizer, its name, its learning rate) to be trained: a pretrained one, or one of
     BERT-Tiny's size with random weights and a vocabulary of the `texts`."""
     if args.model:
-        return load_pretrained(args.model, num_labels)
+        return load_pretrained(args.model, num_labels, args.max_length)
     if not args.from_scratch:
         try:
-            return load_pretrained(DEFAULT_MODEL, num_labels)
+            return load_pretrained(DEFAULT_MODEL, num_labels, args.max_length)
         except UserError as error:
             note(f"{error}; random weights instead, which have read nothing before")
     config = TINY | {"hidden_dropout_prob": DROPOUT_FROM_SCRATCH, "num_labels": num_labels}
@@ -700,7 +710,7 @@ def live_weights(model):
 
 
 def replace_layers(model, kind, make):
-    """Replace the layers of a class by what `make` makes of them, in place."""
+    """Replace each layer of the class `kind` by make(layer), in place; returns the model."""
     for name, layer in list(model.named_modules()):
         if type(layer) is kind:
             model.set_submodule(name, make(layer))
@@ -811,8 +821,8 @@ def add_by_library(model, device):
 
 
 def library(model, train, args):
-    """perforatedai adds one dendrite to each neuron, with an output weight of 0. Weights that the
-    model has stay, so that dendrites that it has already are passed to the library."""
+    """perforatedai adds one dendrite to each neuron, with an output weight of 0. The model's weights
+    are copied over, those of dendrites from an earlier switch included."""
     with sandbox_perforatedai():
         grown = add_by_library(build_bert(model.config.to_dict()), args.device)
     weights = {name.replace(".neuron.", "."): weight.data
@@ -823,7 +833,7 @@ def library(model, train, args):
 
 
 def restart(model, train, args):
-    """Nothing but the return to the best weights and to the highest learning rate."""
+    """Change nothing: training returns to the best weights and restarts the learning rate."""
     return model
 
 
@@ -852,7 +862,7 @@ ARMS = {"library": library, "plain": None, "restart": restart, "wider": wider}
 
 @dataclass
 class Examples:
-    """Tokenized texts and the answers to them."""
+    """Tokenized texts with their targets."""
 
     tokens: torch.Tensor  # ids [texts, longest] int32
     targets: torch.Tensor  # classes [texts] int64, or a teacher's probabilities [texts, classes]
@@ -865,17 +875,17 @@ class Examples:
 
 
 def make_examples(tokenizer, data, args, lesson=None):
-    """{split: Examples} for training and validation. Targets are the labels, with weights that
-    balance them; with a teacher's `lesson` (texts, probabilities [texts, classes]), which takes the
-    place of the training texts, all classes of the data count as they are."""
+    """{split: Examples} for training and validation. Targets are the labels, balanced by weights in
+    the loss. A teacher's `lesson` (texts, probabilities [texts, classes]) takes the place of the
+    training texts; then targets are all classes of the data, without weights."""
+    train = lesson or data.split("train")
+    validation = data.split("validation", "class" if lesson else "label")
     weights = None
-    parts = {"train": lesson, "validation": data.split("validation", "class")}
     if not lesson:
-        parts = {split: data.split(split) for split in parts}
-        counts = np.bincount(parts["train"][1])
+        counts = np.bincount(train[1])
         weights = torch.tensor(counts.sum() / (2 * counts)).float().to(args.device)
     examples = {}
-    for split, (texts, targets) in parts.items():
+    for split, (texts, targets) in {"train": train, "validation": validation}.items():
         tokens = tokenize(tokenizer, texts, args.max_length).to(args.device)
         targets = torch.as_tensor(targets, device=args.device)
         examples[split] = Examples(tokens, targets, weights, len(data.splits["train"]))
@@ -1144,7 +1154,7 @@ def evaluate_classifier(classifier, data):
     tokens = classifier.tokens(texts)
     full = (text_lengths(tokens) == classifier.arguments["max_length"]).float().mean()
     if full:
-        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; the rest is not read")
+        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; what goes beyond is not read")
 
     def seconds(batch):
         start_time = time.perf_counter()
@@ -1262,7 +1272,7 @@ def plot_learning(state, name, path):
     for epoch in state["switches"]:
         ax.axvline(epoch, linestyle=":", color="0.4")
     epoch_axis(ax, "epoch (dotted: a switch, after which the learning rate starts again)")
-    ax.set_ylabel("cross-entropy, or PR AUC")
+    ax.set_ylabel("loss, or PR AUC")
     legend_below(ax)
     save_figure(fig, path)
 
@@ -1316,7 +1326,9 @@ def run_experiment(args):
         data = load_data(seed_args)
         num_labels = len(data.toxic) if args.distill else 2
         loaded = make_model(args, data.split("train")[0], num_labels)
-        giant = load_pretrained(args.giant, len(data.toxic)) if args.distill == "giant" else None
+        giant = None
+        if args.distill == "giant":
+            giant = load_pretrained(args.giant, len(data.toxic), args.max_length)
         run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
         path = run_dir / f"checkpoint_{seed}.json"
         if not path.exists():
@@ -1441,7 +1453,7 @@ def teach(giant, data, args, run_dir):
     from sklearn.model_selection import GroupKFold
 
     train = data.splits["train"]
-    groups = train["text"].map(same_text)
+    groups = train["text"].map(text_key)
     rng = np.random.default_rng(args.seed)
     folds = GroupKFold(FOLDS, shuffle=True, random_state=args.seed)
     texts, answers = [], []
@@ -1484,7 +1496,9 @@ def evaluate_checkpoint(args):
     data_args = args if foreign else change(args, **classifier.arguments)
     seed_everything(data_args.seed)
     data = load_data(data_args, foreign, classifier.hashes)
-    giant = load_pretrained(args.giant, len(data.toxic)) if args.compare_base else None
+    giant = None
+    if args.compare_base:
+        giant = load_pretrained(args.giant, len(data.toxic), data_args.max_length)
     if args.export_onnx:
         import onnx  # noqa: F401  if it is missing, that is known before there is a folder
     run_dir = next_run_dir(args)
@@ -1539,7 +1553,10 @@ def export_hf(args):
     if largest > 0.01:
         raise UserError("--export-hf: no BERT of transformers has dendrites, and without them a "
                         f"score changes by {largest:.3f}; take --export-onnx or --arm plain")
-    model.config.id2label = {i: CLASSES[toxic] for i, toxic in enumerate(classifier.toxic)}
+    names = [CLASSES[toxic] for toxic in classifier.toxic]
+    if len(names) > 2:  # without numbers, several classes of a student would have one name
+        names = [f"{name} {i}" for i, name in enumerate(names)]
+    model.config.id2label = dict(enumerate(names))
     model.config.problem_type = "single_label_classification"  # of --model it may be another
     Path(args.export_hf).mkdir(parents=True, exist_ok=True)  # transformers ignores a file there
     model.save_pretrained(args.export_hf)
