@@ -95,7 +95,7 @@ GIANT_EPOCHS = 3  # of fine-tuning
 COPIES = 4  # altered copies of each text for --distill
 TFIDF_TEXTS = 100_000  # a baseline is fitted on so many texts at most
 NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
-MAX_CLASSES = 20  # a column with more label values holds a scale
+MAX_CLASSES = 20  # more label values are a scale, or sets of labels, and no classes
 DIALECTS = [{}, {"escapechar": "\\"}, {"quoting": csv.QUOTE_NONE}]  # of CSV files, the usual first
 COMPARED = ["PR AUC", "F1", "ROC AUC"]  # what the table of several seeds or arms shows
 LEGEND = """\
@@ -103,10 +103,8 @@ PR AUC, F1, precision and recall are those of the toxic class. Thresholds are ch
 validation texts of the training. For one seed, F1 low and F1 high are the 95 % interval of F1 on
 these test texts, speed is measured on the CPU, and MB is the size of the file. For several, ± is
 the 95 % interval of the mean (Student's t); differences are paired by seed, and significant
-(uncorrected) where their interval excludes 0. The int8 model has its matrices in int8 and computes
-in float32."""
-# The arguments that decide which texts there are and how they are read. Jobs on a checkpoint take
-# those of its training.
+(uncorrected) where their interval excludes 0."""
+# The arguments that say which texts are read, and how; jobs on a checkpoint take its own.
 DATA_ARGUMENTS = ["dataset", "data", "text_column", "label_column", "positive_label",
                   "label_threshold", "sample_size", "data_dir", "seed", "max_length"]
 
@@ -124,46 +122,42 @@ def parse_args(argv):
         "weights, no network: a minute")
     add_source("--dataset", choices=["civil_comments", "embedded"], help="data set; if unset, "
                "civil_comments, or embedded (synthetic) comments where the hub is out of reach")
-    add_source("--data", type=os.path.abspath, help="CSV, TSV, JSON, JSON lines or "
-               "Parquet file of your own")
+    add_source("--data", type=os.path.abspath, help="CSV, TSV, JSON, JSON lines or Parquet file")
     add("--text-column", default="text", help="column of --data with the texts")
     add("--label-column", default="toxicity", help="column of --data with labels")
     add("--positive-label", help="label value that means toxic, also in a list of labels; if "
         "unset, labels are numbers, and --label-threshold counts")
-    add("--label-threshold", type=float, default=0.5, help="number from which on a "
-        "label means toxic; labels go from 0 to 1, unless it is 1 or more")
+    add("--label-threshold", type=float, default=0.5, help="smallest number that "
+        "means toxic; labels are from 0 to 1, or from 0 on if this is 1 or more")
     add("--sample-size", type=int, default=5000, help="training texts; validation and "
         "test have a fifth of it each; 0 takes all, split 80/10/10")
     add("--data-dir", default="data", help="folder of downloads")
-    add("--max-length", type=int, default=128, help="tokens of a text that are read")
+    add("--max-length", type=int, default=128, help="tokens read of each text")
     add_weights("--model", help="hub id or folder of a pretrained BERT to train; if unset, "
                 "prajjwal1/bert-tiny, or random weights where the hub is out of reach")
     add_weights("--from-scratch", action="store_true", help="start from random weights")
     add("--arm", choices=list(ARMS), default="library", help="what happens to the model every "
         "--switch-every epochs: library adds dendrites by perforatedai (once), wider adds hidden "
-        "units, restart only begins the learning rate again, plain does nothing")
+        "units, restart only restarts the learning rate, plain does nothing")
     add("--epochs", type=int, default=20, help="epochs of training")
     add("--switch-every", type=int, help="epochs from one switch to the next; the "
         "learning rate falls to 0 in between; if unset, half of --epochs")
     add("--batch-size", type=int, default=32, help="texts in a batch")
-    add("--learning-rate", type=float, help="largest learning rate; if unset, 5e-5, or "
-        "3e-4 from scratch")
-    add("--distill", choices=["tfidf", "giant"], help="teacher on whose answers the model is "
-        "trained: TF-IDF, or the mean of it and of the fine-tuned --giant")
+    add("--learning-rate", type=float, help="peak learning rate; if unset, 5e-5, from scratch 3e-4")
+    add("--distill", choices=["tfidf", "giant"], help="teacher whose answers the model "
+        "learns: TF-IDF, or the mean of it and of the fine-tuned --giant")
     add("--giant", default="bert-base-uncased", help="hub id or folder of a large pretrained BERT "
         "for --distill and --compare-base")
     add("--compare-dendrites", action="store_true", help="train all arms")
-    add("--runs", type=int, default=1, help="number of seeds to repeat with")
+    add("--runs", type=int, default=1, help="number of seeds")
     add("--seed", type=int, default=42, help="random seed of data, split and model")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--output-dir", default="outputs", help="folder of all results")
     add("--resume", nargs="?", const="newest", help="folder of an unfinished run to go on "
         "with; without a value, the newest")
-    add("--checkpoint", help="file of the model for the jobs below; if unset, the newest "
-        "best_model.pt")
+    add("--checkpoint", help="model file for the jobs below; if unset, the newest best_model.pt")
     add("--format", choices=["table", "json"], default="table", help="format of --predict")
-    add_job("--evaluate", action="store_true", help="score --checkpoint on its own test part, or "
-            "on all texts of --data")
+    add_job("--evaluate", action="store_true", help="score --checkpoint on its test part or --data")
     add_job("--compare-base", action="store_true", help="fine-tune --giant on the same texts")
     add_job("--quantize", action="store_true", help="write model_int8.pt, whose matrices are in "
             "int8, and compare it; it computes in float32")
@@ -179,8 +173,6 @@ def parse_args(argv):
     for name, value in vars(args).items():
         if type(value) in (int, float) and value <= too_small.get(name, 0):
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
-    if args.max_length > 512:
-        parser.error("--max-length must be at most 512, which is what BERT reads")
     return args
 
 
@@ -325,7 +317,8 @@ KINDS = [
     (0.624, False, NEUTRAL, HOSTILE),
 ]
 SLOTS = [OPENERS, CLOSERS, SUBJECTS, INSULTS, GROUPS]
-MISSED, ALARMED = 0.05, 0.003  # annotators miss a toxic comment, or take a harmless one for toxic
+MISSED = 0.05  # share of toxic comments that annotators miss
+ALARMED = 0.003  # share of harmless comments that they take for toxic
 
 
 def pick(options, draw):
@@ -339,7 +332,8 @@ def generate_comments(count, seed):
     rng = np.random.default_rng(seed)
     kinds = rng.choice(len(KINDS), count, p=[kind[0] for kind in KINDS])
     errors = rng.random(count)
-    texts, labels = [], []
+    texts = []
+    labels = []
     for kind, error, draws in zip(kinds, errors, rng.random((count, 7)).tolist()):
         _, toxic, bodies, quotes = KINDS[kind]
         body = pick(bodies, draws[0]).replace("{q}", pick(quotes, draws[6]))
@@ -380,7 +374,7 @@ def text_key(text):
 
 def hash_texts(texts):
     """Hashes [texts] int64 of the texts' keys."""
-    keys = pd.Series(list(texts)).map(text_key)
+    keys = pd.Series(texts).map(text_key)
     return torch.tensor(pd.util.hash_pandas_object(keys, index=False).to_numpy().view(np.int64))
 
 
@@ -430,8 +424,6 @@ def read_texts(path, args):
     texts = table[args.text_column]
     cells = table[args.label_column].astype(object).map(str)
     values = cells.str.strip().str.lower().str.removesuffix(".0")  # 1.0 is 1
-    classes = pd.factorize(values)[0]
-    many = values.nunique() > MAX_CLASSES
     if args.positive_label is None:
         values = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
         known = values.between(0, 1 if args.label_threshold < 1 else np.inf)
@@ -441,15 +433,11 @@ def read_texts(path, args):
         if set(values) == {"-1", "1"}:  # two classes
             known[:] = True
         positive = args.positive_label.strip().lower().removesuffix(".0")
-        toxic = values.map(lambda value: positive in [value, *re.split(r"\s*[][,;|'\"]+\s*", value)])
+        toxic = values.map(lambda cell: positive in [cell, *re.split(r"\s*[][,;|'\"]+\s*", cell)])
     labels = toxic.astype(int)
     placed = np.where(known, np.take(CLASSES, labels), "no label")
-    if many and args.positive_label is None:
-        scale = values.groupby(placed).agg(["size", "min", "max"])
-        note(f"numbers of texts and ranges of the labels: {scale.to_dict()}")
-    else:
-        counts = cells.groupby(placed).value_counts().nlargest(MAX_CLASSES)
-        note(f"most frequent labels with their numbers of texts: {counts.to_dict()}")
+    counts = cells.groupby(placed).value_counts().nlargest(MAX_CLASSES)
+    note(f"most frequent labels with their numbers of texts: {counts.to_dict()}")
     filled = [isinstance(text, str) and text.strip() != "" for text in texts]
     good = known & np.array(filled, dtype=bool)
     if not good.all():
@@ -458,8 +446,8 @@ def read_texts(path, args):
             f"row {row + 1} has no text or no valid label: {texts[row]!r:.80}, {cells[row]!r:.80}; "
             "without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
             "--label-threshold is 1 or more")
-    return pd.DataFrame({"text": texts.map(clean_text), "label": labels,
-                         "class": labels if many else classes})
+    classes = labels if values.nunique() > MAX_CLASSES else pd.factorize(values)[0]
+    return pd.DataFrame({"text": texts.map(clean_text), "label": labels, "class": classes})
 
 
 def hub_in_reach():
@@ -468,7 +456,7 @@ def hub_in_reach():
     try:
         address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         urllib.request.urlopen(address, timeout=3).close()
-    except (OSError, ValueError):  # the latter of an HF_ENDPOINT that is no address
+    except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
         return False
     return True
@@ -511,11 +499,9 @@ def read_source(args):
 
 
 def split_texts(table, sample_size, seed):
-    """{split: table} stratified by label, the same text never on two sides.
-
-    With `sample_size`, so many different texts for training and a fifth of it for each other
-    split; if there are not as many, or with 0, all rows, 80/10/10 % of the different texts.
-    """
+    """{split: table} stratified by label, the same text never on two sides: `sample_size` different
+    texts for training and a fifth of it for each other split; if there are not as many, or with 0,
+    all rows, 80/10/10 % of the different texts."""
     from sklearn.model_selection import train_test_split
 
     keys = table["text"].map(text_key)
@@ -549,8 +535,7 @@ def load_data(args, only_test=False, seen=()):
     known = np.isin(hash_texts(splits["test"]["text"]), seen)
     splits["test"] = splits["test"][~known]
     if known.any():
-        note(f"{known.sum():,} of {len(known):,} texts were used to train the model and are left "
-             "out")
+        note(f"{known.sum():,} of {len(known):,} texts were used to train the model: left out")
     digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy()).hexdigest()
     info = {"source": source, "sha256": digest, "seed": args.seed}
     for split, part in splits.items():
@@ -642,7 +627,7 @@ def build_bert(config):
     return BertForSequenceClassification(BertConfig(**config))
 
 
-def load_pretrained(name, num_labels, max_length):
+def load_pretrained(name, num_labels):
     """(BertForSequenceClassification, its tokenizer, its name, its learning rate) of a folder or a
     hub id. A classifier for another number of classes is replaced by one with random weights."""
     offline = Path(name).is_dir() or not hub_in_reach()
@@ -659,8 +644,6 @@ def load_pretrained(name, num_labels, max_length):
         vocabulary = len(SPECIAL_TOKENS) < len(tokenizer) <= model.config.vocab_size
         if "bert.e" in random or not vocabulary:  # of the embeddings or the encoder
             raise ValueError("weights or vocabulary are missing, or do not belong together")
-        if max_length > model.config.max_position_embeddings:
-            raise ValueError(f"it cannot read {max_length} tokens, see --max-length")
     except Exception as error:  # transformers passes on what its libraries raise
         raise UserError(f"{name}: no BERT to be loaded, here or from the hub ({error})") from None
     return model, tokenizer.backend_tokenizer, Path(name).name, RATE_PRETRAINED
@@ -670,10 +653,10 @@ def make_model(args, texts, num_labels):
     """(model, tokenizer, its name, its learning rate) to be trained: a pretrained one, or one of
     BERT-Tiny's size with random weights and a vocabulary of the `texts`."""
     if args.model:
-        return load_pretrained(args.model, num_labels, args.max_length)
+        return load_pretrained(args.model, num_labels)
     if not args.from_scratch:
         try:
-            return load_pretrained(DEFAULT_MODEL, num_labels, args.max_length)
+            return load_pretrained(DEFAULT_MODEL, num_labels)
         except UserError as error:
             note(f"{error}; random weights instead, which have read nothing before")
     config = TINY | {"hidden_dropout_prob": DROPOUT_FROM_SCRATCH, "num_labels": num_labels}
@@ -767,7 +750,7 @@ def dendrite_share(model, tokens):
 
     with nn.modules.module.register_module_forward_hook(measure):
         model(**batch)
-    return 100 * pd.Series(shares, dtype=float).mean()
+    return 100 * pd.Series(shares).mean()
 
 
 # --- Dendrites: what an arm does at a switch ----------------------------------------------------
@@ -821,8 +804,8 @@ def add_by_library(model, device):
 
 
 def library(model, train, args):
-    """perforatedai adds one dendrite to each neuron, with an output weight of 0. The model's weights
-    are copied over, those of dendrites from an earlier switch included."""
+    """perforatedai adds one dendrite to each neuron, with an output weight of 0. It keeps the
+    weights of the model, those of dendrites from an earlier switch included."""
     with sandbox_perforatedai():
         grown = add_by_library(build_bert(model.config.to_dict()), args.device)
     weights = {name.replace(".neuron.", "."): weight.data
@@ -923,7 +906,8 @@ def train_model(state, examples, toxic, args, rate, path):
     model so far goes through the function of the arm and begins a new cycle of the learning rate,
     which rises in a tenth of its steps and falls to 0 in the others.
     """
-    train, switch = examples["train"], ARMS[args.arm]
+    train = examples["train"]
+    switch = ARMS[args.arm]
     cycle = args.epochs
     if switch:
         cycle = args.switch_every or max(1, args.epochs // 2)
@@ -1150,11 +1134,12 @@ def evaluate_classifier(classifier, data):
     """The record of a Classifier on the test part, with its size, what its dendrites carry, and its
     speed on the CPU, from text to score."""
     record = evaluate(classifier.name, classifier.scores, data, classifier.threshold)
-    model, texts = classifier.model.cpu(), data.split("test")[0][:1000]
+    model = classifier.model.cpu()
+    texts = data.split("test")[0][:1000]
     tokens = classifier.tokens(texts)
     full = (text_lengths(tokens) == classifier.arguments["max_length"]).float().mean()
     if full:
-        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; what goes beyond is not read")
+        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; more is not read of them")
 
     def seconds(batch):
         start_time = time.perf_counter()
@@ -1224,20 +1209,19 @@ def fit_by_class(model, data):
     probabilities [texts, classes]."""
     train = data.splits["train"][:TFIDF_TEXTS]
     model.fit(train["text"].tolist(), train["class"])
-    counts = np.bincount(train["class"], minlength=len(data.toxic))
-    to_classes = np.diag(counts)[model.classes_]  # undoes the balance; a class may be missing
+    counts = np.bincount(train["class"])[model.classes_]
 
     def predict_classes(texts):
-        probabilities = model.predict_proba(texts) @ to_classes
+        probabilities = np.zeros((len(texts), len(data.toxic)))  # a class may be missing
+        probabilities[:, model.classes_] = model.predict_proba(texts) * counts  # unbalanced
         return probabilities / probabilities.sum(axis=1, keepdims=True)
 
     return predict_classes
 
 
 def evaluate_others(data, args, run_dir, giant=None):
-    """The records of what a model is compared with: the baselines and `giant`, which
-    load_pretrained returned, as a frozen encoder and fine-tuned. A baseline that fails is left
-    out."""
+    """The records of what a model is compared with: the baselines, and `giant`, if given, as a
+    frozen encoder and fine-tuned. A baseline that fails is left out."""
     majority = evaluate("majority class", lambda texts: np.zeros(len(texts)), data, 0.5)
     records = [majority | {"scores": None}]  # it has no curve
     models = {"TF-IDF": make_tfidf()} if "train" in data.splits else {}
@@ -1281,7 +1265,7 @@ def plot_curves(table, labels, source, path):
     """Precision over recall, and the ROC curve, of the scores of each model in the records."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    title = f"{source}: toxic texts among {len(labels):,} test texts"
+    title = f"{source}: {labels.sum():,} toxic among {len(labels):,} test texts"
     fig, (left, right) = new_figure(title, columns=2, size=(11, 5))
     for index, (name, scores) in enumerate(zip(table["model"], table["scores"])):
         precision, recall, _ = precision_recall_curve(labels, scores)
@@ -1319,28 +1303,26 @@ def run_experiment(args):
     if args.compare_dendrites or args.arm == "library":
         with sandbox_perforatedai():
             import perforatedai  # noqa: F401  if it is missing, that is known before any work
-    run_dir, records = None, []
+    run_dir = None
+    records = []
     for seed in range(args.seed, args.seed + args.runs):
         seed_args = change(args, seed=seed)
         seed_everything(seed)
         data = load_data(seed_args)
         num_labels = len(data.toxic) if args.distill else 2
         loaded = make_model(args, data.split("train")[0], num_labels)
-        giant = None
-        if args.distill == "giant":
-            giant = load_pretrained(args.giant, len(data.toxic), args.max_length)
+        if args.max_length > loaded[0].config.max_position_embeddings:
+            raise UserError("--max-length is more than the model can read")
+        giant = load_pretrained(args.giant, len(data.toxic)) if args.distill == "giant" else None
         run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
         path = run_dir / f"checkpoint_{seed}.json"
         if not path.exists():
-            done = {"data": data.info, "notes": NOTES,
-                    "records": run_seed(loaded, giant, data, seed_args, run_dir)}
+            done = {"records": run_seed(loaded, giant, data, seed_args, run_dir), "notes": NOTES}
             with atomic_write(path) as part:
                 part.write_text(to_json(done))
             for checkpoint in run_dir.rglob("checkpoint*.pt"):
                 checkpoint.unlink()
         done = json.loads(path.read_text())
-        if done["data"] != data.info:
-            raise UserError(f"{path}: the run began with other data")
         for text in done["notes"]:
             note(text)
         records += done["records"]
@@ -1363,7 +1345,8 @@ def run_seed(loaded, giant, data, args, run_dir):
         plot_learning(state, f"{classifier.name} ({arm})", arm_dir / "learning_curves.png")
         if args.compare_dendrites:
             classifier.name = arm
-        best_epoch, switches = state["best"]["epoch"], state["switches"]
+        best_epoch = state["best"]["epoch"]
+        switches = state["switches"]
         if ARMS[arm] and best_epoch <= min(switches, default=best_epoch):
             note(f"{arm}, seed {args.seed}: the best epoch was before any switch, so the model has "
                  "been through none")
@@ -1390,23 +1373,24 @@ def report(records, data, args, run_dir):
     table = pd.DataFrame([*records, ORIGINAL])
     scored = table.dropna(subset="scores")
     _, labels = data.split("test")
-    source, seed = data.info["source"], data.info["seed"]
+    source = data.info["source"]
+    seed = data.info["seed"]
     last = scored[scored["seed"] == seed]
     plot_curves(last, labels, f"{source}, seed {seed}", run_dir / "pr_roc.png")
     by_model = table.groupby("model", sort=False)
     seeds = by_model["seed"].count()
-    columns = table.select_dtypes("number").columns[1:]  # all but the seed
-    differences = []
+    means = by_model.mean(numeric_only=True).drop(columns="seed")
+    columns = means.columns
     if seeds.max() > 1:
         columns = [*COMPARED, "dendrites carry %"]
+    rows = by_model[columns].agg(format_mean).assign(seeds=seeds).reset_index()
+    parts = [f"{source}, {len(labels):,} test texts:", markdown_table(rows), LEGEND]
+    if seeds.max() > 1:
         first = scored.groupby("seed")[COMPARED].transform("first")  # the row of the same seed
         rows = (first - scored[COMPARED]).groupby(scored["model"], sort=False)
         rows = rows.agg(format_mean, sign="+").iloc[1:]
         rows = rows.rename_axis(f"{records[0]['model']} minus").reset_index()
-        differences = [markdown_table(rows)]
-    rows = by_model[columns].agg(format_mean).assign(seeds=seeds).reset_index()
-    parts = [f"{source}, {len(labels):,} test texts:", markdown_table(rows), LEGEND, *differences]
-    means = by_model.mean(numeric_only=True)
+        parts.append(markdown_table(rows))
     ours = means.iloc[0]
     giant = means.filter(regex="^giant ", axis=0)
     if len(giant):
@@ -1436,7 +1420,8 @@ def altered_copies(texts, rng):
     copies = []
     for number in range(COPIES):
         for text, other in zip(texts, rng.permutation(len(texts))):
-            words, others = text.split(), texts[other].split()
+            words = text.split()
+            others = texts[other].split()
             if number % 2:
                 head, tail = rng.uniform(0.3, 0.8, 2)
                 words = words[: 1 + int(head * len(words))] + others[int(tail * len(others)) :]
@@ -1456,7 +1441,8 @@ def teach(giant, data, args, run_dir):
     groups = train["text"].map(text_key)
     rng = np.random.default_rng(args.seed)
     folds = GroupKFold(FOLDS, shuffle=True, random_state=args.seed)
-    texts, answers = [], []
+    texts = []
+    answers = []
     for fold, (rest, inside) in enumerate(folds.split(train, groups=groups)):
         others = replace(data, splits=data.splits | {"train": train.iloc[rest]})
         asked = train["text"].iloc[inside].tolist()
@@ -1485,9 +1471,8 @@ def find_classifier(args):
 
 
 def evaluate_checkpoint(args):
-    """A checkpoint on its own test part, or on all texts of --data or --dataset that it was not
-    trained with, beside the baselines and what the arguments ask for: other versions of it, a
-    BERT-Base, the fine-tuned --giant."""
+    """Evaluate a checkpoint on its own test part, or on --data or --dataset without its training
+    texts, beside baselines, other versions of it or the fine-tuned --giant."""
     classifier = find_classifier(args)
     args = change(args, checkpoint=classifier.path)  # --resume must not take a newer one
     foreign = args.data or args.dataset
@@ -1496,9 +1481,7 @@ def evaluate_checkpoint(args):
     data_args = args if foreign else change(args, **classifier.arguments)
     seed_everything(data_args.seed)
     data = load_data(data_args, foreign, classifier.hashes)
-    giant = None
-    if args.compare_base:
-        giant = load_pretrained(args.giant, len(data.toxic), data_args.max_length)
+    giant = load_pretrained(args.giant, len(data.toxic)) if args.compare_base else None
     if args.export_onnx:
         import onnx  # noqa: F401  if it is missing, that is known before there is a folder
     run_dir = next_run_dir(args)
@@ -1572,12 +1555,11 @@ def predict(args):
     classifier = find_classifier(args)
     threshold = classifier.threshold
     cuts = [threshold / 2, threshold, (1 + threshold) / 2]
-    lines = args.predict or sys.stdin or []  # no stdin if it is closed
+    lines = args.predict or sys.stdin
     texts = (line.rstrip("\r\n") for line in lines if line.strip())
     try:
         while batch := list(itertools.islice(texts, INFERENCE_BATCH)):
             scores = classifier.scores([clean_text(text) for text in batch])
-            "".join(batch).encode()  # an error where bytes were not UTF-8
             for score, cut, text in zip(scores.tolist(), np.digitize(scores, cuts), batch):
                 row = {"score": round(score, 4), "toxic": score >= threshold,
                        "tier": TIERS[cut], "text": text}

@@ -253,14 +253,6 @@ def test_label_values_of_categories_are_named_once(tmp_path, capsys):
     assert "{('not toxic', 'ok'): 30, ('toxic', 'bad'): 30}" in capsys.readouterr().err
 
 
-def test_a_scale_is_named_by_its_range(tmp_path, capsys):
-    path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], range(120))
-    read(path, "--label-threshold", "40")
-    line = capsys.readouterr().err
-    assert "'size': {'not toxic': 40, 'toxic': 80}" in line
-    assert "'min': {'not toxic': 0, 'toxic': 40}, 'max': {'not toxic': 39, 'toxic': 119}" in line
-
-
 def test_texts_with_both_labels_are_noted(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", [f"text {i % 80}" for i in range(120)], [0, 1] * 40 + [1, 0] * 20)
     load("--data", path)
@@ -542,7 +534,7 @@ def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch,
     assert [row["model"] for row in results["models"] if row["training"]] == ["plain", "restart"]
 
 
-def test_a_resumed_run_keeps_the_notes_and_the_data_of_its_finished_seeds(fast, tmp_path, monkeypatch, error_line):
+def test_a_resumed_run_keeps_the_notes_of_its_finished_seeds(fast, tmp_path, monkeypatch, error_line):
     texts, labels = toxicity.generate_comments(300, seed=5)
     path = write_csv(tmp_path / "a.csv", texts, labels)
     run_seed, seeds = toxicity.run_seed, [42]
@@ -557,9 +549,6 @@ def test_a_resumed_run_keeps_the_notes_and_the_data_of_its_finished_seeds(fast, 
     argv = ["--data", path, "--from-scratch", "--arm", "plain", "--epochs", "1", "--max-length", "16", "--runs", "2"]
     assert "out of luck" in error_line(toxicity, [*argv, "--output-dir", tmp_path])
     seeds.append(43)
-    write_csv(path, texts, 1 - labels)
-    assert "the run began with other data" in error_line(toxicity, ["--resume", "--output-dir", tmp_path])
-    write_csv(path, texts, labels)
     notes = toxicity.main(["--resume", "--output-dir", str(tmp_path)])["notes"]
     assert {"something about seed 42", "something about seed 43"} <= set(notes)
 
@@ -646,7 +635,7 @@ def test_a_student_learns_from_a_giant_that_was_trained(fast, giant, tmp_path, m
     monkeypatch.setattr(toxicity, "GIANT_EPOCHS", 1)
     results = toxicity.main(argv)
     weights = load_model((tmp_path, None), "giant.pt").model.state_dict()
-    before = toxicity.load_pretrained(str(giant), 2, 24)[0].state_dict()
+    before = toxicity.load_pretrained(str(giant), 2)[0].state_dict()
     assert all((weights[name] != before[name]).any() for name in weights if name.endswith("LayerNorm.weight"))
     assert {"giant hf", "frozen encoder"} <= set(rows_of(results))
     summary = (tmp_path / "toxicity/run-001/summary.md").read_text()
@@ -880,7 +869,7 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
     argv.remove("--from-scratch")
     results = toxicity.main(argv)
     assert "hf" in rows_of(results)
-    other_classes, *_ = toxicity.load_pretrained(str(folder), 3, 24)
+    other_classes, *_ = toxicity.load_pretrained(str(folder), 3)
     assert other_classes.classifier.out_features == 3
     (tmp_path / "file").touch()
     assert "file" in error_line(toxicity, ["--export-hf", tmp_path / "file", "--checkpoint", model_of(plain)])
@@ -893,8 +882,8 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
 def test_a_model_that_reads_fewer_tokens_is_refused(giant, tmp_path, error_line):
     folder = shutil.copytree(giant, tmp_path / "hf")
     toxicity.build_bert(toxicity.TINY | {"max_position_embeddings": 16}).save_pretrained(folder)
-    argv = ["--dataset", "embedded", "--model", folder, "--output-dir", tmp_path / "out"]
-    assert "cannot read 128 tokens" in error_line(toxicity, argv)
+    argv = ["--dataset", "embedded", "--arm", "plain", "--model", folder, "--output-dir", tmp_path / "out"]
+    assert "--max-length is more than the model can read" in error_line(toxicity, argv)
     assert not (tmp_path / "out").exists()
 
 
@@ -985,7 +974,8 @@ def test_predictions_need_texts_in_utf_8(dendritic, monkeypatch, error_line):
     argv = ["--predict", "--output-dir", dendritic[0]]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("schön".encode("latin-1")), encoding="utf-8"))
     assert "not UTF-8" in error_line(toxicity, argv)
-    assert "not UTF-8" in error_line(toxicity, ["--predict", "sch\udcf6n", *argv[1:]])  # a byte of the shell
+    byte = "sch\udcf6n"  # as Python reads it from a shell
+    assert "not UTF-8" in error_line(toxicity, ["--predict", byte, "--format", "json", *argv[1:]])
 
 
 def test_lines_stream_and_a_reader_may_leave(dendritic, tmp_path):
