@@ -1,7 +1,7 @@
 """Can BERT-Tiny do the work of a fine-tuned BERT-Base on toxic comments, and what do dendrites add?
 
-A dendrite is a second weight vector of a neuron behind a sigmoid, whose output is added to the
-neuron's. At the first switch perforatedai adds one to each neuron of the Linear layers.
+A dendrite is a second weight vector of a neuron; its output goes through a sigmoid and is added to
+the neuron's. At the first switch perforatedai adds one to each neuron of the Linear layers.
 
 Measured with 5 seeds on one H100, the dendrites carry 0.05 % of the output and add nothing that can
 be measured. Against a mere restart of the learning rate, PR AUC changes by -0.002 ± 0.006 on
@@ -100,8 +100,8 @@ DIALECTS = [{}, {"escapechar": "\\"}, {"quoting": csv.QUOTE_NONE}]  # of CSV fil
 COMPARED = ["PR AUC", "F1", "ROC AUC"]  # what the table of several seeds or arms shows
 LEGEND = """\
 PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on the
-validation texts of the training. For one seed, F1 low and F1 high are the 95 % interval of F1 on
-these test texts, speed is measured on the CPU, and MB is the size of the file. For several, ± is
+validation texts of the training. With one seed, F1 low and F1 high are the 95 % interval of F1 on
+these test texts, speed is measured on the CPU, and MB is the size of the file. With several, ± is
 the 95 % interval of the mean (Student's t); differences are paired by seed, and significant
 (uncorrected) where their interval excludes 0."""
 # The arguments that say which texts are read, and how; jobs on a checkpoint take its own.
@@ -733,8 +733,8 @@ def has_dendrites(model):
 
 @torch.inference_mode()
 def dendrite_share(model, tokens):
-    """Share [%] of the output of the dendritic layers that the dendrites carry: their standard
-    deviation over texts and tokens over the sum of theirs and the neurons' own, on average; NaN
+    """Share [%] of the dendritic layers' output that the dendrites carry, on average: their
+    standard deviation (over texts and tokens) divided by the sum of theirs and the neurons'; NaN
     without dendrites."""
     if not has_dendrites(model):
         return float("nan")
@@ -781,7 +781,7 @@ def sandbox_perforatedai():
 
 
 def add_by_library(model, device):
-    """`model`, a BERT without dendrites, as one of perforatedai's, to which the library has added
+    """Make `model`, a BERT without dendrites, one of perforatedai's, and let the library add the
     dendrites. The neurons are the last axis of every layer's output."""
     from perforatedai import globals_perforatedai as GPA
     from perforatedai import utils_perforatedai as UPA
@@ -886,8 +886,7 @@ def make_optimizer(model, rate):
 
 
 def new_state(model, source):
-    """What training keeps up to date and a checkpoint holds; "optimizer" comes with the first
-    epoch."""
+    """The state of a training, as a checkpoint holds it; the first epoch adds "optimizer"."""
     packed = pack_model(model)
     return {
         "source": source,  # what the data and the first weights were
@@ -899,12 +898,11 @@ def new_state(model, source):
 
 
 def train_model(state, examples, toxic, args, rate, path):
-    """Train the model of `state`, which is kept up to date, for what remains of --epochs. `toxic`
-    [classes] says which of its classes are.
+    """Train the model of `state` for the rest of --epochs and keep `state` up to date, also at
+    `path`. `toxic` [classes] says which classes are toxic.
 
-    All that is random in an epoch follows from --seed and the epoch's number. At a switch the best
-    model so far goes through the function of the arm and begins a new cycle of the learning rate,
-    which rises in a tenth of its steps and falls to 0 in the others.
+    An epoch's randomness follows from --seed and its number. At a switch the arm's function changes
+    the best model so far, and the learning rate rises and falls again.
     """
     train = examples["train"]
     switch = ARMS[args.arm]
@@ -994,7 +992,7 @@ def fit_classifier(loaded, data, args, path, lesson=None):
 
 
 def fit_giant(loaded, data, args, path):
-    """The Classifier that fine-tuning on all classes of the data makes of a giant."""
+    """The Classifier made from a giant by fine-tuning on all classes of the data."""
     args = change(args, arm="plain", epochs=GIANT_EPOCHS, batch_size=32, learning_rate=None)
     texts, classes = data.split("train", "class")
     lesson = texts, np.eye(len(data.toxic), dtype=np.float32)[classes]
@@ -1139,7 +1137,7 @@ def evaluate_classifier(classifier, data):
     tokens = classifier.tokens(texts)
     full = (text_lengths(tokens) == classifier.arguments["max_length"]).float().mean()
     if full:
-        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; more is not read of them")
+        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; what follows is not read")
 
     def seconds(batch):
         start_time = time.perf_counter()
@@ -1157,8 +1155,8 @@ def evaluate_classifier(classifier, data):
 
 
 def evaluate_versions(versions, data):
-    """The records of versions of a classifier, and of the first one, which is the classifier as it
-    was trained, with its dendrites switched off."""
+    """The records of versions of a classifier, the first of which is the classifier as trained, and
+    of that one with its dendrites switched off."""
     classifier = versions[0]
     if has_dendrites(classifier.model):
         threshold = None if "validation" in data.splits else classifier.threshold
@@ -1288,7 +1286,7 @@ def change(args, **changes):
 
 
 def run(args):
-    """What the arguments ask for; returns the results."""
+    """Do what the arguments ask for; returns the results."""
     if args.predict is not None:
         return predict(args)
     if args.export_hf:
@@ -1434,7 +1432,7 @@ def altered_copies(texts, rng):
 def teach(giant, data, args, run_dir):
     """The lesson (texts, probabilities [texts, classes]) of a teacher: the geometric mean of what
     TF-IDF and the giant, if any, say about the training texts and altered copies of them. Each is
-    answered by teachers that were trained without its fold; the same text is in one fold."""
+    answered by teachers that were trained without its fold; equal texts are in the same fold."""
     from sklearn.model_selection import GroupKFold
 
     train = data.splits["train"]
