@@ -382,9 +382,9 @@ def read_table(path):
     """DataFrame of a JSON, JSON lines or Parquet file, or of a CSV file with any usual delimiter,
     whose cells stay text."""
     name = str(path).lower()
-    content = pa.input_stream(str(path)).read()  # unpacks .gz
     if name.endswith(".parquet"):
-        return pd.read_parquet(io.BytesIO(content))
+        return pd.read_parquet(path)
+    content = pa.input_stream(str(path)).read()  # unpacks .gz
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = content.decode("utf-16" if wide else "utf-8-sig")
     if re.search(r"\.(nd)?jsonl?(\.gz)?$", name):

@@ -1030,7 +1030,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         ([one], "of one class only"),
         ([tmp_path / "latin.csv"], "utf-8"), ([tmp_path / "latin.jsonl"], "utf-8"),
         ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "head.csv"),
-        ([tmp_path / "comments.xlsx"], "utf-8"), ([tmp_path / "absent.parquet"], "open local file"),
+        ([tmp_path / "comments.xlsx"], "utf-8"), ([tmp_path / "absent.csv"], "absent.csv"),
         ([tmp_path], str(tmp_path)), ([tmp_path / "comma.csv"], "Expected 2 fields in line 3, saw 3"),
         ([tmp_path / "broken.json"], "broken.json"), ([tmp_path / "nested.json"], "row 1 has no text"),
         ([tmp_path / "cut.csv.gz"], "cut.csv.gz"), ([tmp_path / "shifted.csv"], "more cells than"),
