@@ -1315,12 +1315,15 @@ def run_experiment(args):
         run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
         path = run_dir / f"checkpoint_{seed}.json"
         if not path.exists():
-            done = {"records": run_seed(loaded, giant, data, seed_args, run_dir), "notes": NOTES}
+            done = {"data": data.info, "notes": NOTES,
+                    "records": run_seed(loaded, giant, data, seed_args, run_dir)}
             with atomic_write(path) as part:
                 part.write_text(to_json(done))
             for checkpoint in run_dir.rglob("checkpoint*.pt"):
                 checkpoint.unlink()
         done = json.loads(path.read_text())
+        if done["data"] != data.info:
+            raise UserError(f"{path}: the run began with other data")
         for text in done["notes"]:
             note(text)
         records += done["records"]

@@ -534,7 +534,7 @@ def test_a_comparison_that_stops_keeps_what_is_done(fast, tmp_path, monkeypatch,
     assert [row["model"] for row in results["models"] if row["training"]] == ["plain", "restart"]
 
 
-def test_a_resumed_run_keeps_the_notes_of_its_finished_seeds(fast, tmp_path, monkeypatch, error_line):
+def test_a_resumed_run_keeps_the_notes_and_the_data_of_its_finished_seeds(fast, tmp_path, monkeypatch, error_line):
     texts, labels = toxicity.generate_comments(300, seed=5)
     path = write_csv(tmp_path / "a.csv", texts, labels)
     run_seed, seeds = toxicity.run_seed, [42]
@@ -549,6 +549,9 @@ def test_a_resumed_run_keeps_the_notes_of_its_finished_seeds(fast, tmp_path, mon
     argv = ["--data", path, "--from-scratch", "--arm", "plain", "--epochs", "1", "--max-length", "16", "--runs", "2"]
     assert "out of luck" in error_line(toxicity, [*argv, "--output-dir", tmp_path])
     seeds.append(43)
+    write_csv(path, texts, 1 - labels)
+    assert "the run began with other data" in error_line(toxicity, ["--resume", "--output-dir", tmp_path])
+    write_csv(path, texts, labels)
     notes = toxicity.main(["--resume", "--output-dir", str(tmp_path)])["notes"]
     assert {"something about seed 42", "something about seed 43"} <= set(notes)
 
