@@ -1,7 +1,7 @@
 """Can BERT-Tiny do the work of a fine-tuned BERT-Base on toxic comments, and what do dendrites add?
 
-A dendrite is a second weight vector of a neuron behind a sigmoid, whose output is added to the
-neuron's. At the first switch perforatedai adds one to each neuron of the Linear layers.
+A dendrite is a second weight vector of a neuron; its output goes through a sigmoid and is added to
+the neuron's. At the first switch perforatedai adds one to each neuron of the Linear layers.
 
 Measured with 5 seeds on one H100, the dendrites carry 0.05 % of the output and add nothing that can
 be measured. Against a mere restart of the learning rate, PR AUC changes by -0.002 ± 0.006 on
@@ -95,18 +95,16 @@ GIANT_EPOCHS = 3  # of fine-tuning
 COPIES = 4  # altered copies of each text for --distill
 TFIDF_TEXTS = 100_000  # a baseline is fitted on so many texts at most
 NO_LABEL = ["", "nan", "null", "na", "n/a", "-1"]
-MAX_CLASSES = 20  # a column with more label values holds a scale
+MAX_CLASSES = 20  # more label values are a scale, or sets of labels, and no classes
 DIALECTS = [{}, {"escapechar": "\\"}, {"quoting": csv.QUOTE_NONE}]  # of CSV files, the usual first
 COMPARED = ["PR AUC", "F1", "ROC AUC"]  # what the table of several seeds or arms shows
 LEGEND = """\
 PR AUC, F1, precision and recall are those of the toxic class. Thresholds are chosen on the
-validation texts of the training. For one seed, F1 low and F1 high are the 95 % interval of F1 on
-these test texts, speed is measured on the CPU, and MB is the size of the file. For several, ± is
+validation texts of the training. With one seed, F1 low and F1 high are the 95 % interval of F1 on
+these test texts, speed is measured on the CPU, and MB is the size of the file. With several, ± is
 the 95 % interval of the mean (Student's t); differences are paired by seed, and significant
-(uncorrected) where their interval excludes 0. The int8 model has its matrices in int8 and computes
-in float32."""
-# The arguments that decide which texts there are and how they are read. Jobs on a checkpoint take
-# those of its training.
+(uncorrected) where their interval excludes 0."""
+# The arguments that say which texts are read, and how; jobs on a checkpoint take its own.
 DATA_ARGUMENTS = ["dataset", "data", "text_column", "label_column", "positive_label",
                   "label_threshold", "sample_size", "data_dir", "seed", "max_length"]
 
@@ -124,46 +122,42 @@ def parse_args(argv):
         "weights, no network: a minute")
     add_source("--dataset", choices=["civil_comments", "embedded"], help="data set; if unset, "
                "civil_comments, or embedded (synthetic) comments where the hub is out of reach")
-    add_source("--data", type=os.path.abspath, help="CSV, TSV, JSON, JSON lines or "
-               "Parquet file of your own")
+    add_source("--data", type=os.path.abspath, help="CSV, TSV, JSON, JSON lines or Parquet file")
     add("--text-column", default="text", help="column of --data with the texts")
     add("--label-column", default="toxicity", help="column of --data with labels")
     add("--positive-label", help="label value that means toxic, also in a list of labels; if "
         "unset, labels are numbers, and --label-threshold counts")
-    add("--label-threshold", type=float, default=0.5, help="number from which on a "
-        "label means toxic; labels go from 0 to 1, unless it is 1 or more")
+    add("--label-threshold", type=float, default=0.5, help="smallest number that "
+        "means toxic; labels are from 0 to 1, or from 0 on if this is 1 or more")
     add("--sample-size", type=int, default=5000, help="training texts; validation and "
         "test have a fifth of it each; 0 takes all, split 80/10/10")
     add("--data-dir", default="data", help="folder of downloads")
-    add("--max-length", type=int, default=128, help="tokens of a text that are read")
+    add("--max-length", type=int, default=128, help="tokens read of each text")
     add_weights("--model", help="hub id or folder of a pretrained BERT to train; if unset, "
                 "prajjwal1/bert-tiny, or random weights where the hub is out of reach")
     add_weights("--from-scratch", action="store_true", help="start from random weights")
     add("--arm", choices=list(ARMS), default="library", help="what happens to the model every "
         "--switch-every epochs: library adds dendrites by perforatedai (once), wider adds hidden "
-        "units, restart only begins the learning rate again, plain does nothing")
+        "units, restart only restarts the learning rate, plain does nothing")
     add("--epochs", type=int, default=20, help="epochs of training")
     add("--switch-every", type=int, help="epochs from one switch to the next; the "
         "learning rate falls to 0 in between; if unset, half of --epochs")
     add("--batch-size", type=int, default=32, help="texts in a batch")
-    add("--learning-rate", type=float, help="largest learning rate; if unset, 5e-5, or "
-        "3e-4 from scratch")
-    add("--distill", choices=["tfidf", "giant"], help="teacher on whose answers the model is "
-        "trained: TF-IDF, or the mean of it and of the fine-tuned --giant")
+    add("--learning-rate", type=float, help="peak learning rate; if unset, 5e-5, from scratch 3e-4")
+    add("--distill", choices=["tfidf", "giant"], help="teacher whose answers the model "
+        "learns: TF-IDF, or the mean of it and of the fine-tuned --giant")
     add("--giant", default="bert-base-uncased", help="hub id or folder of a large pretrained BERT "
         "for --distill and --compare-base")
     add("--compare-dendrites", action="store_true", help="train all arms")
-    add("--runs", type=int, default=1, help="number of seeds to repeat with")
+    add("--runs", type=int, default=1, help="number of seeds")
     add("--seed", type=int, default=42, help="random seed of data, split and model")
     add("--device", type=detect_device, default="auto", help="auto, cuda, mps or cpu")
     add("--output-dir", default="outputs", help="folder of all results")
     add("--resume", nargs="?", const="newest", help="folder of an unfinished run to go on "
         "with; without a value, the newest")
-    add("--checkpoint", help="file of the model for the jobs below; if unset, the newest "
-        "best_model.pt")
+    add("--checkpoint", help="model file for the jobs below; if unset, the newest best_model.pt")
     add("--format", choices=["table", "json"], default="table", help="format of --predict")
-    add_job("--evaluate", action="store_true", help="score --checkpoint on its own test part, or "
-            "on all texts of --data")
+    add_job("--evaluate", action="store_true", help="score --checkpoint on its test part or --data")
     add_job("--compare-base", action="store_true", help="fine-tune --giant on the same texts")
     add_job("--quantize", action="store_true", help="write model_int8.pt, whose matrices are in "
             "int8, and compare it; it computes in float32")
@@ -179,8 +173,6 @@ def parse_args(argv):
     for name, value in vars(args).items():
         if type(value) in (int, float) and value <= too_small.get(name, 0):
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
-    if args.max_length > 512:
-        parser.error("--max-length must be at most 512, which is what BERT reads")
     return args
 
 
@@ -325,7 +317,8 @@ KINDS = [
     (0.624, False, NEUTRAL, HOSTILE),
 ]
 SLOTS = [OPENERS, CLOSERS, SUBJECTS, INSULTS, GROUPS]
-MISSED, ALARMED = 0.05, 0.003  # annotators miss a toxic comment, or take a harmless one for toxic
+MISSED = 0.05  # share of toxic comments that annotators miss
+ALARMED = 0.003  # share of harmless comments that they take for toxic
 
 
 def pick(options, draw):
@@ -339,7 +332,8 @@ def generate_comments(count, seed):
     rng = np.random.default_rng(seed)
     kinds = rng.choice(len(KINDS), count, p=[kind[0] for kind in KINDS])
     errors = rng.random(count)
-    texts, labels = [], []
+    texts = []
+    labels = []
     for kind, error, draws in zip(kinds, errors, rng.random((count, 7)).tolist()):
         _, toxic, bodies, quotes = KINDS[kind]
         body = pick(bodies, draws[0]).replace("{q}", pick(quotes, draws[6]))
@@ -373,14 +367,14 @@ def clean_text(text):
     return html.unescape(text).encode("utf-8", "replace").decode()
 
 
-def same_text(text):
-    """What texts have in common that count as the same: letter case and spaces do not matter."""
+def text_key(text):
+    """The key of a text: texts that differ only in letter case and spaces have the same one."""
     return " ".join(text.lower().split())
 
 
 def hash_texts(texts):
-    """Hashes [texts] int64, equal for texts that count as the same."""
-    keys = pd.Series(list(texts)).map(same_text)
+    """Hashes [texts] int64 of the texts' keys."""
+    keys = pd.Series(texts).map(text_key)
     return torch.tensor(pd.util.hash_pandas_object(keys, index=False).to_numpy().view(np.int64))
 
 
@@ -394,9 +388,10 @@ def read_table(path):
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     text = content.decode("utf-16" if wide else "utf-8-sig")
     if re.search(r"\.(nd)?jsonl?(\.gz)?$", name):
-        return pd.read_json(io.StringIO(text), lines=text.lstrip()[:1] != "[", dtype=False)
+        lines = re.search(r"}\s*\n\s*{", text) is not None
+        return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
     header = re.match(r"\s*([^\r\n]*)", text)[1]
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = max("\t,;|", key=header.count)
     dialect = find_dialect(text, delimiter)
     table = pd.read_csv(io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False,
                         **dialect)
@@ -427,7 +422,7 @@ def read_texts(path, args):
         if name not in table:
             raise UserError(f"no column {name!r} among {list(table)}")
     texts = table[args.text_column]
-    cells = table[args.label_column].map(str)
+    cells = table[args.label_column].astype(object).map(str)
     values = cells.str.strip().str.lower().str.removesuffix(".0")  # 1.0 is 1
     if args.positive_label is None:
         values = pd.to_numeric(values.replace({"true": "1", "false": "0"}), errors="coerce")
@@ -435,22 +430,23 @@ def read_texts(path, args):
         toxic = values.astype("float32") >= args.label_threshold  # float32 has 0.69999999 for 0.7
     else:
         known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
+        if set(values) == {"-1", "1"}:  # two classes
+            known[:] = True
         positive = args.positive_label.strip().lower().removesuffix(".0")
-        toxic = values.map(lambda value: positive in [value, *re.split(r"\s*[][,;|'\"]+\s*", value)])
+        toxic = values.map(lambda cell: positive in [cell, *re.split(r"\s*[][,;|'\"]+\s*", cell)])
     labels = toxic.astype(int)
     placed = np.where(known, np.take(CLASSES, labels), "no label")
-    counts, classes = cells.groupby(placed).value_counts(), pd.factorize(values)[0]
-    if len(counts) > MAX_CLASSES:
-        counts, classes = values.groupby(placed).agg(["size", "min", "max"]), labels
-    note(f"labels with their numbers of texts: {counts.to_dict()}")
+    counts = cells.groupby(placed).value_counts().nlargest(MAX_CLASSES)
+    note(f"most frequent labels with their numbers of texts: {counts.to_dict()}")
     filled = [isinstance(text, str) and text.strip() != "" for text in texts]
     good = known & np.array(filled, dtype=bool)
     if not good.all():
         row = good.argmin()
         raise UserError(
-            f"row {row + 1} has no text or no valid label: {texts[row]!r:.80}, {cells[row]!r}; "
+            f"row {row + 1} has no text or no valid label: {texts[row]!r:.80}, {cells[row]!r:.80}; "
             "without --positive-label, labels are numbers from 0 to 1, or from 0 on if "
             "--label-threshold is 1 or more")
+    classes = labels if values.nunique() > MAX_CLASSES else pd.factorize(values)[0]
     return pd.DataFrame({"text": texts.map(clean_text), "label": labels, "class": classes})
 
 
@@ -460,7 +456,7 @@ def hub_in_reach():
     try:
         address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         urllib.request.urlopen(address, timeout=3).close()
-    except (OSError, ValueError):  # the latter of an HF_ENDPOINT that is no address
+    except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
         return False
     return True
@@ -503,14 +499,12 @@ def read_source(args):
 
 
 def split_texts(table, sample_size, seed):
-    """{split: table} stratified by label, the same text never on two sides.
-
-    With `sample_size`, so many different texts for training and a fifth of it for each other
-    split; if there are not as many, or with 0, all rows, 80/10/10 % of the different texts.
-    """
+    """{split: table} stratified by label, the same text never on two sides: `sample_size` different
+    texts for training and a fifth of it for each other split; if there are not as many, or with 0,
+    all rows, 80/10/10 % of the different texts."""
     from sklearn.model_selection import train_test_split
 
-    keys = table["text"].map(same_text)
+    keys = table["text"].map(text_key)
     rest = table.loc[keys.drop_duplicates().sort_values().index]
     both = (table.groupby(keys)["label"].nunique() == 2).sum()
     if both:
@@ -541,8 +535,7 @@ def load_data(args, only_test=False, seen=()):
     known = np.isin(hash_texts(splits["test"]["text"]), seen)
     splits["test"] = splits["test"][~known]
     if known.any():
-        note(f"{known.sum():,} of {len(known):,} texts were used to train the model and are left "
-             "out")
+        note(f"{known.sum():,} of {len(known):,} texts were used to train the model: left out")
     digest = hashlib.sha256(pd.util.hash_pandas_object(table).to_numpy()).hexdigest()
     info = {"source": source, "sha256": digest, "seed": args.seed}
     for split, part in splits.items():
@@ -558,7 +551,7 @@ def load_data(args, only_test=False, seen=()):
 
 
 def text_lengths(tokens):
-    """Tokens of each text."""
+    """Number of tokens of each text."""
     return (tokens > 0).sum(1).cpu()  # 0 is [PAD]
 
 
@@ -600,8 +593,8 @@ def tokenize(tokenizer, texts, max_length):
 
 
 def bucket_batches(tokens, batch_size, count):
-    """Rows of each batch of an epoch of `count` texts drawn at random, shuffled; texts of like
-    lengths are together, since the texts are sorted within runs of 50 batches."""
+    """Rows of each batch of an epoch of `count` texts drawn at random, shuffled; texts of
+    similar lengths are together, since the texts are sorted within runs of 50 batches."""
     lengths = text_lengths(tokens)
     batches = []
     for run in torch.randperm(len(lengths))[:count].split(50 * batch_size):
@@ -611,8 +604,8 @@ def bucket_batches(tokens, batch_size, count):
 
 @torch.inference_mode()
 def run_in_buckets(function, tokens, device):
-    """What a function of the arguments of a BERT says about each text [texts, …], in their order,
-    computed in batches of texts of like lengths."""
+    """Outputs [texts, …] of a function of a BERT's arguments, in the order of the texts, computed
+    in batches of texts of similar lengths."""
     tokens = tokens.to(device)
     batches = text_lengths(tokens).argsort().split(INFERENCE_BATCH)
     outputs = [function(**make_batch(tokens, rows)).float() for rows in batches]
@@ -636,7 +629,7 @@ def build_bert(config):
 
 def load_pretrained(name, num_labels):
     """(BertForSequenceClassification, its tokenizer, its name, its learning rate) of a folder or a
-    hub id. If it has other classes, the layer that tells them apart begins with random weights."""
+    hub id. A classifier for another number of classes is replaced by one with random weights."""
     offline = Path(name).is_dir() or not hub_in_reach()
     import transformers
 
@@ -700,7 +693,7 @@ def live_weights(model):
 
 
 def replace_layers(model, kind, make):
-    """Replace the layers of a class by what `make` makes of them, in place."""
+    """Replace each layer of the class `kind` by make(layer), in place; returns the model."""
     for name, layer in list(model.named_modules()):
         if type(layer) is kind:
             model.set_submodule(name, make(layer))
@@ -740,8 +733,8 @@ def has_dendrites(model):
 
 @torch.inference_mode()
 def dendrite_share(model, tokens):
-    """Share [%] of the output of the dendritic layers that the dendrites carry: their standard
-    deviation over texts and tokens over the sum of theirs and the neurons' own, on average; NaN
+    """Share [%] of the dendritic layers' output that the dendrites carry, on average: their
+    standard deviation (over texts and tokens) divided by the sum of theirs and the neurons'; NaN
     without dendrites."""
     if not has_dendrites(model):
         return float("nan")
@@ -757,7 +750,7 @@ def dendrite_share(model, tokens):
 
     with nn.modules.module.register_module_forward_hook(measure):
         model(**batch)
-    return 100 * pd.Series(shares, dtype=float).mean()
+    return 100 * pd.Series(shares).mean()
 
 
 # --- Dendrites: what an arm does at a switch ----------------------------------------------------
@@ -788,7 +781,7 @@ def sandbox_perforatedai():
 
 
 def add_by_library(model, device):
-    """`model`, a BERT without dendrites, as one of perforatedai's, to which the library has added
+    """Make `model`, a BERT without dendrites, one of perforatedai's, and let the library add the
     dendrites. The neurons are the last axis of every layer's output."""
     from perforatedai import globals_perforatedai as GPA
     from perforatedai import utils_perforatedai as UPA
@@ -811,8 +804,8 @@ def add_by_library(model, device):
 
 
 def library(model, train, args):
-    """perforatedai adds one dendrite to each neuron, with an output weight of 0. Weights that the
-    model has stay, so that dendrites that it has already are passed to the library."""
+    """perforatedai adds one dendrite to each neuron, with an output weight of 0. It keeps the
+    weights of the model, those of dendrites from an earlier switch included."""
     with sandbox_perforatedai():
         grown = add_by_library(build_bert(model.config.to_dict()), args.device)
     weights = {name.replace(".neuron.", "."): weight.data
@@ -823,7 +816,7 @@ def library(model, train, args):
 
 
 def restart(model, train, args):
-    """Nothing but the return to the best weights and to the highest learning rate."""
+    """Change nothing: training returns to the best weights and restarts the learning rate."""
     return model
 
 
@@ -852,7 +845,7 @@ ARMS = {"library": library, "plain": None, "restart": restart, "wider": wider}
 
 @dataclass
 class Examples:
-    """Tokenized texts and the answers to them."""
+    """Tokenized texts with their targets."""
 
     tokens: torch.Tensor  # ids [texts, longest] int32
     targets: torch.Tensor  # classes [texts] int64, or a teacher's probabilities [texts, classes]
@@ -865,17 +858,17 @@ class Examples:
 
 
 def make_examples(tokenizer, data, args, lesson=None):
-    """{split: Examples} for training and validation. Targets are the labels, with weights that
-    balance them; with a teacher's `lesson` (texts, probabilities [texts, classes]), which takes the
-    place of the training texts, all classes of the data count as they are."""
+    """{split: Examples} for training and validation. Targets are the labels, balanced by weights in
+    the loss. A teacher's `lesson` (texts, probabilities [texts, classes]) takes the place of the
+    training texts; then targets are all classes of the data, without weights."""
+    train = lesson or data.split("train")
+    validation = data.split("validation", "class" if lesson else "label")
     weights = None
-    parts = {"train": lesson, "validation": data.split("validation", "class")}
     if not lesson:
-        parts = {split: data.split(split) for split in parts}
-        counts = np.bincount(parts["train"][1])
+        counts = np.bincount(train[1])
         weights = torch.tensor(counts.sum() / (2 * counts)).float().to(args.device)
     examples = {}
-    for split, (texts, targets) in parts.items():
+    for split, (texts, targets) in {"train": train, "validation": validation}.items():
         tokens = tokenize(tokenizer, texts, args.max_length).to(args.device)
         targets = torch.as_tensor(targets, device=args.device)
         examples[split] = Examples(tokens, targets, weights, len(data.splits["train"]))
@@ -893,8 +886,7 @@ def make_optimizer(model, rate):
 
 
 def new_state(model, source):
-    """What training keeps up to date and a checkpoint holds; "optimizer" comes with the first
-    epoch."""
+    """The state of a training, as a checkpoint holds it; the first epoch adds "optimizer"."""
     packed = pack_model(model)
     return {
         "source": source,  # what the data and the first weights were
@@ -906,14 +898,14 @@ def new_state(model, source):
 
 
 def train_model(state, examples, toxic, args, rate, path):
-    """Train the model of `state`, which is kept up to date, for what remains of --epochs. `toxic`
-    [classes] says which of its classes are.
+    """Train the model of `state` for the rest of --epochs and keep `state` up to date, also at
+    `path`. `toxic` [classes] says which classes are toxic.
 
-    All that is random in an epoch follows from --seed and the epoch's number. At a switch the best
-    model so far goes through the function of the arm and begins a new cycle of the learning rate,
-    which rises in a tenth of its steps and falls to 0 in the others.
+    An epoch's randomness follows from --seed and its number. At a switch the arm's function changes
+    the best model so far, and the learning rate rises and falls again.
     """
-    train, switch = examples["train"], ARMS[args.arm]
+    train = examples["train"]
+    switch = ARMS[args.arm]
     cycle = args.epochs
     if switch:
         cycle = args.switch_every or max(1, args.epochs // 2)
@@ -1000,7 +992,7 @@ def fit_classifier(loaded, data, args, path, lesson=None):
 
 
 def fit_giant(loaded, data, args, path):
-    """The Classifier that fine-tuning on all classes of the data makes of a giant."""
+    """The Classifier made from a giant by fine-tuning on all classes of the data."""
     args = change(args, arm="plain", epochs=GIANT_EPOCHS, batch_size=32, learning_rate=None)
     texts, classes = data.split("train", "class")
     lesson = texts, np.eye(len(data.toxic), dtype=np.float32)[classes]
@@ -1140,11 +1132,12 @@ def evaluate_classifier(classifier, data):
     """The record of a Classifier on the test part, with its size, what its dendrites carry, and its
     speed on the CPU, from text to score."""
     record = evaluate(classifier.name, classifier.scores, data, classifier.threshold)
-    model, texts = classifier.model.cpu(), data.split("test")[0][:1000]
+    model = classifier.model.cpu()
+    texts = data.split("test")[0][:1000]
     tokens = classifier.tokens(texts)
     full = (text_lengths(tokens) == classifier.arguments["max_length"]).float().mean()
     if full:
-        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; the rest is not read")
+        note(f"{full:.2%} of {len(texts):,} test texts fill --max-length; what follows is not read")
 
     def seconds(batch):
         start_time = time.perf_counter()
@@ -1162,8 +1155,8 @@ def evaluate_classifier(classifier, data):
 
 
 def evaluate_versions(versions, data):
-    """The records of versions of a classifier, and of the first one, which is the classifier as it
-    was trained, with its dendrites switched off."""
+    """The records of versions of a classifier, the first of which is the classifier as trained, and
+    of that one with its dendrites switched off."""
     classifier = versions[0]
     if has_dendrites(classifier.model):
         threshold = None if "validation" in data.splits else classifier.threshold
@@ -1214,20 +1207,19 @@ def fit_by_class(model, data):
     probabilities [texts, classes]."""
     train = data.splits["train"][:TFIDF_TEXTS]
     model.fit(train["text"].tolist(), train["class"])
-    counts = np.bincount(train["class"], minlength=len(data.toxic))
-    to_classes = np.diag(counts)[model.classes_]  # undoes the balance; a class may be missing
+    counts = np.bincount(train["class"])[model.classes_]
 
     def predict_classes(texts):
-        probabilities = model.predict_proba(texts) @ to_classes
+        probabilities = np.zeros((len(texts), len(data.toxic)))  # a class may be missing
+        probabilities[:, model.classes_] = model.predict_proba(texts) * counts  # unbalanced
         return probabilities / probabilities.sum(axis=1, keepdims=True)
 
     return predict_classes
 
 
 def evaluate_others(data, args, run_dir, giant=None):
-    """The records of what a model is compared with: the baselines and `giant`, which
-    load_pretrained returned, as a frozen encoder and fine-tuned. A baseline that fails is left
-    out."""
+    """The records of what a model is compared with: the baselines, and `giant`, if given, as a
+    frozen encoder and fine-tuned. A baseline that fails is left out."""
     majority = evaluate("majority class", lambda texts: np.zeros(len(texts)), data, 0.5)
     records = [majority | {"scores": None}]  # it has no curve
     models = {"TF-IDF": make_tfidf()} if "train" in data.splits else {}
@@ -1262,7 +1254,7 @@ def plot_learning(state, name, path):
     for epoch in state["switches"]:
         ax.axvline(epoch, linestyle=":", color="0.4")
     epoch_axis(ax, "epoch (dotted: a switch, after which the learning rate starts again)")
-    ax.set_ylabel("cross-entropy, or PR AUC")
+    ax.set_ylabel("loss, or PR AUC")
     legend_below(ax)
     save_figure(fig, path)
 
@@ -1271,7 +1263,7 @@ def plot_curves(table, labels, source, path):
     """Precision over recall, and the ROC curve, of the scores of each model in the records."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    title = f"{source}: toxic texts among {len(labels):,} test texts"
+    title = f"{source}: {labels.sum():,} toxic among {len(labels):,} test texts"
     fig, (left, right) = new_figure(title, columns=2, size=(11, 5))
     for index, (name, scores) in enumerate(zip(table["model"], table["scores"])):
         precision, recall, _ = precision_recall_curve(labels, scores)
@@ -1294,7 +1286,7 @@ def change(args, **changes):
 
 
 def run(args):
-    """What the arguments ask for; returns the results."""
+    """Do what the arguments ask for; returns the results."""
     if args.predict is not None:
         return predict(args)
     if args.export_hf:
@@ -1309,13 +1301,16 @@ def run_experiment(args):
     if args.compare_dendrites or args.arm == "library":
         with sandbox_perforatedai():
             import perforatedai  # noqa: F401  if it is missing, that is known before any work
-    run_dir, records = None, []
+    run_dir = None
+    records = []
     for seed in range(args.seed, args.seed + args.runs):
         seed_args = change(args, seed=seed)
         seed_everything(seed)
         data = load_data(seed_args)
         num_labels = len(data.toxic) if args.distill else 2
         loaded = make_model(args, data.split("train")[0], num_labels)
+        if args.max_length > loaded[0].config.max_position_embeddings:
+            raise UserError("--max-length is more than the model can read")
         giant = load_pretrained(args.giant, len(data.toxic)) if args.distill == "giant" else None
         run_dir = run_dir or next_run_dir(args)  # now arguments and data are known to be good
         path = run_dir / f"checkpoint_{seed}.json"
@@ -1351,7 +1346,8 @@ def run_seed(loaded, giant, data, args, run_dir):
         plot_learning(state, f"{classifier.name} ({arm})", arm_dir / "learning_curves.png")
         if args.compare_dendrites:
             classifier.name = arm
-        best_epoch, switches = state["best"]["epoch"], state["switches"]
+        best_epoch = state["best"]["epoch"]
+        switches = state["switches"]
         if ARMS[arm] and best_epoch <= min(switches, default=best_epoch):
             note(f"{arm}, seed {args.seed}: the best epoch was before any switch, so the model has "
                  "been through none")
@@ -1378,23 +1374,24 @@ def report(records, data, args, run_dir):
     table = pd.DataFrame([*records, ORIGINAL])
     scored = table.dropna(subset="scores")
     _, labels = data.split("test")
-    source, seed = data.info["source"], data.info["seed"]
+    source = data.info["source"]
+    seed = data.info["seed"]
     last = scored[scored["seed"] == seed]
     plot_curves(last, labels, f"{source}, seed {seed}", run_dir / "pr_roc.png")
     by_model = table.groupby("model", sort=False)
     seeds = by_model["seed"].count()
-    columns = table.select_dtypes("number").columns[1:]  # all but the seed
-    differences = []
+    means = by_model.mean(numeric_only=True).drop(columns="seed")
+    columns = means.columns
     if seeds.max() > 1:
         columns = [*COMPARED, "dendrites carry %"]
+    rows = by_model[columns].agg(format_mean).assign(seeds=seeds).reset_index()
+    parts = [f"{source}, {len(labels):,} test texts:", markdown_table(rows), LEGEND]
+    if seeds.max() > 1:
         first = scored.groupby("seed")[COMPARED].transform("first")  # the row of the same seed
         rows = (first - scored[COMPARED]).groupby(scored["model"], sort=False)
         rows = rows.agg(format_mean, sign="+").iloc[1:]
         rows = rows.rename_axis(f"{records[0]['model']} minus").reset_index()
-        differences = [markdown_table(rows)]
-    rows = by_model[columns].agg(format_mean).assign(seeds=seeds).reset_index()
-    parts = [f"{source}, {len(labels):,} test texts:", markdown_table(rows), LEGEND, *differences]
-    means = by_model.mean(numeric_only=True)
+        parts.append(markdown_table(rows))
     ours = means.iloc[0]
     giant = means.filter(regex="^giant ", axis=0)
     if len(giant):
@@ -1424,7 +1421,8 @@ def altered_copies(texts, rng):
     copies = []
     for number in range(COPIES):
         for text, other in zip(texts, rng.permutation(len(texts))):
-            words, others = text.split(), texts[other].split()
+            words = text.split()
+            others = texts[other].split()
             if number % 2:
                 head, tail = rng.uniform(0.3, 0.8, 2)
                 words = words[: 1 + int(head * len(words))] + others[int(tail * len(others)) :]
@@ -1437,14 +1435,15 @@ def altered_copies(texts, rng):
 def teach(giant, data, args, run_dir):
     """The lesson (texts, probabilities [texts, classes]) of a teacher: the geometric mean of what
     TF-IDF and the giant, if any, say about the training texts and altered copies of them. Each is
-    answered by teachers that were trained without its fold; the same text is in one fold."""
+    answered by teachers that were trained without its fold; equal texts are in the same fold."""
     from sklearn.model_selection import GroupKFold
 
     train = data.splits["train"]
-    groups = train["text"].map(same_text)
+    groups = train["text"].map(text_key)
     rng = np.random.default_rng(args.seed)
     folds = GroupKFold(FOLDS, shuffle=True, random_state=args.seed)
-    texts, answers = [], []
+    texts = []
+    answers = []
     for fold, (rest, inside) in enumerate(folds.split(train, groups=groups)):
         others = replace(data, splits=data.splits | {"train": train.iloc[rest]})
         asked = train["text"].iloc[inside].tolist()
@@ -1473,9 +1472,8 @@ def find_classifier(args):
 
 
 def evaluate_checkpoint(args):
-    """A checkpoint on its own test part, or on all texts of --data or --dataset that it was not
-    trained with, beside the baselines and what the arguments ask for: other versions of it, a
-    BERT-Base, the fine-tuned --giant."""
+    """Evaluate a checkpoint on its own test part, or on --data or --dataset without its training
+    texts, beside baselines, other versions of it or the fine-tuned --giant."""
     classifier = find_classifier(args)
     args = change(args, checkpoint=classifier.path)  # --resume must not take a newer one
     foreign = args.data or args.dataset
@@ -1539,7 +1537,10 @@ def export_hf(args):
     if largest > 0.01:
         raise UserError("--export-hf: no BERT of transformers has dendrites, and without them a "
                         f"score changes by {largest:.3f}; take --export-onnx or --arm plain")
-    model.config.id2label = {i: CLASSES[toxic] for i, toxic in enumerate(classifier.toxic)}
+    names = [CLASSES[toxic] for toxic in classifier.toxic]
+    if len(names) > 2:  # without numbers, several classes of a student would have one name
+        names = [f"{name} {i}" for i, name in enumerate(names)]
+    model.config.id2label = dict(enumerate(names))
     model.config.problem_type = "single_label_classification"  # of --model it may be another
     Path(args.export_hf).mkdir(parents=True, exist_ok=True)  # transformers ignores a file there
     model.save_pretrained(args.export_hf)
@@ -1555,12 +1556,11 @@ def predict(args):
     classifier = find_classifier(args)
     threshold = classifier.threshold
     cuts = [threshold / 2, threshold, (1 + threshold) / 2]
-    lines = args.predict or sys.stdin or []  # no stdin if it is closed
+    lines = args.predict or sys.stdin
     texts = (line.rstrip("\r\n") for line in lines if line.strip())
     try:
         while batch := list(itertools.islice(texts, INFERENCE_BATCH)):
             scores = classifier.scores([clean_text(text) for text in batch])
-            "".join(batch).encode()  # an error where bytes were not UTF-8
             for score, cut, text in zip(scores.tolist(), np.digitize(scores, cuts), batch):
                 row = {"score": round(score, 4), "toxic": score >= threshold,
                        "tier": TIERS[cut], "text": text}

@@ -139,7 +139,7 @@ def test_no_text_is_on_two_sides_and_the_splits_are_stratified():
     labels = np.repeat(np.arange(1000) % 10 == 0, 3).astype(np.int64)
     for size in (0, 400, 5000):
         splits = toxicity.split_texts(pd.DataFrame({"text": texts, "label": labels}), size, seed=1)
-        keys = [set(splits[split]["text"].map(toxicity.same_text)) for split in toxicity.SPLITS]
+        keys = [set(splits[split]["text"].map(toxicity.text_key)) for split in toxicity.SPLITS]
         assert not keys[0] & keys[1]
         assert not (keys[0] | keys[1]) & keys[2]
         assert all(abs(part["label"].mean() - 0.1) < 0.01 for part in splits.values())
@@ -147,7 +147,8 @@ def test_no_text_is_on_two_sides_and_the_splits_are_stratified():
         assert len(splits["train"]) == (400 if size == 400 else 2400)
 
 
-KINDS = ["csv", "csv.gz", "tsv", "semicolon.csv", "escaped.csv", "utf16.csv", "jsonl", "json", "of.json.csv", "parquet"]
+KINDS = ["csv", "csv.gz", "tsv", "semicolon.csv", "escaped.csv", "utf16.csv", "jsonl", "json", "of.json.csv",
+         "columns.json", "parquet"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,6 +159,8 @@ def test_files_of_each_kind_give_the_same_data(kind, tmp_path):
     path = tmp_path / f"comments.{kind}"
     if kind == "parquet":
         frame.to_parquet(path)
+    elif kind == "columns.json":
+        frame.to_json(path)
     elif kind.startswith("json"):
         frame.to_json(path, orient="records", lines=kind == "jsonl")
     elif kind == "escaped.csv":
@@ -192,6 +195,7 @@ LABELS = [  # labels of a file that begins with them, further flags, what the la
     ([0, 2, 1], ["--positive-label", "0"], [1, 0, 0]),
     (["1.0", "1", "0"], ["--positive-label", "1"], [1, 1, 0]),
     (["0.699999988079071", "0.6"], ["--label-threshold", "0.7"], [1, 0]),  # 0.7 in float32
+    (["-1", "1"], ["--positive-label", "-1"], [1, 0]),
     (["toxic,insult", "['insult', 'toxic']", "not toxic", "[]"], ["--positive-label", "toxic"], [1, 1, 0, 0]),
 ]
 
@@ -236,12 +240,17 @@ def test_each_label_value_is_named_with_its_count(tmp_path, capsys):
     assert line in capsys.readouterr().err
 
 
-def test_a_scale_is_named_by_its_range(tmp_path, capsys):
-    path = write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(120)], range(120))
-    read(path, "--label-threshold", "40")
-    line = capsys.readouterr().err
-    assert "'size': {'not toxic': 40, 'toxic': 80}" in line
-    assert "'min': {'not toxic': 0, 'toxic': 40}, 'max': {'not toxic': 39, 'toxic': 119}" in line
+def test_of_many_label_values_the_most_frequent_are_named(tmp_path, capsys):
+    labels = ["hate"] * 4 + ["hate_normal"] * 6 + [f"other {i}" for i in range(50)]
+    read(write_csv(tmp_path / "a.csv", [f"text {i}" for i in range(60)], labels), "--positive-label", "hate")
+    assert "{('not toxic', 'hate_normal'): 6, ('toxic', 'hate'): 4, " in capsys.readouterr().err
+
+
+def test_label_values_of_categories_are_named_once(tmp_path, capsys):
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(60)], "toxicity": pd.Categorical(["bad", "ok"] * 30)})
+    frame.to_parquet(tmp_path / "a.parquet")
+    read(tmp_path / "a.parquet", "--positive-label", "bad")
+    assert "{('not toxic', 'ok'): 30, ('toxic', 'bad'): 30}" in capsys.readouterr().err
 
 
 def test_texts_with_both_labels_are_noted(tmp_path, capsys):
@@ -618,6 +627,9 @@ def test_a_student_learns_all_classes_from_tfidf(fast, tmp_path):
         lesson[0], examples.targets[:, toxic].sum(1).tolist()) if text in label_of]).T
     assert scores[labels == 1].mean() > 1.5 * scores[labels == 0].mean()
     np.testing.assert_allclose(student.scores(texts[:9]), student.logits(texts[:9]).softmax(1)[:, toxic].sum(1))
+    toxicity.main(["--export-hf", str(tmp_path / "hf"), "--output-dir", str(tmp_path)])
+    names = json.loads((tmp_path / "hf/config.json").read_text())["id2label"]
+    assert len(set(names.values())) == 3
 
 
 def test_a_student_learns_from_a_giant_that_was_trained(fast, giant, tmp_path, monkeypatch):
@@ -870,6 +882,14 @@ def test_a_plain_model_is_exported_for_transformers_and_trained_on(fast, plain, 
     assert "no BERT" in error_line(toxicity, argv)
 
 
+def test_a_model_that_reads_fewer_tokens_is_refused(giant, tmp_path, error_line):
+    folder = shutil.copytree(giant, tmp_path / "hf")
+    toxicity.build_bert(toxicity.TINY | {"max_position_embeddings": 16}).save_pretrained(folder)
+    argv = ["--dataset", "embedded", "--arm", "plain", "--model", folder, "--output-dir", tmp_path / "out"]
+    assert "--max-length is more than the model can read" in error_line(toxicity, argv)
+    assert not (tmp_path / "out").exists()
+
+
 def test_dendrites_are_folded_where_they_do_nothing_and_refused_where_they_matter(dendritic, tmp_path, error_line):
     idle = load_model(dendritic)
     idle.save(tmp_path / "idle.pt")
@@ -957,7 +977,8 @@ def test_predictions_need_texts_in_utf_8(dendritic, monkeypatch, error_line):
     argv = ["--predict", "--output-dir", dendritic[0]]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("schön".encode("latin-1")), encoding="utf-8"))
     assert "not UTF-8" in error_line(toxicity, argv)
-    assert "not UTF-8" in error_line(toxicity, ["--predict", "sch\udcf6n", *argv[1:]])  # a byte of the shell
+    byte = "sch\udcf6n"  # as Python reads it from a shell
+    assert "not UTF-8" in error_line(toxicity, ["--predict", byte, "--format", "json", *argv[1:]])
 
 
 def test_lines_stream_and_a_reader_may_leave(dendritic, tmp_path):
@@ -999,6 +1020,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         "comma.csv": b"text,toxicity\ngood,0\nwell, well,1\n", "broken.json": b'[{"text": "a"',
         "nested.json": b'[{"text": ["a"], "toxicity": 1}]',
         "shifted.csv": b"text,toxicity\nwell, good,0\nwell, bad,1\n",
+        "headless.tsv": b"ham\twell, good\nspam\tbuy, buy, buy\n",
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -1015,6 +1037,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         ([tmp_path], str(tmp_path)), ([tmp_path / "comma.csv"], "Expected 2 fields in line 3, saw 3"),
         ([tmp_path / "broken.json"], "broken.json"), ([tmp_path / "nested.json"], "row 1 has no text"),
         ([tmp_path / "cut.csv.gz"], "cut.csv.gz"), ([tmp_path / "shifted.csv"], "more cells than"),
+        ([tmp_path / "headless.tsv"], "among ['ham', 'well, good']"),
     ]
     for argv, expected in cases:
         assert expected in error_line(toxicity, ["--data", *argv, "--output-dir", tmp_path / "out"])
