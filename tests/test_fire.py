@@ -593,6 +593,22 @@ def test_a_wrong_argument_is_one_line(argv, words, error_line):
     assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize(("words", "noise"), [
+    ([], 0.2), (["--baseline-seconds", "0"], 0), (["--baseline-seconds", "0", "--gain-noise", "0.3"], 0.3)])
+def test_gains_vary_by_default_only_where_readings_are_relative_to_a_baseline(
+        folder, tmp_path, monkeypatch, words, noise):
+    noises = []
+
+    def stop(readings, noise):
+        noises.append(noise)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fire, "vary_gains", stop)
+    with pytest.raises(SystemExit):
+        fire.main(["--data", str(folder), "--output-dir", str(tmp_path), *SMALL, *words])
+    assert noises == [noise]
+
+
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path, error_line):
     assert "--learning-rate" in error_line(fire, [*SMALL, "--learning-rate", "1e30", "--output-dir", tmp_path])
 
