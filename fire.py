@@ -1241,7 +1241,7 @@ def evaluate(model, baselines, data, train, info, args):
 
 
 def plot_dashboard(state, args, path):
-    """Loss, accuracy, rate and memory, redrawn after each epoch and in place in a notebook."""
+    """Loss, accuracy, learning rate and memory, drawn every epoch; in place in a notebook."""
     history = state["history"]
     epochs = len(history)
     fig, axes = new_figure(f"Training, epoch {epochs} of at most {args.epochs}", 2, 2, (10, 6.5))
