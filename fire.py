@@ -1,32 +1,29 @@
 """Can a small transformer tell fire from harmless look-alikes, and does it beat trees?
 
 Windows of 60 s from five areas of a building (4 to 6 sensors each, 1 Hz) are classified as normal,
-warning or fire; the label of a window is that of its last second. A transformer reads the rows of a
-window and its summary statistics; logistic regression, two forests and gradient boosting use the
-same statistics and the area as features. For all of them a trailing baseline is subtracted from
-each sensor first (drift compensation). They are scored on the same later part of every area.
-Without --data the sensors are synthetic: labels follow the hidden intensity of an incident, with
-limits that vary from incident to incident as annotators do, so that even an oracle that knows the
-intensity is right only 98 % of the time.
+warning or fire, the label of their last second. A transformer reads the rows of a window and its
+summary statistics; logistic regression, two forests and gradient boosting use the same statistics
+and the area. A trailing baseline is first subtracted from each sensor (drift compensation), and all
+models are scored on the same later part of every area. Without --data the sensors are synthetic:
+labels follow the hidden intensity of an incident, with limits that vary as annotators' judgements
+do, so that even an oracle that knows the intensity is right only 98 % of the time.
 
-Measured, five seeds: the transformer 95.80 ± 0.33 %, gradient boosting 95.80 ± 0.38, extra trees
-95.62 ± 0.18, logistic regression 94.48 ± 0.45, the oracle 98.17 ± 0.33, always "normal"
-72.50 ± 1.85: the transformer is level with the best trees, not above them
-(`python fire.py --runs 5`).
+Measured by `python fire.py --runs 5`: the transformer 95.80 ± 0.33 %, gradient boosting 95.80 ±
+0.38, extra trees 95.62 ± 0.18, logistic regression 94.48 ± 0.45, the oracle 98.17 ± 0.33, always
+"normal" 72.50 ± 1.85. The transformer is level with the best trees, not above them.
 
     python fire.py                                        # 1.5 M rows, about 5 minutes on 2 cores
     python fire.py --quick                                # small data, all outputs: under a minute
     python fire.py --sample-per-area 1000000              # the original's 5 M rows
-    python fire.py --data FOLDER --label-column alarm     # your CSV or Parquet files, one an area
+    python fire.py --data FOLDER --label-column alarm     # your CSV or Parquet files, one per area
     python fire.py --data s3://bucket/prefix --save-to s3://bucket/models
     python fire.py --resume                               # go on with the newest unfinished run
     python fire.py --predict NEW.csv --area voc --checkpoint outputs/fire/run-001/transformer.pt
     python fire.py --compare outputs/fire/*/results.json  # accuracy, hours and cost
     torchrun --nproc-per-node 2 fire.py                   # two processes
 
-Results are in outputs/fire/run-001/, with the next free number: results.json, summary.md,
-transformer.pt, trees.joblib, checkpoint.pt (for --resume), eight pictures, an animation and an HTML
-table.
+Results are in outputs/fire/run-001/ (the next free number): results.json, summary.md,
+transformer.pt, trees.joblib, checkpoint.pt (for --resume), eight pictures, a GIF and an HTML table.
 
 Sources: a plan to train a "Fire Detection AI" on 5 M of 50 M rows (its data are not public), here
 "the original"; Vaswani et al. 2017 (transformer), Xiong et al. 2020 (pre-norm), Breiman 2001,
@@ -83,21 +80,21 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 CLASSES = ["normal", "warning", "fire"]
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
 CUTS = (0.70, 0.85)  # where val and test begin
-DEAL = ["train", "val", "test", "train", "train", "train", "train"]  # of recordings, in turn
-INCIDENT_SHARE = 0.3  # share of warning and fire at which sampling of the training part aims
+DEAL = ["train", "val", "test", "train", "train", "train", "train"]  # where recordings go, in turn
+INCIDENT_SHARE = 0.3  # of warning and fire, at which the sampling of the training part aims
 MIN_WINDOWS = 5  # fewer windows of a class in a split are too few to score it
 RISK_WEIGHT = 0.5  # of the risk head's squared error in the loss
 WEIGHT_DECAY = 0.05
-EMA_DECAY = 0.99  # of the average of the weights that is validated and kept
+EMA_DECAY = 0.99  # of the moving average of the weights, which is validated and kept
 # The keys of make_baselines; a new baseline belongs here, too.
 BASELINES = ["logistic regression", "random forest", "extra trees", "gradient boosting"]
 VOTERS = ["transformer", *BASELINES[1:]]
 ORIGINAL_ROW = {"model": "the original's expectation", "accuracy %": "94 to 96"}
 ORIGINAL_RUN = {"run": "the original's 50M model, as claimed", "rows": "50,000,000",
                 "training h": 43.0, "$ per h": 3.825}
-BASELINE_SECONDS = 3600
-BASELINE_QUANTILE = 0.3  # below the median, so that a half-hour incident barely shifts it
-BASELINE_BLOCKS = 60  # the baseline is a quantile of so many block means
+DRIFT_SECONDS = 3600  # over which a sensor's baseline is taken
+DRIFT_QUANTILE = 0.3  # below the median, so that a half-hour incident barely shifts the baseline
+DRIFT_BLOCKS = 60  # the baseline is a quantile of so many block means
 
 # The embedded generator. `rise` is that of a sensor at the outbreak of fire, which it follows with
 # a `lag` [s]; `false_rise` is that in the area's harmless look-alike.
@@ -158,8 +155,8 @@ def parse_args(argv):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="small data, a short training: under a minute")
-    add("--data", nargs="+", help="CSV or Parquet files, or folders of them, "
-        "here or at s3://bucket/prefix; without it the embedded generator is used")
+    add("--data", nargs="+", help="CSV or Parquet files, or folders of them, on "
+        "this machine or at s3://bucket/prefix; if unset, the embedded generator is used")
     add("--sample-per-area", type=positive, default=300_000, help="rows of each area to use; for "
         "more than 500,000, --epochs is 60 and --batch-size 1024 by default")
     add("--label-column", help="label column; if unset, label or is_anomaly")
@@ -181,8 +178,8 @@ def parse_args(argv):
     add("--d-model", type=positive, default=128, help="width of the transformer")
     add("--num-layers", type=positive, default=3, help="transformer layers")
     add("--dropout", type=float, default=0.1, help="dropout rate of the transformer")
-    add("--gain-noise", type=float, default=0.2, help="standard deviation of the logarithm of the "
-        "random gain of each sensor in training")
+    add("--gain-noise", type=float, help="standard deviation of the logarithm of the random gain "
+        "of each sensor in training; if unset, 0.2, or 0 without a drift baseline")
     add("--epochs", type=positive, default=20, help="epochs over which the learning rate decays; "
         "at least half of them are trained")
     add("--steps-per-epoch", type=positive, default=100,
@@ -244,7 +241,7 @@ class Area:
 
     sensors: list  # names
     readings: np.ndarray  # [rows, sensors] float32, NaN where missing
-    labels: np.ndarray  # [rows] int8
+    labels: np.ndarray  # [rows] int8; a column as in the files until read_labels
     oracle: np.ndarray  # [rows] int8: the best possible answers, or -1 where they are unknown
     step: float = 1.0  # usual seconds from one row to the next
     recordings: tuple = (0,)  # first row of each file
@@ -336,8 +333,7 @@ def generate_areas(args):
     note("no --data: the sensors are synthetic, from the embedded generator")
     areas = {}
     for name, sensors in SENSORS.items():
-        arrays = generate_area(name, args.sample_per_area, args.seed)
-        areas[name] = Area(list(sensors), *arrays)
+        areas[name] = Area(list(sensors), *generate_area(name, args.sample_per_area, args.seed))
     return areas, []
 
 
@@ -389,17 +385,17 @@ def name_areas(files, split):
     return stems if stems.is_unique else files
 
 
-def read_csv(content, na_values):
+def read_csv(content):
     """DataFrame of a CSV file with any usual delimiter and decimal point, in UTF-8 or Latin-1."""
     head = bytes(content[:65536]).decode(errors="replace")
     encoding = "latin-1" if "\ufffd" in head[:-1] else "utf-8"  # the end may be cut in two
     delimiter = max(",;\t|", key=head.partition("\n")[0].count)
     decimal = "," if delimiter != "," and re.search(r"\d,\d", head) else "."
     return pd.read_csv(pa.BufferReader(content), engine="pyarrow", sep=delimiter, decimal=decimal,
-                       encoding=encoding, na_values=na_values)
+                       encoding=encoding)
 
 
-def read_frame(address, na_values):
+def read_frame(address):
     """(DataFrame, sha256) of a CSV or Parquet file."""
     content = read_bytes(address)
     digest = hashlib.sha256(content).hexdigest()
@@ -411,7 +407,7 @@ def read_frame(address, na_values):
             table = pa.parquet.read_table(pa.BufferReader(content))
             frame = table.to_pandas(ignore_metadata=True)
         else:
-            frame = read_csv(content, na_values)
+            frame = read_csv(content)
     except (ValueError, OSError) as error:  # of pandas and pyarrow
         raise UserError(f"{address}: {error}") from None
     if frame.empty:
@@ -442,16 +438,16 @@ def find_column(frame, chosen, usual_names):
 
 
 def find_sensors(recordings, others):
-    """The columns of recordings without `others` and without those that give the answer away:
-    times, labels, and what only rises in all recordings, through more than two values."""
+    """The sensor columns of recordings: all but `others` and those that give the answer away, which
+    are times, labels and numbers that only rise in all recordings, through more than two values."""
     columns = recordings[0].columns.difference(others, sort=False)
     left_out = []
     for name in columns:
         known = [frame[name].dropna() for frame in recordings if name in frame]
-        is_time = known[0].dtype.kind == "M"
+        kind = known[0].dtype.kind  # M for times, O for text
         is_label = name.lower().startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
-        rises = all(column.is_monotonic_increasing for column in known)
-        if is_time or is_label or (rises and known[0].nunique() > 2):
+        rises = kind != "O" and all(column.is_monotonic_increasing for column in known)
+        if kind == "M" or is_label or (rises and known[0].nunique() > 2):
             left_out.append(name)
     if left_out:
         note(f"left out {left_out}, since a row index, a clock, a counter or a second label gives "
@@ -476,8 +472,8 @@ def read_times(column):
         seconds = (times - times.min()).dt.total_seconds()
     refuse(seconds.isna(), column, "is not a date and time")
     steps = seconds.groupby(level=0).diff().fillna(np.inf)
-    refuse(steps <= 0, column, "is not later than the row above. Sort the file; after a clock "
-           "change, use times in UTC; for several devices in one file see --area-column")
+    refuse(steps <= 0, column, "is not later than the row above. Sort the file; use UTC after a "
+           "clock change, --area-column for several devices, or another --time-column")
     order = seconds.groupby(level=0).transform("first").argsort(kind="stable")
     step = float(steps.median())
     return order, step, np.flatnonzero(steps.iloc[order] > 1.5 * step)
@@ -495,24 +491,24 @@ def read_numbers(column, na_values):
     for extreme in (numbers.min(), numbers.max()):
         repeats = numbers == extreme
         distances = (numbers[~repeats] - extreme).abs()
+        # All others lie closer to each other than to the extreme.
         is_far = 2 * distances.min() > distances.max() > distances.min()
         if is_far and repeats.sum() >= MIN_WINDOWS:
-            note(f"column {column.name!r}: {extreme:g} in {repeats.sum()} rows is far from all other "
-                 f"readings; if it means missing, add --na-values {extreme:g}")
+            note(f"column {column.name!r}: {extreme:g} in {repeats.sum()} rows is far from all "
+                 f"other readings; if it means missing, add --na-values {extreme:g}")
     return numbers
 
 
 def read_area(frames, args):
     """Area of its recordings {address: DataFrame}. Its sensors are --columns, or all columns that
-    remain; its labels are a column as it is. New readings for --predict need no labels."""
+    remain; its labels are still to be read by read_labels. New readings for --predict need none."""
     recordings = list(frames.values())
     columns = args.columns
     label = None
     if not args.predict:
         label = find_column(recordings[0], args.label_column, LABEL_COLUMNS) or "label"
-    clocks = [name for name, column in recordings[0].items() if column.dtype.kind == "M"
-              and column.is_monotonic_increasing and column.is_unique]
-    times = find_column(recordings[0], args.time_column, TIME_COLUMNS) or next(iter(clocks), None)
+    clocks = (name for name, column in recordings[0].items() if column.dtype.kind == "M")
+    times = find_column(recordings[0], args.time_column, TIME_COLUMNS) or next(clocks, None)
     sensors = columns or find_sensors(recordings, [label, times, args.area_column])
     sensors = [name for name in sensors if name != label]
     for address, frame in frames.items():
@@ -532,9 +528,9 @@ def read_area(frames, args):
     if times:
         order, step, breaks = read_times(frame[times])
         frame = frame.iloc[order]
-        note(f"column {times!r}: rows {step:.3g} s apart; stretches without a gap: {len(breaks)}")
+        note(f"column {times!r}: rows {step:g} s apart; stretches without a gap: {len(breaks)}")
     else:
-        note("no time column: rows count as 1 s apart, in new readings as far as in training")
+        note("no time column: rows are taken to be 1 s apart, with --predict as far as in training")
     readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
         readings[:, i] = read_numbers(frame[name], args.na_values)
@@ -555,12 +551,11 @@ def label_text(label):
 def read_labels(areas):
     """Turn the labels of the areas into classes. A 1 is fire, unless a label of any area is a 2, a
     warning or a fire."""
-    label_texts = [{label: label_text(label) for label in area.labels.unique()} for area in areas]
-    texts = [text for by_label in label_texts for text in by_label.values()]
+    texts = sorted({label_text(label) for area in areas for label in area.labels.unique()})
     three_classes = not {"2", "warning", "fire"}.isdisjoint(texts)
     numbers = LABELS if three_classes else LABELS | {"1": 2}
-    for area, by_label in zip(areas, label_texts):
-        meanings = {label: numbers.get(text) for label, text in by_label.items()}
+    for area in areas:
+        meanings = {label: numbers.get(label_text(label)) for label in area.labels.unique()}
         classes = area.labels.map(meanings)
         refuse(classes.isna(), area.labels, f"is no label; labels are {', '.join(LABELS)}")
         area.labels = classes.to_numpy(np.int8)
@@ -570,13 +565,12 @@ def read_labels(areas):
 
 def file_areas(args):
     """({area: Area}, [{path, rows, sha256}, …]) of the files in args.data."""
-    pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps what is freed
     addresses = [file for address in args.data for file in list_files(address)]
     recordings = {}
     areas = {}
     files = []
     for address, area in zip(addresses, name_areas(addresses, args.split)):
-        frame, digest = read_frame(address, args.na_values)
+        frame, digest = read_frame(address)
         files.append({"path": address, "rows": len(frame), "sha256": digest})
         groups = [(area, frame)]
         if args.area_column:
@@ -588,6 +582,9 @@ def file_areas(args):
         areas[name] = read_area(frames, args)
         frames.clear()  # to free memory
     read_labels(areas.values())
+    if len(areas) > 1 and any(area.labels.min() > 0 for area in areas.values()):
+        note("an area without a normal row: its name gives the answer away; if the files are "
+             "recordings of one kind, use --split files")
     return areas, files
 
 
@@ -598,18 +595,18 @@ def remove_drift(readings, rows):
     """Subtract a baseline of about `rows` rows (0: none) from each sensor of the `readings`
     [rows, sensors] of one recording, in place.
 
-    It is a low quantile of the means of the BASELINE_BLOCKS blocks before the present one, so it
+    It is a low quantile of the means of the DRIFT_BLOCKS blocks before the present one, so it
     knows nothing of what comes later; only the first block of a sensor is its own baseline. Fire
     standards call this drift compensation (EN 54, UL 268).
     """
     if rows <= 0:
         return
-    block = max(1, int(rows) // BASELINE_BLOCKS)
+    block = max(1, int(rows) // DRIFT_BLOCKS)
     starts = np.arange(0, len(readings), block)
     known = np.isfinite(readings)
     sums = np.add.reduceat(np.where(known, readings, 0), starts)
     means = pd.DataFrame(sums) / np.add.reduceat(known, starts, dtype=np.int32)
-    trailing = means.rolling(BASELINE_BLOCKS, min_periods=1).quantile(BASELINE_QUANTILE)
+    trailing = means.rolling(DRIFT_BLOCKS, min_periods=1).quantile(DRIFT_QUANTILE)
     trailing = trailing.ffill().bfill()
     baseline = trailing.shift(1).fillna(trailing.iloc[0])
     readings -= baseline.to_numpy(np.float32).repeat(block, axis=0)[: len(readings)]
@@ -712,7 +709,7 @@ def choose_split(areas, args):
     how = min(splits, key=lacking.get)
     segments, counts = candidates[how]
     if how == "runs":
-        note("each run of one label is split, so parts of one incident are on both sides: all "
+        note("each run of one label is split, so that parts of one incident are on both sides: all "
              "scores are optimistic")
     windows = counts[counts.any(axis=1)].stack()
     few = windows[windows < MIN_WINDOWS].to_dict()
@@ -720,12 +717,12 @@ def choose_split(areas, args):
         note(f"fewer than {MIN_WINDOWS} windows are too few to score: {few}")
     trained = counts[counts["train"] > 0]
     if len(trained) < 2 or not trained.any().all():
-        raise UserError(f"too few windows: {counts.to_dict()}; take more rows, a smaller --seq-len "
-                        "or --stride, or another --split")
+        raise UserError(f"too few windows of two classes: {counts.to_dict()}; take more rows, rows "
+                        "without gaps, a smaller --seq-len or --stride, or another --split")
     return how, segments, counts
 
 
-def choose_baseline(areas, how, args):
+def choose_drift_seconds(areas, how, args):
     """Seconds of the drift baseline: --baseline-seconds, or an hour, or 0 where an incident of the
     training part lasts longer, since the baseline would adapt to it."""
     if args.baseline_seconds is not None:
@@ -736,8 +733,8 @@ def choose_baseline(areas, how, args):
             normal = area.labels[start:stop] == 0
             rows = np.bincount(normal.cumsum()).max() - 1  # from one normal row to the next
             longest = max(longest, rows * area.step)
-    if longest <= BASELINE_SECONDS:
-        return BASELINE_SECONDS
+    if longest <= DRIFT_SECONDS:
+        return DRIFT_SECONDS
     note(f"no drift compensation, since an incident lasts {longest:,.0f} s")
     return 0
 
@@ -790,7 +787,7 @@ def load_data(args):
     by_name, files = load(args)
     areas = list(by_name.values())
     how, segments, counts = choose_split(areas, args)
-    seconds = choose_baseline(areas, how, args)
+    seconds = choose_drift_seconds(areas, how, args)
     columns = pd.Series(assign_columns(areas))
     names = columns.index.to_series().groupby(columns).agg(" or ".join)
     rows = int(sum(stop - start for bounds in segments.values() for start, stop in bounds))
@@ -835,7 +832,7 @@ def make_data(areas, info, segments, args):
 
 # --- Models -------------------------------------------------------------------------------------
 
-STATISTICS = ["mean", "std", "min", "max", "last", "slope", "mean step", "missing"]
+STATISTICS = ["mean", "std", "min", "max", "last value", "slope", "mean step", "missing share"]
 
 
 def window_statistics(x):
@@ -982,11 +979,11 @@ def smoke_times_co(train, features, areas):
         known = train_features[:, number] == 1
         new = features[:, number] == 1
         if len(both) == 2 and known.any() and new.any():
-            train_product = train_features[known][:, both].clip(0).prod(axis=1, keepdims=True)
-            product = features[new][:, both].clip(0).prod(axis=1, keepdims=True)
+            train_product, product = [table[:, both].clip(0).prod(axis=1, keepdims=True)
+                                      for table in (train_features, features)]
             rule = DecisionTreeClassifier(max_leaf_nodes=3)
-            rule.fit(train_product, train_labels[known])
-            answers[new] = rule.predict(product)
+            rule.fit(train_product[known], train_labels[known])
+            answers[new] = rule.predict(product[new])
     return answers
 
 
@@ -1082,6 +1079,9 @@ def train_transformer(model, data, args, state, run_dir):
     val_labels = data.window_labels(val_starts)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=WEIGHT_DECAY,
                                   fused=True)
+    gain_noise = args.gain_noise
+    if gain_noise is None:  # a gain suits what rises above a baseline, but blurs a level
+        gain_noise = 0.2 if state["data"]["baseline_seconds"] else 0
     steps = args.epochs * args.steps_per_epoch
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warm_up_then_cosine(step, steps))
@@ -1106,7 +1106,7 @@ def train_transformer(model, data, args, state, run_dir):
         for batch in progress(starts, f"epoch {epoch} of {args.epochs}"):
             readings, area, labels = data.windows(batch[RANK::WORLD_SIZE])
             with autocast(args.device):
-                logits, risk = network(vary_gains(readings, args.gain_noise), area)
+                logits, risk = network(vary_gains(readings, gain_noise), area)
             loss = fire_loss(logits.float(), risk.float(), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -1241,8 +1241,7 @@ def evaluate(model, baselines, data, train, info, args):
 
 
 def plot_dashboard(state, args, path):
-    """Loss, accuracy, learning rate and memory, drawn again after every epoch; in place in a
-    notebook."""
+    """Loss, accuracy, learning rate and memory, drawn every epoch; in place in a notebook."""
     history = state["history"]
     epochs = len(history)
     fig, axes = new_figure(f"Training, epoch {epochs} of at most {args.epochs}", 2, 2, (10, 6.5))
@@ -1283,8 +1282,7 @@ def plot_training(state, seconds, run_dir):
 
 
 def plot_data(counts, importance, run_dir):
-    """How many windows of each class each split has, and the most important window features of each
-    tree model."""
+    """Windows of each class in each split, and the most important features of each tree model."""
     fig, axes = new_figure("Windows of each class in each split", 1, 2)
     shares = 100 * counts / counts.sum()
     plot_bars(axes[0], CLASSES, counts.to_dict("list"), "{:,.0f}")
@@ -1312,7 +1310,7 @@ def plot_models(table, by_area, scores, run_dir):
     legend_below(ax)
     save_figure(fig, run_dir / "model_comparison.png")
 
-    fig, (ax,) = new_figure("Test accuracy by area", size=(9, 2 + 0.8 * len(by_area)))
+    fig, (ax,) = new_figure("Test accuracy by area", size=(9, min(2 + 0.8 * len(by_area), 300)))
     plot_dots(ax, by_area.index, by_area.to_dict("list"), highlight="transformer")
     ax.set_xlabel("accuracy [%]")
     legend_below(ax, 4)
@@ -1370,7 +1368,7 @@ def format_summary(results, table, by_area):
     data = results["data"]
     accuracy = table["accuracy %"]
     baseline = accuracy[BASELINES].idxmax()
-    area_rows = by_area.T.reset_index(names="model")
+    area_rows = by_area.reset_index(names="area")
     model_rows = [*results["table"], ORIGINAL_ROW]
     return f"""Test accuracy by area [%]:
 
@@ -1380,9 +1378,9 @@ Scores on the test part ({data["rows"]:,} rows in all parts, split by {data["spl
 
 {markdown_table(model_rows)}
 
-False alarms: share of the other windows that are called fire. Missed fire: share of the windows of
-fire that are not. Delay: median seconds from the onset of the fires that are found. Ensemble: the
-majority of transformer and trees. The rule counts only in areas with both sensors.
+False alarms: share of the windows without fire that are called fire. Missed fire: share of the
+windows of fire that are not. Delay: median seconds from onset to first alarm, for the fires found.
+Ensemble: the majority of transformer and trees. The smoke × CO rule needs both of these sensors.
 
 The transformer classifies {accuracy["transformer"]} % of the test windows correctly; the best
 baseline, {baseline}, {accuracy[baseline]} %; always naming the most frequent class,
@@ -1456,7 +1454,7 @@ def join_processes(args):
     if WORLD_SIZE == 1:
         return args
     if args.batch_size % WORLD_SIZE:
-        raise UserError("the processes must be able to share --batch-size evenly")
+        raise UserError("--batch-size must be a multiple of the number of processes")
     device = args.device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1580,7 +1578,7 @@ def predict_file(args):
     fixed = {"device": args.device, "stride": args.stride or trained["stride"], "seq_len": seq_len,
              "columns": described["sensors"]}
     options = argparse.Namespace(**trained | changed_arguments(args) | fixed)
-    frame, _ = read_frame(args.predict, options.na_values)
+    frame, _ = read_frame(args.predict)
     area = read_area({args.predict: frame}, options)
     if area.times is None:
         area.step = described["step"]
@@ -1651,7 +1649,7 @@ def compare_runs(args):
     table = table.round(4)
 
     fig, axes = new_figure("Runs side by side", 2, 1, (12, 4 + 1.4 * len(table)))
-    differences = table["differs in"].fillna("").str.wrap(50)
+    differences = table["differs in"].fillna("").str.wrap(50, break_on_hyphens=False)
     labels = table["run"] + "\n" + differences
     accuracies = table[models][:-1].to_dict("list")
     plot_dots(axes[0], labels[:-1], accuracies, highlight="transformer")

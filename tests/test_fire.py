@@ -468,6 +468,20 @@ def test_timestamps_need_no_usual_name(tmp_path, kind):
     assert "rows 10 s apart; stretches without a gap: 2" in fire.NOTES[0]
 
 
+def test_steps_of_an_hour_are_said_in_plain_seconds(tmp_path, capsys):
+    sensors_of(stamped(pd.date_range("2024-03-01", periods=3000, freq="h")), tmp_path / "a.csv")
+    assert "rows 3600 s apart" in capsys.readouterr().err
+
+
+def test_files_without_a_normal_row_are_noted_as_recordings_that_their_area_gives_away(tmp_path, capsys):
+    for number in range(3):
+        CLEAN.assign(label=number).to_csv(tmp_path / f"r{number}.csv", index=False)
+    fire.file_areas(fire.parse_args(["--data", str(tmp_path)]))
+    assert "an area without a normal row" in capsys.readouterr().err
+    fire.file_areas(fire.parse_args(["--data", str(tmp_path), "--split", "files"]))
+    assert "an area without a normal row" not in capsys.readouterr().err
+
+
 def test_recordings_are_in_order_of_time(tmp_path):
     (tmp_path / "area=hall").mkdir()
     times = pd.date_range("2024-03-01", periods=3000, freq="s")
@@ -488,8 +502,11 @@ def test_missing_values(tmp_path, capsys):
     areas = sensors_of(frame, tmp_path / "a.csv", "--na-values", "-999")
     assert np.isnan(areas["a"].readings[::50, 0]).all()
     assert "far from" not in capsys.readouterr().err
-    frame.astype({"a": str}).replace("-999.0", "broken").to_parquet(tmp_path / "a.parquet")
+    broken = frame.astype({"a": str}).replace("-999.0", "broken")
+    broken.to_parquet(tmp_path / "a.parquet")
     areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path / "a.parquet"), "--na-values", "broken"]))
+    assert np.isnan(areas["a"].readings[::50, 0]).all()
+    areas = sensors_of(broken, tmp_path / "a.csv", "--na-values", "broken")
     assert np.isnan(areas["a"].readings[::50, 0]).all()
 
 
@@ -535,6 +552,11 @@ def bad_inputs(tmp_path):
         "duplicate": (file("same.csv", stamped(times.to_numpy().repeat(2)[:3000]).to_csv(index=False)),
                       ["not later", "--area-column"]),
         "clock change": (file("clock.csv", stamped(back).to_csv(index=False)), ["clock change", "row 1001"]),
+        "stations below each other": (
+            file("stations.csv", pd.concat([CLEAN.assign(station=name, measured=times.to_numpy()) for name in "ab"])
+                 .to_csv(index=False)), ["'measured'", "row 3001", "--area-column"]),
+        "names in order": (file("names.csv", CLEAN.assign(station=np.repeat(list("abc"), 1000)).to_csv(index=False)),
+                           ["'station'", "'a'", "--area-column"]),
         "no time": (file("when.csv", stamped("soon").to_csv(index=False)), ["when.csv", "'date'"]),
         "devices": (file("mixed.csv", CLEAN.assign(device_id=CLEAN["label"]).to_csv(index=False)),
                     ["'device_id'", "--area-column"]),
@@ -569,6 +591,22 @@ def test_every_error_is_one_line_with_exit_code_2(tmp_path, error_line):
 def test_a_wrong_argument_is_one_line(argv, words, error_line):
     line = error_line(fire, argv)
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(("words", "noise"), [
+    ([], 0.2), (["--baseline-seconds", "0"], 0), (["--baseline-seconds", "0", "--gain-noise", "0.3"], 0.3)])
+def test_gains_vary_by_default_only_where_readings_are_relative_to_a_baseline(
+        folder, tmp_path, monkeypatch, words, noise):
+    noises = []
+
+    def stop(readings, noise):
+        noises.append(noise)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fire, "vary_gains", stop)
+    with pytest.raises(SystemExit):
+        fire.main(["--data", str(folder), "--output-dir", str(tmp_path), *SMALL, *words])
+    assert noises == [noise]
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path, error_line):
@@ -724,6 +762,16 @@ def test_the_summary_has_arguments_notes_tables_and_the_answer(finished):
     assert all(f"Note: {note}" in summary for note in results["notes"])
     assert all(name in summary for name in results["models"])
     assert "The transformer classifies" in summary
+    assert "\n| area | " in summary  # a row for each area: hundreds of them are no wider than two
+
+
+def test_a_thousand_areas_fit_on_a_picture(monkeypatch, tmp_path):
+    sizes = []
+    monkeypatch.setattr(fire, "save_figure", lambda fig, path: sizes.append(max(fig.get_size_inches() * fig.dpi)))
+    by_area = pd.DataFrame({"transformer": 90.0}, range(1000))
+    scores = {name: {"confusion_matrix": np.eye(3)} for name in ("transformer", "ensemble")}
+    fire.plot_models(pd.DataFrame({"accuracy %": [90.0]}, ["transformer"]), by_area, scores, tmp_path)
+    assert max(sizes) < 2**16  # pixels, matplotlib's limit
 
 
 def weights_of(run_dir):
