@@ -134,14 +134,14 @@ KINDS = {"free run": 8, "one step": 1}  # with the number of ranges of horizons 
 SETTINGS = ["name", "dataset", "time_steps", "learning_rate"]  # of a row of a table
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
-# A number in place of the name of a column.
+# A number where the name of a column should be.
 NUMBER = r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*"
-# Names of columns of times, and of those that tell series apart.
+# Names of columns that hold times, and of columns that tell several series apart.
 TIME_COLUMN = r"(?i)\b(date|time|datetime|timestamp|ds|year)\b"
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
     r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
-# What a number with the mark M between its thousands does not have.
+# What cannot stand in numbers whose thousands are separated by the mark M.
 NO_THOUSANDS = r"[M](?!\d{3}\D)|(?<!\d)0?[M]|\d{4}[M]|[^-+.,\d ]"
 # Dates that look like numbers, in the order in which they are preferred.
 NUMERIC_DATES = ["%Y%m%d", "%Y%m", "%Y.%m", "%m.%Y", "%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S"]
@@ -157,7 +157,7 @@ def parse_args(argv):
     source = parser.add_mutually_exclusive_group().add_argument
     source("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded "
            "to --data-dir, or the embedded one; if unset, y_w if it can be downloaded")
-    source("--data", type=os.path.abspath, help="CSV file of your own series")
+    source("--data", type=os.path.abspath, help="CSV file with your own series")
     add("--fill", choices=["linear", "forward"], help="how to fill missing values and rows")
     add("--protocol", choices=["original", "holdout", "both"], default="both", help="original: "
         "random windows, scored over the whole series; holdout: tested on the last 20 %%")
@@ -176,16 +176,17 @@ def parse_args(argv):
             help=f"{description}; if unset, the original's choice for each model")
     add("--backend", choices=["loky", "dask"], default="loky", help="joblib's backend: this "
         "machine, or a dask cluster at DASK_SCHEDULER_ADDRESS")
-    add("--resume", nargs="?", const="newest", help="unfinished sweep to go on with; without a "
-        "value, the newest")
+    add("--resume", nargs="?", const="newest", help="unfinished sweep to continue; without a value, "
+        "the newest")
     for flag, default, description in [
         ("--column", "-1", "column of values, or its index; -1 is the last"),
-        ("--time-column", None, "column of times, or its index; if unset, rows are equally spaced"),
+        ("--time-column", None, "column of times, or its index; if unset, the rows are taken as "
+         "equally spaced"),
         ("--series-column", None, "column that names the series of a row, or none"),
-        ("--series", None, "series to take, with --series-column"),
-        ("--data-dir", "data", "folder of downloads"),
+        ("--series", None, "series to forecast, with --series-column"),
+        ("--data-dir", "data", "folder for downloads"),
         ("--checkpoint", None, "file in runs/ of a sweep, for --predict-steps"),
-        ("--output-dir", "outputs", "folder of all results"),
+        ("--output-dir", "outputs", "folder for results"),
     ]:
         add(flag, default=default, help=description)
     for flag, default, description in [
@@ -276,7 +277,8 @@ def select_series(table, args):
     if args.series_column or args.series:
         names = find_column(table, args.series_column)
         if args.series not in set(names):
-            raise UserError(f"no series {args.series!r}, only {', '.join(names.unique()[:10])}")
+            raise UserError(f"--series is {args.series!r}; it must be one of "
+                            f"{', '.join(names.unique()[:10])}")
         return table[names == args.series]
     for name, count in table.filter(regex=SERIES_COLUMN).nunique().items():
         if 2 <= count <= len(table) / 2:
@@ -286,16 +288,16 @@ def select_series(table, args):
 
 
 def plain_numbers(texts):
-    """Texts of numbers with a point as decimal mark and nothing between thousands. Where three
-    digits follow every mark, a comma that some numbers lack is one between thousands."""
+    """Texts of numbers with a point before decimals and no thousands separators. If three digits
+    follow every comma and some numbers have none, it is taken to separate thousands."""
     text = " ".join(texts.dropna()) + " "
     for mark, decimal in [",.", ".,"]:
         if mark in text and not re.search(NO_THOUSANDS.replace("M", mark), text):
             is_certain = decimal in text or re.search(f"[{mark}]...[{mark}]", text)
             is_thousands = is_certain or (mark == "," and text.count(mark) != texts.count())
             if not is_certain:
-                meaning = "between thousands" if is_thousands else "before decimals"
-                note(f"{mark!r} in the numbers of {texts.name!r} is taken for a mark {meaning}")
+                meaning = "thousands separator" if is_thousands else "decimal mark"
+                note(f"{mark!r} in the numbers of {texts.name!r} is read as a {meaning}")
             if is_thousands:
                 return texts.str.replace(mark, "").str.replace(decimal, ".")
     return texts.str.replace(",", ".")
@@ -329,7 +331,7 @@ def read_times(texts):
     best = min(readings, key=missing_times)
     for reading in readings:
         if missing_times(reading) == missing_times(best) and not reading.equals(best):
-            note(f"the first time is taken for {best.iloc[0]}; it may also be {reading.iloc[0]}")
+            note(f"the first time is read as {best.iloc[0]}; it could also be {reading.iloc[0]}")
     is_wrong = best.isna() | best.duplicated()
     if is_wrong.any():
         row = is_wrong.idxmax()
@@ -345,8 +347,8 @@ def missing_times(times):
 
 
 def equally_spaced(values, times):
-    """The values at all times of an even step, NaN where a row is missing. Of the fixed step and
-    those of the calendar, the one that meets all times with the fewest rows is taken."""
+    """The values at evenly spaced times, NaN where a row is missing. The step is fixed or one of the
+    calendar: the one that reaches all times with the fewest rows."""
     values = values.set_axis(pd.Index(times)).sort_index()
     times = values.index
     steps = pd.Series(times).diff()
@@ -369,7 +371,7 @@ def equally_spaced(values, times):
     whole = [candidate for candidate in placed if candidate.count() == values.count()]
     if not whole:
         raise UserError(f"the times are not equally spaced, or most are missing; the usual step "
-                        f"is {step}; without --time-column the rows count as equally spaced")
+                        f"is {step}; without --time-column the rows are taken as equally spaced")
     return min(whole, key=len).rename_axis(times.name)
 
 
@@ -378,9 +380,11 @@ def read_series(args):
     try:
         table = select_series(read_table(args.data), args)
         values = find_column(table, args.column)
+        # A column that was chosen by its name may be called 2024.
         header = "".join(table) if values.name == args.column else values.name
         if re.fullmatch(NUMBER, header):
-            raise UserError(f"the first line names the columns, and {values.name!r} is no name")
+            raise UserError("the first line must hold the names of the columns; in it, "
+                            f"{values.name!r} is a number")
         values = pd.to_numeric(plain_numbers(values)).astype(float).where(np.isfinite)
         if not 1e-100 < values.max() - values.min() < 1e100:
             raise UserError(f"{values.name!r} is empty, constant, or too large or small")
@@ -390,7 +394,8 @@ def read_series(args):
                 raise UserError(f"{times.name!r} is the time column; choose another --column")
             values = equally_spaced(values, read_times(times))
         elif re.search(TIME_COLUMN, " ".join(table)):
-            note("the rows count as equally spaced, the newest one last; --time-column sorts them")
+            note("the rows are taken as equally spaced, the newest one last; --time-column "
+                 "sorts them by time")
         if args.fill:
             note(f"missing values, now filled: {values.isna().sum()}")
             values = values.interpolate() if args.fill == "linear" else values.ffill()
@@ -448,8 +453,8 @@ def digest(values):
 
 
 class Network(nn.Module):
-    """Base of all models. A new one needs __init__(run, args), which takes a Run and the command
-    line, forward, and an entry in MODELS; with a longer horizon, a loss of its own, too.
+    """Base of all models. A new model needs __init__(run, args), with a Run and the command line,
+    forward, and an entry in MODELS; if its horizon is longer than 1, also a loss of its own.
 
     forward(x, last_only=True) takes x [batch, time] to the forecasts [batch, horizon] of the values
     after x; with last_only=False to one-step forecasts [batch, time] from every step. Tables show
@@ -579,8 +584,9 @@ BASELINES = {"mean": fit_mean, "last": fit_last, "seasonal": fit_seasonal, "ridg
 
 
 def initialize(model, joint=()):
-    """The original's Xavier weights and zero biases. Layers named in `joint` share one matrix in
-    the original, which has a smaller bound."""
+    """The original's initialization: zero biases, and Xavier weights in the layers whose names
+    begin with `fc_` or `lstm`. The layers in `joint` share one matrix in the original, which has a
+    smaller bound."""
     for name, parameter in model.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
@@ -907,12 +913,12 @@ def fit(run, args, values, stop, original=False):
 def forecast_errors(fitted, values, start, stop, blocks):
     """Forecasts minus truth of rows start to stop: one step ahead, in about equal blocks, and of
     free runs from the start of each block to `stop`."""
-    firsts = np.linspace(start, stop, blocks, endpoint=False).astype(int)
+    origins = np.linspace(start, stop, blocks, endpoint=False).astype(int)
     one_step = fitted.free_run(values, np.arange(start, stop), 1)[:, 0] - values[start:stop]
-    paths = fitted.free_run(values, firsts, stop - start)
+    paths = fitted.free_run(values, origins, stop - start)
     return {"one step": np.array_split(one_step, blocks),
-            "free run": [path[: stop - first] - values[first:stop]
-                         for path, first in zip(paths, firsts)]}
+            "free run": [path[: stop - origin] - values[origin:stop]
+                         for path, origin in zip(paths, origins)]}
 
 
 def holdout(run, args, values):
@@ -1042,10 +1048,10 @@ def make_runs(args, series):
         longest = min(ORIGINAL_TIME_STEPS, rows // 6, int(FOLDS[0] * rows) - 24)
         for time_steps in args.time_steps or [max(2, longest)]:
             # A window, the horizon of vq_ar and seven windows more.
-            missing = math.ceil((time_steps + 24) / share) - rows
-            if missing > 0:
-                note(f"{dataset} is left out with --time-steps {time_steps}, which needs {missing} "
-                     "values more; take shorter windows")
+            needed = math.ceil((time_steps + 24) / share)
+            if rows < needed:
+                note(f"{dataset} has {rows} values and is left out with --time-steps {time_steps}, "
+                     f"which needs {needed}")
                 continue
             runs += [Run(model, dataset, time_steps) for model in BASELINES]
             for model in args.model:

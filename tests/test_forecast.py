@@ -449,7 +449,7 @@ def test_the_published_figures_are_those_of_models_of_the_original():
 
 def test_windows_that_do_not_fit_are_left_out_with_what_they_need(without_pictures, capsys):
     results = run_small("--model", "vq", "--time-steps", "16", "1024", "--protocol", "original")
-    reason = "synthetic is left out with --time-steps 1024, which needs 328 values more; take shorter windows"
+    reason = "synthetic has 720 values and is left out with --time-steps 1024, which needs 1048"
     assert reason in capsys.readouterr().err
     assert results["notes"] == [reason]
 
@@ -709,9 +709,9 @@ def test_thousands_are_no_decimals(pattern):
 
 
 @pytest.mark.parametrize(("pattern", "divisor", "meaning"), [
-    ("{:,}", 1, "',' in the numbers of 'wert' is taken for a mark between thousands"),
-    ("1{:,}", 1000, "',' in the numbers of 'wert' is taken for a mark before decimals"),
-    ("{:_}", 1000, "'.' in the numbers of 'wert' is taken for a mark before decimals"),
+    ("{:,}", 1, "',' in the numbers of 'wert' is read as a thousands separator"),
+    ("1{:,}", 1000, "',' in the numbers of 'wert' is read as a decimal mark"),
+    ("{:_}", 1000, "'.' in the numbers of 'wert' is read as a decimal mark"),
 ])
 def test_a_mark_that_may_be_one_between_thousands_is_noted(pattern, divisor, meaning):
     values = np.arange(40) * 31 + (1000 if pattern.startswith("1") else 500)
@@ -731,7 +731,8 @@ def test_a_number_may_name_a_column_or_a_series():
 
 def test_times_that_are_not_used_are_noted():
     read("Date,Close\n" + "".join(f"2024-01-{31 - i},{i}\n" for i in range(20)))
-    assert forecast.NOTES == ["the rows count as equally spaced, the newest one last; --time-column sorts them"]
+    assert forecast.NOTES == ["the rows are taken as equally spaced, the newest one last; --time-column sorts them "
+                              "by time"]
 
 
 def test_the_next_whole_number_is_whole():
@@ -817,7 +818,7 @@ def test_dates_are_read_whether_day_month_or_year_comes_first(frequency, pattern
 def test_dates_that_can_be_read_in_two_ways_are_noted():
     write_csv("own.csv", pd.date_range("2020-02-01", periods=60, freq="min").strftime("%m/%d/%Y %H:%M"), WAVE)
     series_of("own.csv", "--time-column", "date")
-    assert forecast.NOTES == ["the first time is taken for 2020-02-01 00:00:00; it may also be 2020-01-02 00:00:00"]
+    assert forecast.NOTES == ["the first time is read as 2020-02-01 00:00:00; it could also be 2020-01-02 00:00:00"]
 
 
 def test_a_column_that_only_looks_like_the_name_of_a_series_is_no_obstacle():
@@ -847,25 +848,25 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("a,a\n0,1\n1,2\n", ["--column", "a"], "two columns are called 'a'; choose one by its index"),
     ("t,a\n0,1\n1,2,3\n", [], "Expected 2 fields in line 3, saw 3"),
     ("t,a\n0,50,13\n1,50,14\n", [], "Length of header or names does not match"),
-    ("50,13\n50,14\n51,13\n", [], "names the columns"),
-    ("1.5E-05\n2.5E-05\n", [], "names the columns"),
-    ("2024-01-01 00:00, 50.13\n2024-01-02 00:00, 51.13\n", [], "names the columns"),
-    (".5\n.7\n.6\n", [], "names the columns"),
+    ("50,13\n50,14\n51,13\n", [], "must hold the names of the columns"),
+    ("1.5E-05\n2.5E-05\n", [], "must hold the names of the columns"),
+    ("2024-01-01 00:00, 50.13\n2024-01-02 00:00, 51.13\n", [], "must hold the names of the columns"),
+    (".5\n.7\n.6\n", [], "must hold the names of the columns"),
     ("sep=;\n" + SEMICOLON, [], "Unable to parse string"),
     ("", [], "No columns to parse"),
     ("t,a\n", ["--time-column", "t"], "is empty"),
     ("PK\x03\x04\x00\x00", [], "not a CSV file"),
-    ("t,a\n" + LONG, ["--time-steps", "16", "--protocol", "original"], "needs 20 values more"),
+    ("t,a\n" + LONG, ["--time-steps", "16", "--protocol", "original"], "own has 20 values and is left out with --time-steps 16, which needs 40"),
     ("t,a\n00:00:00,1\n00:01:00,2\n", ["--time-column", "t"], "times of day such as 00:00:00 need a date"),
     ("t,a\n09:00 AM,1\n09:01 AM,2\n", ["--time-column", "t"], "need a date"),
     ("t,a\n2024-01-01T00:00+02:00,1\n2024-01-01T01:00,2\n", ["--time-column", "t"], "Mixed timezones"),
     ("t,a\n0,1\n1,1\n2,1\n2.05,4\n3,2\n", ["--time-column", "t"], "not equally spaced"),
     ("v,t\n" + LONG, ["--time-column", "t"], "'t' is the time column"),
-    ("t,a\n" + LONG, [], "needs 45 values more"),
+    ("t,a\n" + LONG, [], "has 20 values and is left out with --time-steps 2, which needs 65"),
     ("unique_id,y\nA,1\nB,2\nA,3\nB,4\n", [], "column 'unique_id' seems to name several series"),
     ("region,y\nA,1\nB,2\nA,3\nB,4\n", [], "all rows with --series-column none"),
-    ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "no series 'C', only A, B"),
-    ("u,y\nA,1\nB,2\n", ["--series-column", "u"], "no series None, only A, B"),
+    ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "--series is 'C'; it must be one of A, B"),
+    ("u,y\nA,1\nB,2\n", ["--series-column", "u"], "--series is None; it must be one of A, B"),
     ("u,y\nA,1\nB,2\n", ["--series", "A"], "no column None, only u, y"),
     ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 1: the time never is invalid"),
     ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"],
@@ -873,7 +874,7 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "missing values: 4, the first at t 5"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n11,2\n", ["--time-column", "t", "--fill", "linear"], "most are missing"),
-    ("1,5\n2,6\n3,8\n", ["--column", "1"], "names the columns"),
+    ("1,5\n2,6\n3,8\n", ["--column", "1"], "must hold the names of the columns"),
     ("t,a,\n0,1,\n1,2,\n", [], "'Unnamed: 2' is empty"),
     ("t,a\n0,1\n1700000000,1\n1700000001,4\n1700000002,4\n", ["--time-column", "t"],
      "most are missing"),
