@@ -209,6 +209,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if (args.predict_steps is None) != (args.checkpoint is None):
         parser.error("--predict-steps and --checkpoint go together")
+    if min(args.learning_rate) <= 0:
+        parser.error("--learning-rate must be above 0")
     return args
 
 
@@ -396,7 +398,7 @@ def read_series(args):
                             f"{values.index.name or 'row'} {missing[0]}; --fill linear or --fill "
                             "forward fills them, but not the first value of all")
         if (values.diff()[1:] == 1).all():
-            raise UserError(f"{values.name!r} only numbers the rows; choose another --column")
+            note(f"{values.name!r} seems to number the rows; --column chooses another column")
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, Warning, UserError) as error:
         raise UserError(f"{args.data}: {error}") from None
     return values

@@ -752,6 +752,11 @@ def test_times_that_are_not_used_are_noted():
     assert forecast.NOTES == ["rows are taken as equally spaced, the newest last; --time-column sorts them"]
 
 
+def test_a_column_that_numbers_the_rows_is_noted():
+    read("y,t\n" + "".join(f"{i % 7},{i}\n" for i in range(20)))
+    assert forecast.NOTES == ["'t' seems to number the rows; --column chooses another column"]
+
+
 def test_the_next_whole_number_is_whole():
     write_csv("own.csv", range(1900, 1960), WAVE[:60])
     series = series_of("own.csv", "--time-column", "date")
@@ -893,7 +898,6 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n1,1\n2,1\n3,4\n4,4\n11,2\n", ["--time-column", "t", "--fill", "linear"], "most are missing"),
     ("1,5\n2,6\n3,8\n", ["--column", "1"], "must hold names of columns"),
     ("t,a,\n0,1,\n1,2,\n", [], "'Unnamed: 2' is empty"),
-    ("y,t\n5,1\n7,2\n6,3\n", [], "'t' only numbers the rows; choose another --column"),
     ("t,a\n0,1\n1700000000,1\n1700000001,4\n1700000002,4\n", ["--time-column", "t"],
      "most are missing"),
     ("t,a\n1970-01-01,1\n" + "".join(f"2024-05-01 00:00:0{i},{i}\n" for i in range(9)), ["--time-column", "t"],
@@ -914,6 +918,7 @@ def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, t
     (["--data", "a.csv", "--dataset", "synthetic"], "not allowed with argument"),
     (["--dataset", "synthetic", "--model", "att_mh", "--kv-heads", "3"], "--kv-heads must divide --n-heads"),
     (["--predict-steps", "3"], "go together"),
+    (["--learning-rate", "0"], "--learning-rate must be above 0"),
     (["--predict-steps", "1000000000000", "--checkpoint", "a.pt"], "from 1 to a million"),
     (["--predict-steps", "3", "--checkpoint", "a/b/c.pt"], "a/arguments.json"),
     (["--resume"], "no unfinished run"),
