@@ -3,17 +3,16 @@
 Windows of --time-steps values predict the next one. Five networks of a public project ("the
 original": LSTM, attention, grouped-query attention, attention over a learned codebook with one or
 many heads) and six baselines are scored one step ahead and in a free run, which feeds its own
-forecasts back. So are two of ours: `vq_ar`, and `combined`, the mean of `vq_ar` and the forecaster
+forecasts back. So are two of ours: `vq_ar`, and `combined`, the mean of `vq_ar` and the baseline
 that is best on validation, or that one alone where `vq_ar` is far worse. The original scores random
 windows over the whole series, training part included; the hold-out tests on the last 20 %, on which
 nothing is fitted or chosen.
 
 Measured on y_w, squared error of free run and one step: in the original's protocol ridge 1070 and
 1055, grouped-query attention 1079 and 1080, LSTM 1261 and 1120; on the hold-out ridge 1219 and
-1230, grouped-query attention 1258 and 1234 (one seed), `combined` 1239 ± 5 and 1295 ± 5 (five):
-attention beats the LSTM, and nothing beats ridge (`python forecast.py`). On 18 other series
-`combined` has 1.05 times the error of the best baseline in both; NLinear, which is ridge on
-differences from the last value, has 1.35 times in the free run and 1.02 times one step ahead.
+1230, grouped-query attention 1258 and 1234 (one seed), `combined` 1284 ± 18 and 1275 ± 5 (five):
+attention beats the LSTM, and nothing beats ridge. On 24 other series `combined` has 1.94 and 1.06
+times the error of the best baseline, NLinear (ridge on differences) 1.86 and 1.04 times.
 
     python forecast.py                                        # y_w, all models: about 8 minutes
     python forecast.py --quick                                # embedded series: under a minute
@@ -25,9 +24,6 @@ differences from the last value, has 1.35 times in the free run and 1.02 times o
 
 Results are in outputs/forecast/run-001/, with the next free number: results.json, summary.md,
 runs/*.pt (scores, forecasts and weights of each run) and three pictures of each series.
-
-The original's `vq` and `vq_mh` never mix time steps: their keys and values are rows of the
-codebook, so a forecast depends on the last value and its position only.
 
 Sources: donglinkang2021/simple-sequence-prediction (MIT); Vaswani et al. 2017 (attention), Ainslie
 et al. 2023 (grouped queries), Su et al. 2021 (rotary positions), van den Oord et al. 2017
@@ -81,6 +77,7 @@ FILES = {  # name: (file, sha256)
     "4single": ("4single.csv", "bc405f93002e8c447cf55cd073df7f2375113b7dc58ace4e88895e046deff199"),
 }
 ORIGINAL_TIME_STEPS = 112
+ORIGINAL_BLOCK_SIZE = 512  # positions of the attention models
 ORIGINAL_RATES = [3e-3, 1e-3, 5e-4, 3e-4, 1e-4]
 # The original's published errors.
 ORIGINAL_TABLES = """
@@ -130,18 +127,20 @@ ORIGINS = 5
 COVERAGE = 0.8  # of the intervals
 COMBINED_RATE = 1e-3  # learning rate of vq_ar in `combined`
 VQ_AR_LIMIT = 2  # times the best validation error, above which vq_ar is left out of `combined`
-KINDS = {"free run": 8, "one step": 1}  # with the number of ranges of horizons for intervals
+RANGES = 8  # of the horizon, in each of which the intervals of a free run are equally wide
+RECENT = 50  # errors that set the width of an interval one step ahead
+KINDS = ["free run", "one step"]
 SETTINGS = ["name", "dataset", "time_steps", "learning_rate"]  # of a row of a table
 MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
-# A number in place of the name of a column.
+# A number where the name of a column should be.
 NUMBER = r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*"
-# Names of columns of times, and of those that tell series apart.
+# Names of columns that hold times, and of columns that tell several series apart.
 TIME_COLUMN = r"(?i)\b(date|time|datetime|timestamp|ds|year)\b"
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
     r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
-# What a number with the mark M between its thousands does not have.
+# What cannot stand in numbers whose thousands are separated by the mark M.
 NO_THOUSANDS = r"[M](?!\d{3}\D)|(?<!\d)0?[M]|\d{4}[M]|[^-+.,\d ]"
 # Dates that look like numbers, in the order in which they are preferred.
 NUMERIC_DATES = ["%Y%m%d", "%Y%m", "%Y.%m", "%m.%Y", "%Y%m%d%H", "%Y%m%d%H%M", "%Y%m%d%H%M%S"]
@@ -157,7 +156,7 @@ def parse_args(argv):
     source = parser.add_mutually_exclusive_group().add_argument
     source("--dataset", nargs="+", choices=[*FILES, "synthetic"], help="known series, downloaded "
            "to --data-dir, or the embedded one; if unset, y_w if it can be downloaded")
-    source("--data", type=os.path.abspath, help="CSV file of your own series")
+    source("--data", type=os.path.abspath, help="CSV file with your own series")
     add("--fill", choices=["linear", "forward"], help="how to fill missing values and rows")
     add("--protocol", choices=["original", "holdout", "both"], default="both", help="original: "
         "random windows, scored over the whole series; holdout: tested on the last 20 %%")
@@ -176,16 +175,16 @@ def parse_args(argv):
             help=f"{description}; if unset, the original's choice for each model")
     add("--backend", choices=["loky", "dask"], default="loky", help="joblib's backend: this "
         "machine, or a dask cluster at DASK_SCHEDULER_ADDRESS")
-    add("--resume", nargs="?", const="newest", help="unfinished sweep to go on with; without a "
+    add("--resume", nargs="?", const="newest", help="unfinished sweep to continue; without a "
         "value, the newest")
     for flag, default, description in [
         ("--column", "-1", "column of values, or its index; -1 is the last"),
         ("--time-column", None, "column of times, or its index; if unset, rows are equally spaced"),
         ("--series-column", None, "column that names the series of a row, or none"),
-        ("--series", None, "series to take, with --series-column"),
-        ("--data-dir", "data", "folder of downloads"),
+        ("--series", None, "series to forecast, with --series-column"),
+        ("--data-dir", "data", "folder for downloads"),
         ("--checkpoint", None, "file in runs/ of a sweep, for --predict-steps"),
-        ("--output-dir", "outputs", "folder of all results"),
+        ("--output-dir", "outputs", "folder for results"),
     ]:
         add(flag, default=default, help=description)
     for flag, default, description in [
@@ -194,7 +193,6 @@ def parse_args(argv):
         ("--n-heads", None, "query heads of att_mh and vq_mh; if unset, 8"),
         ("--kv-heads", None, "key heads of att_mh and vq_mh; if unset, 1 and 4"),
         ("--vocab-size", 64, "codebook rows of vq and vq_mh"),
-        ("--block-size", 512, "positions of the attention models"),
         ("--epochs", 50, "passes over the windows"),
         ("--batch-size", 64, "windows in a step"),
         ("--runs", 1, "number of seeds; reports mean and interval"),
@@ -211,7 +209,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if (args.predict_steps is None) != (args.checkpoint is None):
         parser.error("--predict-steps and --checkpoint go together")
-    if not min(args.learning_rate) > 0:
+    if min(args.learning_rate) <= 0:
         parser.error("--learning-rate must be above 0")
     return args
 
@@ -276,7 +274,7 @@ def select_series(table, args):
     if args.series_column or args.series:
         names = find_column(table, args.series_column)
         if args.series not in set(names):
-            raise UserError(f"no series {args.series!r}, only {', '.join(names.unique()[:10])}")
+            raise UserError(f"--series must be one of {', '.join(names.unique()[:10])}")
         return table[names == args.series]
     for name, count in table.filter(regex=SERIES_COLUMN).nunique().items():
         if 2 <= count <= len(table) / 2:
@@ -286,16 +284,16 @@ def select_series(table, args):
 
 
 def plain_numbers(texts):
-    """Texts of numbers with a point as decimal mark and nothing between thousands. Where three
-    digits follow every mark, a comma that some numbers lack is one between thousands."""
+    """Texts of numbers with a point before decimals and no thousands separators. If three digits
+    follow every comma and some numbers have none, it is taken to separate thousands."""
     text = " ".join(texts.dropna()) + " "
     for mark, decimal in [",.", ".,"]:
         if mark in text and not re.search(NO_THOUSANDS.replace("M", mark), text):
             is_certain = decimal in text or re.search(f"[{mark}]...[{mark}]", text)
             is_thousands = is_certain or (mark == "," and text.count(mark) != texts.count())
             if not is_certain:
-                meaning = "between thousands" if is_thousands else "before decimals"
-                note(f"{mark!r} in the numbers of {texts.name!r} is taken for a mark {meaning}")
+                meaning = "thousands separator" if is_thousands else "decimal mark"
+                note(f"{mark!r} in the numbers of {texts.name!r} is read as a {meaning}")
             if is_thousands:
                 return texts.str.replace(mark, "").str.replace(decimal, ".")
     return texts.str.replace(",", ".")
@@ -329,7 +327,7 @@ def read_times(texts):
     best = min(readings, key=missing_times)
     for reading in readings:
         if missing_times(reading) == missing_times(best) and not reading.equals(best):
-            note(f"the first time is taken for {best.iloc[0]}; it may also be {reading.iloc[0]}")
+            note(f"the first time is read as {best.iloc[0]}; it could also be {reading.iloc[0]}")
     is_wrong = best.isna() | best.duplicated()
     if is_wrong.any():
         row = is_wrong.idxmax()
@@ -345,8 +343,8 @@ def missing_times(times):
 
 
 def equally_spaced(values, times):
-    """The values at all times of an even step, NaN where a row is missing. Of the fixed step and
-    those of the calendar, the one that meets all times with the fewest rows is taken."""
+    """The values at evenly spaced times, NaN where a row is missing. The step is fixed or one of
+    the calendar: the one that reaches all times with the fewest rows."""
     values = values.set_axis(pd.Index(times)).sort_index()
     times = values.index
     steps = pd.Series(times).diff()
@@ -369,7 +367,7 @@ def equally_spaced(values, times):
     whole = [candidate for candidate in placed if candidate.count() == values.count()]
     if not whole:
         raise UserError(f"the times are not equally spaced, or most are missing; the usual step "
-                        f"is {step}; without --time-column the rows count as equally spaced")
+                        f"is {step}; without --time-column the rows are taken as equally spaced")
     return min(whole, key=len).rename_axis(times.name)
 
 
@@ -378,9 +376,9 @@ def read_series(args):
     try:
         table = select_series(read_table(args.data), args)
         values = find_column(table, args.column)
-        header = "".join(table) if values.name == args.column else values.name
+        header = "".join(table) if values.name == args.column else values.name  # may be 2024
         if re.fullmatch(NUMBER, header):
-            raise UserError(f"the first line names the columns, and {values.name!r} is no name")
+            raise UserError(f"the first line must hold names of columns, not {values.name!r}")
         values = pd.to_numeric(plain_numbers(values)).astype(float).where(np.isfinite)
         if not 1e-100 < values.max() - values.min() < 1e100:
             raise UserError(f"{values.name!r} is empty, constant, or too large or small")
@@ -390,7 +388,7 @@ def read_series(args):
                 raise UserError(f"{times.name!r} is the time column; choose another --column")
             values = equally_spaced(values, read_times(times))
         elif re.search(TIME_COLUMN, " ".join(table)):
-            note("the rows count as equally spaced, the newest one last; --time-column sorts them")
+            note("rows are taken as equally spaced, the newest last; --time-column sorts them")
         if args.fill:
             note(f"missing values, now filled: {values.isna().sum()}")
             values = values.interpolate() if args.fill == "linear" else values.ffill()
@@ -399,6 +397,8 @@ def read_series(args):
             raise UserError(f"missing values: {len(missing)}, the first at "
                             f"{values.index.name or 'row'} {missing[0]}; --fill linear or --fill "
                             "forward fills them, but not the first value of all")
+        if (values.diff()[1:] == 1).all():
+            note(f"{values.name!r} seems to number the rows; --column chooses another column")
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, Warning, UserError) as error:
         raise UserError(f"{args.data}: {error}") from None
     return values
@@ -448,8 +448,8 @@ def digest(values):
 
 
 class Network(nn.Module):
-    """Base of all models. A new one needs __init__(run, args), which takes a Run and the command
-    line, forward, and an entry in MODELS; with a longer horizon, a loss of its own, too.
+    """Base of all models. A new model needs __init__(run, args), with a Run and the command line,
+    forward, and an entry in MODELS; if its horizon is longer than 1, also a loss of its own.
 
     forward(x, last_only=True) takes x [batch, time] to the forecasts [batch, horizon] of the values
     after x; with last_only=False to one-step forecasts [batch, time] from every step. Tables show
@@ -579,8 +579,8 @@ BASELINES = {"mean": fit_mean, "last": fit_last, "seasonal": fit_seasonal, "ridg
 
 
 def initialize(model, joint=()):
-    """The original's Xavier weights and zero biases. Layers named in `joint` share one matrix in
-    the original, which has a smaller bound."""
+    """The original's zero biases, and Xavier weights in layers called fc_* and lstm*. The layers
+    in `joint` share one matrix in the original, which has a smaller bound."""
     for name, parameter in model.named_parameters():
         if "bias" in name:
             nn.init.zeros_(parameter)
@@ -637,9 +637,9 @@ class Attention(Network):
     """The original's four attention models: one layer, without residual and MLP.
 
     `att` and `att_mh` attend over the window. In `vq` and `vq_mh` a learned codebook takes the
-    place of keys and values, and the embedded input is the query. With --norm-pe the positions
-    are put on queries and keys after their norms, so that rope stays relative (the original had
-    the other order).
+    place of keys and values, and the embedded input is the query: they never mix time steps, and a
+    forecast depends on the last value and its position only. With --norm-pe the positions follow
+    the norms of queries and keys, so that rope stays relative (in the original they precede them).
     """
 
     def __init__(self, run, args):
@@ -657,7 +657,7 @@ class Attention(Network):
         has_codebook = run.model.startswith("vq")
         if not (has_codebook or self.causal or args.align_target is False):
             raise UserError(f"{run.model} would see its targets; add --no-align-target or --causal")
-        block_size = max(args.block_size, run.time_steps)
+        block_size = max(ORIGINAL_BLOCK_SIZE, run.time_steps)
         name = name.format(run.d_model, heads, kv_heads, args.vocab_size)
         name = "-is_".join([f"{name}-1-1-{block_size}", *parts])
         self.name = f"{name.replace('norm', 'n')}-{pe}"
@@ -907,12 +907,12 @@ def fit(run, args, values, stop, original=False):
 def forecast_errors(fitted, values, start, stop, blocks):
     """Forecasts minus truth of rows start to stop: one step ahead, in about equal blocks, and of
     free runs from the start of each block to `stop`."""
-    firsts = np.linspace(start, stop, blocks, endpoint=False).astype(int)
+    origins = np.linspace(start, stop, blocks, endpoint=False).astype(int)
     one_step = fitted.free_run(values, np.arange(start, stop), 1)[:, 0] - values[start:stop]
-    paths = fitted.free_run(values, firsts, stop - start)
+    paths = fitted.free_run(values, origins, stop - start)
     return {"one step": np.array_split(one_step, blocks),
-            "free run": [path[: stop - first] - values[first:stop]
-                         for path, first in zip(paths, firsts)]}
+            "free run": [path[: stop - origin] - values[origin:stop]
+                         for path, origin in zip(paths, origins)]}
 
 
 def holdout(run, args, values):
@@ -934,17 +934,14 @@ def holdout(run, args, values):
 
 
 def combine(run, args, values):
-    """Ours, `combined`: the mean of vq_ar and the forecaster with the least validation error, or
-    that one alone where the error of vq_ar is more than VQ_AR_LIMIT times as large; chosen for one
-    step and for the free run separately."""
-    short = replace(run, time_steps=max(2, run.time_steps // 4))
-    candidates = [replace(run, model=model) for model in BASELINES]
-    candidates += [replace(short, model=model) for model in ("vq_ar", "ridge", "nlinear")]
+    """Ours, `combined`: the mean of vq_ar and the baseline with the least validation error, or that
+    one alone where the error of vq_ar is more than VQ_AR_LIMIT times as large; chosen for one step
+    and for the free run separately."""
     errors, network, history = holdout(replace(run, model="vq_ar"), args, values)
-    others = [holdout(candidate, args, values) for candidate in candidates]
+    baselines = [holdout(replace(run, model=model), args, values) for model in BASELINES]
     combined = {}
     for kind in ("one step", "free run"):
-        best_errors, members, _ = min(others, key=lambda other: mean_error(other[0][kind][:-1]))
+        best_errors, members, _ = min(baselines, key=lambda found: mean_error(found[0][kind][:-1]))
         combined[kind] = best_errors[kind]
         limit = VQ_AR_LIMIT * mean_error(best_errors[kind][:-1])
         if mean_error(errors[kind][:-1]) <= limit:
@@ -958,17 +955,24 @@ def mean_error(blocks):
     return float(stats.gmean([np.mean(block**2) for block in blocks]))
 
 
-def interval_widths(blocks, pools):
-    """Half widths [horizon] of split-conformal intervals (Vovk et al. 2005) from validation
-    blocks: the quantile of absolute errors that covers a new one with probability COVERAGE, in
-    `pools` ranges of the horizon."""
-    edges = np.unique(np.geomspace(1, len(blocks[0]) + 1, pools + 1).astype(int)) - 1
+def free_run_widths(blocks):
+    """Half widths [horizon] of split-conformal intervals (Vovk et al. 2005) of a free run, from the
+    errors of validation blocks in each range of the horizon; they never become narrower."""
+    edges = np.unique(np.geomspace(1, len(blocks[0]) + 1, RANGES + 1).astype(int)) - 1
     widths = []
     for first, last in itertools.pairwise(edges):
         sizes = np.sort(np.abs(np.concatenate([block[first:last] for block in blocks])))
         rank = math.ceil((len(sizes) + 1) * COVERAGE)
         widths += [sizes[:rank][-1]] * (last - first)
     return np.maximum.accumulate(widths).tolist()
+
+
+def one_step_widths(blocks):
+    """Half widths [test rows] of the intervals one step ahead, each from the RECENT errors before
+    its row, so that they follow the noise of the series; the first are those of the last fold."""
+    sizes = pd.Series(np.abs(np.concatenate(blocks[-ORIGINS - 1 :])))
+    quantiles = sizes.rolling(RECENT, min_periods=1).quantile(COVERAGE, interpolation="higher")
+    return quantiles.shift()[-len(blocks[-1]) :].tolist()
 
 
 def extend(widths, count):
@@ -999,7 +1003,6 @@ def execute(run, args, values, models):
     added."""
     MODELS.update(models)
     torch.set_num_threads(1)
-    start_time = time.perf_counter()
     row = asdict(run)
     widths = {}
     try:
@@ -1011,13 +1014,12 @@ def execute(run, args, values, models):
                 row[f"original {kind}"] = float(np.mean(errors[kind][0] ** 2))
         if args.protocol != "original":
             errors, members, history = holdout(run, args, values)
-            for kind in KINDS:
-                widths[kind] = interval_widths(errors[kind][:-1], KINDS[kind])
+            widths["free run"] = free_run_widths(errors["free run"][:-1])
+            widths["one step"] = one_step_widths(errors["one step"])
             row |= holdout_scores(errors, widths, values)
     except Exception as error:
         return run, {"error": f"{type(error).__name__}: {error}"}
     row["name"] = getattr(members[0].model, "name", run.model)
-    row["seconds"] = time.perf_counter() - start_time
     forecasts = {}
     for kind in KINDS:
         test = errors[kind][-1]
@@ -1042,10 +1044,10 @@ def make_runs(args, series):
         longest = min(ORIGINAL_TIME_STEPS, rows // 6, int(FOLDS[0] * rows) - 24)
         for time_steps in args.time_steps or [max(2, longest)]:
             # A window, the horizon of vq_ar and seven windows more.
-            missing = math.ceil((time_steps + 24) / share) - rows
-            if missing > 0:
-                note(f"{dataset} is left out with --time-steps {time_steps}, which needs {missing} "
-                     "values more; take shorter windows")
+            needed = math.ceil((time_steps + 24) / share)
+            if rows < needed:
+                note(f"{dataset} has {rows} values and is left out with --time-steps {time_steps}, "
+                     f"which needs {needed}")
                 continue
             runs += [Run(model, dataset, time_steps) for model in BASELINES]
             for model in args.model:
@@ -1212,7 +1214,7 @@ def draw_pictures(rows, score, checkpoints, values, run_dir):
     draw_forecasts(best, values, f"forecasts of {dataset}", run_dir / f"forecasts_{dataset}.png")
     networks = [checkpoint for checkpoint in best if checkpoint["history"]]
     if networks:
-        title = f"{dataset}: best networks (squared error; of vq_ar and combined the Huber loss)"
+        title = f"{dataset}: best networks (squared error; Huber loss for vq_ar and combined)"
         draw_curves(networks, title, run_dir / f"curves_{dataset}.png")
         title = f"{dataset}, {score}: log10 of the squared error [({values.name})²]"
         draw_sweep(rows, score, title, run_dir / f"sweep_{dataset}.png")
@@ -1230,8 +1232,6 @@ def run_experiment(args):
     args = argparse.Namespace(**vars(args) | {"dataset": list(series)})
     run_dir = next_run_dir(args)
     checkpoints = execute_all(runs, args, series, run_dir)
-    if not checkpoints:
-        raise UserError(NOTES[-1])
     rows = pd.DataFrame([checkpoint["row"] for checkpoint in checkpoints.values()],
                         list(checkpoints))
     score = "original free run" if args.protocol == "original" else "validation free run"

@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import math
 import os
 import re
 import signal
@@ -67,7 +68,8 @@ def fit(model, values, *argv, time_steps=16, stop=None):
 
 
 def widths_of(errors):
-    return {kind: forecast.interval_widths(errors[kind][:-1], pools) for kind, pools in forecast.KINDS.items()}
+    return {"free run": forecast.free_run_widths(errors["free run"][:-1]),
+            "one step": forecast.one_step_widths(errors["one step"])}
 
 
 def score_holdout(run, args, values):
@@ -242,7 +244,8 @@ def test_no_test_value_reaches_a_fit_its_statistics_or_a_choice(model):
     before, after = (score_holdout(run, args, series) for series in (values, altered))
     for kind in forecast.KINDS:
         assert before[0][f"validation {kind}"] == after[0][f"validation {kind}"]
-        np.testing.assert_array_equal(before[2][kind], after[2][kind])
+        assert before[2][kind][0] == after[2][kind][0]
+    assert before[2]["free run"] == after[2]["free run"]
     free_runs = [errors["free run"] + series[240:]
                  for (_, errors, _), series in zip((before, after), (values, altered))]
     np.testing.assert_allclose(*free_runs, rtol=1e-6)
@@ -257,7 +260,7 @@ def test_the_scores_are_what_their_names_say():
     seasonal_error = np.abs(values[4:240] - values[:236]).mean()
     assert scores["MASE one step"] == pytest.approx(errors.mean() / seasonal_error, rel=1e-4)
     assert scores["test free run"] == pytest.approx(np.mean((values[240:] - values[239]) ** 2), rel=1e-4)
-    assert scores["coverage one step"] == np.mean(errors <= widths["one step"][0])
+    assert scores["coverage one step"] == np.mean(errors <= widths["one step"])
 
 
 def test_intervals_cover_four_of_five_values_of_steady_noise():
@@ -288,7 +291,7 @@ def test_combined_chooses_for_one_step_and_for_the_free_run_separately(monkeypat
     combine = forecast.combine
 
     def errors_of(member, *_):
-        shift = {"vq_ar": 0.0, "mean": 2.0, "last": 4.0}.get(member.model, 8.0) if member.time_steps == 16 else 8.0
+        shift = {"vq_ar": 0.0, "mean": 2.0, "last": 4.0}.get(member.model, 8.0)
         scale = {"mean": 0.1}.get(member.model, 1.0)
         errors = {"one step": [np.full(9, shift)] * 4, "free run": [np.full(9, shift * scale)] * 4}
         if member.model == "last":  # the best on validation, not on the test part
@@ -329,15 +332,32 @@ def test_intervals_grow_with_the_horizon_and_stay_as_wide_beyond_it():
     rng = np.random.default_rng(0)
     paths = np.cumsum(rng.standard_normal((5, 40)), axis=1)
     paths[:, -3:] = 0
-    widths = forecast.interval_widths([*paths, *paths[:, :20]], 8)
+    widths = forecast.free_run_widths([*paths, *paths[:, :20]])
     assert len(widths) == 40
     assert (np.diff(widths) >= 0).all()
     np.testing.assert_array_equal(forecast.extend(widths, 60)[40:], widths[-1])
 
 
-def test_the_width_is_the_conformal_rank():
-    assert forecast.interval_widths([np.arange(1.0, 10.0)], 1)[0] == 8.0  # the ceil(10 · 0.8)-th smallest
-    assert forecast.interval_widths([np.arange(1.0, 4.0)], 1)[0] == 3.0  # too few: the largest
+@pytest.mark.parametrize(("count", "rank"), [(3, 3), (9, 8), (50, 41)])  # min(count, ceil(0.8 · (count + 1)))
+def test_the_width_is_the_conformal_rank(count, rank):
+    errors = -np.arange(count, 0.0, -1.0)
+    assert forecast.free_run_widths(np.split(errors, count)) == [rank]
+    assert forecast.one_step_widths([errors, np.zeros(1)]) == [rank]
+
+
+def test_an_interval_one_step_ahead_has_the_width_of_the_newest_errors_before_it():
+    blocks = np.split(np.random.default_rng(0).standard_normal(160), 16)
+    widths = forecast.one_step_widths([*[np.full(10, 99.0)] * 10, *blocks[:5], np.concatenate(blocks[5:])])
+    newest = [np.abs(np.concatenate(blocks)[max(0, row - 50) : row]) for row in range(50, 160)]
+    assert widths == [np.sort(sizes)[math.ceil(0.8 * (len(sizes) - 1))] for sizes in newest]
+
+
+def test_intervals_one_step_ahead_follow_a_noise_that_grows():
+    args = forecast.parse_args(["--protocol", "holdout", "--device", "cpu"])
+    values = np.random.default_rng(0).standard_normal(2000)
+    values[1600:] *= 5
+    scores, _, _ = score_holdout(Run("mean", "synthetic", 16), args, values)
+    assert 0.72 < scores["coverage one step"] < 0.85
 
 
 def test_the_original_trains_on_its_split_in_a_fixed_order(monkeypatch):
@@ -449,7 +469,7 @@ def test_the_published_figures_are_those_of_models_of_the_original():
 
 def test_windows_that_do_not_fit_are_left_out_with_what_they_need(without_pictures, capsys):
     results = run_small("--model", "vq", "--time-steps", "16", "1024", "--protocol", "original")
-    reason = "synthetic is left out with --time-steps 1024, which needs 328 values more; take shorter windows"
+    reason = "synthetic has 720 values and is left out with --time-steps 1024, which needs 1048"
     assert reason in capsys.readouterr().err
     assert results["notes"] == [reason]
 
@@ -470,12 +490,10 @@ def exact(value):
     return value.numpy().tobytes() if isinstance(value, torch.Tensor) else str(value)
 
 
-def without_clock(run_dir):
+def all_checkpoints(run_dir):
     checkpoints = {}
     for path in Path(run_dir, "runs").glob("*.pt"):
-        checkpoint = torch.load(path, weights_only=True)
-        checkpoint["row"].pop("seconds")
-        checkpoints[path.name] = exact(checkpoint)
+        checkpoints[path.name] = exact(torch.load(path, weights_only=True))
     return checkpoints
 
 
@@ -494,7 +512,7 @@ def test_a_killed_sweep_goes_on_where_it_was(without_pictures):
     forecast.main(["--resume"])
     assert {path: path.stat().st_mtime_ns for path in done} == done  # none of them twice
     forecast.main([*argv, "--output-dir", "whole"])
-    assert without_clock("outputs/forecast/run-001") == without_clock("whole/forecast/run-001")
+    assert all_checkpoints("outputs/forecast/run-001") == all_checkpoints("whole/forecast/run-001")
 
 
 def test_a_sweep_does_not_go_on_with_other_data(without_pictures, error_line):
@@ -552,8 +570,8 @@ def test_a_forecast_that_is_not_a_number_is_an_infinite_error(monkeypatch):
 
 def test_two_dask_workers_give_the_results_of_one_process(sweep, without_pictures):
     run_small("--model", "lstm", "combined", "--backend", "dask", "--jobs", "2")
-    by_dask = without_clock("outputs/forecast/run-001")
-    expected = without_clock(sweep[1])
+    by_dask = all_checkpoints("outputs/forecast/run-001")
+    expected = all_checkpoints(sweep[1])
     assert len(by_dask) == 8
     assert by_dask == {name: expected[name] for name in by_dask}
 
@@ -709,9 +727,9 @@ def test_thousands_are_no_decimals(pattern):
 
 
 @pytest.mark.parametrize(("pattern", "divisor", "meaning"), [
-    ("{:,}", 1, "',' in the numbers of 'wert' is taken for a mark between thousands"),
-    ("1{:,}", 1000, "',' in the numbers of 'wert' is taken for a mark before decimals"),
-    ("{:_}", 1000, "'.' in the numbers of 'wert' is taken for a mark before decimals"),
+    ("{:,}", 1, "',' in the numbers of 'wert' is read as a thousands separator"),
+    ("1{:,}", 1000, "',' in the numbers of 'wert' is read as a decimal mark"),
+    ("{:_}", 1000, "'.' in the numbers of 'wert' is read as a decimal mark"),
 ])
 def test_a_mark_that_may_be_one_between_thousands_is_noted(pattern, divisor, meaning):
     values = np.arange(40) * 31 + (1000 if pattern.startswith("1") else 500)
@@ -723,15 +741,20 @@ def test_a_mark_that_may_be_one_between_thousands_is_noted(pattern, divisor, mea
 
 
 def test_a_number_may_name_a_column_or_a_series():
-    text = "t,2023,2024\n" + "".join(f"{i},{i},{i * i}\n" for i in range(40))
-    np.testing.assert_array_equal(read(text, "--column", "2023"), np.arange(40))
+    text = "t,2023,2024\n" + "".join(f"{i},{2 * i},{i * i}\n" for i in range(40))
+    np.testing.assert_array_equal(read(text, "--column", "2023"), 2 * np.arange(40))
     text = "id,y\n" + "".join(f"{i % 2:03d},{i}\n" for i in range(40))
     np.testing.assert_array_equal(read(text, "--series-column", "id", "--series", "001"), np.arange(1, 40, 2))
 
 
 def test_times_that_are_not_used_are_noted():
-    read("Date,Close\n" + "".join(f"2024-01-{31 - i},{i}\n" for i in range(20)))
-    assert forecast.NOTES == ["the rows count as equally spaced, the newest one last; --time-column sorts them"]
+    read("Date,Close\n" + "".join(f"2024-01-{31 - i},{2 * i}\n" for i in range(20)))
+    assert forecast.NOTES == ["rows are taken as equally spaced, the newest last; --time-column sorts them"]
+
+
+def test_a_column_that_numbers_the_rows_is_noted():
+    read("y,t\n" + "".join(f"{i % 7},{i}\n" for i in range(20)))
+    assert forecast.NOTES == ["'t' seems to number the rows; --column chooses another column"]
 
 
 def test_the_next_whole_number_is_whole():
@@ -771,7 +794,7 @@ def test_rows_are_sorted_by_time():
 
 
 def test_missing_rows_and_values_are_filled_on_demand():
-    write_csv("own.csv", HOURS.delete([3, 4]), [0, 1, 2, "", 6, *range(7, 400)])
+    write_csv("own.csv", HOURS.delete([3, 4]), [0, 1, 2, "", 6, *range(7, 399), 0])
     linear, forward = (series_of("own.csv", "--time-column", "date", "--fill", way) for way in ("linear", "forward"))
     np.testing.assert_array_equal(linear.values[:8], [0, 1, 2, 3, 4, 5, 6, 7])
     assert forecast.NOTES == ["missing values, now filled: 3"]
@@ -779,10 +802,10 @@ def test_missing_rows_and_values_are_filled_on_demand():
 
 
 def test_one_of_several_series_is_taken():
-    text = "unique_id,ds,y\n" + "".join(f"{name},{time},{i + 100 * (name == 'B')}\n"
+    text = "unique_id,ds,y\n" + "".join(f"{name},{time},{2 * i + 100 * (name == 'B')}\n"
                                         for i, time in enumerate(HOURS) for name in "AB")
     series = read(text, "--series-column", "unique_id", "--series", "B", "--time-column", "ds")
-    np.testing.assert_array_equal(series.values, np.arange(400) + 100)
+    np.testing.assert_array_equal(series.values, 2 * np.arange(400) + 100)
 
 
 def test_a_column_can_be_chosen_by_a_name_in_latin_1():
@@ -790,8 +813,8 @@ def test_a_column_can_be_chosen_by_a_name_in_latin_1():
 
 
 def test_of_two_columns_with_the_same_name_one_is_taken_by_its_index():
-    np.testing.assert_array_equal(read("a,a\n" + "".join(f"{i},{i % 7}\n" for i in range(40)), "--column", "0"),
-                                  np.arange(40))
+    np.testing.assert_array_equal(read("a,a\n" + "".join(f"{2 * i},{i % 7}\n" for i in range(40)), "--column", "0"),
+                                  2 * np.arange(40))
 
 
 def test_all_rows_are_taken_without_a_series_column():
@@ -817,7 +840,7 @@ def test_dates_are_read_whether_day_month_or_year_comes_first(frequency, pattern
 def test_dates_that_can_be_read_in_two_ways_are_noted():
     write_csv("own.csv", pd.date_range("2020-02-01", periods=60, freq="min").strftime("%m/%d/%Y %H:%M"), WAVE)
     series_of("own.csv", "--time-column", "date")
-    assert forecast.NOTES == ["the first time is taken for 2020-02-01 00:00:00; it may also be 2020-01-02 00:00:00"]
+    assert forecast.NOTES == ["the first time is read as 2020-02-01 00:00:00; it could also be 2020-01-02 00:00:00"]
 
 
 def test_a_column_that_only_looks_like_the_name_of_a_series_is_no_obstacle():
@@ -847,25 +870,25 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("a,a\n0,1\n1,2\n", ["--column", "a"], "two columns are called 'a'; choose one by its index"),
     ("t,a\n0,1\n1,2,3\n", [], "Expected 2 fields in line 3, saw 3"),
     ("t,a\n0,50,13\n1,50,14\n", [], "Length of header or names does not match"),
-    ("50,13\n50,14\n51,13\n", [], "names the columns"),
-    ("1.5E-05\n2.5E-05\n", [], "names the columns"),
-    ("2024-01-01 00:00, 50.13\n2024-01-02 00:00, 51.13\n", [], "names the columns"),
-    (".5\n.7\n.6\n", [], "names the columns"),
+    ("50,13\n50,14\n51,13\n", [], "must hold names of columns"),
+    ("1.5E-05\n2.5E-05\n", [], "must hold names of columns"),
+    ("2024-01-01 00:00, 50.13\n2024-01-02 00:00, 51.13\n", [], "must hold names of columns"),
+    (".5\n.7\n.6\n", [], "must hold names of columns"),
     ("sep=;\n" + SEMICOLON, [], "Unable to parse string"),
     ("", [], "No columns to parse"),
     ("t,a\n", ["--time-column", "t"], "is empty"),
     ("PK\x03\x04\x00\x00", [], "not a CSV file"),
-    ("t,a\n" + LONG, ["--time-steps", "16", "--protocol", "original"], "needs 20 values more"),
+    ("t,a\n" + LONG, ["--time-steps", "16", "--protocol", "original"], "--time-steps 16, which needs 40"),
     ("t,a\n00:00:00,1\n00:01:00,2\n", ["--time-column", "t"], "times of day such as 00:00:00 need a date"),
     ("t,a\n09:00 AM,1\n09:01 AM,2\n", ["--time-column", "t"], "need a date"),
     ("t,a\n2024-01-01T00:00+02:00,1\n2024-01-01T01:00,2\n", ["--time-column", "t"], "Mixed timezones"),
     ("t,a\n0,1\n1,1\n2,1\n2.05,4\n3,2\n", ["--time-column", "t"], "not equally spaced"),
     ("v,t\n" + LONG, ["--time-column", "t"], "'t' is the time column"),
-    ("t,a\n" + LONG, [], "needs 45 values more"),
+    ("t,a\n" + LONG, [], "has 20 values and is left out with --time-steps 2, which needs 65"),
     ("unique_id,y\nA,1\nB,2\nA,3\nB,4\n", [], "column 'unique_id' seems to name several series"),
     ("region,y\nA,1\nB,2\nA,3\nB,4\n", [], "all rows with --series-column none"),
-    ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "no series 'C', only A, B"),
-    ("u,y\nA,1\nB,2\n", ["--series-column", "u"], "no series None, only A, B"),
+    ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "--series must be one of A, B"),
+    ("u,y\nA,1\nB,2\n", ["--series-column", "u"], "--series must be one of A, B"),
     ("u,y\nA,1\nB,2\n", ["--series", "A"], "no column None, only u, y"),
     ("t,a\n2024-01-01,1\nnever,2\n", ["--time-column", "t"], "row 1: the time never is invalid"),
     ("t,a\n2024-01-01,1\n2024-01-02,2\n2024-01-02,3\n", ["--time-column", "t"],
@@ -873,7 +896,7 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n1,1\n2,1\n3,4\n4,4\n9,2\n", ["--time-column", "t"], "missing values: 4, the first at t 5"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n11,2\n", ["--time-column", "t", "--fill", "linear"], "most are missing"),
-    ("1,5\n2,6\n3,8\n", ["--column", "1"], "names the columns"),
+    ("1,5\n2,6\n3,8\n", ["--column", "1"], "must hold names of columns"),
     ("t,a,\n0,1,\n1,2,\n", [], "'Unnamed: 2' is empty"),
     ("t,a\n0,1\n1700000000,1\n1700000001,4\n1700000002,4\n", ["--time-column", "t"],
      "most are missing"),
@@ -891,11 +914,11 @@ def test_a_file_that_cannot_be_taken_is_one_line_and_leaves_no_run(error_line, t
     (["--dataset", "synthetic", "--model", "att", "--no-causal"], "would see its targets"),
     (["--model", "gru"], "invalid choice: 'gru'"),
     (["--epochs", "0"], "from 1 to a million"),
-    (["--learning-rate", "0"], "--learning-rate must be above 0"),
     (["--device", "abacus"], "unknown device 'abacus'"),
     (["--data", "a.csv", "--dataset", "synthetic"], "not allowed with argument"),
     (["--dataset", "synthetic", "--model", "att_mh", "--kv-heads", "3"], "--kv-heads must divide --n-heads"),
     (["--predict-steps", "3"], "go together"),
+    (["--learning-rate", "0"], "--learning-rate must be above 0"),
     (["--predict-steps", "1000000000000", "--checkpoint", "a.pt"], "from 1 to a million"),
     (["--predict-steps", "3", "--checkpoint", "a/b/c.pt"], "a/arguments.json"),
     (["--resume"], "no unfinished run"),
