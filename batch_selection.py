@@ -85,6 +85,8 @@ METRICS = {"bits_per_byte": "test [bits per byte]", "test_acc": "test accuracy [
 # The deciding metric: its name, 1 if more of it is better and -1 if less, and the unit.
 DECIDING = {"vision": ("test_acc", 1, "points"),
             "nlp": ("bits_per_byte", -1, "bits per byte, fewer are better")}
+# What a metric is drawn over, and its axis label.
+X_AXES = {"epoch": "epoch", "samples": "trained samples", "seconds": "training and selection [s]"}
 # Columns of the tables and their formats.
 NUMBERS = {"p": "{:.2g}", "samples": "{:,.0f}", "seconds": "{:.2f}",
            "samples to target": "{:,.0f}", "seconds to target": "{:.2f}"}
@@ -124,8 +126,8 @@ def parse_args(argv=None):
     add("--model", default="mlp", help="mlp or cnn; nlp: transformer")
     add("--label-noise", nargs="+", type=float, default=[0.0], metavar="SHARE", help="share of "
         "training labels that are replaced by another class; several shares are compared")
-    add("--epochs", type=int, default=5, help="calls of a strategy; importance and rho_loss train "
-        "on a fifth of the samples in each")
+    add("--epochs", type=int, default=5, help="number of epochs; in each, importance and rho_loss "
+        "train on a fifth of the samples")
     add("--schedule", choices=["linear", "constant"], default="linear", help="learning rate: "
         "linear decay to zero, or constant as in the original")
     add("--budget-seconds", type=float, default=0.0, metavar="SECONDS", help="if not 0, train for "
@@ -167,8 +169,8 @@ def parse_args(argv=None):
                args.jobs) > 0:  # the first one may be NaN
         parser.error("--epochs, --runs, --batch-size, --text-bytes, --jobs and --learning-rate "
                      "must be above 0")
-    if not (args.budget_seconds >= 0 and 0 <= args.seed <= 2**64 - args.runs):
-        parser.error("--budget-seconds must not be negative, and --seed from 0 to 2**64 - --runs")
+    if not min(args.budget_seconds, args.seed) >= 0:  # here, too
+        parser.error("--budget-seconds and --seed must not be negative")
     if not all(0 <= share <= 1 for share in args.label_noise):
         parser.error("--label-noise must be from 0 to 1")
     return args
@@ -184,9 +186,10 @@ def parse_args(argv=None):
 #   learner.score(rows)          current losses of these samples, by a forward pass; with
 #                                gradient_norms=True the norms of their gradients at the logits
 #   learner.batches(rows)        these rows in batches without weights
+#   learner.data                 tensors x_train [samples, …] and y_train [samples]; num_classes
 #   learner.progress()           share of the training that is done, from 0 to 1, with which the
 #                                learning rate decays. An epoch is taken to have as many batches as
-#                                the list that is returned, as learner.batches, or as the one before
+#                                learner.batches returned last, or else as the epoch before
 #   learner.rng, learner.args    a numpy Generator and the command line
 # What it keeps as an attribute of the learner is there in the next epoch.
 
@@ -210,11 +213,11 @@ def random_until(learner, samples):
 
 
 def focus_batches(learner, sign):
-    """Batches of which EXPLORE are from all samples, and the rest from the TOP with the highest
-    sign x loss, found anew for each batch, together with all that tie with the last of them."""
+    """Batches of which the share EXPLORE is drawn from all samples, and the rest from the share TOP
+    with the highest sign x loss, found anew for each batch, and all that tie with its last."""
     loss, rng = learner.loss, learner.rng
     top = round(TOP * len(loss))
-    for batch, _ in learner.batches(loss):
+    for batch, _ in fixed_batches(learner):  # as many samples as random's
         score = sign * loss
         focus = np.flatnonzero(score >= np.partition(score, -top)[-top])
         explored = rng.choice(len(loss), round(EXPLORE * len(batch)), replace=False)
@@ -235,7 +238,7 @@ def smart(learner):
 def easy_first(learner):
     """The reverse of smart: half of a batch from the 20 % with the lowest tracked loss.
 
-    Unseen samples count as the hardest, so the first epoch returns to those that it began with.
+    Unseen samples count as the hardest, so the first epoch keeps to those that it began with.
     """
     return focus_batches(learner, -1)
 
@@ -303,8 +306,8 @@ def infobatch(learner):
     and those that end in the last eighth of the training take every sample. arXiv:2303.04947.
     """
     loss = learner.last_loss
-    epochs = len(learner.history) - 1
-    if epochs == 0 or learner.progress() * (epochs + 1) / epochs > 7 / 8:
+    epochs = len(learner.history) - 1  # that are done
+    if epochs == 0 or learner.progress() * (epochs + 1) / epochs > 7 / 8:  # where this one will end
         return random_batches(learner)
     order = learner.rng.permutation(len(loss))
     is_easy = loss < loss.mean()
@@ -333,8 +336,8 @@ def importance(learner, pool=5):
 def loss_rank(learner, pressure=100):
     """Draw samples by the rank of their latest loss (Loshchilov and Hutter 2016).
 
-    The hardest sample is `pressure` times as likely as the easiest one in the beginning, and as
-    likely in the end. Ranks are those at the start of an epoch, which is as long as random's;
+    At first, the hardest sample is `pressure` times as likely as the easiest one; at the end, all
+    are equally likely. Ranks are those at the start of an epoch, which is as long as random's;
     draws are with replacement. arXiv:1511.06343.
     """
     n = len(learner.loss)
@@ -634,7 +637,7 @@ def load_table(path, drop):
     """Data of one's own CSV file; a fixed fifth, stratified, is the test part. Columns p0, p1, …
     that are as many as the pixels of a square are an image: x is [n, 1, side, side]."""
     try:
-        table = pd.read_csv(path, engine="pyarrow", dtype={"label": "string"}).drop(columns=drop)
+        table = pd.read_csv(path, engine="pyarrow").drop(columns=drop)
         if "label" not in table or "label.1" in table:  # pandas numbers columns of one name
             raise ValueError("one column must be called `label`; the columns are "
                              f"{list(table)[:5]}; are there a header and commas?")
@@ -644,11 +647,9 @@ def load_table(path, drop):
         distinct = table.drop_duplicates()
         if len(distinct) < len(table):
             note(f"{path}: {len(distinct):,} of {len(table):,} rows are distinct and are used")
-        y = distinct.pop("label")
-        plain = y.str.strip().str.casefold().str.replace(r"^0+(?=\d)|\.0*$", "", regex=True)
-        if plain.nunique() < y.nunique():
-            note(f"{path}: some labels differ only in case, spaces or how a number is written: "
-                 f"{sorted(y.unique())}")
+        labels = distinct.pop("label").astype(str)
+        if labels.str.strip().str.casefold().nunique() < labels.nunique():
+            note(f"{path}: some labels differ only in case or spaces: {sorted(labels.unique())}")
         ids = [name for name in distinct.select_dtypes("integer") if distinct[name].is_unique]
         if ids:
             note(f"{path}: columns {ids} seem to number the rows; if these are sorted by class, a "
@@ -660,7 +661,7 @@ def load_table(path, drop):
         side = math.isqrt(x.shape[1])
         if list(distinct) == [f"p{i}" for i in range(side * side)]:
             x = x.reshape(-1, 1, side, side)
-        return make_data(Path(path).stem, split_samples(x, y.to_numpy()), path)
+        return make_data(Path(path).stem, split_samples(x, labels.to_numpy()), path)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -838,10 +839,7 @@ def train_epoch(learner, strategy):
     args, optimizer = learner.args, learner.optimizer
     start_time = time.perf_counter() - learner.seconds
     learner.model.train()
-    batches = strategy(learner)
-    if isinstance(batches, list):
-        learner.epoch_steps = len(batches)
-    for rows, weights in batches:
+    for rows, weights in strategy(learner):
         if args.schedule == "linear":
             remaining = max(0.001, 1 - learner.progress())  # the learning rate stays above 0
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -916,7 +914,7 @@ def add_label_noise(data, share, seed):
     return replace(data, name=f"{data.name}-noise-{share}", y_train=y)
 
 
-def train_with_control(data, noise, name, seed, strategies, make_model, args, folder):
+def train_with_control(data, noise, strategy, seed, strategies, make_model, args, folder):
     """Records of one strategy with one seed, a row for each epoch. `difference` is that of the
     deciding metric from the last value of the control: random with exactly as many trained samples,
     or with the same time budget. What `folder` has is not trained again."""
@@ -925,22 +923,22 @@ def train_with_control(data, noise, name, seed, strategies, make_model, args, fo
     # Other data are other files, so a run is never resumed with data that have changed.
     digest = data.info["sha256"][:8]
 
-    def train(name, strategy, samples):
+    def train(name, batches, samples):
         file = folder / f"{data.name}-{digest}-seed-{seed}-{name}-{samples}.pt"
         if not file.exists():
             learner = Learner(data, make_model, seed, args, samples / len(data.x_train))
             measure(learner)
             while learner.progress() < 1:
-                train_epoch(learner, strategy)
+                train_epoch(learner, batches)
                 measure(learner)
             with atomic_write(file) as path:
                 torch.save({"model": learner.model.state_dict(), "history": learner.history}, path)
         return pd.DataFrame(load_checkpoint(file, file)["history"])
 
     samples = args.epochs * len(data.x_train)
-    records = train(name, strategies[name], samples)
+    records = train(strategy, strategies[strategy], samples)
     difference = math.nan
-    if name != BASELINE:
+    if strategy != BASELINE:
         control = random_batches
         if not args.budget_seconds:
             samples = records["samples"].iloc[-1]
@@ -948,7 +946,7 @@ def train_with_control(data, noise, name, seed, strategies, make_model, args, fo
         metric = DECIDING[args.task][0]
         difference = records[metric] - train(BASELINE, control, samples)[metric].iloc[-1]
         difference = difference.round(9)  # equal ones are equal
-    return records.assign(setting=data.name, strategy=name, seed=seed, difference=difference)
+    return records.assign(setting=data.name, strategy=strategy, seed=seed, difference=difference)
 
 
 def train_all(all_data, args, run_dir):
@@ -1030,9 +1028,9 @@ def compare(records, args):
     table["p"] = by_setting["p"].transform(holm)
     stars = np.where(table["p"] < ALPHA, " *", "")
     table["effect"] = plus_minus(table["difference"], table["width"], "{:+.2f}") + stars
-    target = by_setting["mean"].transform("first") * (1 - 0.01 * sign)
+    table["target"] = by_setting["mean"].transform("first") * (1 - 0.01 * sign)
     epochs = records.groupby([*keys, "epoch"], sort=False)
-    curves = epochs.mean()[epochs.size() == args.runs].join(target.rename("target"))
+    curves = epochs.mean()[epochs.size() == args.runs].join(table["target"])
     reached = curves.query(f"{sign} * ({metric} - target) >= 0").groupby(keys).first()
     return table.join(reached[["samples", "seconds"]].add_suffix(" to target"))
 
@@ -1080,7 +1078,7 @@ def plot_runs(ax, records, x, y):
         values = runs.pivot(index="epoch", columns="seed", values=y).dropna()
         positions = runs.groupby("epoch")[x].mean()[values.index]
         plot_curve(ax, positions, values.T, strategy, i, MARKERS[i % 7])
-    ax.set(xlabel=f"{x} of training", ylabel=METRICS[y])
+    ax.set(xlabel=X_AXES[x], ylabel=METRICS[y])
     if x == "epoch":
         epoch_axis(ax)
 
@@ -1093,14 +1091,14 @@ def plot_differences(ax, table, args):
     plot_dots(ax, means.index, means.to_dict("list"), errors=widths)
     ax.axvline(0, color="black", linewidth=1)
     ax.set_xlabel(f"difference from {name_control(args)}\n[{DECIDING[args.task][2]}]; bars: 95 % "
-                  "interval\nof each alone, uncorrected; p in the table: corrected after Holm")
+                  "intervals,\nuncorrected; p in the table: corrected after Holm")
 
 
 def plot_comparison(records, table, setting, args, run_dir):
     """The metric that decides over epochs, samples and seconds, and the differences."""
     runs = records.query("setting == @setting")
     fig, axes = new_figure(f"{setting}: mean of all runs ({args.runs})", 2, 2, (12, 9))
-    for ax, x in zip(axes, ("epoch", "samples", "seconds")):
+    for ax, x in zip(axes, X_AXES):
         plot_runs(ax, runs, x, DECIDING[args.task][0])
     plot_differences(axes[3], table.loc[[setting]], args)
     legend_below(axes[0])
