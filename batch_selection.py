@@ -18,12 +18,12 @@ nothing beats random.
     python batch_selection.py --task nlp                     # a byte-level language model
     python batch_selection.py --resume                       # go on with the newest unfinished run
 
-Results are in outputs/batch_selection/run-001/, with the next free number: results.json,
-summary.md, pictures of the comparison, and runs/*.pt for --resume. As in the original,
+Results are in outputs/batch_selection/run-001/ (then run-002, …): results.json, summary.md,
+pictures of the comparison, and runs/*.pt for --resume. As in the original,
 outputs/vision/DATASET/STRATEGY/run-001/ has summary.txt and four pictures of each strategy.
 
-A strategy, a data set and a model of your own are one line each, in a notebook before main([...]);
-other changes from a notebook need --jobs 1, since workers import this file anew:
+In a notebook, a strategy, a data set or a model of your own is one line before main([...]); other
+changes need --jobs 1, since workers import this file anew:
     STRATEGIES["sorted"] = lambda learner: learner.batches(learner.loss.argsort())
     DATASETS["mine"] = Dataset(read_mine)  # read_mine(folder): x_train, y_train, x_test, y_test
     MODELS["vision"]["wide"] = lambda shape, classes: SimpleMLP(shape, classes, hidden=1024)
@@ -44,6 +44,7 @@ arXiv:2307.06440, for the controls; the papers of the strategies at each of them
 
 import argparse
 import contextlib
+import glob
 import gzip
 import hashlib
 import http.client
@@ -79,7 +80,7 @@ from common import (MARKERS, detect_device, epoch_axis, in_notebook, legend_belo
 EXPERIMENT = "batch_selection"
 BASELINE = "random"
 # What is drawn of each strategy, and its axis label.
-METRICS = {"bits_per_byte": "test [bits per byte]", "test_acc": "test accuracy [%]",
+METRICS = {"bits_per_byte": "test loss [bits per byte]", "test_acc": "test accuracy [%]",
            "test_loss": "test loss", "train_acc": "accuracy on a part of the training samples [%]",
            "train_loss": "loss on a part of the training samples"}
 # The deciding metric: its name, 1 if more of it is better and -1 if less, and the unit.
@@ -92,12 +93,10 @@ NUMBERS = {"p": "{:.2g}", "samples": "{:,.0f}", "seconds": "{:.2f}",
            "samples to target": "{:,.0f}", "seconds to target": "{:.2f}"}
 MIN_RUNS = 3  # a paired t-test of two runs has one degree of freedom
 ALPHA = 0.05
-# As in the original: the share of a batch of smart and easy_first that is drawn from all samples;
-# the share of the samples, hardest or easiest, from which the rest is drawn; and the decay of the
-# tracked loss.
-EXPLORE = 0.5
-TOP = 0.2
-DECAY = 0.9
+# As in the original:
+EXPLORE = 0.5  # share of a batch of smart and easy_first that is drawn from all samples
+TOP = 0.2  # share of the samples, hardest or easiest, from which the rest is drawn
+DECAY = 0.9  # of the tracked loss
 WINDOW = 64  # bytes in a sample of text
 
 
@@ -154,10 +153,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.task == "nlp":
         parser.set_defaults(model="transformer", batch_size=16, learning_rate=0.003)
+    elif args.quick and not args.data:
+        parser.set_defaults(dataset="digits", benchmark_datasets=["breast_cancer"])
     if args.quick:
-        embedded = None if args.data or args.task == "nlp" else "digits"
-        parser.set_defaults(runs=3, text_bytes=15_000, dataset=embedded,
-                            benchmark_datasets=["breast_cancer"])
+        parser.set_defaults(runs=3, text_bytes=15_000)
     if args.quick or args.budget_seconds or args.device.type != "cpu":
         parser.set_defaults(jobs=1)
     args = parser.parse_args(argv)  # with the defaults of the task
@@ -472,7 +471,7 @@ def read_cifar(folder):
 
 def read_cinic(folder):
     """CINIC-10's folders train/CLASS/*.png and test/CLASS/*.png, unpacked first where need be; in a
-    fixed random order, since the folders are sorted by class. `valid` is not used."""
+    fixed random order, since the folders are sorted by class. The part `valid` is not used."""
     from PIL import Image
     from sklearn.datasets import load_files
 
@@ -652,8 +651,8 @@ def load_table(path, drop):
             note(f"{path}: some labels differ only in case or spaces: {sorted(labels.unique())}")
         ids = [name for name in distinct.select_dtypes("integer") if distinct[name].is_unique]
         if ids:
-            note(f"{path}: columns {ids} seem to number the rows; if these are sorted by class, a "
-                 "number gives the class away; see --drop")
+            note(f"{path}: columns {ids} seem to number the rows; if the rows are sorted by "
+                 "class, this gives the class away; see --drop")
         words = list(distinct.select_dtypes(exclude=["number", "bool"]))
         if words:
             raise ValueError(f"columns {words} are not numbers alone; see --drop")
@@ -669,15 +668,16 @@ def load_table(path, drop):
 def load_text(args):
     """Data of text as bytes: windows without overlap; the last tenth is the test part.
 
-    Without --data the text is the standard library's source, its files in a fixed random order.
+    The files of a folder, without hidden ones, are in a fixed random order. Without --data the text
+    is the standard library's source.
     """
     from sklearn.model_selection import train_test_split
 
     root = Path(args.data or Path(os.__file__).parent)
-    paths = sorted(path for path in root.glob("**/*" if args.data else "*.py") if path.is_file())
-    paths = np.random.default_rng(0).permutation(paths or [root])
+    names = glob.glob("**" if args.data else "*.py", root_dir=root, recursive=True)
+    paths = [root / name for name in sorted(names) if (root / name).is_file()]
     text = b""
-    for path in paths:
+    for path in np.random.default_rng(0).permutation(paths or [root]):
         with path.open("rb") as file:
             text += file.read(args.text_bytes - len(text))
     if len(text) <= 2 * WINDOW:
@@ -730,9 +730,8 @@ class SmallCNN(nn.Sequential):
     [batch, classes]."""
 
     def __init__(self, shape, classes, width=16):
-        if len(shape) != 3 or shape[2] < 4:
-            raise UserError("--model cnn needs images of at least 4 x 4 pixels in all data sets; "
-                            "see --no-benchmark")
+        if len(shape) != 3:
+            raise UserError("--model cnn needs images in all data sets; see --no-benchmark")
         channels, height, side = shape
         super().__init__(
             nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -877,7 +876,8 @@ def track_losses(learner, rows, losses):
 def evaluate(model, x, y):
     """(losses of all samples [n], accuracy in percent), by forward passes of 1,000 at a time."""
     model.eval()
-    losses, correct = [], 0
+    losses = []
+    correct = 0
     for x_part, y_part in zip(x.split(1000), y.split(1000)):
         part_losses, logits = sample_losses(model, x_part, y_part)
         losses.append(part_losses)
@@ -1112,14 +1112,14 @@ def write_strategy_folders(records, args):
     for (setting, strategy), runs in records.groupby(["setting", "strategy"], sort=False):
         folder = free_run_dir(Path(args.output_dir, args.task, setting, strategy))
         folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
+        title = f"{strategy} on {setting}: mean of all runs ({args.runs})"
         for metric in metrics:
-            fig, (ax,) = new_figure(f"{strategy} on {setting}: mean of all runs")
+            fig, (ax,) = new_figure(title)
             plot_runs(ax, runs, "epoch", metric)
             save_figure(fig, folder / f"{metric}.png", show=False)
         final = runs.groupby("seed")[metrics].last().rename(columns=METRICS)
         summary = final.agg(["mean", half_width]).set_axis(["mean", "± 95 % interval"])
-        title = f"{strategy} on {setting}, runs: {args.runs}, after the last epoch"
-        text = f"{title}\n{summary.T.to_string(na_rep='–')}\n"
+        text = f"{title}, after the last epoch\n{summary.T.to_string(na_rep='–')}\n"
         (folder / "summary.txt").write_text(text, encoding="utf-8")
         folders.append(str(folder))
     return folders
