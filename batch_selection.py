@@ -165,10 +165,10 @@ def parse_args(argv=None):
     if args.task == "nlp" and (any(args.label_noise) or args.dataset):
         parser.error("--label-noise and --dataset are for --task vision")
     if not min(args.learning_rate, args.epochs, args.runs, args.batch_size, args.text_bytes,
-               args.jobs) > 0:  # the first one may be NaN
+               args.jobs) > 0:  # not "<= 0", since the first one may be NaN
         parser.error("--epochs, --runs, --batch-size, --text-bytes, --jobs and --learning-rate "
                      "must be above 0")
-    if not min(args.budget_seconds, args.seed) >= 0:  # here, too
+    if not min(args.budget_seconds, args.seed) >= 0:  # likewise
         parser.error("--budget-seconds and --seed must not be negative")
     if not all(0 <= share <= 1 for share in args.label_noise):
         parser.error("--label-noise must be from 0 to 1")
@@ -615,8 +615,7 @@ def make_data(name, arrays, source):
     for array in (x_train, y_train, x_test, y_test):
         digest.update(np.ascontiguousarray(array))
     majority = np.bincount(y_train).argmax()
-    info = {"source": source, "train": len(y_train), "test": len(y_test),
-            "classes": classes,
+    info = {"source": source, "train": len(y_train), "test": len(y_test), "classes": classes,
             "majority class [%]": round(100 * (y_test == majority).mean(), 2),
             "sha256": digest.hexdigest()}
     if x_train.ndim == 2:
@@ -1030,7 +1029,8 @@ def compare(records, args):
     table["effect"] = plus_minus(table["difference"], table["width"], "{:+.2f}") + stars
     table["target"] = by_setting["mean"].transform("first") * (1 - 0.01 * sign)
     epochs = records.groupby([*keys, "epoch"], sort=False)
-    curves = epochs.mean()[epochs.size() == args.runs].join(table["target"])
+    is_complete = epochs.size() == args.runs  # reached by all runs
+    curves = epochs.mean()[is_complete].join(table["target"])
     reached = curves.query(f"{sign} * ({metric} - target) >= 0").groupby(keys).first()
     return table.join(reached[["samples", "seconds"]].add_suffix(" to target"))
 
@@ -1171,7 +1171,8 @@ def run(args):
     """Do what the arguments ask for."""
     if args.list_datasets:
         print(markdown_table([
-            {"data set": name, "what": dataset.about, "here": find_folder(name, args.data_dir)}
+            {"data set": name, "what": dataset.about,
+             "here": "yes" if find_folder(name, args.data_dir) else "no"}
             for name, dataset in DATASETS.items()]))
     elif args.check_device:
         print(f"auto: {detect_device()}; cpu: {os.cpu_count()} cores; torch: {torch.__version__}")

@@ -609,7 +609,7 @@ def test_downloads_are_checked_and_a_bad_one_does_not_stay(monkeypatch, capsys, 
         assert sorted(path.name for path in Path("data/mnist").iterdir()) == sorted(files)
         assert "mnist is in data/mnist" in capsys.readouterr().err
         bs.main(["--list-datasets"])
-        assert "| mnist | 10 classes, 70,000 samples, 12 MB | data/mnist |" in capsys.readouterr().out
+        assert "| mnist | 10 classes, 70,000 samples, 12 MB | yes |" in capsys.readouterr().out
         whole = Path("site", name).read_bytes()
         for content, words in ((whole[:100], "not the published one"), (None, "404")):
             Path("data/mnist", name).unlink(missing_ok=True)
@@ -1207,7 +1207,9 @@ def test_a_dask_scheduler_that_does_not_answer(monkeypatch, error_line):
 
 def test_lists(capsys):
     assert bs.main(["--list-datasets"]) is None
-    assert "| cinic10 | 10 classes, 180,000 samples, 688 MB | – |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| cinic10 | 10 classes, 180,000 samples, 688 MB | no |" in out
+    assert "| digits | 10 classes, 1,797 samples, embedded | yes |" in out
     assert bs.main(["--check-device"]) is None
     out = capsys.readouterr().out
     assert "cpu: " in out
