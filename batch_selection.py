@@ -18,12 +18,12 @@ nothing beats random.
     python batch_selection.py --task nlp                     # a byte-level language model
     python batch_selection.py --resume                       # go on with the newest unfinished run
 
-Results are in outputs/batch_selection/run-001/, with the next free number: results.json,
-summary.md, pictures of the comparison, and runs/*.pt for --resume. As in the original,
+Results are in outputs/batch_selection/run-001/ (then run-002, …): results.json, summary.md,
+pictures of the comparison, and runs/*.pt for --resume. As in the original,
 outputs/vision/DATASET/STRATEGY/run-001/ has summary.txt and four pictures of each strategy.
 
-A strategy, a data set and a model of your own are one line each, in a notebook before main([...]);
-other changes from a notebook need --jobs 1, since workers import this file anew:
+In a notebook, a strategy, a data set or a model of your own is one line before main([...]); other
+changes need --jobs 1, since workers import this file anew:
     STRATEGIES["sorted"] = lambda learner: learner.batches(learner.loss.argsort())
     DATASETS["mine"] = Dataset(read_mine)  # read_mine(folder): x_train, y_train, x_test, y_test
     MODELS["vision"]["wide"] = lambda shape, classes: SimpleMLP(shape, classes, hidden=1024)
@@ -44,6 +44,7 @@ arXiv:2307.06440, for the controls; the papers of the strategies at each of them
 
 import argparse
 import contextlib
+import glob
 import gzip
 import hashlib
 import http.client
@@ -79,23 +80,23 @@ from common import (MARKERS, detect_device, epoch_axis, in_notebook, legend_belo
 EXPERIMENT = "batch_selection"
 BASELINE = "random"
 # What is drawn of each strategy, and its axis label.
-METRICS = {"bits_per_byte": "test [bits per byte]", "test_acc": "test accuracy [%]",
+METRICS = {"bits_per_byte": "test loss [bits per byte]", "test_acc": "test accuracy [%]",
            "test_loss": "test loss", "train_acc": "accuracy on a part of the training samples [%]",
            "train_loss": "loss on a part of the training samples"}
 # The deciding metric: its name, 1 if more of it is better and -1 if less, and the unit.
 DECIDING = {"vision": ("test_acc", 1, "points"),
             "nlp": ("bits_per_byte", -1, "bits per byte, fewer are better")}
+# What a metric is drawn over, and its axis label.
+X_AXES = {"epoch": "epoch", "samples": "trained samples", "seconds": "training and selection [s]"}
 # Columns of the tables and their formats.
 NUMBERS = {"p": "{:.2g}", "samples": "{:,.0f}", "seconds": "{:.2f}",
            "samples to target": "{:,.0f}", "seconds to target": "{:.2f}"}
 MIN_RUNS = 3  # a paired t-test of two runs has one degree of freedom
 ALPHA = 0.05
-# As in the original: the share of a batch of smart and easy_first that is drawn from all samples;
-# the share of the samples, hardest or easiest, from which the rest is drawn; and the decay of the
-# tracked loss.
-EXPLORE = 0.5
-TOP = 0.2
-DECAY = 0.9
+# As in the original:
+EXPLORE = 0.5  # share of a batch of smart and easy_first that is drawn from all samples
+TOP = 0.2  # share of the samples, hardest or easiest, from which the rest is drawn
+DECAY = 0.9  # of the tracked loss
 WINDOW = 64  # bytes in a sample of text
 
 
@@ -124,8 +125,8 @@ def parse_args(argv=None):
     add("--model", default="mlp", help="mlp or cnn; nlp: transformer")
     add("--label-noise", nargs="+", type=float, default=[0.0], metavar="SHARE", help="share of "
         "training labels that are replaced by another class; several shares are compared")
-    add("--epochs", type=int, default=5, help="calls of a strategy; importance and rho_loss train "
-        "on a fifth of the samples in each")
+    add("--epochs", type=int, default=5, help="number of epochs; in each, importance and rho_loss "
+        "train on a fifth of the samples")
     add("--schedule", choices=["linear", "constant"], default="linear", help="learning rate: "
         "linear decay to zero, or constant as in the original")
     add("--budget-seconds", type=float, default=0.0, metavar="SECONDS", help="if not 0, train for "
@@ -152,10 +153,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.task == "nlp":
         parser.set_defaults(model="transformer", batch_size=16, learning_rate=0.003)
+    elif args.quick and not args.data:
+        parser.set_defaults(dataset="digits", benchmark_datasets=["breast_cancer"])
     if args.quick:
-        embedded = None if args.data or args.task == "nlp" else "digits"
-        parser.set_defaults(runs=3, text_bytes=15_000, dataset=embedded,
-                            benchmark_datasets=["breast_cancer"])
+        parser.set_defaults(runs=3, text_bytes=15_000)
     if args.quick or args.budget_seconds or args.device.type != "cpu":
         parser.set_defaults(jobs=1)
     args = parser.parse_args(argv)  # with the defaults of the task
@@ -164,11 +165,11 @@ def parse_args(argv=None):
     if args.task == "nlp" and (any(args.label_noise) or args.dataset):
         parser.error("--label-noise and --dataset are for --task vision")
     if not min(args.learning_rate, args.epochs, args.runs, args.batch_size, args.text_bytes,
-               args.jobs) > 0:  # the first one may be NaN
+               args.jobs) > 0:  # not "<= 0", since the first one may be NaN
         parser.error("--epochs, --runs, --batch-size, --text-bytes, --jobs and --learning-rate "
                      "must be above 0")
-    if not (args.budget_seconds >= 0 and 0 <= args.seed <= 2**64 - args.runs):
-        parser.error("--budget-seconds must not be negative, and --seed from 0 to 2**64 - --runs")
+    if not min(args.budget_seconds, args.seed) >= 0:  # likewise
+        parser.error("--budget-seconds and --seed must not be negative")
     if not all(0 <= share <= 1 for share in args.label_noise):
         parser.error("--label-noise must be from 0 to 1")
     return args
@@ -184,9 +185,10 @@ def parse_args(argv=None):
 #   learner.score(rows)          current losses of these samples, by a forward pass; with
 #                                gradient_norms=True the norms of their gradients at the logits
 #   learner.batches(rows)        these rows in batches without weights
+#   learner.data                 tensors x_train [samples, …] and y_train [samples]; num_classes
 #   learner.progress()           share of the training that is done, from 0 to 1, with which the
 #                                learning rate decays. An epoch is taken to have as many batches as
-#                                the list that is returned, as learner.batches, or as the one before
+#                                learner.batches returned last, or else as the epoch before
 #   learner.rng, learner.args    a numpy Generator and the command line
 # What it keeps as an attribute of the learner is there in the next epoch.
 
@@ -210,11 +212,11 @@ def random_until(learner, samples):
 
 
 def focus_batches(learner, sign):
-    """Batches of which EXPLORE are from all samples, and the rest from the TOP with the highest
-    sign x loss, found anew for each batch, together with all that tie with the last of them."""
+    """Batches of which the share EXPLORE is drawn from all samples, and the rest from the share TOP
+    with the highest sign x loss, found anew for each batch, and all that tie with its last."""
     loss, rng = learner.loss, learner.rng
     top = round(TOP * len(loss))
-    for batch, _ in learner.batches(loss):
+    for batch, _ in fixed_batches(learner):  # as many samples as random's
         score = sign * loss
         focus = np.flatnonzero(score >= np.partition(score, -top)[-top])
         explored = rng.choice(len(loss), round(EXPLORE * len(batch)), replace=False)
@@ -235,7 +237,7 @@ def smart(learner):
 def easy_first(learner):
     """The reverse of smart: half of a batch from the 20 % with the lowest tracked loss.
 
-    Unseen samples count as the hardest, so the first epoch returns to those that it began with.
+    Unseen samples count as the hardest, so the first epoch keeps to those that it began with.
     """
     return focus_batches(learner, -1)
 
@@ -303,8 +305,8 @@ def infobatch(learner):
     and those that end in the last eighth of the training take every sample. arXiv:2303.04947.
     """
     loss = learner.last_loss
-    epochs = len(learner.history) - 1
-    if epochs == 0 or learner.progress() * (epochs + 1) / epochs > 7 / 8:
+    epochs = len(learner.history) - 1  # that are done
+    if epochs == 0 or learner.progress() * (epochs + 1) / epochs > 7 / 8:  # where this one will end
         return random_batches(learner)
     order = learner.rng.permutation(len(loss))
     is_easy = loss < loss.mean()
@@ -333,8 +335,8 @@ def importance(learner, pool=5):
 def loss_rank(learner, pressure=100):
     """Draw samples by the rank of their latest loss (Loshchilov and Hutter 2016).
 
-    The hardest sample is `pressure` times as likely as the easiest one in the beginning, and as
-    likely in the end. Ranks are those at the start of an epoch, which is as long as random's;
+    At first, the hardest sample is `pressure` times as likely as the easiest one; at the end, all
+    are equally likely. Ranks are those at the start of an epoch, which is as long as random's;
     draws are with replacement. arXiv:1511.06343.
     """
     n = len(learner.loss)
@@ -469,7 +471,7 @@ def read_cifar(folder):
 
 def read_cinic(folder):
     """CINIC-10's folders train/CLASS/*.png and test/CLASS/*.png, unpacked first where need be; in a
-    fixed random order, since the folders are sorted by class. `valid` is not used."""
+    fixed random order, since the folders are sorted by class. The part `valid` is not used."""
     from PIL import Image
     from sklearn.datasets import load_files
 
@@ -613,8 +615,7 @@ def make_data(name, arrays, source):
     for array in (x_train, y_train, x_test, y_test):
         digest.update(np.ascontiguousarray(array))
     majority = np.bincount(y_train).argmax()
-    info = {"source": source, "train": len(y_train), "test": len(y_test),
-            "classes": classes,
+    info = {"source": source, "train": len(y_train), "test": len(y_test), "classes": classes,
             "majority class [%]": round(100 * (y_test == majority).mean(), 2),
             "sha256": digest.hexdigest()}
     if x_train.ndim == 2:
@@ -634,7 +635,7 @@ def load_table(path, drop):
     """Data of one's own CSV file; a fixed fifth, stratified, is the test part. Columns p0, p1, …
     that are as many as the pixels of a square are an image: x is [n, 1, side, side]."""
     try:
-        table = pd.read_csv(path, engine="pyarrow", dtype={"label": "string"}).drop(columns=drop)
+        table = pd.read_csv(path, engine="pyarrow").drop(columns=drop)
         if "label" not in table or "label.1" in table:  # pandas numbers columns of one name
             raise ValueError("one column must be called `label`; the columns are "
                              f"{list(table)[:5]}; are there a header and commas?")
@@ -644,15 +645,13 @@ def load_table(path, drop):
         distinct = table.drop_duplicates()
         if len(distinct) < len(table):
             note(f"{path}: {len(distinct):,} of {len(table):,} rows are distinct and are used")
-        y = distinct.pop("label")
-        plain = y.str.strip().str.casefold().str.replace(r"^0+(?=\d)|\.0*$", "", regex=True)
-        if plain.nunique() < y.nunique():
-            note(f"{path}: some labels differ only in case, spaces or how a number is written: "
-                 f"{sorted(y.unique())}")
+        labels = distinct.pop("label").astype(str)
+        if labels.str.strip().str.casefold().nunique() < labels.nunique():
+            note(f"{path}: some labels differ only in case or spaces: {sorted(labels.unique())}")
         ids = [name for name in distinct.select_dtypes("integer") if distinct[name].is_unique]
         if ids:
-            note(f"{path}: columns {ids} seem to number the rows; if these are sorted by class, a "
-                 "number gives the class away; see --drop")
+            note(f"{path}: columns {ids} seem to number the rows; if the rows are sorted by "
+                 "class, this gives the class away; see --drop")
         words = list(distinct.select_dtypes(exclude=["number", "bool"]))
         if words:
             raise ValueError(f"columns {words} are not numbers alone; see --drop")
@@ -660,7 +659,7 @@ def load_table(path, drop):
         side = math.isqrt(x.shape[1])
         if list(distinct) == [f"p{i}" for i in range(side * side)]:
             x = x.reshape(-1, 1, side, side)
-        return make_data(Path(path).stem, split_samples(x, y.to_numpy()), path)
+        return make_data(Path(path).stem, split_samples(x, labels.to_numpy()), path)
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -668,15 +667,16 @@ def load_table(path, drop):
 def load_text(args):
     """Data of text as bytes: windows without overlap; the last tenth is the test part.
 
-    Without --data the text is the standard library's source, its files in a fixed random order.
+    The files of a folder, without hidden ones, are in a fixed random order. Without --data the text
+    is the standard library's source.
     """
     from sklearn.model_selection import train_test_split
 
     root = Path(args.data or Path(os.__file__).parent)
-    paths = sorted(path for path in root.glob("**/*" if args.data else "*.py") if path.is_file())
-    paths = np.random.default_rng(0).permutation(paths or [root])
+    names = glob.glob("**" if args.data else "*.py", root_dir=root, recursive=True)
+    paths = [root / name for name in sorted(names) if (root / name).is_file()]
     text = b""
-    for path in paths:
+    for path in np.random.default_rng(0).permutation(paths or [root]):
         with path.open("rb") as file:
             text += file.read(args.text_bytes - len(text))
     if len(text) <= 2 * WINDOW:
@@ -729,9 +729,8 @@ class SmallCNN(nn.Sequential):
     [batch, classes]."""
 
     def __init__(self, shape, classes, width=16):
-        if len(shape) != 3 or shape[2] < 4:
-            raise UserError("--model cnn needs images of at least 4 x 4 pixels in all data sets; "
-                            "see --no-benchmark")
+        if len(shape) != 3:
+            raise UserError("--model cnn needs images in all data sets; see --no-benchmark")
         channels, height, side = shape
         super().__init__(
             nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -838,10 +837,7 @@ def train_epoch(learner, strategy):
     args, optimizer = learner.args, learner.optimizer
     start_time = time.perf_counter() - learner.seconds
     learner.model.train()
-    batches = strategy(learner)
-    if isinstance(batches, list):
-        learner.epoch_steps = len(batches)
-    for rows, weights in batches:
+    for rows, weights in strategy(learner):
         if args.schedule == "linear":
             remaining = max(0.001, 1 - learner.progress())  # the learning rate stays above 0
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -879,7 +875,8 @@ def track_losses(learner, rows, losses):
 def evaluate(model, x, y):
     """(losses of all samples [n], accuracy in percent), by forward passes of 1,000 at a time."""
     model.eval()
-    losses, correct = [], 0
+    losses = []
+    correct = 0
     for x_part, y_part in zip(x.split(1000), y.split(1000)):
         part_losses, logits = sample_losses(model, x_part, y_part)
         losses.append(part_losses)
@@ -916,7 +913,7 @@ def add_label_noise(data, share, seed):
     return replace(data, name=f"{data.name}-noise-{share}", y_train=y)
 
 
-def train_with_control(data, noise, name, seed, strategies, make_model, args, folder):
+def train_with_control(data, noise, strategy, seed, strategies, make_model, args, folder):
     """Records of one strategy with one seed, a row for each epoch. `difference` is that of the
     deciding metric from the last value of the control: random with exactly as many trained samples,
     or with the same time budget. What `folder` has is not trained again."""
@@ -925,22 +922,22 @@ def train_with_control(data, noise, name, seed, strategies, make_model, args, fo
     # Other data are other files, so a run is never resumed with data that have changed.
     digest = data.info["sha256"][:8]
 
-    def train(name, strategy, samples):
+    def train(name, batches, samples):
         file = folder / f"{data.name}-{digest}-seed-{seed}-{name}-{samples}.pt"
         if not file.exists():
             learner = Learner(data, make_model, seed, args, samples / len(data.x_train))
             measure(learner)
             while learner.progress() < 1:
-                train_epoch(learner, strategy)
+                train_epoch(learner, batches)
                 measure(learner)
             with atomic_write(file) as path:
                 torch.save({"model": learner.model.state_dict(), "history": learner.history}, path)
         return pd.DataFrame(load_checkpoint(file, file)["history"])
 
     samples = args.epochs * len(data.x_train)
-    records = train(name, strategies[name], samples)
+    records = train(strategy, strategies[strategy], samples)
     difference = math.nan
-    if name != BASELINE:
+    if strategy != BASELINE:
         control = random_batches
         if not args.budget_seconds:
             samples = records["samples"].iloc[-1]
@@ -948,7 +945,7 @@ def train_with_control(data, noise, name, seed, strategies, make_model, args, fo
         metric = DECIDING[args.task][0]
         difference = records[metric] - train(BASELINE, control, samples)[metric].iloc[-1]
         difference = difference.round(9)  # equal ones are equal
-    return records.assign(setting=data.name, strategy=name, seed=seed, difference=difference)
+    return records.assign(setting=data.name, strategy=strategy, seed=seed, difference=difference)
 
 
 def train_all(all_data, args, run_dir):
@@ -1030,9 +1027,10 @@ def compare(records, args):
     table["p"] = by_setting["p"].transform(holm)
     stars = np.where(table["p"] < ALPHA, " *", "")
     table["effect"] = plus_minus(table["difference"], table["width"], "{:+.2f}") + stars
-    target = by_setting["mean"].transform("first") * (1 - 0.01 * sign)
+    table["target"] = by_setting["mean"].transform("first") * (1 - 0.01 * sign)
     epochs = records.groupby([*keys, "epoch"], sort=False)
-    curves = epochs.mean()[epochs.size() == args.runs].join(target.rename("target"))
+    is_complete = epochs.size() == args.runs  # reached by all runs
+    curves = epochs.mean()[is_complete].join(table["target"])
     reached = curves.query(f"{sign} * ({metric} - target) >= 0").groupby(keys).first()
     return table.join(reached[["samples", "seconds"]].add_suffix(" to target"))
 
@@ -1080,7 +1078,7 @@ def plot_runs(ax, records, x, y):
         values = runs.pivot(index="epoch", columns="seed", values=y).dropna()
         positions = runs.groupby("epoch")[x].mean()[values.index]
         plot_curve(ax, positions, values.T, strategy, i, MARKERS[i % 7])
-    ax.set(xlabel=f"{x} of training", ylabel=METRICS[y])
+    ax.set(xlabel=X_AXES[x], ylabel=METRICS[y])
     if x == "epoch":
         epoch_axis(ax)
 
@@ -1093,14 +1091,14 @@ def plot_differences(ax, table, args):
     plot_dots(ax, means.index, means.to_dict("list"), errors=widths)
     ax.axvline(0, color="black", linewidth=1)
     ax.set_xlabel(f"difference from {name_control(args)}\n[{DECIDING[args.task][2]}]; bars: 95 % "
-                  "interval\nof each alone, uncorrected; p in the table: corrected after Holm")
+                  "intervals,\nuncorrected; p in the table: corrected after Holm")
 
 
 def plot_comparison(records, table, setting, args, run_dir):
     """The metric that decides over epochs, samples and seconds, and the differences."""
     runs = records.query("setting == @setting")
     fig, axes = new_figure(f"{setting}: mean of all runs ({args.runs})", 2, 2, (12, 9))
-    for ax, x in zip(axes, ("epoch", "samples", "seconds")):
+    for ax, x in zip(axes, X_AXES):
         plot_runs(ax, runs, x, DECIDING[args.task][0])
     plot_differences(axes[3], table.loc[[setting]], args)
     legend_below(axes[0])
@@ -1114,14 +1112,14 @@ def write_strategy_folders(records, args):
     for (setting, strategy), runs in records.groupby(["setting", "strategy"], sort=False):
         folder = free_run_dir(Path(args.output_dir, args.task, setting, strategy))
         folder.mkdir(parents=True, exist_ok=True)  # two processes may go on with the same run
+        title = f"{strategy} on {setting}: mean of all runs ({args.runs})"
         for metric in metrics:
-            fig, (ax,) = new_figure(f"{strategy} on {setting}: mean of all runs")
+            fig, (ax,) = new_figure(title)
             plot_runs(ax, runs, "epoch", metric)
             save_figure(fig, folder / f"{metric}.png", show=False)
         final = runs.groupby("seed")[metrics].last().rename(columns=METRICS)
         summary = final.agg(["mean", half_width]).set_axis(["mean", "± 95 % interval"])
-        title = f"{strategy} on {setting}, runs: {args.runs}, after the last epoch"
-        text = f"{title}\n{summary.T.to_string(na_rep='–')}\n"
+        text = f"{title}, after the last epoch\n{summary.T.to_string(na_rep='–')}\n"
         (folder / "summary.txt").write_text(text, encoding="utf-8")
         folders.append(str(folder))
     return folders
@@ -1173,7 +1171,8 @@ def run(args):
     """Do what the arguments ask for."""
     if args.list_datasets:
         print(markdown_table([
-            {"data set": name, "what": dataset.about, "here": find_folder(name, args.data_dir)}
+            {"data set": name, "what": dataset.about,
+             "here": "yes" if find_folder(name, args.data_dir) else "no"}
             for name, dataset in DATASETS.items()]))
     elif args.check_device:
         print(f"auto: {detect_device()}; cpu: {os.cpu_count()} cores; torch: {torch.__version__}")
