@@ -1404,8 +1404,8 @@ def train_convolutions(args, data, seed, run_dir):
 
 
 def benchmark(args, datasets, strategies, seeds, run_dir):
-    """Test accuracy of baselines, of convolutions for files of the archives (conv; conv + hydra is
-    their mean), and of each strategy: a model for each data set and, with --shared, one for all.
+    """Test accuracy of baselines, of convolutions (conv, on files of the archives; conv + hydra is
+    the mean of both) and of each strategy: a model for each data set (own) or for all (shared).
 
     The original's figures, shown with --protocol original, are single runs, scored at their last or
     best epoch.
