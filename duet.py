@@ -214,6 +214,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**31:
         parser.error("--seed: at least 0 and below 2**31")
+    if args.learning_rate <= 0:
+        parser.error("--learning-rate: above 0")
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
     if bool(args.predict) != bool(args.checkpoint):
@@ -283,7 +285,9 @@ def normalize_dataset(data):
     with warnings.catch_warnings(action="ignore"):  # the mean of an empty column, an overflow
         mean = np.nanmean(series[rows], axis=0)
         std = np.nanstd(series[rows], axis=0)
-        numbers_rows = np.ptp(np.diff(series, axis=0), axis=0) == 0  # equal steps
+        has_equal_steps = np.ptp(np.diff(series, axis=0), axis=0) == 0
+    is_input = [data.target not in (None, name) for name in data.columns]  # of a CSV file
+    numbers_rows = has_equal_steps & is_input
     varies = np.isfinite(std) & (std > 1e-12 * np.abs(mean)) & ~numbers_rows
     columns = np.array(data.columns)
     if not varies.all():
@@ -1532,7 +1536,7 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
 
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out if its encoder cannot be loaded."""
-    strategies = list(args.strategies or STRATEGIES)
+    strategies = list(dict.fromkeys(args.strategies or STRATEGIES))  # each is run once
     if args.quick and not args.strategies:
         strategies.remove("frozen_bert")
     try:
