@@ -44,6 +44,7 @@ arXiv:2307.06440, for the controls; the papers of the strategies at each of them
 
 import argparse
 import contextlib
+import gc
 import glob
 import gzip
 import hashlib
@@ -1373,6 +1374,7 @@ def main(argv=None):
         if isinstance(error, ModuleNotFoundError):
             package = error.name.split(".")[0]
             text += f"; pip install {PIP_NAMES.get(package, package)}"
+    gc.collect()  # what pyarrow leaves of a file that it could not read may abort Python's exit
     print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
     if not in_notebook():
         raise SystemExit(code)

@@ -43,6 +43,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import hashlib
 import inspect
 import itertools
@@ -1891,6 +1892,7 @@ def main(argv=None):
         if isinstance(error, ModuleNotFoundError):
             package = error.name.split(".")[0]
             text += f"; pip install {PIP_NAMES.get(package, package)}"
+    gc.collect()  # what pyarrow leaves of a file that it could not read may abort Python's exit
     print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
     if not in_notebook():
         raise SystemExit(code)

@@ -41,6 +41,7 @@ Geurts et al. 2006, Ke et al. 2017 (trees).
 import argparse
 import contextlib
 import copy
+import gc
 import hashlib
 import io
 import json
@@ -1855,6 +1856,7 @@ def main(argv=None):
         if isinstance(error, ModuleNotFoundError):
             package = error.name.split(".")[0]
             text += f"; pip install {PIP_NAMES.get(package, package)}"
+    gc.collect()  # what pyarrow leaves of a file that it could not read may abort Python's exit
     print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
     if not in_notebook():
         raise SystemExit(code)

@@ -40,6 +40,7 @@ et al. 2023 (grouped queries), Su et al. 2021 (rotary positions), van den Oord e
 
 import argparse
 import contextlib
+import gc
 import gzip
 import hashlib
 import io
@@ -1492,6 +1493,7 @@ def main(argv=None):
         if isinstance(error, ModuleNotFoundError):
             package = error.name.split(".")[0]
             text += f"; pip install {PIP_NAMES.get(package, package)}"
+    gc.collect()  # what pyarrow leaves of a file that it could not read may abort Python's exit
     print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
     if not in_notebook():
         raise SystemExit(code)

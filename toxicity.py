@@ -47,6 +47,7 @@ import bdb
 import contextlib
 import copy
 import csv
+import gc
 import hashlib
 import html
 import io
@@ -1764,6 +1765,7 @@ def main(argv=None):
         if isinstance(error, ModuleNotFoundError):
             package = error.name.split(".")[0]
             text += f"; pip install {PIP_NAMES.get(package, package)}"
+    gc.collect()  # what pyarrow leaves of a file that it could not read may abort Python's exit
     print(f"{EXPERIMENT}.py: {text}", file=sys.stderr)  # in every process of torchrun
     if not in_notebook():
         raise SystemExit(code)

@@ -1,9 +1,12 @@
 """The last part of each script, which is about no experiment, is the same text in all of them."""
 
 import ast
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import plumbing
+from conftest import ROOT, plumbing
 
 import fire
 
@@ -29,3 +32,13 @@ def test_a_missing_package_is_one_line(error_line, monkeypatch):
 
     monkeypatch.setattr(fire, "run", need)
     assert error_line(fire, []).endswith("No module named 'sklearn.tree'; pip install scikit-learn")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_a_file_that_pyarrow_cannot_read_does_not_abort_the_exit(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('"a,label\n1,0\n')  # the quote never ends
+    one_core = f"import os; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}]); "  # there it is sure to happen
+    code = one_core + f"import batch_selection; batch_selection.main(['--data', {str(path)!r}])"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
