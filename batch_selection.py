@@ -16,7 +16,7 @@ nothing beats random.
     python batch_selection.py --dataset fashion_mnist --budget-seconds 5
     python batch_selection.py --data FILE.csv --drop id      # numbers, and a column `label`
     python batch_selection.py --task nlp                     # a byte-level language model
-    python batch_selection.py --resume                       # go on with the newest unfinished run
+    python batch_selection.py --resume                       # continue the newest unfinished run
 
 Results are in outputs/batch_selection/run-001/ (then run-002, …): results.json, summary.md,
 pictures of the comparison, and runs/*.pt for --resume. As in the original,
@@ -31,7 +31,7 @@ changes need --jobs 1, since workers import this file anew:
 Sources: Human-Augment-Analytics/Training-Batch-Selection ("the original"), whose `smart` credited
 each sample with the mean loss of its batch (--smart-loss batch-mean) and whose learning rate was
 constant (--schedule constant); Balles et al. 2023, arXiv:2312.05021, and Kaddour et al. 2023,
-arXiv:2307.06440, for the controls; the papers of the strategies at each of them.
+arXiv:2307.06440, for the controls; each strategy's docstring cites its paper.
 """
 
 # /// script

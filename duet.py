@@ -1,14 +1,14 @@
 """Do column names help a time-series transformer, and can one model serve many tables?
 
 A transformer over patches of 16 steps classifies windows of 96 steps. It reads each column's
-values, where the value before a missing one takes its place, and a mask of what is present. A
-strategy adds the columns' names: none, a learned vocabulary that grows (auto_expanding), a frozen
-BERT (frozen_bert), or, as a control, a fixed random vector for each name (random_names).
+values, in which missing ones are filled forward, and a mask of what is present. A strategy adds the
+columns' names: none, a learned vocabulary that grows (auto_expanding), a frozen BERT (frozen_bert),
+or, as a control, a fixed random vector for each name (random_names).
 
 Measured on three data sets, 5 seeds: 95.8 % without names, 96.1 to 96.5 % with any of them, random
-ones included. One shared model for all three (4 seeds): 97.1 to 97.4 % with names, 62.8 %
+ones included. One shared model for all three (3 to 4 seeds): 97.1 to 97.4 % with names, 62.8 %
 without. A name's meaning counts on a new table only: before it has seen one label, a pretrained
-model is right in 100 % with BERT's vectors, 56 % with learned and 35 % with random ones
+model is 100 % accurate with BERT's vectors, 56 % with learned and 35 % with random ones
 (--transfer, 3 seeds).
 
     python duet.py                                        # three data sets: 5 minutes
@@ -22,7 +22,7 @@ model is right in 100 % with BERT's vectors, 56 % with learned and 35 % with ran
     python duet.py --columns --bert-model FOLDER          # which names are near each other
     python duet.py --predict new.csv --checkpoint outputs/duet/run-001/models/etth1-none-42.pt
 
-A strategy is a subclass of ColumnEmbedder and an entry in STRATEGIES, from a notebook, too. Within
+A strategy is a subclass of ColumnEmbedder and an entry in STRATEGIES, also from a notebook. Within
 one data set, a name adds a constant that the patch layer's bias already has; in the shared model
 it tells the columns apart.
 

@@ -17,7 +17,7 @@ Measured by `python fire.py --runs 5`: the transformer 95.80 ± 0.33 %, gradient
     python fire.py --sample-per-area 1000000              # the original's 5 M rows
     python fire.py --data FOLDER --label-column alarm     # your CSV or Parquet files, one per area
     python fire.py --data s3://bucket/prefix --save-to s3://bucket/models
-    python fire.py --resume                               # go on with the newest unfinished run
+    python fire.py --resume                               # continue the newest unfinished run
     python fire.py --predict NEW.csv --area voc --checkpoint outputs/fire/run-001/transformer.pt
     python fire.py --compare outputs/fire/*/results.json  # accuracy, hours and cost
     torchrun --nproc-per-node 2 fire.py                   # two processes

@@ -1,10 +1,10 @@
 """Can BERT-Tiny do the work of a fine-tuned BERT-Base on toxic comments, and what do dendrites add?
 
 A dendrite is a second weight vector of a neuron; its output goes through a sigmoid and is added to
-the neuron's. At the first switch perforatedai adds one to each neuron of the Linear layers.
+the neuron's. Halfway through training perforatedai adds one to each neuron of the Linear layers.
 
-Measured with 5 seeds on one H100, the dendrites carry 0.05 % of the output and add nothing that can
-be measured. Against a mere restart of the learning rate, PR AUC changes by -0.002 ± 0.006 on
+Measured with 5 seeds on one H100, the dendrites carry 0.05 % of the output and add nothing
+measurable. Against a mere restart of the learning rate, PR AUC changes by -0.002 ± 0.006 on
 synthetic comments and by -0.0002 ± 0.0007 on 24,783 tweets. On the tweets a student of TF-IDF and a
 fine-tuned MiniLM (--distill giant) has F1 0.451 ± 0.018 and PR AUC 0.397 ± 0.032; TF-IDF itself has
 0.429 ± 0.046 and 0.385 ± 0.057, MiniLM 0.468 and 0.428. The README has the commands.
@@ -14,7 +14,7 @@ fine-tuned MiniLM (--distill giant) has F1 0.451 ± 0.018 and PR AUC 0.397 ± 0.
     python toxicity.py --data train.csv --text-column comment_text --label-column toxic
     python toxicity.py --compare-dendrites --runs 5  # all arms, paired by seed
     python toxicity.py --distill giant --giant FOLDER --arm plain --epochs 12 --batch-size 64
-    python toxicity.py --resume                      # go on with the newest unfinished run
+    python toxicity.py --resume                      # continue the newest unfinished run
     python toxicity.py --evaluate                    # scores the newest model, as do those below
     python toxicity.py --compare-base --giant FOLDER
     python toxicity.py --quantize                    # or --export-onnx, --export-hf FOLDER
@@ -22,11 +22,11 @@ fine-tuned MiniLM (--distill giant) has F1 0.451 ± 0.018 and PR AUC 0.397 ± 0.
     python toxicity.py --predict "you are a clown" "that joke killed me"  # or lines on stdin
 
 Results are in outputs/toxicity/run-001/, with the next free number: results.json, summary.md,
-best_model.pt, model_int8.pt (its matrices in int8) and two pictures; with --runs or
---compare-dendrites, each model has a folder of its own in there. Without --data it reads Civil
-Comments from the Hugging Face hub, or synthetic comments where the hub is out of reach; without
---model, prajjwal1/bert-tiny from there, or else a BERT of the same size with random weights and a
-vocabulary of the training texts.
+best_model.pt, model_int8.pt (its matrices in int8) and two pictures; with --runs or --compare-
+dendrites, each model has its own subfolder. Without --data it reads Civil Comments from the Hugging
+Face hub, or synthetic comments where the hub is out of reach; without --model, prajjwal1/bert-tiny
+from there, or else a BERT of the same size with random weights and a vocabulary of the training
+texts.
 
 Sources: "Giant-Killer NLP", here "the original" (no dendrite was ever added there, and its giant
 was never fine-tuned); Turc et al. 2019 (BERT-Tiny, distillation); perforatedai (dendrites); Borkan
