@@ -22,11 +22,11 @@ fine-tuned MiniLM (--distill giant) has F1 0.451 ± 0.018 and PR AUC 0.397 ± 0.
     python toxicity.py --predict "you are a clown" "that joke killed me"  # or lines on stdin
 
 Results are in outputs/toxicity/run-001/, with the next free number: results.json, summary.md,
-best_model.pt, model_int8.pt (its matrices in int8) and two pictures; with --runs or --compare-
-dendrites, each model has its own subfolder. Without --data it reads Civil Comments from the Hugging
-Face hub, or synthetic comments where the hub is out of reach; without --model, prajjwal1/bert-tiny
-from there, or else a BERT of the same size with random weights and a vocabulary of the training
-texts.
+best_model.pt, model_int8.pt (its matrices in int8) and two pictures; with --runs or
+--compare-dendrites, each model has its own subfolder. Without --data it reads Civil Comments from
+the Hugging Face hub, or synthetic comments where the hub is out of reach; without --model,
+prajjwal1/bert-tiny from there, or else a BERT of the same size with random weights and a vocabulary
+of the training texts.
 
 Sources: "Giant-Killer NLP", here "the original" (no dendrite was ever added there, and its giant
 was never fine-tuned); Turc et al. 2019 (BERT-Tiny, distillation); perforatedai (dendrites); Borkan
