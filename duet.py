@@ -181,9 +181,9 @@ def parse_args(argv=None):
         "other data sets, then learn NAME, or the last one, from 0, 5, 10 and 100 %% of its labels")
     add("--nan-robustness", action="store_true", help="experiment: accuracy with 0 to 50 %% of the "
         "values missing")
-    add("--head", choices=["mean", "ordinal"], default="mean", help="mean classifies the mean of "
-        "the patches, as the original does; ordinal forecasts --target, where there is one, and "
-        "lets the class limits cut the forecast")
+    add("--head", choices=["mean", "ordinal"], help="mean classifies the mean of the patches, as "
+        "the original does; ordinal forecasts --target and lets the limits of its quantiles cut the "
+        "forecast; if unset, ordinal with --target, mean without")
     add("--steps", type=positive, default=600, help="training steps for each data set; "
         "convolutions take twice as many")
     add("--evaluations", type=positive, default=6, help="number of evaluations on the "
@@ -217,6 +217,7 @@ def parse_args(argv=None):
         parser.error("--seed: at least 0 and below 2**31")
     if args.learning_rate <= 0:
         parser.error("--learning-rate: above 0")
+    args.head = args.head or ("ordinal" if args.target else "mean")
     if args.target and not args.data:
         parser.error("--target is for the CSV files of --data")
     if bool(args.predict) != bool(args.checkpoint):
@@ -244,6 +245,11 @@ class Dataset:
     limits: list | None = None  # [classes - 1] between the classes, in units of the target
     mean: list | None = None  # [columns] of the training part
     std: list | None = None
+
+    @property
+    def has_quantiles(self):
+        """Whether the classes are quantiles of the target."""
+        return self.classes[0] == "quantile 1"
 
 
 def describe(data):
@@ -671,8 +677,8 @@ def load_datasets(args):
     too_few = len(names) < 2 and not args.quick
     if args.transfer and (too_few or args.transfer not in ["last", *names]):
         raise UserError(f"--transfer needs two data sets, and the name of one of them: {names}")
-    if args.head == "ordinal" and not all(data.target for data in datasets):
-        note("data sets without --target have --head mean")
+    if args.head == "ordinal" and not all(data.has_quantiles for data in datasets):
+        note("data sets whose classes are no quantiles have --head mean")
     return sorted(datasets, key=lambda data: data.name == args.transfer)
 
 
@@ -934,7 +940,7 @@ class MultiDatasetPatchDuET(nn.Module):
         """Serve a Dataset, with a new head."""
         self.datasets[data.name] = describe(data)
         head = MeanHead(D_MODEL, len(data.classes))
-        if data.target and self.settings["head"] == "ordinal":
+        if data.has_quantiles and self.settings["head"] == "ordinal":
             head = OrdinalHead(data.columns.index(data.target), data.limits)
         self.set_dataset_columns(data.columns, data.name, head)
 

@@ -24,6 +24,7 @@ TINY = ["--threads", "1", "--windows", "60", "--steps", "4", "--evaluations", "2
         "--device", "cpu"]
 new = duet.MultiDatasetPatchDuET.create_for_dataset
 NAMES = ["indoor_temp", "outdoor_temp", "humidity", "pressure", "wind", "rain", "sun"]
+QUANTILES = ["quantile 1", "quantile 2", "quantile 3"]
 
 
 def make_baselines_fast(patch):
@@ -153,7 +154,7 @@ def test_parameters_are_exactly_the_originals_and_hold_no_encoder(strategy, coun
 @pytest.mark.parametrize("fill", duet.FILLS)
 @pytest.mark.parametrize("head", ["mean", "ordinal"])
 def test_a_nan_never_reaches_the_output(shared, fill, head):
-    one = duet.Dataset("a", NAMES[:3], None, None, None, list("xyz"), None, None, 96, NAMES[1], [-0.5, 0.5])
+    one = duet.Dataset("a", NAMES[:3], None, None, None, QUANTILES, None, None, 96, NAMES[1], [-0.5, 0.5])
     model = duet.MultiDatasetPatchDuET(3, 96, "auto_expanding", shared, head, fill).train()
     model.add_dataset(one)
     x = torch.randn(4, 3, 96)
@@ -260,7 +261,7 @@ def test_columns_of_another_number_are_a_clear_error_and_shared_takes_them(tmp_p
 
 def test_an_untrained_ordinal_head_is_persistence():
     limits = [-0.4, 0.3]
-    one = duet.Dataset("a", NAMES[:4], None, None, None, list("xyz"), None, None, 96, NAMES[2], limits)
+    one = duet.Dataset("a", NAMES[:4], None, None, None, QUANTILES, None, None, 96, NAMES[2], limits)
     model = duet.MultiDatasetPatchDuET(4, head="ordinal").eval()
     model.add_dataset(one)
     x = torch.randn(50, 4, 96)
@@ -665,7 +666,7 @@ def test_a_run_leaves_everything_and_pairs_the_seeds(finished):
     wanted = duet.write_cell(frame["auto_expanding"] - frame["none"], "+")
     assert rows["plant", "auto_expanding"]["minus none"] == wanted
     assert "±" in wanted
-    assert rows["mean of all", "none, shared"]["minus own"] and rows["plant", "none"]["parameters"] == "569,411"
+    assert rows["mean of all", "none, shared"]["minus own"] and rows["plant", "none"]["parameters"] == "569,346"
     assert "| plant | persistence |" in (run_dir / "summary.md").read_text()
 
 
@@ -1174,6 +1175,16 @@ def test_an_ordinal_head_has_the_limits_of_its_own_data_set(tmp_path):
     model = duet.add_new_dataset(model, second, ["a"])
     assert model.head_of["b"].limits[1:-1].tolist() == pytest.approx(second.limits)
     assert torch.equal(model.head_of["a"].weight, model.head_of["b"].weight)
+
+
+@pytest.mark.parametrize(("target", "head"), [("y", duet.OrdinalHead), ("code", duet.MeanHead)])
+def test_quantiles_of_a_target_are_forecast_and_its_few_values_are_not(target, head, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [f"{value},{code}" for value, code in zip(rng.random(2000), rng.integers(3, size=2000))]
+    (tmp_path / "a.csv").write_text("y,code\n" + "\n".join(rows))
+    args = duet.parse_args(["--data", str(tmp_path / "a.csv"), "--target", target, "--device", "cpu"])
+    data = duet.csv_dataset(tmp_path / "a.csv", target, 3, "holdout")
+    assert type(duet.make_model(args, [data], "none", False, 0).head_of["a"]) is head
 
 
 def test_more_than_six_data_sets_have_their_means_in_the_table(tmp_path, no_hydra):
