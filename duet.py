@@ -946,6 +946,8 @@ class MultiDatasetPatchDuET(nn.Module):
 
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x, self.settings["fill"])
+        if isinstance(self.head_of[dataset], OrdinalHead):
+            values = values - values[..., -1:]  # a step is forecast whatever the level
         names = self.embedder(self.columns[dataset]) if self.embedder else None
         if self.settings["shared"]:  # one column at a time
             patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)

@@ -272,6 +272,17 @@ def test_an_untrained_ordinal_head_is_persistence():
     assert (model(x, "a").argmax(1).numpy() == np.digitize(last, limits))[near].all() and near.sum() > 30
 
 
+def test_a_step_is_forecast_from_changes_alone_so_that_a_new_level_does_not_matter():
+    one = duet.Dataset("a", NAMES[:4], None, None, None, QUANTILES, None, None, 96, NAMES[2], [-0.4, 0.3])
+    model = duet.MultiDatasetPatchDuET(4, head="ordinal").eval()
+    model.add_dataset(one)
+    torch.nn.init.normal_(model.head_of["a"].weight)
+    x = torch.randn(50, 4, 96)
+    before = model(x, "a")
+    model.head_of["a"].limits += 9.0
+    torch.testing.assert_close(model(x + 9.0, "a"), before, rtol=1e-3, atol=1e-3)
+
+
 # --- The frozen encoder and its cache ---------------------------------------------------------------------------------
 
 
