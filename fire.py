@@ -566,6 +566,7 @@ def read_labels(areas):
 
 def file_areas(args):
     """({area: Area}, [{path, rows, sha256}, …]) of the files in args.data."""
+    pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps what is freed
     addresses = [file for address in args.data for file in list_files(address)]
     recordings = {}
     areas = {}
