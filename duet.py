@@ -413,7 +413,8 @@ def original_dataset(name, seed):
     names = list(EMBEDDED[name][0])
     labels = rng.integers(3, size=1000)
     t = np.linspace(0, 1, SEQ_LEN)
-    wave = np.sin(2 * np.pi * (labels[:, None] + 1) * t)
+    periods = labels[:, None] + 1
+    wave = np.sin(2 * np.pi * periods * t)
     x = rng.normal(size=(1000, SEQ_LEN, len(names)))
     x += wave[..., None]
     x[rng.random(x.shape) < (0.03 if name == "user_metrics" else 0.05)] = np.nan

@@ -377,7 +377,8 @@ def read_series(args):
     try:
         table = select_series(read_table(args.data), args)
         values = find_column(table, args.column)
-        header = "".join(table) if values.name == args.column else values.name  # may be 2024
+        # A column that was chosen by its name may be called 2024, but not all of them.
+        header = "".join(table) if values.name == args.column else values.name
         if re.fullmatch(NUMBER, header):
             raise UserError(f"the first line must hold names of columns, not {values.name!r}")
         values = pd.to_numeric(plain_numbers(values)).astype(float).where(np.isfinite)

@@ -1198,12 +1198,13 @@ def test_quantiles_of_a_target_are_forecast_and_its_few_values_are_not(target, h
     assert type(duet.make_model(args, [data], "none", False, 0).head_of["a"]) is head
 
 
-def test_more_than_six_data_sets_have_their_means_in_the_table(tmp_path, no_hydra):
-    results = duet.main(["--synthetic-schemas", "7", "--strategies", "none", "random_names",
+def test_more_than_six_data_sets_have_their_means_in_the_table_and_a_strategy_runs_once(tmp_path, no_hydra):
+    results = duet.main(["--synthetic-schemas", "7", "--strategies", "none", "random_names", "none",
                          "--output-dir", str(tmp_path), *TINY])
     table = results["benchmark"]["table"]
     assert {row["dataset"] for row in table} == {"mean of all"}
     assert [row["model"] for row in table][-2:] == ["none", "random_names"]
+    assert len([row for row in results["benchmark"]["records"] if row["strategy"] == "none"]) == 7
 
 
 def test_quick_takes_a_single_data_set(tmp_path, no_hydra, few_windows):
