@@ -1680,6 +1680,9 @@ def resume_arguments(args):
     if refused:
         flags = " --".join(sorted(refused)).replace("_", "-")
         raise UserError(f"--resume keeps a run's arguments; leave out --{flags}")
+    script = Path(globals().get("__file__", ""))
+    if script.is_file() and script.stat().st_mtime > files[-1].stat().st_mtime:
+        note("the script is newer than this run, whose results may mix two versions of it")
     arguments = json.loads(files[-1].read_text()) | changed
     arguments |= {"device": args.device, "resume": str(files[-1].parent)}
     return argparse.Namespace(**arguments)

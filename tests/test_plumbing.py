@@ -34,6 +34,14 @@ def test_a_missing_package_is_one_line(error_line, monkeypatch):
     assert error_line(fire, []).endswith("No module named 'sklearn.tree'; pip install scikit-learn")
 
 
+@pytest.mark.parametrize(("begun", "notes"), [(0, 1), (2**31, 0)])
+def test_going_on_with_a_run_that_is_older_than_the_script_is_noted(begun, notes, tmp_path, monkeypatch):
+    monkeypatch.setattr(fire, "run", lambda args: list(fire.NOTES))
+    run_dir = fire.next_run_dir(fire.parse_args(["--output-dir", str(tmp_path)]))
+    os.utime(run_dir / "arguments.json", (begun, begun))
+    assert len(fire.main(["--resume", str(run_dir)])) == notes
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_a_file_that_pyarrow_cannot_read_does_not_abort_the_exit(tmp_path):
     path = tmp_path / "a.csv"
