@@ -529,10 +529,11 @@ def fit_seasonal(z, time_steps):
 
 def regress(windows, time_steps, relative):
     """Ridge regression of the later columns of windows on the first ones, or of all relative to the
-    last of these; its strength by generalized cross-validation."""
+    last of these. Each has its own strength, by generalized cross-validation: one step ahead needs
+    less than many."""
     if relative:
         windows = windows - windows[:, time_steps - 1 : time_steps]
-    model = RidgeCV(RIDGE_STRENGTHS)
+    model = RidgeCV(RIDGE_STRENGTHS, alpha_per_target=True)
     return model.fit(windows[:, :time_steps], windows[:, time_steps:])
 
 
@@ -729,7 +730,7 @@ class CodebookAR(Network):
 
     def __init__(self, run, args):
         super().__init__()
-        self.horizon = min(16, run.time_steps)
+        self.horizon = min(8, run.time_steps)
         ages = torch.arange(run.time_steps, 0, -1)  # 1 for the last value
         pool = F.one_hot(ages.double().log2().ceil().long()).float()
         self.register_buffer("pool", pool / pool.sum(0), persistent=False)  # [time, lags]
@@ -1047,7 +1048,7 @@ def make_runs(args, series):
         rows = len(values)
         longest = min(ORIGINAL_TIME_STEPS, rows // 6, int(FOLDS[0] * rows) - 24)
         for time_steps in args.time_steps or [max(2, longest)]:
-            # A window, the horizon of vq_ar and seven windows more.
+            # A window, the horizon of vq_ar and 15 windows more.
             needed = math.ceil((time_steps + 24) / share)
             if rows < needed:
                 note(f"{dataset} has {rows} values and is left out with --time-steps {time_steps}, "
