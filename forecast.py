@@ -10,8 +10,8 @@ scores random windows over the whole series, training part included; the hold-ou
 
 Measured on y_w, squared error of free run and one step: in the original's protocol ridge 1070 and
 1055, grouped-query attention 1079 and 1080, LSTM 1261 and 1120; on the hold-out ridge 1219 and
-1230, grouped-query attention 1258 and 1234 (one seed), `combined` 1284 ± 18 and 1275 ± 5 (five):
-attention beats the LSTM, and nothing beats ridge. On 24 other series `combined` has 1.94 and 1.06
+1230, grouped-query attention 1258 and 1234 (one seed), `combined` 1232 ± 3 and 1273 ± 3 (five):
+attention beats the LSTM, and nothing beats ridge. On 24 other series `combined` has 1.89 and 1.06
 times the error of the best baseline in hindsight, the one chosen on validation 2.10 and 1.15.
 
     python forecast.py                                        # y_w, all models: about 8 minutes
