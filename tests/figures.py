@@ -20,7 +20,7 @@ HOLDOUT = "--protocol holdout --dataset y_w --model combined vq_ar --learning-ra
 SELECTION = "--dataset fashion_mnist --strategy random fixed smart --no-benchmark"
 # (script, arguments, file needed in --data-dir, cells that begin the row, column, the README's value, distance)
 FIGURES = [
-    ("forecast", HOLDOUT, "y+w.csv", ("combined",), "test free run", 1284, 20),
+    ("forecast", HOLDOUT, "y+w.csv", ("combined",), "test free run", 1232, 10),
     ("forecast", HOLDOUT, "y+w.csv", ("ridge",), "test one step", 1230, 5),
     ("batch_selection", SELECTION, "fashion_mnist", ("random",), "test accuracy [%]", 88.32, 0.2),
     ("batch_selection", SELECTION, "fashion_mnist", ("smart",), "difference [points]", -0.29, 0.27),
