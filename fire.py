@@ -392,8 +392,12 @@ def read_csv(content):
     encoding = "latin-1" if "\ufffd" in head[:-1] else "utf-8"  # the end may be cut in two
     delimiter = max(",;\t|", key=head.partition("\n")[0].count)
     decimal = "," if delimiter != "," and re.search(r"\d,\d", head) else "."
-    return pd.read_csv(pa.BufferReader(content), engine="pyarrow", sep=delimiter, decimal=decimal,
-                       encoding=encoding)
+    frame = pd.read_csv(pa.BufferReader(content), engine="pyarrow", sep=delimiter, decimal=decimal,
+                        encoding=encoding)
+    for name, column in frame.items():
+        if pd.api.types.infer_dtype(column) == "bytes":  # not UTF-8, but `head` did not show it
+            frame[name] = column.str.decode("latin-1")
+    return frame
 
 
 def read_frame(address):
@@ -1365,6 +1369,13 @@ def timed(stages, name):
     add_stage(stages, name, start_time)
 
 
+def caveat(info):
+    """A sentence to follow the answer if the test part has one class only, or else nothing."""
+    if np.count_nonzero(info["windows"]["test"]) > 1:
+        return ""
+    return "All windows of the test part are of one class: these figures do not compare models.\n"
+
+
 def format_summary(results, table, by_area):
     """The tables of one seed as Markdown; the main table and the answer come last."""
     data = results["data"]
@@ -1387,7 +1398,7 @@ Ensemble: the majority of transformer and trees. The smoke × CO rule needs both
 The transformer classifies {accuracy["transformer"]} % of the test windows correctly; the best
 baseline, {baseline}, {accuracy[baseline]} %; always naming the most frequent class,
 {accuracy["majority class"]} %.
-"""
+{caveat(data)}"""
 
 
 def restore_state(new, path):
@@ -1523,7 +1534,7 @@ def run_seeds(args):
 The transformer classifies {means["transformer"]} % of the test windows correctly; the
 best baseline, {baseline}, {means[baseline]} %. The difference, seed by seed, is
 {format_mean(difference)} points (paired t-test: p = {p:.2g}).
-"""
+{caveat(info)}"""
     return write_results({"data": info, "table": rows, "p": p}, summary, args, run_dir)
 
 

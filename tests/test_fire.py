@@ -408,6 +408,13 @@ def test_csv_files_as_people_have_them(tmp_path, name, content):
     np.testing.assert_allclose(areas["x"].readings[:, :2], CLEAN[["a", "b"]], rtol=1e-6)
 
 
+def test_latin_1_may_begin_far_down_in_a_file(tmp_path):
+    frame = pd.concat([CLEAN.assign(room="attic")] * 3 + [CLEAN.assign(room="küche")])
+    frame.to_csv(tmp_path / "x.csv", index=False, encoding="latin-1")
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path), "--area-column", "room"]))
+    assert list(areas) == ["attic", "küche"]
+
+
 def test_hidden_files_are_no_data_and_folders_can_name_areas(tmp_path):
     for name in ("area=hall/x.parquet", "area=attic/x.parquet"):
         (tmp_path / name).parent.mkdir()
@@ -763,6 +770,16 @@ def test_the_summary_has_arguments_notes_tables_and_the_answer(finished):
     assert all(name in summary for name in results["models"])
     assert "The transformer classifies" in summary
     assert "\n| area | " in summary  # a row for each area: hundreds of them are no wider than two
+
+
+@pytest.mark.parametrize("tested, said", [([20, 0, 0], True), ([20, 3, 0], False)])
+def test_the_answer_says_that_a_test_part_of_one_class_compares_no_models(finished, tested, said):
+    _, results = finished
+    table = pd.DataFrame(results["table"]).set_index("model")
+    data = results["data"] | {"windows": {"test": tested}}
+    summary = fire.format_summary(results | {"data": data}, table, pd.DataFrame(results["areas"]).T)
+    answer = summary[summary.index("The transformer classifies") :]
+    assert ("of one class" in answer) == said
 
 
 def test_a_thousand_areas_fit_on_a_picture(monkeypatch, tmp_path):
