@@ -514,6 +514,8 @@ def split_texts(table, sample_size, seed):
     sampled = 0 < train + 2 * held_out <= len(rest)
     if not sampled:
         train, held_out = len(rest), len(rest) // 10
+    if held_out < 2:  # one of each label
+        raise UserError("too few different texts: 20 are needed, and --sample-size 10 or more")
     splits = {}
     for split, size in {"test": held_out, "validation": held_out, "train": train}.items():
         part = rest

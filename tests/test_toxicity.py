@@ -1013,6 +1013,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
     good = write_csv(tmp_path / "good.csv", texts, labels)
     blank = write_csv(tmp_path / "blank.csv", [*texts[:4], "  ", *texts[5:]], labels)
     one = write_csv(tmp_path / "one.csv", texts, np.zeros(300, int))
+    few = write_csv(tmp_path / "few.csv", texts[:9], np.arange(9) % 2)
     contents = {
         "latin.csv": "text,toxicity\nschön,1\n".encode("latin-1"),
         "latin.jsonl": '{"text": "schön", "toxicity": 1}\n'.encode("latin-1"),
@@ -1030,7 +1031,8 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
     cases = [
         ([good, "--text-column", "comment"], "no column 'comment' among ['text', 'toxicity']"),
         ([blank], "row 5 has no text or no valid label: ' '"),
-        ([one], "of one class only"),
+        ([one], "of one class only"), ([few], "few.csv: too few different texts"),
+        ([good, "--sample-size", "9"], "too few different texts"),
         ([tmp_path / "latin.csv"], "utf-8"), ([tmp_path / "latin.jsonl"], "utf-8"),
         ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "head.csv"),
         ([tmp_path / "comments.xlsx"], "utf-8"), ([tmp_path / "absent.csv"], "absent.csv"),
