@@ -689,22 +689,23 @@ def load_datasets(args):
 class ColumnEmbedder(nn.Module):
     """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
-    A strategy is a subclass that computes fixed vectors [names, dim] of new names in
-    compute(names), with a mean square of about 1; only the Linear is trained. One that learns
-    its vectors overrides add() and embed() instead. For another dim, __init__(target_dim=1) calls
-    super().__init__(target_dim, dim).
+    A strategy is a subclass that computes the fixed vector [dim] of a name in compute(name), with
+    a mean square of about 1; only the Linear is trained. One that learns its vectors overrides
+    add() and embed() instead.
     """
 
-    def __init__(self, target_dim=1, dim=16):
+    dim = 16
+
+    def __init__(self, target_dim=1):
         super().__init__()
         self.vectors = {}
-        self.projection = nn.Linear(dim, target_dim)
+        self.projection = nn.Linear(self.dim, target_dim)
 
     def add(self, names):
         """Compute the vectors of the names that are new."""
-        new = [name for name in dict.fromkeys(names) if name not in self.vectors]
-        if new:
-            self.vectors |= zip(new, self.compute(new))
+        for name in names:
+            if name not in self.vectors:
+                self.vectors[name] = self.compute(name)
 
     def embed(self, names):
         """Vectors [names, dim]."""
@@ -742,9 +743,9 @@ class AutoExpandingEmbedder(ColumnEmbedder):
 class RandomNameEmbedder(ColumnEmbedder):
     """A fixed random vector for each name: identity without meaning, as a control."""
 
-    def compute(self, names):
-        seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) for name in names]
-        return [torch.randn(16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    def compute(self, name):
+        seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+        return torch.randn(self.dim, generator=torch.Generator().manual_seed(seed))
 
 
 class FrozenBERTColumnEmbedder(ColumnEmbedder):
@@ -765,37 +766,42 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
         path = Path(cache_dir) / f"{file}.safetensors"
         vectors = load_file(path) if path.exists() else {}
         dims = [len(vector) for vector in vectors.values()]
-        dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
-        super().__init__(target_dim, dim)
+        self.dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
+        super().__init__(target_dim)
         self.vectors = vectors
         self.bert_model = bert_model
         self.cache_path = path
 
     @torch.no_grad()
-    def compute(self, names):
-        """Vectors from the encoder, which are cached."""
+    def add(self, names):
+        """Compute the vectors of the names that are new, and cache them."""
         from safetensors.torch import save_file
 
+        new = [name for name in dict.fromkeys(names) if name not in self.vectors]
+        if not new:
+            return
         tokenizer, encoder = load_encoder(self.bert_model)
-        vectors = []
-        for name in names:
+        for name in new:
             tokens = tokenizer(name_to_words(name), return_tensors="pt", truncation=True)
             vector = encoder(**tokens).last_hidden_state[0].mean(0)
-            vectors.append(vector * len(vector) ** 0.5 / vector.norm())
+            self.vectors[name] = vector * self.dim**0.5 / vector.norm()
         self.cache_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.cache_path) as path:
-            save_file(self.vectors | dict(zip(names, vectors)), path)
-        return vectors
+            save_file(self.vectors, path)
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
         return {"cached_embeddings": len(self.vectors),
                 "cache_size_mb": round(self.cache_path.stat().st_size / 1e6, 3),
-                "bert_model": self.bert_model, "bert_dim": self.projection.in_features}
+                "bert_model": self.bert_model, "bert_dim": self.dim}
 
 
-STRATEGIES = {"none": None, "auto_expanding": AutoExpandingEmbedder,
-              "frozen_bert": FrozenBERTColumnEmbedder, "random_names": RandomNameEmbedder}
+STRATEGIES = {
+    "none": None,
+    "auto_expanding": AutoExpandingEmbedder,
+    "frozen_bert": FrozenBERTColumnEmbedder,
+    "random_names": RandomNameEmbedder,
+}
 
 
 def load_encoder(name):

@@ -227,11 +227,10 @@ def test_a_table_that_grows_after_the_optimizer_was_made_is_an_error():
 
 def test_a_strategy_is_one_entry(tmp_path, monkeypatch, no_hydra):
     class LengthEmbedder(duet.ColumnEmbedder):
-        def __init__(self, target_dim=1):
-            super().__init__(target_dim, 1)
+        dim = 1
 
-        def compute(self, names):
-            return torch.tensor([[float(len(name))] for name in names])
+        def compute(self, name):
+            return torch.tensor([float(len(name))])
 
     monkeypatch.setitem(duet.STRATEGIES, "length", LengthEmbedder)
     arguments = ["--dataset", "user_metrics", "--strategies", "none", "length", "--shared", *TINY]
