@@ -26,9 +26,10 @@ A strategy is a subclass of ColumnEmbedder and an entry in STRATEGIES, also from
 one data set, a name adds a constant that the patch layer's bias already has; in the shared model
 it tells the columns apart.
 
-Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (ordinal head), Wang
-et al. 2017 (convolutions), Dempster et al. 2023 (Hydra), Zhou et al. 2021 (ETTh1), Bagnall et al.
-2018 (the archive's files). The original is github.com/kailukowiak/TREA-C ("DuET").
+Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (ordinal head), Kim
+et al. 2022 (scaled steps), Wang et al. 2017 (convolutions), Dempster et al. 2023 (Hydra), Zhou et
+al. 2021 (ETTh1, epochs), Bagnall et al. 2018 (the archive's files). The original is
+github.com/kailukowiak/TREA-C ("DuET").
 """
 
 # /// script
@@ -184,8 +185,8 @@ def parse_args(argv=None):
     add("--head", choices=["mean", "ordinal"], help="mean classifies the mean of the patches, as "
         "the original does; ordinal forecasts --target and lets the limits of its quantiles cut the "
         "forecast; if unset, ordinal with --target, mean without")
-    add("--steps", type=positive, default=600, help="training steps for each data set; "
-        "convolutions take twice as many")
+    add("--steps", type=positive, default=600, help="training steps for each data set, "
+        "for a CSV file at most 8 epochs; convolutions take twice as many")
     add("--evaluations", type=positive, default=6, help="number of evaluations on the "
         "validation part; the weights of the best are kept")
     add("--batch-size", type=positive, default=128, help="largest number of windows in a "
@@ -860,7 +861,8 @@ class OrdinalHead(nn.Linear):
 
     This is the cumulative logit model of McCullagh (1980): it forecasts the value as the last one
     plus a learned step, with a learned spread, and lets the class limits cut that distribution;
-    untrained, it is persistence.
+    untrained, it is persistence. Both are in units of the column's usual change in the window, so
+    that they fit calm and restless times (scaling by the window: Kim et al. 2022).
     """
 
     def __init__(self, target, limits):
@@ -869,13 +871,15 @@ class OrdinalHead(nn.Linear):
         # The limits belong to the data set: no head gets those of another.
         self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]), persistent=False)
         nn.init.zeros_(self.weight)
-        self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
+        self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14 usual changes
 
     def forward(self, tokens, x):
         outputs = super().forward(tokens[:, -1]).float()
         step, log_spread = outputs.split(1, dim=1)
-        last_value = forward_fill(x[:, self.target]).nan_to_num()[:, -1:]
-        below = torch.sigmoid((self.limits - last_value - step) * torch.exp(-log_spread))
+        values = forward_fill(x[:, self.target])
+        change = values.diff().square().nanmean(1, keepdim=True).nan_to_num().sqrt() + 1e-3
+        forecast = values[:, -1:].nan_to_num() + change * step
+        below = torch.sigmoid((self.limits - forecast) / (change * log_spread.exp()))
         return below.diff(dim=1).clamp(min=1e-6).log()
 
 
@@ -1060,15 +1064,26 @@ def warm_up_then_cosine(step, steps):
     return min((step + 1) / warm_up, cosine)
 
 
-def draw_batches(datasets, steps, batch_size, device):
-    """`steps` batches of each data set in random order: (number of the data set, windows [batch]).
+def choose_batch_size(windows, largest):
+    """An eighth of the windows, so that an epoch has several steps, but 16 to `largest`."""
+    return min(max(16, windows // 8), windows, largest)
 
-    With few windows, a batch is an eighth of them, so that an epoch has several steps.
-    """
+
+def limit_steps(data, args):
+    """args.steps or, where windows begin at consecutive rows and are nearly alike, those of at most
+    8 epochs, as Zhou et al. (2021) train."""
+    if not data.target:
+        return args.steps
+    windows = len(data.splits["train"])
+    return min(args.steps, 8 * windows // choose_batch_size(windows, args.batch_size))
+
+
+def draw_batches(datasets, steps, batch_size, device):
+    """`steps` batches of each data set in random order: (number of the data set, windows [batch])."""
     batches = []
     for number, data in enumerate(datasets):
         train = torch.from_numpy(data.splits["train"])
-        size = min(max(16, len(train) // 8), len(train), batch_size)
+        size = choose_batch_size(len(train), batch_size)
         epochs = math.ceil(steps * size / len(train))
         order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])
         parts = train[order].to(device).split(size)
@@ -1076,12 +1091,21 @@ def draw_batches(datasets, steps, batch_size, device):
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
+def validate(model, datasets):
+    """Mean accuracy on the validation parts."""
+    return float(np.mean([accuracy(predict(model, data, "val"), data, "val") for data in datasets]))
+
+
 def load_state(file, model, optimizer, datasets):
     """The state of a training, which is new or in `file`; if that is unfinished, its weights and
     the optimizer's moments are loaded."""
     hashes = [data.info["sha256"] for data in datasets]
+    best_accuracy = -1.0
+    if model.settings.get("head") == "ordinal":  # untrained, it is persistence, which may be best
+        best_accuracy = validate(model, datasets)
     state = {"hashes": hashes, "history": [], "class": type(model).__name__,
-             "settings": model.settings, "datasets": model.datasets}
+             "settings": model.settings, "datasets": model.datasets,
+             "best": copy.deepcopy(model.state_dict()), "best_accuracy": best_accuracy}
     if file.exists():
         state = load_checkpoint(file, file)
         if state["hashes"] != hashes:
@@ -1097,12 +1121,14 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     """Train a model with args.steps steps on each data set, or go on with the checkpoint in `file`;
     returns the history, a list with a dictionary for each evaluation.
 
-    The model ends with the weights of the best mean validation accuracy over the data sets, or,
-    with keep="last", with its last weights. With `drop`, up to half of the values are left out in
-    training; `changes` replace arguments. All that is random follows from the seed and the number
-    of the evaluation, so that a resumed training ends with the same weights bit for bit.
+    The model ends with the weights of the best mean validation accuracy over the data sets,
+    those that an ordinal head began with included, or, with keep="last", with its last weights. With `drop`, half
+    of the training windows lack up to half of their values; `changes` replace arguments. All that
+    is random follows from the seed and the number of the evaluation, so that a resumed training
+    ends with the same weights bit for bit.
     """
     args = argparse.Namespace(**vars(args) | changes)
+    args.steps = max(limit_steps(data, args) for data in datasets)
     device = args.device
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     state = load_state(file, model, optimizer, datasets)
@@ -1140,13 +1166,12 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         if not math.isfinite(train_loss):
             raise UserError(f"{file.stem}: the loss is not finite; lower --learning-rate")
         train_seconds = time.perf_counter() - start_time
-        accuracies = [accuracy(predict(model, data, "val"), data, "val") for data in datasets]
-        val_accuracy = float(np.mean(accuracies))
-        best = max([epoch["val_accuracy"] for epoch in state["history"]], default=-1.0)
+        val_accuracy = validate(model, datasets)
         state["history"].append({"train_loss": train_loss, "val_accuracy": val_accuracy,
                                  "train_seconds": train_seconds})
-        if keep == "last" or val_accuracy > best:
+        if keep == "last" or val_accuracy > state["best_accuracy"]:
             state["best"] = copy.deepcopy(model.state_dict())
+            state["best_accuracy"] = val_accuracy
         training = {"training": (model.state_dict(), optimizer.state_dict())}
         with atomic_write(file) as path:
             torch.save(state | training if number + 1 < evaluations else state, path)

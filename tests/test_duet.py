@@ -282,6 +282,23 @@ def test_a_step_is_forecast_from_changes_alone_so_that_a_new_level_does_not_matt
     torch.testing.assert_close(model(x + 9.0, "a"), before, rtol=1e-3, atol=1e-3)
 
 
+def test_a_step_is_in_units_of_the_usual_change_in_the_window():
+    head = duet.OrdinalHead(0, [0.5])
+    torch.nn.init.constant_(head.bias, 1.0)  # one usual change upward
+    zigzag = torch.tensor([0.0, 1.0]).repeat(48)
+    x = torch.stack([0.2 * zigzag, 0.8 * zigzag])[:, None] - torch.tensor([0.2, 0.8])[:, None, None]
+    x[:, :, :3] = torch.nan  # what comes before the first value is no change
+    assert head(torch.zeros(2, 1, 64), x).argmax(1).tolist() == [0, 1]
+
+
+def test_overlapping_windows_are_trained_for_at_most_eight_epochs(small_csv):
+    args = duet.parse_args(["--data", str(small_csv), "--target", "load", "--dataset", "user_metrics"])
+    embedded, table = duet.load_datasets(args)
+    size = len(table.splits["train"]) // 8
+    assert duet.limit_steps(table, args) * size == pytest.approx(8 * len(table.splits["train"]), abs=size)
+    assert duet.limit_steps(embedded, args) == 600
+
+
 # --- The frozen encoder and its cache ---------------------------------------------------------------------------------
 
 
@@ -876,8 +893,8 @@ def test_prediction_matches_columns_by_name(finished, small_csv, tmp_path):
         assert same[0]["date"].startswith("2024-01-01 01:35")
         assert abs(sum(float(same[0][f"p(quantile {k})"]) for k in (1, 2, 3)) - 1) < 1e-3
         assert ask(checkpoint, lambda row: row[::-1])[1] == same  # in another order
-        missing, other = ask(checkpoint, lambda row: row[:5])  # without noise
-        assert [text for text in missing["notes"] if "no column noise; their values count as missing" in text]
+        missing, other = ask(checkpoint, lambda row: row[:4] + row[5:])  # without load
+        assert [text for text in missing["notes"] if "no column load; their values count as missing" in text]
         assert other != same
 
 
@@ -944,6 +961,16 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(duet, "accuracy", score)
     duet.fit(model, [data], args, 1, tmp_path / "model.pt")
     assert all(torch.equal(value, states[1][name]) for name, value in model.state_dict().items())
+
+
+def test_training_that_only_harms_leaves_an_ordinal_head_as_it_was(tmp_path, monkeypatch):
+    data, args = duet.synthetic_schema(0, 60), duet.parse_args([*TINY, "--head", "ordinal"])
+    model = duet.make_model(args, [data], "none", False, 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    accuracies = iter([0.9, 0.4, 0.9])
+    monkeypatch.setattr(duet, "accuracy", lambda *arguments: next(accuracies))
+    duet.fit(model, [data], args, 1, tmp_path / "model.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def records_of(models, datasets=("a", "b"), **columns):
