@@ -88,7 +88,8 @@ ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol orig
     "etth1": {"none": 79.7, "auto_expanding": 87.5},
 }
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
-FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"]
+FILLS = ["forward fill and mask, trained with gaps", "forward fill, trained with gaps",
+         "forward fill", "zero fill"]  # rows of --nan-robustness
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
@@ -833,8 +834,8 @@ def forward_fill(x):
 
 
 def values_and_mask(x, fill="forward fill and mask"):
-    """(values, mask) [batch, columns, time] of x with NaNs, for which `fill`, one of FILLS, puts
-    the last value or a 0; where it has no mask, this is 1 everywhere."""
+    """(values, mask) [batch, columns, time] of x with NaNs, for which `fill` puts the last value or
+    a 0; where it has no mask, this is 1 everywhere."""
     values = forward_fill(x) if "forward fill" in fill else x
     mask = (~x.isnan()).to(x.dtype) if "mask" in fill else torch.ones_like(x)
     return values.nan_to_num(), mask
@@ -1122,10 +1123,10 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     returns the history, a list with a dictionary for each evaluation.
 
     The model ends with the weights of the best mean validation accuracy over the data sets,
-    those that an ordinal head began with included, or, with keep="last", with its last weights. With `drop`, half
-    of the training windows lack up to half of their values; `changes` replace arguments. All that
-    is random follows from the seed and the number of the evaluation, so that a resumed training
-    ends with the same weights bit for bit.
+    those that an ordinal head began with included, or, with keep="last", with its last weights. With `drop`,
+    up to half of the values are left out in training; `changes` replace arguments. All that is
+    random follows from the seed and the number of the evaluation, so that a resumed training ends
+    with the same weights bit for bit.
     """
     args = argparse.Namespace(**vars(args) | changes)
     args.steps = max(limit_steps(data, args) for data in datasets)
@@ -1553,21 +1554,22 @@ def transfer(args, datasets, strategies, seeds, run_dir):
 
 
 def nan_robustness(args, datasets, strategies, seeds, run_dir):
-    """Test accuracy of models with four ways to fill gaps, by the share of values that are left
-    out in addition to those that the data lack.
+    """Test accuracy by the share of values that are left out in addition to those that the data
+    lack: of plain forward and zero fill, and of models that train with gaps.
 
-    All train alike: with up to half of the values left out, at random, in blocks or as whole
+    For these, up to half of the values are left out in training, at random, in blocks or as whole
     columns in turn. One column always stays, so that a single one is never left out as a whole.
     """
     strategies = strategies if args.strategies else ["none"]
     records = []
-    for data, seed, strategy, fill in itertools.product(datasets, seeds, strategies, FILLS):
+    for data, seed, strategy, row in itertools.product(datasets, seeds, strategies, FILLS):
+        fill, _, training = row.partition(", ")
         model = make_model(args, [data], strategy, False, seed, fill=fill)
-        fit(model, [data], args, seed, model_file(run_dir, data.name, strategy, fill, seed),
-            drop=True)
+        fit(model, [data], args, seed, model_file(run_dir, data.name, strategy, row, seed),
+            drop=training == "trained with gaps")
         for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
             torch.manual_seed(seed)  # the same values are missing for every model
-            records += evaluate(model, data, strategy, fill, seed, (share, missing),
+            records += evaluate(model, data, strategy, row, seed, (share, missing),
                                 missing=missing, share=f"{share:.0%}")
     records = pd.DataFrame(records)
     plot_shares(records, "Test windows with missing values", "share of values left out",
@@ -1578,7 +1580,8 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out if its encoder cannot be loaded."""
     strategies = list(dict.fromkeys(args.strategies or STRATEGIES))  # each is run once
-    if args.quick and not args.strategies:
+    needs_no_names = args.nan_robustness and not args.transfer
+    if not args.strategies and (args.quick or needs_no_names):
         strategies.remove("frozen_bert")
     try:
         if "frozen_bert" in strategies:

@@ -151,7 +151,7 @@ def test_parameters_are_exactly_the_originals_and_hold_no_encoder(strategy, coun
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("fill", duet.FILLS)
+@pytest.mark.parametrize("fill", ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"])
 @pytest.mark.parametrize("head", ["mean", "ordinal"])
 def test_a_nan_never_reaches_the_output(shared, fill, head):
     one = duet.Dataset("a", NAMES[:3], None, None, None, QUANTILES, None, None, 96, NAMES[1], [-0.5, 0.5])
@@ -367,6 +367,12 @@ def test_without_an_encoder_the_row_is_not_run(tmp_path, monkeypatch, capsys, er
     assert [row["model"] for row in results["benchmark"]["table"]][-1] == "none"
     assert "Note: frozen_bert is not run" in capsys.readouterr().out
     assert message in error_line(duet, ["--columns", *common])
+
+
+def test_the_study_of_missing_values_looks_for_no_encoder(monkeypatch):
+    monkeypatch.setattr(duet, "load_encoder", lambda name: pytest.fail("the encoder is looked for"))
+    args = duet.parse_args(["--nan-robustness", "--data-dir", "absent"])
+    assert "frozen_bert" not in duet.find_strategies(args, [])
 
 
 def test_prewarm_shows_what_is_cached(encoder, tmp_path, capsys, monkeypatch, error_line):
@@ -757,11 +763,13 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch, no_hydra):
         model = duet.restore_model(tmp_path / f"duet/run-001/models/{checkpoint}.pt", "cpu")
         assert list(model.datasets) == ["schema_01", "schema_02", "schema_03"][:names]
         assert duet.predict(model, duet.synthetic_schema(0, 200), "test").shape[1] == 3
-    holes, drop = {}, duet.drop_values
+    holes, drop, training_shares = {}, duet.drop_values, []
 
     def record(x, share, missing):
         dropped = drop(x, share, missing)
-        if isinstance(share, float) and share:  # not in training, where each window has its own
+        if not isinstance(share, float):  # in training, each window has its own
+            training_shares.extend(share.flatten().tolist())
+        elif share:
             holes.setdefault((share, missing), set()).add(dropped.isnan().numpy().tobytes())
         return dropped
 
@@ -769,6 +777,8 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch, no_hydra):
     results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path),
                          "--strategies", "auto_expanding"])
     assert len(holes) == 15 and all(len(same) == 1 for same in holes.values())  # the same gaps for every model
+    assert len(training_shares) == 2 * 4 * 16  # two of the four rows train with gaps, for 4 steps of 16 windows
+    assert 0 <= min(training_shares) < 0.1 and 0.4 < max(training_shares) <= 0.5
     table = results["nan_robustness"]["table"]
     assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "auto_expanding, forward fill")) == 1
     assert len(table) == 12 and (tmp_path / "duet/run-002/nan_robustness.png").exists()
