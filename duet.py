@@ -26,9 +26,10 @@ A strategy is a subclass of ColumnEmbedder and an entry in STRATEGIES, also from
 one data set, a name adds a constant that the patch layer's bias already has; in the shared model
 it tells the columns apart.
 
-Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (ordinal head), Wang
-et al. 2017 (convolutions), Dempster et al. 2023 (Hydra), Zhou et al. 2021 (ETTh1), Bagnall et al.
-2018 (the archive's files). The original is github.com/kailukowiak/TREA-C ("DuET").
+Sources: Nie et al. 2023 (patches), Devlin et al. 2019 (BERT), McCullagh 1980 (ordinal head), Kim
+et al. 2022 (scaled steps), Wang et al. 2017 (convolutions), Dempster et al. 2023 (Hydra), Zhou et
+al. 2021 (ETTh1, epochs), Bagnall et al. 2018 (the archive's files). The original is
+github.com/kailukowiak/TREA-C ("DuET").
 """
 
 # /// script
@@ -87,7 +88,8 @@ ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol orig
     "etth1": {"none": 79.7, "auto_expanding": 87.5},
 }
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
-FILLS = ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"]
+FILLS = ["forward fill and mask, trained with gaps", "forward fill, trained with gaps",
+         "forward fill", "zero fill"]  # rows of --nan-robustness
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
@@ -184,8 +186,8 @@ def parse_args(argv=None):
     add("--head", choices=["mean", "ordinal"], help="mean classifies the mean of the patches, as "
         "the original does; ordinal forecasts --target and lets the limits of its quantiles cut the "
         "forecast; if unset, ordinal with --target, mean without")
-    add("--steps", type=positive, default=600, help="training steps for each data set; "
-        "convolutions take twice as many")
+    add("--steps", type=positive, default=600, help="training steps for each data set, "
+        "for a CSV file at most 8 epochs; convolutions take twice as many")
     add("--evaluations", type=positive, default=6, help="number of evaluations on the "
         "validation part; the weights of the best are kept")
     add("--batch-size", type=positive, default=128, help="largest number of windows in a "
@@ -689,22 +691,23 @@ def load_datasets(args):
 class ColumnEmbedder(nn.Module):
     """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
-    A strategy is a subclass that computes fixed vectors [names, dim] of new names in
-    compute(names), with a mean square of about 1; only the Linear is trained. One that learns
-    its vectors overrides add() and embed() instead. For another dim, __init__(target_dim=1) calls
-    super().__init__(target_dim, dim).
+    A strategy is a subclass that computes the fixed vector [dim] of a name in compute(name), with
+    a mean square of about 1; only the Linear is trained. One that learns its vectors overrides
+    add() and embed() instead.
     """
 
-    def __init__(self, target_dim=1, dim=16):
+    dim = 16
+
+    def __init__(self, target_dim=1):
         super().__init__()
         self.vectors = {}
-        self.projection = nn.Linear(dim, target_dim)
+        self.projection = nn.Linear(self.dim, target_dim)
 
     def add(self, names):
         """Compute the vectors of the names that are new."""
-        new = [name for name in dict.fromkeys(names) if name not in self.vectors]
-        if new:
-            self.vectors |= zip(new, self.compute(new))
+        for name in names:
+            if name not in self.vectors:
+                self.vectors[name] = self.compute(name)
 
     def embed(self, names):
         """Vectors [names, dim]."""
@@ -742,9 +745,9 @@ class AutoExpandingEmbedder(ColumnEmbedder):
 class RandomNameEmbedder(ColumnEmbedder):
     """A fixed random vector for each name: identity without meaning, as a control."""
 
-    def compute(self, names):
-        seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) for name in names]
-        return [torch.randn(16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    def compute(self, name):
+        seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+        return torch.randn(self.dim, generator=torch.Generator().manual_seed(seed))
 
 
 class FrozenBERTColumnEmbedder(ColumnEmbedder):
@@ -765,37 +768,42 @@ class FrozenBERTColumnEmbedder(ColumnEmbedder):
         path = Path(cache_dir) / f"{file}.safetensors"
         vectors = load_file(path) if path.exists() else {}
         dims = [len(vector) for vector in vectors.values()]
-        dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
-        super().__init__(target_dim, dim)
+        self.dim = dims[0] if dims else load_encoder(bert_model)[1].config.hidden_size
+        super().__init__(target_dim)
         self.vectors = vectors
         self.bert_model = bert_model
         self.cache_path = path
 
     @torch.no_grad()
-    def compute(self, names):
-        """Vectors from the encoder, which are cached."""
+    def add(self, names):
+        """Compute the vectors of the names that are new, and cache them."""
         from safetensors.torch import save_file
 
+        new = [name for name in dict.fromkeys(names) if name not in self.vectors]
+        if not new:
+            return
         tokenizer, encoder = load_encoder(self.bert_model)
-        vectors = []
-        for name in names:
+        for name in new:
             tokens = tokenizer(name_to_words(name), return_tensors="pt", truncation=True)
             vector = encoder(**tokens).last_hidden_state[0].mean(0)
-            vectors.append(vector * len(vector) ** 0.5 / vector.norm())
+            self.vectors[name] = vector * self.dim**0.5 / vector.norm()
         self.cache_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.cache_path) as path:
-            save_file(self.vectors | dict(zip(names, vectors)), path)
-        return vectors
+            save_file(self.vectors, path)
 
     def get_cache_stats(self):
         """{cached_embeddings, cache_size_mb, bert_model, bert_dim} of this encoder's cache file."""
         return {"cached_embeddings": len(self.vectors),
                 "cache_size_mb": round(self.cache_path.stat().st_size / 1e6, 3),
-                "bert_model": self.bert_model, "bert_dim": self.projection.in_features}
+                "bert_model": self.bert_model, "bert_dim": self.dim}
 
 
-STRATEGIES = {"none": None, "auto_expanding": AutoExpandingEmbedder,
-              "frozen_bert": FrozenBERTColumnEmbedder, "random_names": RandomNameEmbedder}
+STRATEGIES = {
+    "none": None,
+    "auto_expanding": AutoExpandingEmbedder,
+    "frozen_bert": FrozenBERTColumnEmbedder,
+    "random_names": RandomNameEmbedder,
+}
 
 
 def load_encoder(name):
@@ -826,8 +834,8 @@ def forward_fill(x):
 
 
 def values_and_mask(x, fill="forward fill and mask"):
-    """(values, mask) [batch, columns, time] of x with NaNs, for which `fill`, one of FILLS, puts
-    the last value or a 0; where it has no mask, this is 1 everywhere."""
+    """(values, mask) [batch, columns, time] of x with NaNs, for which `fill` puts the last value or
+    a 0; where it has no mask, this is 1 everywhere."""
     values = forward_fill(x) if "forward fill" in fill else x
     mask = (~x.isnan()).to(x.dtype) if "mask" in fill else torch.ones_like(x)
     return values.nan_to_num(), mask
@@ -854,7 +862,8 @@ class OrdinalHead(nn.Linear):
 
     This is the cumulative logit model of McCullagh (1980): it forecasts the value as the last one
     plus a learned step, with a learned spread, and lets the class limits cut that distribution;
-    untrained, it is persistence.
+    untrained, it is persistence. Both are in units of the column's usual change in the window, so
+    that they fit calm and restless times (scaling by the window: Kim et al. 2022).
     """
 
     def __init__(self, target, limits):
@@ -863,13 +872,15 @@ class OrdinalHead(nn.Linear):
         # The limits belong to the data set: no head gets those of another.
         self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]), persistent=False)
         nn.init.zeros_(self.weight)
-        self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14
+        self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14 usual changes
 
     def forward(self, tokens, x):
         outputs = super().forward(tokens[:, -1]).float()
         step, log_spread = outputs.split(1, dim=1)
-        last_value = forward_fill(x[:, self.target]).nan_to_num()[:, -1:]
-        below = torch.sigmoid((self.limits - last_value - step) * torch.exp(-log_spread))
+        values = forward_fill(x[:, self.target])
+        change = values.diff().square().nanmean(1, keepdim=True).nan_to_num().sqrt() + 1e-3
+        forecast = values[:, -1:].nan_to_num() + change * step
+        below = torch.sigmoid((self.limits - forecast) / (change * log_spread.exp()))
         return below.diff(dim=1).clamp(min=1e-6).log()
 
 
@@ -1054,15 +1065,26 @@ def warm_up_then_cosine(step, steps):
     return min((step + 1) / warm_up, cosine)
 
 
-def draw_batches(datasets, steps, batch_size, device):
-    """`steps` batches of each data set in random order: (number of the data set, windows [batch]).
+def choose_batch_size(windows, largest):
+    """An eighth of the windows, so that an epoch has several steps, but 16 to `largest`."""
+    return min(max(16, windows // 8), windows, largest)
 
-    With few windows, a batch is an eighth of them, so that an epoch has several steps.
-    """
+
+def limit_steps(data, args):
+    """args.steps or, where windows begin at consecutive rows and are nearly alike, those of at most
+    8 epochs, as Zhou et al. (2021) train."""
+    if not data.target:
+        return args.steps
+    windows = len(data.splits["train"])
+    return min(args.steps, 8 * windows // choose_batch_size(windows, args.batch_size))
+
+
+def draw_batches(datasets, steps, batch_size, device):
+    """`steps` batches of each data set in random order: (number of the data set, windows [batch])."""
     batches = []
     for number, data in enumerate(datasets):
         train = torch.from_numpy(data.splits["train"])
-        size = min(max(16, len(train) // 8), len(train), batch_size)
+        size = choose_batch_size(len(train), batch_size)
         epochs = math.ceil(steps * size / len(train))
         order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)])
         parts = train[order].to(device).split(size)
@@ -1070,12 +1092,21 @@ def draw_batches(datasets, steps, batch_size, device):
     return [batches[i] for i in torch.randperm(len(batches))]
 
 
+def validate(model, datasets):
+    """Mean accuracy on the validation parts."""
+    return float(np.mean([accuracy(predict(model, data, "val"), data, "val") for data in datasets]))
+
+
 def load_state(file, model, optimizer, datasets):
     """The state of a training, which is new or in `file`; if that is unfinished, its weights and
     the optimizer's moments are loaded."""
     hashes = [data.info["sha256"] for data in datasets]
+    best_accuracy = -1.0
+    if model.settings.get("head") == "ordinal":  # untrained, it is persistence, which may be best
+        best_accuracy = validate(model, datasets)
     state = {"hashes": hashes, "history": [], "class": type(model).__name__,
-             "settings": model.settings, "datasets": model.datasets}
+             "settings": model.settings, "datasets": model.datasets,
+             "best": copy.deepcopy(model.state_dict()), "best_accuracy": best_accuracy}
     if file.exists():
         state = load_checkpoint(file, file)
         if state["hashes"] != hashes:
@@ -1091,12 +1122,14 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     """Train a model with args.steps steps on each data set, or go on with the checkpoint in `file`;
     returns the history, a list with a dictionary for each evaluation.
 
-    The model ends with the weights of the best mean validation accuracy over the data sets, or,
-    with keep="last", with its last weights. With `drop`, up to half of the values are left out in
-    training; `changes` replace arguments. All that is random follows from the seed and the number
-    of the evaluation, so that a resumed training ends with the same weights bit for bit.
+    The model ends with the weights of the best mean validation accuracy over the data sets,
+    those that an ordinal head began with included, or, with keep="last", with its last weights. With `drop`,
+    up to half of the values are left out in training; `changes` replace arguments. All that is
+    random follows from the seed and the number of the evaluation, so that a resumed training ends
+    with the same weights bit for bit.
     """
     args = argparse.Namespace(**vars(args) | changes)
+    args.steps = max(limit_steps(data, args) for data in datasets)
     device = args.device
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     state = load_state(file, model, optimizer, datasets)
@@ -1134,13 +1167,12 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
         if not math.isfinite(train_loss):
             raise UserError(f"{file.stem}: the loss is not finite; lower --learning-rate")
         train_seconds = time.perf_counter() - start_time
-        accuracies = [accuracy(predict(model, data, "val"), data, "val") for data in datasets]
-        val_accuracy = float(np.mean(accuracies))
-        best = max([epoch["val_accuracy"] for epoch in state["history"]], default=-1.0)
+        val_accuracy = validate(model, datasets)
         state["history"].append({"train_loss": train_loss, "val_accuracy": val_accuracy,
                                  "train_seconds": train_seconds})
-        if keep == "last" or val_accuracy > best:
+        if keep == "last" or val_accuracy > state["best_accuracy"]:
             state["best"] = copy.deepcopy(model.state_dict())
+            state["best_accuracy"] = val_accuracy
         training = {"training": (model.state_dict(), optimizer.state_dict())}
         with atomic_write(file) as path:
             torch.save(state | training if number + 1 < evaluations else state, path)
@@ -1522,21 +1554,22 @@ def transfer(args, datasets, strategies, seeds, run_dir):
 
 
 def nan_robustness(args, datasets, strategies, seeds, run_dir):
-    """Test accuracy of models with four ways to fill gaps, by the share of values that are left
-    out in addition to those that the data lack.
+    """Test accuracy by the share of values that are left out in addition to those that the data
+    lack: of plain forward and zero fill, and of models that train with gaps.
 
-    All train alike: with up to half of the values left out, at random, in blocks or as whole
+    For these, up to half of the values are left out in training, at random, in blocks or as whole
     columns in turn. One column always stays, so that a single one is never left out as a whole.
     """
     strategies = strategies if args.strategies else ["none"]
     records = []
-    for data, seed, strategy, fill in itertools.product(datasets, seeds, strategies, FILLS):
+    for data, seed, strategy, row in itertools.product(datasets, seeds, strategies, FILLS):
+        fill, _, training = row.partition(", ")
         model = make_model(args, [data], strategy, False, seed, fill=fill)
-        fit(model, [data], args, seed, model_file(run_dir, data.name, strategy, fill, seed),
-            drop=True)
+        fit(model, [data], args, seed, model_file(run_dir, data.name, strategy, row, seed),
+            drop=training == "trained with gaps")
         for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
             torch.manual_seed(seed)  # the same values are missing for every model
-            records += evaluate(model, data, strategy, fill, seed, (share, missing),
+            records += evaluate(model, data, strategy, row, seed, (share, missing),
                                 missing=missing, share=f"{share:.0%}")
     records = pd.DataFrame(records)
     plot_shares(records, "Test windows with missing values", "share of values left out",
@@ -1547,7 +1580,8 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
 def find_strategies(args, datasets):
     """The strategies to run; frozen_bert is left out if its encoder cannot be loaded."""
     strategies = list(dict.fromkeys(args.strategies or STRATEGIES))  # each is run once
-    if args.quick and not args.strategies:
+    needs_no_names = args.nan_robustness and not args.transfer
+    if not args.strategies and (args.quick or needs_no_names):
         strategies.remove("frozen_bert")
     try:
         if "frozen_bert" in strategies:

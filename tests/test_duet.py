@@ -151,7 +151,7 @@ def test_parameters_are_exactly_the_originals_and_hold_no_encoder(strategy, coun
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("fill", duet.FILLS)
+@pytest.mark.parametrize("fill", ["forward fill and mask", "zero fill and mask", "zero fill", "forward fill"])
 @pytest.mark.parametrize("head", ["mean", "ordinal"])
 def test_a_nan_never_reaches_the_output(shared, fill, head):
     one = duet.Dataset("a", NAMES[:3], None, None, None, QUANTILES, None, None, 96, NAMES[1], [-0.5, 0.5])
@@ -227,11 +227,10 @@ def test_a_table_that_grows_after_the_optimizer_was_made_is_an_error():
 
 def test_a_strategy_is_one_entry(tmp_path, monkeypatch, no_hydra):
     class LengthEmbedder(duet.ColumnEmbedder):
-        def __init__(self, target_dim=1):
-            super().__init__(target_dim, 1)
+        dim = 1
 
-        def compute(self, names):
-            return torch.tensor([[float(len(name))] for name in names])
+        def compute(self, name):
+            return torch.tensor([float(len(name))])
 
     monkeypatch.setitem(duet.STRATEGIES, "length", LengthEmbedder)
     arguments = ["--dataset", "user_metrics", "--strategies", "none", "length", "--shared", *TINY]
@@ -281,6 +280,23 @@ def test_a_step_is_forecast_from_changes_alone_so_that_a_new_level_does_not_matt
     before = model(x, "a")
     model.head_of["a"].limits += 9.0
     torch.testing.assert_close(model(x + 9.0, "a"), before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_is_in_units_of_the_usual_change_in_the_window():
+    head = duet.OrdinalHead(0, [0.5])
+    torch.nn.init.constant_(head.bias, 1.0)  # one usual change upward
+    zigzag = torch.tensor([0.0, 1.0]).repeat(48)
+    x = torch.stack([0.2 * zigzag, 0.8 * zigzag])[:, None] - torch.tensor([0.2, 0.8])[:, None, None]
+    x[:, :, :3] = torch.nan  # what comes before the first value is no change
+    assert head(torch.zeros(2, 1, 64), x).argmax(1).tolist() == [0, 1]
+
+
+def test_overlapping_windows_are_trained_for_at_most_eight_epochs(small_csv):
+    args = duet.parse_args(["--data", str(small_csv), "--target", "load", "--dataset", "user_metrics"])
+    embedded, table = duet.load_datasets(args)
+    size = len(table.splits["train"]) // 8
+    assert duet.limit_steps(table, args) * size == pytest.approx(8 * len(table.splits["train"]), abs=size)
+    assert duet.limit_steps(embedded, args) == 600
 
 
 # --- The frozen encoder and its cache ---------------------------------------------------------------------------------
@@ -351,6 +367,12 @@ def test_without_an_encoder_the_row_is_not_run(tmp_path, monkeypatch, capsys, er
     assert [row["model"] for row in results["benchmark"]["table"]][-1] == "none"
     assert "Note: frozen_bert is not run" in capsys.readouterr().out
     assert message in error_line(duet, ["--columns", *common])
+
+
+def test_the_study_of_missing_values_looks_for_no_encoder(monkeypatch):
+    monkeypatch.setattr(duet, "load_encoder", lambda name: pytest.fail("the encoder is looked for"))
+    args = duet.parse_args(["--nan-robustness", "--data-dir", "absent"])
+    assert "frozen_bert" not in duet.find_strategies(args, [])
 
 
 def test_prewarm_shows_what_is_cached(encoder, tmp_path, capsys, monkeypatch, error_line):
@@ -741,11 +763,13 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch, no_hydra):
         model = duet.restore_model(tmp_path / f"duet/run-001/models/{checkpoint}.pt", "cpu")
         assert list(model.datasets) == ["schema_01", "schema_02", "schema_03"][:names]
         assert duet.predict(model, duet.synthetic_schema(0, 200), "test").shape[1] == 3
-    holes, drop = {}, duet.drop_values
+    holes, drop, training_shares = {}, duet.drop_values, []
 
     def record(x, share, missing):
         dropped = drop(x, share, missing)
-        if isinstance(share, float) and share:  # not in training, where each window has its own
+        if not isinstance(share, float):  # in training, each window has its own
+            training_shares.extend(share.flatten().tolist())
+        elif share:
             holes.setdefault((share, missing), set()).add(dropped.isnan().numpy().tobytes())
         return dropped
 
@@ -753,6 +777,8 @@ def test_transfer_and_missing_values(tmp_path, monkeypatch, no_hydra):
     results = duet.main(["--nan-robustness", "--dataset", "user_metrics", *TINY, "--output-dir", str(tmp_path),
                          "--strategies", "auto_expanding"])
     assert len(holes) == 15 and all(len(same) == 1 for same in holes.values())  # the same gaps for every model
+    assert len(training_shares) == 2 * 4 * 16  # two of the four rows train with gaps, for 4 steps of 16 windows
+    assert 0 <= min(training_shares) < 0.1 and 0.4 < max(training_shares) <= 0.5
     table = results["nan_robustness"]["table"]
     assert [(row["missing"], row["model"]) for row in table].count(("in blocks", "auto_expanding, forward fill")) == 1
     assert len(table) == 12 and (tmp_path / "duet/run-002/nan_robustness.png").exists()
@@ -877,8 +903,8 @@ def test_prediction_matches_columns_by_name(finished, small_csv, tmp_path):
         assert same[0]["date"].startswith("2024-01-01 01:35")
         assert abs(sum(float(same[0][f"p(quantile {k})"]) for k in (1, 2, 3)) - 1) < 1e-3
         assert ask(checkpoint, lambda row: row[::-1])[1] == same  # in another order
-        missing, other = ask(checkpoint, lambda row: row[:5])  # without noise
-        assert [text for text in missing["notes"] if "no column noise; their values count as missing" in text]
+        missing, other = ask(checkpoint, lambda row: row[:4] + row[5:])  # without load
+        assert [text for text in missing["notes"] if "no column load; their values count as missing" in text]
         assert other != same
 
 
@@ -945,6 +971,16 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(duet, "accuracy", score)
     duet.fit(model, [data], args, 1, tmp_path / "model.pt")
     assert all(torch.equal(value, states[1][name]) for name, value in model.state_dict().items())
+
+
+def test_training_that_only_harms_leaves_an_ordinal_head_as_it_was(tmp_path, monkeypatch):
+    data, args = duet.synthetic_schema(0, 60), duet.parse_args([*TINY, "--head", "ordinal"])
+    model = duet.make_model(args, [data], "none", False, 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    accuracies = iter([0.9, 0.4, 0.9])
+    monkeypatch.setattr(duet, "accuracy", lambda *arguments: next(accuracies))
+    duet.fit(model, [data], args, 1, tmp_path / "model.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def records_of(models, datasets=("a", "b"), **columns):
