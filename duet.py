@@ -1080,7 +1080,7 @@ def limit_steps(data, args):
 
 
 def draw_batches(datasets, steps, batch_size, device):
-    """`steps` batches of each data set in random order: (number of the data set, windows [batch])."""
+    """`steps` batches of each data set in random order: [(number of the data set, windows)]."""
     batches = []
     for number, data in enumerate(datasets):
         train = torch.from_numpy(data.splits["train"])
@@ -1122,11 +1122,11 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     """Train a model with args.steps steps on each data set, or go on with the checkpoint in `file`;
     returns the history, a list with a dictionary for each evaluation.
 
-    The model ends with the weights of the best mean validation accuracy over the data sets,
-    those that an ordinal head began with included, or, with keep="last", with its last weights. With `drop`,
-    up to half of the values are left out in training; `changes` replace arguments. All that is
-    random follows from the seed and the number of the evaluation, so that a resumed training ends
-    with the same weights bit for bit.
+    The model ends with the weights of the best mean validation accuracy over the data sets, which
+    for an ordinal head may be those that it began with; with keep="last", with its last weights.
+    With `drop`, up to half of the values are left out in training; `changes` replace arguments. All
+    that is random follows from the seed and the number of the evaluation, so that a resumed
+    training ends with the same weights bit for bit.
     """
     args = argparse.Namespace(**vars(args) | changes)
     args.steps = max(limit_steps(data, args) for data in datasets)
