@@ -90,6 +90,8 @@ ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol orig
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
 FILLS = ["forward fill and mask, trained with gaps", "forward fill, trained with gaps",
          "forward fill", "zero fill"]  # rows of --nan-robustness
+STEPS = 600  # of training
+SMALLEST_CHANGE = 0.1  # of the column that an ordinal head forecasts, in standard deviations
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
 MISSING_SHARES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
 LABEL_SHARES = [0.0, 0.05, 0.1, 1.0]
@@ -186,8 +188,8 @@ def parse_args(argv=None):
     add("--head", choices=["mean", "ordinal"], help="mean classifies the mean of the patches, as "
         "the original does; ordinal forecasts --target and lets the limits of its quantiles cut the "
         "forecast; if unset, ordinal with --target, mean without")
-    add("--steps", type=positive, default=600, help="training steps for each data set, "
-        "for a CSV file at most 8 epochs; convolutions take twice as many")
+    add("--steps", type=positive, help="training steps for each data set; if unset, 600, or 8 epochs "
+        "of a CSV file if these are fewer; convolutions take twice as many")
     add("--evaluations", type=positive, default=6, help="number of evaluations on the "
         "validation part; the weights of the best are kept")
     add("--batch-size", type=positive, default=128, help="largest number of windows in a "
@@ -691,9 +693,9 @@ def load_datasets(args):
 class ColumnEmbedder(nn.Module):
     """A vector for each column name, then a Linear: forward(names) gives [names, target_dim].
 
-    A strategy is a subclass that computes the fixed vector [dim] of a name in compute(name), with
-    a mean square of about 1; only the Linear is trained. One that learns its vectors overrides
-    add() and embed() instead.
+    A strategy is a subclass with the fixed vector [dim] of a name in compute(name), with a mean
+    square of about 1, and, for another length, its own `dim`; only the Linear is trained. One that
+    learns its vectors overrides add() and embed() instead.
     """
 
     dim = 16
@@ -857,7 +859,7 @@ class MeanHead(nn.Linear):
         return super().forward(tokens.mean(1))
 
 
-class OrdinalHead(nn.Linear):
+class OrdinalHead(nn.Module):
     """Log probabilities [batch, classes] of intervals of one column's next value.
 
     This is the cumulative logit model of McCullagh (1980): it forecasts the value as the last one
@@ -867,18 +869,20 @@ class OrdinalHead(nn.Linear):
     """
 
     def __init__(self, target, limits):
-        super().__init__(D_MODEL, 2)
+        super().__init__()
+        self.linear = nn.Linear(D_MODEL, 2)
         self.target = target  # number of the column
         # The limits belong to the data set: no head gets those of another.
         self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]), persistent=False)
-        nn.init.zeros_(self.weight)
-        self.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14 usual changes
+        nn.init.zeros_(self.linear.weight)
+        self.linear.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14 usual changes
 
     def forward(self, tokens, x):
-        outputs = super().forward(tokens[:, -1]).float()
+        outputs = self.linear(tokens[:, -1]).float()
         step, log_spread = outputs.split(1, dim=1)
         values = forward_fill(x[:, self.target])
-        change = values.diff().square().nanmean(1, keepdim=True).nan_to_num().sqrt() + 1e-3
+        change = values.diff().square().nanmean(1, keepdim=True).sqrt()
+        change = change.nan_to_num(1.0).clamp(min=SMALLEST_CHANGE)
         forecast = values[:, -1:].nan_to_num() + change * step
         below = torch.sigmoid((self.limits - forecast) / (change * log_spread.exp()))
         return below.diff(dim=1).clamp(min=1e-6).log()
@@ -1070,13 +1074,13 @@ def choose_batch_size(windows, largest):
     return min(max(16, windows // 8), windows, largest)
 
 
-def limit_steps(data, args):
-    """args.steps or, where windows begin at consecutive rows and are nearly alike, those of at most
-    8 epochs, as Zhou et al. (2021) train."""
+def usual_steps(data, args):
+    """STEPS, or those of 8 epochs if these are fewer and the windows overlap, since then they are
+    nearly alike (Zhou et al. 2021 train as long)."""
     if not data.target:
-        return args.steps
+        return STEPS
     windows = len(data.splits["train"])
-    return min(args.steps, 8 * windows // choose_batch_size(windows, args.batch_size))
+    return min(STEPS, 8 * windows // choose_batch_size(windows, args.batch_size))
 
 
 def draw_batches(datasets, steps, batch_size, device):
@@ -1102,15 +1106,16 @@ def load_state(file, model, optimizer, datasets):
     the optimizer's moments are loaded."""
     hashes = [data.info["sha256"] for data in datasets]
     best_accuracy = -1.0
-    if model.settings.get("head") == "ordinal":  # untrained, it is persistence, which may be best
-        best_accuracy = validate(model, datasets)
+    if model.settings.get("head") == "ordinal" and all(data.has_quantiles for data in datasets):
+        best_accuracy = validate(model, datasets)  # untrained, it is persistence
     state = {"hashes": hashes, "history": [], "class": type(model).__name__,
              "settings": model.settings, "datasets": model.datasets,
              "best": copy.deepcopy(model.state_dict()), "best_accuracy": best_accuracy}
     if file.exists():
         state = load_checkpoint(file, file)
-        if state["hashes"] != hashes:
-            raise UserError(f"{file}: the run began with other data; start a new run")
+        if state["hashes"] != hashes or "best_accuracy" not in state:
+            raise UserError(f"{file}: the run began with other data, or with an older version of this "
+                            "script; start a new run")
         if "training" in state:  # it is not finished
             weights, moments = state.pop("training")
             model.load_state_dict(weights)
@@ -1119,8 +1124,8 @@ def load_state(file, model, optimizer, datasets):
 
 
 def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
-    """Train a model with args.steps steps on each data set, or go on with the checkpoint in `file`;
-    returns the history, a list with a dictionary for each evaluation.
+    """Train a model for --steps on each data set, or go on with the checkpoint in `file`; returns the
+    history, a list with a dictionary for each evaluation.
 
     The model ends with the weights of the best mean validation accuracy over the data sets, which
     for an ordinal head may be those that it began with; with keep="last", with its last weights.
@@ -1129,7 +1134,7 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     training ends with the same weights bit for bit.
     """
     args = argparse.Namespace(**vars(args) | changes)
-    args.steps = max(limit_steps(data, args) for data in datasets)
+    steps = args.steps or max(usual_steps(data, args) for data in datasets)
     device = args.device
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     state = load_state(file, model, optimizer, datasets)
@@ -1137,18 +1142,18 @@ def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):
     for data in datasets:
         arrays = (data.series, data.starts, data.labels)
         tensors.append([torch.from_numpy(array).to(device) for array in arrays])
-    evaluations = min(args.evaluations, args.steps)
+    evaluations = min(args.evaluations, steps)
     for number in range(len(state["history"]), evaluations):
         start_time = time.perf_counter()
         torch.manual_seed(1000 * seed + number)
         model.train()
-        first = args.steps * number // evaluations
-        end = args.steps * (number + 1) // evaluations
+        first = steps * number // evaluations
+        end = steps * (number + 1) // evaluations
         batches = draw_batches(datasets, end - first, args.batch_size, device)
         losses = []
         for index, windows in progress(batches, file.stem):
             step = first * len(datasets) + len(losses)
-            rate = args.learning_rate * warm_up_then_cosine(step, args.steps * len(datasets))
+            rate = args.learning_rate * warm_up_then_cosine(step, steps * len(datasets))
             optimizer.param_groups[0]["lr"] = rate
             series, starts, labels = tensors[index]
             x = gather_windows(series, starts[windows], datasets[index].seq_len)
@@ -1444,7 +1449,7 @@ def train_convolutions(args, data, seed, run_dir):
         model.add_dataset(data)
         fit(model, [whole], args, member_seed,
             model_file(run_dir, data.name, "conv", seed, member), keep="last",
-            steps=2 * args.steps, batch_size=min(args.batch_size, 32))
+            steps=2 * (args.steps or STEPS), batch_size=min(args.batch_size, 32))
         outputs += predict(model, data, "test") / 3
     return outputs
 
@@ -1523,7 +1528,8 @@ def transfer(args, datasets, strategies, seeds, run_dir):
     """
     *sources, data = datasets
     alike = [source.name for source in sources if source.classes == data.classes]
-    few_steps = min(args.steps, max(40, args.steps // 4))
+    steps = args.steps or STEPS
+    few_steps = min(steps, max(40, steps // 4))
     records = []
     for seed, strategy in itertools.product(seeds, strategies):
         base = make_model(args, sources, strategy, True, seed,
@@ -1538,7 +1544,7 @@ def transfer(args, datasets, strategies, seeds, run_dir):
             if share:
                 file = model_file(run_dir, data.name, strategy, training, f"{share:g}", seed)
                 fit(model, [with_labels(data, share, seed)], args, seed, file,
-                    steps=args.steps if share == 1 else few_steps)
+                    steps=steps if share == 1 else few_steps)
             elif training == "scratch" or not alike:
                 continue
             records += evaluate(model, data, strategy, training, seed, share=f"{share:.0%}")
@@ -1557,7 +1563,7 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
     """Test accuracy by the share of values that are left out in addition to those that the data
     lack: of plain forward and zero fill, and of models that train with gaps.
 
-    For these, up to half of the values are left out in training, at random, in blocks or as whole
+    The latter train with up to half of the values left out, at random, in blocks or as whole
     columns in turn. One column always stays, so that a single one is never left out as a whole.
     """
     strategies = strategies if args.strategies else ["none"]

@@ -1373,7 +1373,7 @@ def caveat(info):
     """A sentence to follow the answer if the test part has one class only, or else nothing."""
     if np.count_nonzero(info["windows"]["test"]) > 1:
         return ""
-    return "All windows of the test part are of one class: these figures do not compare models.\n"
+    return "All windows of the test part are of one class, so these figures compare no models.\n"
 
 
 def format_summary(results, table, by_area):

@@ -468,8 +468,10 @@ class Network(nn.Module):
 
     def loss(self, windows, align_target):
         """Loss of windows [batch, time + 1] at every step, or at the last only."""
-        errors = self(windows[:, :-1]) - windows[:, 1:]
-        return errors[:, 0 if align_target else -1 :].square().mean()
+        x, targets = windows[:, :-1], windows[:, 1:]
+        if align_target:
+            return F.mse_loss(self(x), targets)
+        return F.mse_loss(self.predict(x, None), targets[:, -1:])
 
     def predict(self, windows, rows):
         """Forecasts [batch, horizon] of the values at `rows` [batch] and after, from windows
@@ -528,9 +530,9 @@ def fit_seasonal(z, time_steps):
 
 
 def regress(windows, time_steps, relative):
-    """Ridge regression of the later columns of windows on the first ones, or of all relative to the
-    last of these. Each has its own strength, by generalized cross-validation: one step ahead needs
-    less than many."""
+    """Fitted ridge regression of the later columns of windows on the first ones, or of all relative
+    to the last of these. Each later column has its own strength, by generalized cross-validation,
+    since one step ahead needs less than many."""
     if relative:
         windows = windows - windows[:, time_steps - 1 : time_steps]
     model = RidgeCV(RIDGE_STRENGTHS, alpha_per_target=True)
@@ -1048,7 +1050,7 @@ def make_runs(args, series):
         rows = len(values)
         longest = min(ORIGINAL_TIME_STEPS, rows // 6, int(FOLDS[0] * rows) - 24)
         for time_steps in args.time_steps or [max(2, longest)]:
-            # A window, the horizon of vq_ar and 15 windows more.
+            # A window, the horizon of vq_ar and 16 windows more.
             needed = math.ceil((time_steps + 24) / share)
             if rows < needed:
                 note(f"{dataset} has {rows} values and is left out with --time-steps {time_steps}, "

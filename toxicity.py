@@ -515,7 +515,7 @@ def split_texts(table, sample_size, seed):
     if not sampled:
         train, held_out = len(rest), len(rest) // 10
     if held_out < 2:  # one of each label
-        raise UserError("too few different texts: 20 are needed, and --sample-size 10 or more")
+        raise UserError("too few texts: 20 different ones are needed, and --sample-size 10 or more")
     splits = {}
     for split, size in {"test": held_out, "validation": held_out, "train": train}.items():
         part = rest

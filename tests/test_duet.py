@@ -275,7 +275,7 @@ def test_a_step_is_forecast_from_changes_alone_so_that_a_new_level_does_not_matt
     one = duet.Dataset("a", NAMES[:4], None, None, None, QUANTILES, None, None, 96, NAMES[2], [-0.4, 0.3])
     model = duet.MultiDatasetPatchDuET(4, head="ordinal").eval()
     model.add_dataset(one)
-    torch.nn.init.normal_(model.head_of["a"].weight)
+    torch.nn.init.normal_(model.head_of["a"].linear.weight)
     x = torch.randn(50, 4, 96)
     before = model(x, "a")
     model.head_of["a"].limits += 9.0
@@ -284,19 +284,27 @@ def test_a_step_is_forecast_from_changes_alone_so_that_a_new_level_does_not_matt
 
 def test_a_step_is_in_units_of_the_usual_change_in_the_window():
     head = duet.OrdinalHead(0, [0.5])
-    torch.nn.init.constant_(head.bias, 1.0)  # one usual change upward
+    torch.nn.init.constant_(head.linear.bias, 1.0)  # one usual change upward
     zigzag = torch.tensor([0.0, 1.0]).repeat(48)
     x = torch.stack([0.2 * zigzag, 0.8 * zigzag])[:, None] - torch.tensor([0.2, 0.8])[:, None, None]
     x[:, :, :3] = torch.nan  # what comes before the first value is no change
     assert head(torch.zeros(2, 1, 64), x).argmax(1).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_where_the_target_never_changes_a_step_is_still_possible(value):
+    head = duet.OrdinalHead(0, [0.15])
+    torch.nn.init.constant_(head.linear.bias, 2.0)
+    x = torch.full((1, 1, 96), value)
+    assert head(torch.zeros(1, 1, 64), x).argmax(1).tolist() == [1]
+
+
 def test_overlapping_windows_are_trained_for_at_most_eight_epochs(small_csv):
     args = duet.parse_args(["--data", str(small_csv), "--target", "load", "--dataset", "user_metrics"])
     embedded, table = duet.load_datasets(args)
     size = len(table.splits["train"]) // 8
-    assert duet.limit_steps(table, args) * size == pytest.approx(8 * len(table.splits["train"]), abs=size)
-    assert duet.limit_steps(embedded, args) == 600
+    assert duet.usual_steps(table, args) * size == pytest.approx(8 * len(table.splits["train"]), abs=size)
+    assert duet.usual_steps(embedded, args) == 600
 
 
 # --- The frozen encoder and its cache ---------------------------------------------------------------------------------
@@ -973,14 +981,16 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     assert all(torch.equal(value, states[1][name]) for name, value in model.state_dict().items())
 
 
-def test_training_that_only_harms_leaves_an_ordinal_head_as_it_was(tmp_path, monkeypatch):
-    data, args = duet.synthetic_schema(0, 60), duet.parse_args([*TINY, "--head", "ordinal"])
+@pytest.mark.parametrize(("head", "is_kept"), [("ordinal", True), ("mean", False)])
+def test_training_that_only_harms_leaves_an_ordinal_head_as_it_was(head, is_kept, small_csv, tmp_path, monkeypatch):
+    args = duet.parse_args(["--data", str(small_csv), "--target", "load", "--head", head, *TINY])
+    data = duet.load_datasets(args)[0]
     model = duet.make_model(args, [data], "none", False, 1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     accuracies = iter([0.9, 0.4, 0.9])
     monkeypatch.setattr(duet, "accuracy", lambda *arguments: next(accuracies))
     duet.fit(model, [data], args, 1, tmp_path / "model.pt")
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) == is_kept
 
 
 def records_of(models, datasets=("a", "b"), **columns):
@@ -1221,7 +1231,7 @@ def test_an_ordinal_head_has_the_limits_of_its_own_data_set(tmp_path):
     model = duet.make_model(args, [first], "none", True, 0)
     model = duet.add_new_dataset(model, second, ["a"])
     assert model.head_of["b"].limits[1:-1].tolist() == pytest.approx(second.limits)
-    assert torch.equal(model.head_of["a"].weight, model.head_of["b"].weight)
+    assert torch.equal(model.head_of["a"].linear.weight, model.head_of["b"].linear.weight)
 
 
 @pytest.mark.parametrize(("target", "head"), [("y", duet.OrdinalHead), ("code", duet.MeanHead)])

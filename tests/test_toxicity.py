@@ -1031,8 +1031,8 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
     cases = [
         ([good, "--text-column", "comment"], "no column 'comment' among ['text', 'toxicity']"),
         ([blank], "row 5 has no text or no valid label: ' '"),
-        ([one], "of one class only"), ([few], "few.csv: too few different texts"),
-        ([good, "--sample-size", "9"], "too few different texts"),
+        ([one], "of one class only"), ([few], "few.csv: too few texts"),
+        ([good, "--sample-size", "9"], "too few texts"),
         ([tmp_path / "latin.csv"], "utf-8"), ([tmp_path / "latin.jsonl"], "utf-8"),
         ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "head.csv"),
         ([tmp_path / "comments.xlsx"], "utf-8"), ([tmp_path / "absent.csv"], "absent.csv"),
