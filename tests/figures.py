@@ -33,8 +33,9 @@ FIGURES = [
 # {script: (arguments, picture)}
 PICTURES = {
     "fire": ("", "model_comparison"),
-    "batch_selection": ("--dataset fashion_mnist --label-noise 0.2 --no-benchmark", "comparison_fashion_mnist-noise-0.2"),
-    "duet": ("--transfer --synthetic-schemas 8", "transfer"),
+    "batch_selection": ("--dataset fashion_mnist --label-noise 0.2 --no-benchmark",
+                        "comparison_fashion_mnist-noise-0.2"),
+    "duet": ("--shared", "benchmark"),
     "forecast": (HOLDOUT, "forecasts_y_w"),
     "toxicity": ("--dataset embedded --from-scratch", "pr_roc"),
 }
@@ -78,31 +79,31 @@ def check_figures(data_dir):
     return wrong
 
 
-def draw_pictures(data_dir):
-    """One picture of each script in .github/, and all of them side by side."""
-    target, small = ROOT / ".github", []
-    target.mkdir(exist_ok=True)
-    for script, (arguments, name) in PICTURES.items():
+def draw_pictures(scripts, data_dir):
+    """Draw .github/SCRIPT.png for each of `scripts`, and all pictures side by side."""
+    for script in scripts:
+        arguments, name = PICTURES[script]
         place = [] if script == "fire" else ["--data-dir", data_dir]
         with tempfile.TemporaryDirectory() as folder:
             run_dir = run(script, [*arguments.split(), *place], Path(folder))
             image = Image.open(run_dir / f"{name}.png").convert("RGB")
         image.thumbnail((1000, 1200))
-        image.quantize(64).save(target / f"{script}.png", optimize=True)
-        small.append(image.resize((image.width * 240 // image.height, 240)))
-    strip = Image.new("RGB", (sum(image.width for image in small), 240), "white")
-    for i, image in enumerate(small):
-        strip.paste(image, (sum(other.width for other in small[:i]), 0))
-    strip.quantize(128).save(target / "strip.png", optimize=True)
+        image.quantize(64).save(ROOT / f".github/{script}.png", optimize=True)
+    images = [Image.open(ROOT / f".github/{script}.png").convert("RGB") for script in PICTURES]
+    images = [image.resize((image.width * 240 // image.height, 240)) for image in images]
+    strip = Image.new("RGB", (sum(image.width for image in images), 240), "white")
+    for i, image in enumerate(images):
+        strip.paste(image, (sum(other.width for other in images[:i]), 0))
+    strip.quantize(128).save(ROOT / ".github/strip.png", optimize=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--pictures", action="store_true", help="draw the README's pictures")
+    parser.add_argument("--pictures", nargs="*", choices=PICTURES, help="draw the README's pictures, or some")
     args = parser.parse_args()
-    if args.pictures:
-        draw_pictures(args.data_dir.resolve())
+    if args.pictures is not None:
+        draw_pictures(args.pictures or PICTURES, args.data_dir.resolve())
     elif check_figures(args.data_dir.resolve()):
         sys.exit(1)
 
