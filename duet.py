@@ -88,8 +88,12 @@ ORIGINAL_TABLE = {  # accuracy [%] of single runs on the data of --protocol orig
     "etth1": {"none": 79.7, "auto_expanding": 87.5},
 }
 ARCHIVE_SUFFIXES = [".ts", ".tsv", ".txt"]  # files of the UEA and UCR archives
-FILLS = ["forward fill and mask, trained with gaps", "forward fill, trained with gaps",
-         "forward fill", "zero fill"]  # rows of --nan-robustness
+FILLS = {  # rows of --nan-robustness: (way to fill, whether training has gaps)
+    "forward fill and mask, trained with gaps": ("forward fill and mask", True),
+    "forward fill, trained with gaps": ("forward fill", True),
+    "forward fill": ("forward fill", False),
+    "zero fill": ("zero fill", False),
+}
 STEPS = 600  # of training
 SMALLEST_CHANGE = 0.1  # of the column that an ordinal head forecasts, in standard deviations
 MISSING_KINDS = ["at random", "in blocks", "whole columns"]
@@ -1569,10 +1573,10 @@ def nan_robustness(args, datasets, strategies, seeds, run_dir):
     strategies = strategies if args.strategies else ["none"]
     records = []
     for data, seed, strategy, row in itertools.product(datasets, seeds, strategies, FILLS):
-        fill, _, training = row.partition(", ")
+        fill, drop = FILLS[row]
         model = make_model(args, [data], strategy, False, seed, fill=fill)
-        fit(model, [data], args, seed, model_file(run_dir, data.name, strategy, row, seed),
-            drop=training == "trained with gaps")
+        file = model_file(run_dir, data.name, strategy, row, seed)
+        fit(model, [data], args, seed, file, drop=drop)
         for missing, share in itertools.product(MISSING_KINDS, MISSING_SHARES):
             torch.manual_seed(seed)  # the same values are missing for every model
             records += evaluate(model, data, strategy, row, seed, (share, missing),
