@@ -88,13 +88,13 @@ def draw_pictures(scripts, data_dir):
             run_dir = run(script, [*arguments.split(), *place], Path(folder))
             image = Image.open(run_dir / f"{name}.png").convert("RGB")
         image.thumbnail((1000, 1200))
-        image.quantize(64).save(ROOT / f".github/{script}.png", optimize=True)
+        image.quantize(256).save(ROOT / f".github/{script}.png", optimize=True)
     images = [Image.open(ROOT / f".github/{script}.png").convert("RGB") for script in PICTURES]
     images = [image.resize((image.width * 240 // image.height, 240)) for image in images]
     strip = Image.new("RGB", (sum(image.width for image in images), 240), "white")
     for i, image in enumerate(images):
         strip.paste(image, (sum(other.width for other in images[:i]), 0))
-    strip.quantize(128).save(ROOT / ".github/strip.png", optimize=True)
+    strip.quantize(256).save(ROOT / ".github/strip.png", optimize=True)
 
 
 def main():
