@@ -190,8 +190,8 @@ def parse_args(argv=None):
     add("--nan-robustness", action="store_true", help="experiment: accuracy with 0 to 50 %% of the "
         "values missing")
     add("--head", choices=["mean", "ordinal"], help="mean classifies the mean of the patches, as "
-        "the original does; ordinal forecasts --target and lets the limits of its quantiles cut the "
-        "forecast; if unset, ordinal with --target, mean without")
+        "the original does; ordinal forecasts --target and lets the limits of its quantiles cut "
+        "the forecast; if unset, ordinal with --target, mean without")
     add("--steps", type=positive, help="training steps for each data set; if unset, 600, or 8 epochs "
         "of a CSV file if these are fewer; convolutions take twice as many")
     add("--evaluations", type=positive, default=6, help="number of evaluations on the "
@@ -1109,12 +1109,6 @@ def load_state(file, model, optimizer, datasets):
     """The state of a training, which is new or in `file`; if that is unfinished, its weights and
     the optimizer's moments are loaded."""
     hashes = [data.info["sha256"] for data in datasets]
-    best_accuracy = -1.0
-    if model.settings.get("head") == "ordinal" and all(data.has_quantiles for data in datasets):
-        best_accuracy = validate(model, datasets)  # untrained, it is persistence
-    state = {"hashes": hashes, "history": [], "class": type(model).__name__,
-             "settings": model.settings, "datasets": model.datasets,
-             "best": copy.deepcopy(model.state_dict()), "best_accuracy": best_accuracy}
     if file.exists():
         state = load_checkpoint(file, file)
         if state["hashes"] != hashes or "best_accuracy" not in state:
@@ -1124,7 +1118,13 @@ def load_state(file, model, optimizer, datasets):
             weights, moments = state.pop("training")
             model.load_state_dict(weights)
             optimizer.load_state_dict(moments)
-    return state
+        return state
+    best_accuracy = -1.0
+    if model.settings.get("head") == "ordinal" and all(data.has_quantiles for data in datasets):
+        best_accuracy = validate(model, datasets)  # untrained, it is persistence
+    return {"hashes": hashes, "history": [], "class": type(model).__name__,
+            "settings": model.settings, "datasets": model.datasets,
+            "best": copy.deepcopy(model.state_dict()), "best_accuracy": best_accuracy}
 
 
 def fit(model, datasets, args, seed, file, keep="best", drop=False, **changes):

@@ -954,7 +954,7 @@ def combine(run, args, values):
         if validation_error(errors[kind]) <= VQ_AR_LIMIT * validation_error(best[kind]):
             combined[kind] = [(a + b) / 2 for a, b in zip(errors[kind], best[kind])]
             members = network + members
-    return combined, members, history  # the members in the free run
+    return combined, members, history
 
 
 def validation_error(blocks):
