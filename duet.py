@@ -461,6 +461,7 @@ def read_csv(path):
     except (ValueError, pd.errors.ParserWarning) as error:  # the latter for rows that are too long
         raise UserError(f"{path}: {error}") from None
     frame.index = pd.RangeIndex(2, len(frame) + 2, name="row")  # row 1 is the header
+    frame = frame.dropna(how="all")
     numbers = {}
     dates = []
     clocks = []  # times of day
@@ -596,7 +597,8 @@ def read_archive(files, seq_len=0):
             is_test.append(file.stem.lower().endswith("_test"))
             seq_len = max([seq_len, *map(len, case)])
     if len(set(map(len, cases))) != 1 or not cases[0]:
-        raise UserError(f"{file}: no cases, or not all with the same number of dimensions")
+        raise UserError(f"{file}: no cases of the archive, or not all with the same number of "
+                        "dimensions; a table must be called .csv")
     x = np.full((len(cases), seq_len, len(cases[0])), np.nan)
     for i, case in enumerate(cases):
         for j, values in enumerate(case):

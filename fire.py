@@ -393,10 +393,15 @@ def read_csv(content):
     delimiter = max(",;\t|", key=head.partition("\n")[0].count)
     decimal = "," if delimiter != "," and re.search(r"\d,\d", head) else "."
     frame = pd.read_csv(pa.BufferReader(content), engine="pyarrow", sep=delimiter, decimal=decimal,
-                        encoding=encoding)
+                        encoding=encoding).dropna(how="all")
     for name, column in frame.items():
         if pd.api.types.infer_dtype(column) == "bytes":  # not UTF-8, but `head` did not show it
             frame[name] = column.str.decode("latin-1")
+    names = {name.lower(): name for name in frame}
+    if "date" in names and "time" in names:
+        clock = frame[names["time"]].astype(str)
+        if clock.str.match(r"\d\d?:\d\d").all():  # a time of day
+            frame[names["time"]] = frame.pop(names["date"]).astype(str) + " " + clock
     return frame
 
 

@@ -253,7 +253,7 @@ def read_table(path):
     separator = max(";\t|,", key=header.count)
     with warnings.catch_warnings(action="error"):  # a row is longer than the header
         return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, index_col=False,
-                           skip_blank_lines=False)
+                           skip_blank_lines=False).dropna(axis=1, how="all")
 
 
 def find_column(table, name):

@@ -472,7 +472,7 @@ def test_a_target_of_few_values_is_the_classes(tmp_path, no_hydra):
 
 @pytest.mark.parametrize(("text", "values"), [
     ('a,b\n"1,504",2\n"12,001,000",3\n7,4\n', [1504, 12001000, 7]), ("a;b\n50,13;1\n-2,5;2\n3;3\n", [50.13, -2.5, 3]),
-    ("\ufeffa\tb\n1.5\t2\n3\t4\n", [1.5, 3])])
+    ("\ufeffa\tb\n1.5\t2\n3\t4\n", [1.5, 3]), ("a,b\n1,2\n,\n3,4\n,\n", [1, 3])])
 def test_numbers_as_people_write_them_are_read(text, values, tmp_path):
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
     numbers = duet.read_csv(tmp_path / "a.csv")

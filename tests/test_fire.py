@@ -399,6 +399,7 @@ CLEAN = pd.DataFrame({"a": np.arange(3000) % 7 + 0.5, "b": np.arange(3000) % 5 +
     "compressed": gzip.compress(CLEAN.to_csv(index=False).encode()),
     "PARQUET": CLEAN.to_parquet(),
     "a delimiter in a cell": CLEAN.assign(note="x, y").to_csv(index=False).encode(),
+    "empty rows": CLEAN.to_csv(index=False).encode() + 9 * b",,\n",
 }.items())
 def test_csv_files_as_people_have_them(tmp_path, name, content):
     path = tmp_path / {"compressed": "x.CSV.gz", "PARQUET": "x.PARQUET"}.get(name, "x.csv")
@@ -406,6 +407,15 @@ def test_csv_files_as_people_have_them(tmp_path, name, content):
     argv = ["--columns", "a", "b"] if "cell" in name else []
     areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path), *argv]))
     np.testing.assert_allclose(areas["x"].readings[:, :2], CLEAN[["a", "b"]], rtol=1e-6)
+
+
+def test_a_date_and_a_time_of_day_may_be_two_columns(tmp_path):
+    times = pd.date_range("2024-12-30 23:50", periods=3000, freq="10s")
+    clocks = {"Date": times.strftime("%d/%m/%Y"), "Time": times.strftime("%H:%M:%S")}
+    CLEAN.assign(**clocks).to_csv(tmp_path / "x.csv", index=False)
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path)]))
+    assert areas["x"].times.iloc[-1] == "31/12/2024 08:09:50"
+    assert areas["x"].sensors == ["a", "b"]
 
 
 def test_latin_1_may_begin_far_down_in_a_file(tmp_path):

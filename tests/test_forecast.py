@@ -711,7 +711,7 @@ POINT = "t,wert\n" + "".join(f"{i},{50 + i % 9}.5\n" for i in range(40))
     ("\ufeff" + POINT, "utf-8"), (POINT.replace("t,", "µ,", 1), "latin-1"), (gzip.compress(POINT.encode()), ""),
     (COMMA_ONLY, "utf-8"), (POINT.replace(",", "|"), "utf-8"), (POINT.replace("\n", "\r"), "utf-8"),
     (SEMICOLON.replace("t;", "T, out;", 1), "utf-8"), (SEMICOLON.replace("t;", '"a, b, c";', 1), "utf-8"),
-    (POINT + ",\n,\n", "utf-8"),
+    (POINT + ",\n,\n", "utf-8"), (SEMICOLON.replace("\n", ";;\n"), "utf-8"),
 ])
 def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(content, encoding):
     series = read(content, encoding=encoding)
