@@ -18,7 +18,7 @@ model is 100 % accurate with BERT's vectors, 56 % with learned and 35 % with ran
     python duet.py --data sales.csv --target price --num-classes 4
     python duet.py --data BasicMotions/                   # a folder of UEA or UCR files
     python duet.py --transfer --synthetic-schemas 8       # a new data set, few of its labels
-    python duet.py --nan-robustness --dataset user_metrics
+    python duet.py --nan-robustness --dataset etth1 --head ordinal
     python duet.py --columns --bert-model FOLDER          # which names are near each other
     python duet.py --predict new.csv --checkpoint outputs/duet/run-001/models/etth1-none-42.pt
 
@@ -871,7 +871,8 @@ class OrdinalHead(nn.Module):
     This is the cumulative logit model of McCullagh (1980): it forecasts the value as the last one
     plus a learned step, with a learned spread, and lets the class limits cut that distribution;
     untrained, it is persistence. Both are in units of the column's usual change in the window, so
-    that they fit calm and restless times (scaling by the window: Kim et al. 2022).
+    that they fit calm and restless times (scaling by the window: Kim et al. 2022). Windows without
+    any value of the column are classified as by a MeanHead.
     """
 
     def __init__(self, target, limits):
@@ -882,6 +883,12 @@ class OrdinalHead(nn.Module):
         self.register_buffer("limits", torch.tensor([-1e9, *limits, 1e9]), persistent=False)
         nn.init.zeros_(self.linear.weight)
         self.linear.bias.data = torch.tensor([0.0, -2.0])  # no step, a spread of 0.14 usual changes
+        self.without_target = MeanHead(D_MODEL, len(limits) + 1)
+        nn.init.zeros_(self.without_target.weight)
+
+    def lacks_target(self, x):
+        """Whether each of the windows x has no value of the column: [batch, 1]."""
+        return x[:, self.target].isnan().all(1, keepdim=True)
 
     def forward(self, tokens, x):
         outputs = self.linear(tokens[:, -1]).float()
@@ -891,7 +898,8 @@ class OrdinalHead(nn.Module):
         change = change.nan_to_num(1.0).clamp(min=SMALLEST_CHANGE)
         forecast = values[:, -1:].nan_to_num() + change * step
         below = torch.sigmoid((self.limits - forecast) / (change * log_spread.exp()))
-        return below.diff(dim=1).clamp(min=1e-6).log()
+        logits = below.diff(dim=1).clamp(min=1e-6).log()
+        return self.without_target(tokens, x).float().where(self.lacks_target(x), logits)
 
 
 class MultiDatasetPatchDuET(nn.Module):
@@ -968,8 +976,9 @@ class MultiDatasetPatchDuET(nn.Module):
 
     def forward(self, x, dataset="default"):
         values, mask = values_and_mask(x, self.settings["fill"])
-        if isinstance(self.head_of[dataset], OrdinalHead):
-            values = values - values[..., -1:]  # a step is forecast whatever the level
+        head = self.head_of[dataset]
+        if isinstance(head, OrdinalHead):  # a step is forecast whatever the level
+            values = values - values[..., -1:].where(~head.lacks_target(x)[..., None], 0)
         names = self.embedder(self.columns[dataset]) if self.embedder else None
         if self.settings["shared"]:  # one column at a time
             patches = torch.cat([cut_patches(values), cut_patches(mask)], dim=-1)
@@ -986,7 +995,7 @@ class MultiDatasetPatchDuET(nn.Module):
             patches = cut_patches(torch.cat(channels, dim=1))  # [batch, channels, patches, 16]
             tokens = self.patch_layer(patches.transpose(1, 2).flatten(2))
         tokens = self.encoder(tokens + self.positions[-tokens.shape[1] :])
-        return self.head_of[dataset](tokens, x)
+        return head(tokens, x)
 
 
 class ConvNet(nn.Module):
