@@ -38,7 +38,7 @@ arXiv:2307.06440, for the controls; each strategy's docstring cites its paper.
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.6", "numpy>=2.0", "pandas>=2.2", "scikit-learn>=1.7", "scipy>=1.14",
-#     "matplotlib>=3.9", "tqdm>=4.66", "joblib>=1.4", "pyarrow>=17", "pillow>=10.4",
+#     "matplotlib>=3.9", "tqdm>=4.66", "joblib>=1.4", "pillow>=10.4",
 # ]
 # ///
 
@@ -60,6 +60,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -114,8 +115,9 @@ def parse_args(argv=None):
     add_source("--dataset", choices=DATASETS, metavar="NAME", help="known data set, see "
                "--list-datasets; if unset, mnist, or digits if that cannot be downloaded")
     add_source("--data", type=os.path.abspath, metavar="PATH", help="CSV file of your own with a "
-               "column `label` and columns of numbers (p0, p1, … are the pixels of a square grey "
-               "image); nlp: a text file or a folder of them")
+               "header, a column `label` and columns of numbers (p0, p1, … or pixel0, … are the "
+               "pixels of a square grey image); nlp: a text file or a folder of them")
+    add("--label-column", default="label", metavar="NAME", help="column of --data with the classes")
     add("--drop", nargs="+", default=[], metavar="COLUMN", help="columns of --data to leave out")
     add("--data-dir", default="data", help="folder of the known data sets, one folder each")
     add("--benchmark-datasets", nargs="+", choices=DATASETS, default=["digits"], metavar="NAME",
@@ -632,21 +634,30 @@ def make_data(name, arrays, source):
 # --- Data: CSV and text -------------------------------------------------------------------------
 
 
-def load_table(path, drop):
-    """Data of one's own CSV file; a fixed fifth, stratified, is the test part. Columns p0, p1, …
-    that are as many as the pixels of a square are an image: x is [n, 1, side, side]."""
+PIXELS = r"p0( p\d+)*|( ?pixel[\d_]+)+|( ?\d+x\d+)+"  # names of columns, as in MNIST's CSV files
+
+
+def load_table(path, drop, label="label"):
+    """Data of one's own CSV file; a fixed fifth, stratified, is the test part. Columns that are
+    called as the pixels of a square are an image, row by row: x is [n, 1, side, side]."""
     try:
-        table = pd.read_csv(path, engine="pyarrow").drop(columns=drop)
-        if "label" not in table or "label.1" in table:  # pandas numbers columns of one name
-            raise ValueError("one column must be called `label`; the columns are "
-                             f"{list(table)[:5]}; are there a header and commas?")
+        header = ",".join(pd.read_csv(path, nrows=0))
+        separator = max(",;\t", key=header.count)
+        # Cells beyond the header's are an error, unless all are empty.
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            table = pd.read_csv(path, sep=separator, index_col=False, skipinitialspace=True,
+                                low_memory=False)
+        table = table.drop(columns=drop).dropna(how="all")
+        if label not in table or f"{label}.1" in table:  # pandas numbers columns of one name
+            raise ValueError(f"one column must be called `{label}`; the columns are {header:.99}; "
+                             "is there a header? See --label-column")
         missing = list(table.columns[table.isna().any()])
         if missing:
-            raise ValueError(f"values are missing in columns {missing}")
+            raise ValueError(f"values are missing in columns {missing}; see --drop")
         distinct = table.drop_duplicates()
         if len(distinct) < len(table):
             note(f"{path}: {len(distinct):,} of {len(table):,} rows are distinct and are used")
-        labels = distinct.pop("label").astype(str)
+        labels = distinct.pop(label).astype(str)
         if labels.str.strip().str.casefold().nunique() < labels.nunique():
             note(f"{path}: some labels differ only in case or spaces: {sorted(labels.unique())}")
         ids = [name for name in distinct.select_dtypes("integer") if distinct[name].is_unique]
@@ -658,10 +669,10 @@ def load_table(path, drop):
             raise ValueError(f"columns {words} are not numbers alone; see --drop")
         x = distinct.to_numpy()
         side = math.isqrt(x.shape[1])
-        if list(distinct) == [f"p{i}" for i in range(side * side)]:
+        if side * side == x.shape[1] and re.fullmatch(PIXELS, " ".join(distinct)):
             x = x.reshape(-1, 1, side, side)
         return make_data(Path(path).stem, split_samples(x, labels.to_numpy()), path)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, pd.errors.ParserWarning) as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -680,6 +691,8 @@ def load_text(args):
     for path in np.random.default_rng(0).permutation(paths or [root]):
         with path.open("rb") as file:
             text += file.read(args.text_bytes - len(text))
+    if b"\0" in text:
+        note(f"{root} has zero bytes; is it compressed or binary, and not plain text?")
     if len(text) <= 2 * WINDOW:
         raise UserError(f"{root}: {len(text)} bytes are less than two windows of {WINDOW}")
     values = np.frombuffer(text, np.uint8).astype(np.int64)
@@ -701,7 +714,7 @@ def load_all(args):
     if args.task == "nlp":
         return [load_text(args)]
     if args.data:
-        return [load_table(args.data, args.drop)]
+        return [load_table(args.data, args.drop, args.label_column)]
     names = [args.dataset or "mnist"]
     if not args.dataset:
         try:

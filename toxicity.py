@@ -124,7 +124,8 @@ def parse_args(argv):
     add_source("--dataset", choices=["civil_comments", "embedded"], help="data set; if unset, "
                "civil_comments, or embedded (synthetic) comments where the hub is out of reach")
     add_source("--data", type=os.path.abspath, help="CSV, TSV, JSON, JSON lines or Parquet file")
-    add("--text-column", default="text", help="column of --data with the texts")
+    add("--text-column", default="text", help="column of --data with the texts; without a header, "
+        "both columns are numbers from 0 on")
     add("--label-column", default="toxicity", help="column of --data with labels")
     add("--positive-label", help="label value that means toxic, also in a list of labels; if "
         "unset, labels are numbers, and --label-threshold counts")
@@ -379,49 +380,64 @@ def hash_texts(texts):
     return torch.tensor(pd.util.hash_pandas_object(keys, index=False).to_numpy().view(np.int64))
 
 
-def read_table(path):
-    """DataFrame of a JSON, JSON lines or Parquet file, or of a CSV file with any usual delimiter,
-    whose cells stay text."""
+def read_table(path, header="infer"):
+    """DataFrame of a Parquet file, of a JSON or JSON lines file, whose nested objects are columns
+    such as user.name, or of a CSV file with any usual delimiter, whose cells stay text; with
+    header=None its columns are 0, 1, …"""
     name = str(path).lower()
     if name.endswith(".parquet"):
         return pd.read_parquet(path)
     content = pa.input_stream(str(path)).read()  # unpacks .gz
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-    text = content.decode("utf-16" if wide else "utf-8-sig")
+    try:
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        if b"\0" in content:  # no text: a spreadsheet, say, or a .zip file
+            raise
+        note(f"{path} is not UTF-8 and is read as Windows-1252")
+        text = content.decode("cp1252", "replace")
     if re.search(r"\.(nd)?jsonl?(\.gz)?$", name):
         lines = re.search(r"}\s*\n\s*{", text) is not None
-        return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
-    header = re.match(r"\s*([^\r\n]*)", text)[1]
-    delimiter = max("\t,;|", key=header.count)
+        table = pd.read_json(io.StringIO(text), lines=lines, dtype=False)
+        return pd.json_normalize(table.to_dict("records"))
+    first = re.match(r"\s*([^\r\n]*)", text)[1]
+    delimiter = "\t" if "\t" in first else max(",;|", key=first.count)
     dialect = find_dialect(text, delimiter)
-    table = pd.read_csv(io.StringIO(text), sep=delimiter, dtype=str, keep_default_na=False,
-                        **dialect)
+    table = pd.read_csv(io.StringIO(text), sep=delimiter, header=header, dtype=str,
+                        keep_default_na=False, **dialect)
     if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for an index
         raise UserError("the rows have more cells than the first line has columns")
-    return table
+    return table[(table != "").any(axis=1)]
 
 
 def find_dialect(text, delimiter):
     """The first of DIALECTS in which each quote that opens a cell is closed at the end of a cell: a
     quote within quotes is doubled, or escaped by a backslash, or quotes are ordinary characters. In
-    the wrong one a quote at the start of a text would swallow the rows up to the next."""
+    the wrong one a quote at the start of a text would swallow the rows up to the next; where all
+    lines have equally many delimiters, each line is a row."""
     csv.field_size_limit(len(text))
+    lines = text.strip("\r\n").split("\n")
+    is_even = len({line.count(delimiter) for line in lines}) == 1
     for dialect in DIALECTS:
-        lines = io.StringIO(text, newline="")
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
+                          **dialect)
         with contextlib.suppress(csv.Error):
-            for _ in csv.reader(lines, delimiter=delimiter, strict=True, **dialect):
-                pass
-            break
+            if sum(1 for _ in rows) >= len(lines) or not is_even:
+                break
     return dialect
 
 
 def read_texts(path, args):
     """Table [text, label, class] of a file. Toxic is --positive-label, alone or in a list, whatever
     its letter case and the spaces around it, or else a number from --label-threshold on."""
-    table = read_table(path).reset_index(drop=True)
+    table = read_table(path)
+    if args.text_column.isdigit() and args.text_column not in table:
+        table = read_table(path, header=None).rename(columns=str)
+    table = table.reset_index(drop=True)
     for name in (args.text_column, args.label_column):
         if name not in table:
-            raise UserError(f"no column {name!r} among {list(table)}")
+            raise UserError(f"no column {name!r} among {list(table)!s:.500}; without a header, the "
+                            "columns are 0, 1, …")
     texts = table[args.text_column]
     cells = table[args.label_column].astype(object).map(str)
     values = cells.str.strip().str.lower().str.removesuffix(".0")  # 1.0 is 1
@@ -430,11 +446,13 @@ def read_texts(path, args):
         known = values.between(0, 1 if args.label_threshold < 1 else np.inf)
         toxic = values.astype("float32") >= args.label_threshold  # float32 has 0.69999999 for 0.7
     else:
-        known = table[args.label_column].notna() & ~values.isin(NO_LABEL)
+        positive = args.positive_label.strip().lower().removesuffix(".0")
+        known = table[args.label_column].notna() & ~values.isin(set(NO_LABEL) - {positive})
         if set(values) == {"-1", "1"}:  # two classes
             known[:] = True
-        positive = args.positive_label.strip().lower().removesuffix(".0")
-        toxic = values.map(lambda cell: positive in [cell, *re.split(r"\s*[][,;|'\"]+\s*", cell)])
+        # The numbers of an array, as in a Parquet file, have spaces between them and no commas.
+        marks = r"\s*[][,;|'\"]+\s*|(?<=\d)\s+(?=\d)"
+        toxic = values.map(lambda cell: positive in [cell, *re.split(marks, cell)])
     labels = toxic.astype(int)
     placed = np.where(known, np.take(CLASSES, labels), "no label")
     counts = cells.groupby(placed).value_counts().nlargest(MAX_CLASSES)

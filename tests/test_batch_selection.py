@@ -664,6 +664,44 @@ def test_pixels_of_a_square_are_an_image():
     assert bs.load_table("pixels.csv", []).x_train.shape == (40, 4)
 
 
+@pytest.mark.parametrize("name", ["pixel{0}", "pixel{1}", "pixel_{2}_{3}", "{2}x{3}"])
+def test_the_usual_names_of_pixels_are_known(name):
+    names = [name.format(i, i + 1, i // 2, i % 2) for i in range(4)]
+    frame = pd.DataFrame(np.arange(200).reshape(50, 4), columns=names)
+    frame.assign(label=np.arange(50) % 2).to_csv("pixels.csv", index=False)
+    assert bs.load_table("pixels.csv", []).x_train.shape == (40, 1, 2, 2)
+
+
+@pytest.mark.parametrize("separator", [",", ", ", ";", "\t"])
+def test_columns_are_separated_in_any_usual_way(separator):
+    text = write_pets().to_csv(index=False)
+    Path("usual.csv").write_text(text.replace(",", separator))
+    data = bs.load_table("usual.csv", [])
+    assert (data.x_train == bs.load_table("pets.csv", []).x_train).all()
+    assert data.info["classes"] == ["cat", "dog"]
+
+
+def test_the_label_may_have_another_name():
+    results = run_table(write_pets().rename(columns={"label": "Species"}), "--label-column", "Species")
+    assert results["data"]["table"]["classes"] == ["cat", "dog"]
+
+
+def test_a_comma_at_the_end_of_the_header_is_a_column_to_drop(error_line):
+    write_pets()
+    Path("comma.csv").write_text(Path("pets.csv").read_text().replace("c\n", "c,\n", 1))
+    assert "values are missing in columns ['Unnamed: 4']; see --drop" in error_line(bs, ["--data", "comma.csv"])
+    assert bs.load_table("comma.csv", ["Unnamed: 4"]).x_train.shape == (48, 3)
+
+
+def test_empty_rows_and_commas_at_the_end_of_rows_are_no_data():
+    write_pets()
+    text = Path("pets.csv").read_text()
+    Path("pets.csv").write_text(text + ",,,\n" * 3)
+    assert bs.load_table("pets.csv", []).x_train.shape == (48, 3)
+    Path("pets.csv").write_text(text.replace("\n", ",\n").replace(",\n", "\n", 1))
+    assert bs.load_table("pets.csv", []).x_train.shape == (48, 3)
+
+
 def test_a_small_step_of_a_large_number_is_not_lost():
     seconds = 1_700_000_000 + np.arange(50) % 2 + np.arange(50) / 1e4
     pd.DataFrame({"label": np.arange(50) % 2, "t": seconds}).to_csv("large.csv", index=False)
@@ -712,7 +750,7 @@ def test_pixels_of_ones_own_may_be_fractions():
     assert run_table(frame.assign(label=np.arange(40) % 2))["data"]["table"]["train"] == 32
 
 
-@pytest.mark.parametrize(("first", "second"), [("cat", "Cat"), ("cat", " cat")])
+@pytest.mark.parametrize(("first", "second"), [("cat", "Cat"), ("cat", "cat ")])
 def test_labels_that_seem_the_same_are_noted(first, second):
     frame = write_pets()
     frame.loc[:19, "label"] = first
@@ -742,16 +780,16 @@ def rows(value):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("a,b\n1,2\n", "called `label`; the columns are ['a', 'b']"),
-    ("0,0,3,1.5\n1,0,2,0.5\n", "are there a header and commas?"), (rows("x"), "['a'] are not numbers alone"),
+    ("a,b\n1,2\n", "called `label`; the columns are a,b; is there a header? See --label-column"),
+    ("0,0,3,1.5\n1,0,2,0.5\n", "is there a header?"), (rows("x"), "['a'] are not numbers alone"),
     ("label,a,day\n0,1,2024-05-01\n1,2,2024-05-02\n", "['day'] are not numbers"),
     ("label,a,label\n" + "0,1.5,0\n1,2.5,1\n" * 9, "one column must be called `label`"), (rows("inf"), "infinity"),
     ("label,a\n0,1.5\n1,\n", "missing in columns ['a']"), ("", "No columns|Empty CSV"),
     ("label,a\n0,1\n0,2\n1,3\n", "only 1 member"), ("label,a\n0,1\n,2\n1,3\n", "missing in columns ['label']"),
     ("label,a\ncat,1\nNaN,2\n1,3\n", "missing in columns ['label']"),
-    ("label,a\n0,1,7\n1,2,8\n", "Expected 2 columns"), ("label,a\n1,2\n1,3\n1,5\n", "fewer than two classes"),
-    ("label,a\n", "n_samples=0"), ("label,a\n0,1\n\xff,2\n", "UTF8|utf-8"),
-    ("label,a\n0,1\n1,2,8\n", "Expected 2 columns, got 3"), ("label;a\n0;1\n", "are there a header and commas?")])
+    ("label,a\n0,1,7\n1,2,8\n", "Length of header"), ("label,a\n1,2\n1,3\n1,5\n", "fewer than two classes"),
+    ("label,a\n", "['a'] are not numbers"), ("label,a\n0,1\n\xff,2\n", "UTF8|utf-8"),
+    ("label,a\n0,1\n1,2,8\n", "Expected 2 fields in line 3, saw 3"), ("label a\n0 1\n", "is there a header?")])
 def test_a_bad_table_is_one_line(text, words, error_line):
     Path("bad.csv").write_bytes(text.encode("latin-1"))
     line = error_line(bs, ["--data", "bad.csv"])
@@ -783,6 +821,12 @@ def test_text_is_windows_that_share_nothing(tmp_path, monkeypatch):
     embedded = bs.load_text(bs.parse_args(["--task", "nlp"]))
     assert embedded.info["source"] == "embedded"
     assert 2 < embedded.info["pairs of bytes [bits per byte]"] < 6
+
+
+def test_a_text_that_is_compressed_is_noted(tmp_path, capsys):
+    (tmp_path / "text.gz").write_bytes(gzip.compress(Path(bs.__file__).read_bytes()))
+    bs.load_text(bs.parse_args(["--task", "nlp", "--data", str(tmp_path / "text.gz")]))
+    assert "has zero bytes; is it compressed" in capsys.readouterr().err
 
 
 def test_of_long_texts_only_the_beginning_is_read(tmp_path):

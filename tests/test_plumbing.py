@@ -47,6 +47,6 @@ def test_a_file_that_pyarrow_cannot_read_does_not_abort_the_exit(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('"a,label\n1,0\n')  # the quote never ends
     one_core = f"import os; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}]); "  # there it is sure to happen
-    code = one_core + f"import batch_selection; batch_selection.main(['--data', {str(path)!r}])"
+    code = one_core + f"import fire; fire.main(['--data', {str(path)!r}])"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)

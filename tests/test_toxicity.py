@@ -180,6 +180,55 @@ def test_a_file_without_quoting_keeps_all_its_rows(separator, tmp_path):
     assert read(tmp_path / "a.csv") == (texts, [i % 2 for i in range(54)])
 
 
+def test_a_file_that_is_not_utf8_is_read_as_windows_1252(tmp_path, capsys):
+    texts = [f"schön – {i} €" for i in range(40)]
+    pd.DataFrame({"text": texts, "toxicity": [0, 1] * 20}).to_csv(tmp_path / "a.csv", encoding="cp1252")
+    assert read(tmp_path / "a.csv")[0] == texts
+    assert "a.csv is not UTF-8 and is read as Windows-1252" in capsys.readouterr().err
+
+
+def test_columns_of_a_file_without_a_header_are_numbers(tmp_path):
+    lines = ["spam\tbuy, buy, buy", "ham\twell", "ham\t7"] * 20
+    (tmp_path / "SMSSpamCollection").write_text("\n".join(lines))
+    flags = ["--text-column", "1", "--label-column", "0", "--positive-label", "spam"]
+    assert read(tmp_path / "SMSSpamCollection", *flags) == (["buy, buy, buy", "well", "7"] * 20, [1, 0, 0] * 20)
+
+
+def test_a_header_may_be_numbers(tmp_path):
+    pd.DataFrame([("good", 0), ("bad", 1)] * 20).to_csv(tmp_path / "a.csv", index=False)
+    texts, _ = read(tmp_path / "a.csv", "--text-column", "0", "--label-column", "1")
+    assert texts == ["good", "bad"] * 20
+
+
+def test_empty_rows_are_no_data(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["good", "bad"] * 20, [0, 1] * 20)
+    path.write_text(path.read_text() + ",\n" * 3)
+    assert read(path)[0] == ["good", "bad"] * 20
+
+
+def test_nested_objects_are_columns(tmp_path):
+    rows = [{"tweet": {"text": f"text {i}", "user": None}, "annotation": {"label": [str(i % 2)]}} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--text-column", "tweet.text", "--label-column", "annotation.label", "--positive-label", "1"]
+    assert read(tmp_path / "a.jsonl", *flags) == ([f"text {i}" for i in range(40)], [0, 1] * 20)
+
+
+def test_of_many_columns_an_error_names_the_first(tmp_path, error_line):
+    posts = {f"post {i}": {"post_tokens": ["so"], "annotators": []} for i in range(9000)}
+    (tmp_path / "a.json").write_text(json.dumps(posts))
+    line = error_line(toxicity, ["--data", tmp_path / "a.json"])
+    assert "'post 7'" in line
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_a_quotation_over_several_texts_swallows_no_rows(separator, tmp_path):
+    texts = ['"He said so', "and then", 'and left."', '"whole"'] * 10
+    lines = [f"{text}{separator}{i % 2}" for i, text in enumerate(texts)]
+    (tmp_path / "a.csv").write_text("\n".join([f"text{separator}toxicity", *lines]))
+    assert read(tmp_path / "a.csv") == (texts, [0, 1] * 20)
+
+
 def test_html_entities_are_characters(tmp_path):
     texts, labels = toxicity.generate_comments(300, seed=5)
     path = write_csv(tmp_path / "a.csv", [f"{text} &amp; &#39;so&#39;" for text in texts], labels)
@@ -196,6 +245,7 @@ LABELS = [  # labels of a file that begins with them, further flags, what the la
     (["1.0", "1", "0"], ["--positive-label", "1"], [1, 1, 0]),
     (["0.699999988079071", "0.6"], ["--label-threshold", "0.7"], [1, 0]),  # 0.7 in float32
     (["-1", "1"], ["--positive-label", "-1"], [1, 0]),
+    (["-1.0", "0.0", "1.0"], ["--positive-label", "-1"], [1, 0, 0]),
     (["toxic,insult", "['insult', 'toxic']", "not toxic", "[]"], ["--positive-label", "toxic"], [1, 1, 0, 0]),
 ]
 
@@ -231,6 +281,12 @@ def test_missing_labels_of_parquet_are_refused(tmp_path, error_line):
     frame = pd.DataFrame({"text": [f"text {i}" for i in range(60)], "toxicity": [1.0, 0.0, None] * 20})
     frame.to_parquet(tmp_path / "a.parquet")
     assert "row 3" in error_line(toxicity, ["--data", tmp_path / "a.parquet"])
+
+
+def test_a_label_is_found_in_the_lists_of_a_parquet_file(tmp_path):
+    lists = [[2], [14, 2], [], [14], [22], [3, 2, 14]] * 10
+    pd.DataFrame({"text": [f"text {i}" for i in range(60)], "toxicity": lists}).to_parquet(tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", "--positive-label", "2")[1][:6] == [1, 1, 0, 0, 0, 1]
 
 
 def test_each_label_value_is_named_with_its_count(tmp_path, capsys):
@@ -1015,9 +1071,7 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
     one = write_csv(tmp_path / "one.csv", texts, np.zeros(300, int))
     few = write_csv(tmp_path / "few.csv", texts[:9], np.arange(9) % 2)
     contents = {
-        "latin.csv": "text,toxicity\nschön,1\n".encode("latin-1"),
-        "latin.jsonl": '{"text": "schön", "toxicity": 1}\n'.encode("latin-1"),
-        "empty.csv": b"", "head.csv": b"text,toxicity\n", "comments.xlsx": b"PK\x03\x04\xff",
+        "empty.csv": b"", "head.csv": b"text,toxicity\n", "comments.xlsx": b"PK\x03\x04\xff\0",
         "comma.csv": b"text,toxicity\ngood,0\nwell, well,1\n", "broken.json": b'[{"text": "a"',
         "nested.json": b'[{"text": ["a"], "toxicity": 1}]',
         "shifted.csv": b"text,toxicity\nwell, good,0\nwell, bad,1\n",
@@ -1033,13 +1087,13 @@ def test_bad_files_end_in_one_line(tmp_path, error_line):
         ([blank], "row 5 has no text or no valid label: ' '"),
         ([one], "of one class only"), ([few], "few.csv: too few texts"),
         ([good, "--sample-size", "9"], "too few texts"),
-        ([tmp_path / "latin.csv"], "utf-8"), ([tmp_path / "latin.jsonl"], "utf-8"),
         ([tmp_path / "empty.csv"], "empty.csv"), ([tmp_path / "head.csv"], "head.csv"),
         ([tmp_path / "comments.xlsx"], "utf-8"), ([tmp_path / "absent.csv"], "absent.csv"),
         ([tmp_path], str(tmp_path)), ([tmp_path / "comma.csv"], "Expected 2 fields in line 3, saw 3"),
         ([tmp_path / "broken.json"], "broken.json"), ([tmp_path / "nested.json"], "row 1 has no text"),
         ([tmp_path / "cut.csv.gz"], "cut.csv.gz"), ([tmp_path / "shifted.csv"], "more cells than"),
-        ([tmp_path / "headless.tsv"], "among ['ham', 'well, good']"),
+        ([tmp_path / "headless.tsv"], "among ['ham', 'well, good']; without a header, the columns are 0, 1, …"),
+        ([tmp_path / "headless.tsv", "--text-column", "1"], "no column 'toxicity' among ['0', '1']"),
     ]
     for argv, expected in cases:
         assert expected in error_line(toxicity, ["--data", *argv, "--output-dir", tmp_path / "out"])
