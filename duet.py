@@ -47,6 +47,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -127,9 +128,19 @@ OTHERS = ["humidity", "pressure", "wind_speed", "CPU_usage", "memory_usage", "di
           "user_count", "vibration", "flow_rate", "rainfall"]
 SITES = ["roof", "hall", "north", "south", "cellar", "garden", "plant", "office"]
 
+CLUTTER = "|".join([  # what is no part of a table
+    # Titles: lines of one cell above a line with a name in its second cell or later.
+    r"^(?:[^;\t|,\r\n]*+[;\t|,]*+[\r\n]++)+(?=.*[;\t|,] ?(?:\"|[^\W\d]))",
+    r"[;\t|,]+(?=[\r\n]|$)",  # empty cells at the end of a row
+    r" +(?=[;\t|,\r\n]|$)",  # blanks at the end of a cell
+    r"[$€£](?=-?\.?\d)",  # a sign before a number
+    r"(?<=\d) ?[€%](?=[;\t|,\"\r\n]|$)",  # a sign after a number
+    r"(?<=\d)[\xa0\u202f](?=\d)",  # hard spaces in a number
+])
+MISSING = [".", "..", "?", "-", "--", ":", "***", "#DIV/0!", "#REF!", "#VALUE!", "#NV",
+           "unavailable", "unknown"]
 DATE = r"\d{1,4}([-/.]\d{1,4})+([ T].*)?$"
 CLOCK = r"\d+(:\d+)+"
-THOUSANDS = r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?"
 ABBREVIATIONS = {
     "temp": "temperature", "hum": "humidity", "avg": "average", "num": "number", "cnt": "count",
     "min": "minimum", "max": "maximum", "mem": "memory", "vol": "volume", "cap": "capital",
@@ -450,27 +461,34 @@ def read_csv(path):
 
     Separators are commas, semicolons (then with decimal commas) or tabs; `1,504` is 1504.
     """
+    content = path.read_bytes()
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            header = file.readline()
-        separator = max(",;\t", key=header.count)
-        decimal = "," if separator == ";" else "."
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            frame = pd.read_csv(path, sep=separator, decimal=decimal, index_col=False,
-                                skipinitialspace=True, low_memory=False)
-    except (ValueError, pd.errors.ParserWarning) as error:  # the latter for rows that are too long
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
+    text = re.sub(CLUTTER, "", text)
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    decimal = "."
+    thousands = r'(?<!"0)(?<!"-0),(?=\d{3}(,\d{3})*(\.\d+)?")'  # as in "1,504.5", with the quotes
+    if separator == ";":
+        decimal = ","
+        thousands = r"\.(?=\d{3}(\.\d{3})*,\d)"  # as in 1.504,5
+    text = re.sub(thousands, "", text)
+    try:
+        with warnings.catch_warnings(action="error"):  # a row is longer than the header
+            frame = pd.read_csv(io.StringIO(text), sep=separator, decimal=decimal,
+                                index_col=False, skipinitialspace=True, low_memory=False,
+                                skip_blank_lines=False, na_values=MISSING)
+    except (ValueError, Warning) as error:
         raise UserError(f"{path}: {error}") from None
-    frame.index = pd.RangeIndex(2, len(frame) + 2, name="row")  # row 1 is the header
-    frame = frame.dropna(how="all")
+    frame.index += 2  # row 1 is the header
+    frame = frame.dropna(how="all").rename_axis("row")
     numbers = {}
     dates = []
     clocks = []  # times of day
     for name, column in frame.items():
         values = pd.to_numeric(column, errors="coerce")
         texts = column[values.isna() & column.notna()].astype(str)  # cells that are no numbers
-        if len(texts) and texts.str.fullmatch(THOUSANDS).all():
-            values = pd.to_numeric(column.str.replace(",", ""))
-            texts = texts[:0]
         is_text = len(texts) > column.count() / 2
         is_date = is_text and texts.str.match(DATE).mean() > 0.5
         if is_date or re.match("(?i)(date|datetime|timestamp)$", name):
@@ -483,12 +501,16 @@ def read_csv(path):
             raise UserError(f"{path}: column {name!r}: {texts.iloc[0]!r}, a number is needed")
         else:
             numbers[name] = values.astype(float)
+            if numbers[name].nsmallest(2).max() == values.min() <= -99:
+                note(f"{path}: the lowest value of {name!r} repeats; if it marks missing values, "
+                     "empty these cells")
     numbers = pd.DataFrame(numbers, frame.index)
+    numbers = numbers.loc[: numbers.last_valid_index()]  # without footnotes
     if not dates:
         return numbers
-    if clocks and not dates[0].str.contains(":").any():
+    if clocks and ":" not in dates[0].iloc[0]:
         dates[0] += " " + clocks[0]
-    return sort_rows(path, numbers, dates[0])
+    return sort_rows(path, numbers, dates[0].loc[numbers.index])
 
 
 def sort_rows(path, numbers, dates):
@@ -531,7 +553,8 @@ def csv_dataset(path, target, num_classes, protocol, name=None, missing=0.0):
     numbers = read_csv(path)
     if target not in numbers or len(numbers) < MIN_ROWS:
         raise UserError(f"{path}: needs {MIN_ROWS} rows and a numeric --target {target}; it has "
-                        f"{len(numbers)} rows of {', '.join(numbers)}")
+                        f"{len(numbers)} rows of {', '.join(numbers)}; classes that are texts must "
+                        "be numbered")
     values = numbers[target].to_numpy()
     starts = np.arange(len(values) - SEQ_LEN)
     first_test = int(0.8 * len(starts))
@@ -579,6 +602,7 @@ def read_archive(files, seq_len=0):
         if re.search(r"(?im)^@targetlabel\s+true", text):
             raise UserError(f"{file}: @targetlabel true: a regression file, which has no classes")
         has_label = not re.search(r"(?im)^@classlabel\s+false", text)
+        text = re.sub(r"\([^(),]*,([^(),]*)\)", r"\1", text)  # (time,value)
         for line in re.findall(r"(?m)^ *([^#%@\s].*?)\s*$", text):
             if file.suffix.lower() == ".ts":
                 dimensions = line.split(":")

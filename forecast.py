@@ -136,11 +136,24 @@ MAX_PERIOD = 500
 RIDGE_STRENGTHS = 10.0 ** np.arange(-4, 5)
 # A number where the name of a column should be.
 NUMBER = r"\s*[-+]?[.,]?\d[-+\d.,eE]*\s*"
-# Names of columns that hold times, and of columns that tell several series apart.
-TIME_COLUMN = r"(?i)\b(date|time|datetime|timestamp|ds|year)\b"
+# What a column of times is called or begins with.
+TIME = r"(?i)date|time|year|month|week|\bds\b|\d{4}-\d\d\b|\b\d\d?[./]\d\d?[./]\d\d"
+# Names of columns that tell several series apart.
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
-    r"country|city|location|group|variable)|(unique|series|item|store|sensor|device|meter|lcl)id)$")
+    r"country|city|location|group|variable|entity|code|geo|area)|"
+    r"(unique|series|item|store|sensor|device|meter|lcl)id)$")
+CLUTTER = "|".join([  # what is no part of a table
+    # Titles: lines of one cell above a line with a name in its second cell or later.
+    r"^(?:[^;\t|,\r\n]*+[;\t|,]*+[\r\n]++)+(?=.*[;\t|,] ?(?:\"|[^\W\d]))",
+    r"[;\t|,]+(?=[\r\n]|$)",  # empty cells at the end of a row
+    r" +(?=[;\t|,\r\n]|$)",  # blanks at the end of a cell
+    r"[$€£](?=-?\.?\d)",  # a sign before a number
+    r"(?<=\d) ?[€%](?=[;\t|,\"\r\n]|$)",  # a sign after a number
+    r"(?<=\d)[\xa0\u202f](?=\d)",  # hard spaces in a number
+])
+MISSING = [".", "..", "?", "-", "--", ":", "***", "#DIV/0!", "#REF!", "#VALUE!", "#NV",
+           "unavailable", "unknown"]
 # What cannot stand in numbers whose thousands are separated by the mark M.
 NO_THOUSANDS = r"[M](?!\d{3}\D)|(?<!\d)0?[M]|\d{4}[M]|[^-+.,\d ]"
 # Dates that look like numbers, in the order in which they are preferred.
@@ -245,15 +258,15 @@ def read_table(path):
     try:
         text = content.decode(json.detect_encoding(content))  # UTF-8, 16 or 32
     except UnicodeDecodeError:
-        text = content.decode("latin-1")
+        text = content.decode("cp1252", "replace")
     if "\0" in text:
         raise UserError("this is not a CSV file")
-    text = text.lstrip("\r\n").rstrip("\r\n;\t|,")  # without empty rows at the end
-    header = re.sub('"[^"]*"', "", re.split("[\r\n]", text)[0])
+    text = re.sub(CLUTTER, "", text).strip("\r\n")
+    header = re.sub(r'(?s)"[^"\r\n]*"|[\r\n].*', "", text)  # without quoted names
     separator = max(";\t|,", key=header.count)
     with warnings.catch_warnings(action="error"):  # a row is longer than the header
         return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, index_col=False,
-                           skip_blank_lines=False).dropna(axis=1, how="all")
+                           skip_blank_lines=False, skipinitialspace=True, na_values=MISSING)
 
 
 def find_column(table, name):
@@ -264,7 +277,7 @@ def find_column(table, name):
         return table[name]
     try:
         return table.iloc[:, int(name)]
-    except (TypeError, ValueError, IndexError):
+    except (ValueError, IndexError):
         raise UserError(f"no column {name!r}, only {', '.join(table)}") from None
 
 
@@ -276,9 +289,10 @@ def select_series(table, args):
         raise UserError(f"--series needs --series-column, one of {', '.join(table)}")
     if args.series_column:
         names = find_column(table, args.series_column)
-        if args.series not in set(names):
+        chosen = table[names == args.series]
+        if chosen.empty:
             raise UserError(f"--series must be one of {', '.join(names.unique()[:10])}")
-        return table[names == args.series]
+        return chosen
     for name, count in table.filter(regex=SERIES_COLUMN).nunique().items():
         if 2 <= count <= len(table) / 2:
             raise UserError(f"column {name!r} seems to name several series; choose one with "
@@ -317,16 +331,17 @@ def read_times(texts):
         with warnings.catch_warnings(action="ignore"):  # pandas warns of other formats
             return pd.to_datetime(texts, errors="coerce", utc=is_utc, **options)
 
-    texts = texts.str.removesuffix(".0")  # of whole numbers
+    # 2024.0, 2024 Q1, a time with UTC, and an interval, of which the start counts.
+    texts = texts.str.replace(r"\.0$| (?=Q\d$)| UTC$| - .*", "", regex=True)
     numbers = pd.to_numeric(plain_numbers(texts), errors="coerce")
     if numbers.notna().iloc[0]:
         readings = [*(read(format=date) for date in NUMERIC_DATES), numbers]
     elif re.match(r"\d{4}-\d\d-\d\d", first):
         readings = [read(format="ISO8601")]
-    elif re.match(r"\d\d?[^.\d]", first):
-        readings = [read(dayfirst=False), read(dayfirst=True), read(format="%y-%b")]
     else:
-        readings = [read(dayfirst="." in first[:3]), read(format="%b-%y")]  # as in 31.12.2024
+        readings = [read(dayfirst="." in first[:3]),  # as in 31.12.2024
+                    read(dayfirst=not re.match(r"\d{4}", first)), read(format="%y-%b"),
+                    read(format="%b-%y")]
     best = min(readings, key=missing_times)
     for reading in readings:
         if missing_times(reading) == missing_times(best) and not reading.equals(best):
@@ -335,7 +350,8 @@ def read_times(texts):
     if is_wrong.any():
         row = is_wrong.idxmax()
         raise UserError(f"row {row}: the time {texts[row]} is invalid or occurs twice; "
-                        "--series-column and --series choose one of several series")
+                        "--series-column and --series choose one of several series; without "
+                        "--time-column the rows are taken as equally spaced")
     return best
 
 
@@ -348,7 +364,7 @@ def missing_times(times):
 def equally_spaced(values, times):
     """The values at evenly spaced times, NaN where a row is missing. The step is fixed or one of
     the calendar: the one that reaches all times with the fewest rows."""
-    values = values.set_axis(pd.Index(times)).sort_index()
+    values = values.set_axis(times).sort_index()
     times = values.index
     steps = pd.Series(times).diff()
     step = steps[steps < 1.5 * steps.mode()[0]].mean()
@@ -361,17 +377,16 @@ def equally_spaced(values, times):
         calendar = ["B", f"{months}MS", f"{months}ME", f"{months}BMS", f"{months}BME",
                     pd.DateOffset(months=months)]
         grids = [pd.date_range(times[0], times[-1], freq=freq) for freq in [step, *calendar]]
-        tolerance = pd.Timedelta(0)
+        tolerance = 0 * step
     else:
         grids = [np.linspace(times[0], times[-1], count, dtype=times.dtype)]
         tolerance = step / 10  # numbers may have been rounded
-    placed = [values.reindex(grid, method="nearest", tolerance=tolerance) for grid in grids
-              if len(grid) <= most]
-    whole = [candidate for candidate in placed if candidate.count() == values.count()]
-    if not whole:
-        raise UserError(f"the times are not equally spaced, or most are missing; the usual step "
-                        f"is {step}; without --time-column the rows are taken as equally spaced")
-    return min(whole, key=len).rename_axis(times.name)
+    for grid in sorted(grids, key=len):
+        placed = values.reindex(grid, method="nearest", tolerance=tolerance)
+        if placed.count() == len(values) and len(grid) <= most:
+            return placed.rename_axis(times.name)
+    raise UserError(f"the times are not equally spaced, or most are missing; the usual step is "
+                    f"{step}; without --time-column the rows are taken as equally spaced")
 
 
 def read_series(args):
@@ -390,17 +405,22 @@ def read_series(args):
             times = find_column(table, args.time_column)
             if times.name == values.name:
                 raise UserError(f"{times.name!r} is the time column; choose another --column")
-            values = equally_spaced(values, read_times(times))
-        elif re.search(TIME_COLUMN, " ".join(table)):
+            # A footnote has neither a time nor a value.
+            values = equally_spaced(values.dropna(), read_times(times[values.notna()]))
+        elif re.search(TIME, table.head(1).to_csv()):
             note("rows are taken as equally spaced, the newest last; --time-column sorts them")
         if args.fill:
             note(f"missing values, now filled: {values.isna().sum()}")
-            values = values.interpolate() if args.fill == "linear" else values.ffill()
+            # Nothing is known before the first value.
+            values = (values.interpolate() if args.fill == "linear" else values.ffill()).dropna()
         missing = values.index[values.isna()]
         if len(missing):
             raise UserError(f"missing values: {len(missing)}, the first at "
                             f"{values.index.name or 'row'} {missing[0]}; --fill linear or --fill "
-                            "forward fills them, but not the first value of all")
+                            "forward fills them")
+        if sorted(values)[1] == values.min() <= -99:
+            note(f"the lowest value, {values.min():g}, repeats; if it marks missing values, empty "
+                 "these cells and use --fill")
         if (values.diff()[1:] == 1).all():
             note(f"{values.name!r} seems to number the rows; --column chooses another column")
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, Warning, UserError) as error:

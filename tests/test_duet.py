@@ -484,12 +484,47 @@ def test_a_target_of_few_values_is_the_classes(tmp_path, no_hydra):
 
 @pytest.mark.parametrize(("text", "values"), [
     ('a,b\n"1,504",2\n"12,001,000",3\n7,4\n', [1504, 12001000, 7]), ("a;b\n50,13;1\n-2,5;2\n3;3\n", [50.13, -2.5, 3]),
-    ("\ufeffa\tb\n1.5\t2\n3\t4\n", [1.5, 3]), ("a,b\n1,2\n,\n3,4\n,\n", [1, 3])])
+    ("\ufeffa\tb\n1.5\t2\n3\t4\n", [1.5, 3]), ("a,b\n1,2\n,\n3,4\n,\n", [1, 3]),
+    ("a;b\n1.504,5;1\n-12.001.000,25;2\n999,5;3\n", [1504.5, -12001000.25, 999.5]), ("a;b\n4.216;1\n", [4.216]),
+    ("a,b\n$1.5,2\n-$.5,3\n", [1.5, -0.5]), ("a,b\n12%,2\n7 %,3\n", [12, 7]), ("sep=;\na;b\n1,5 €;2\n", [1.5]),
+    ("Report,,\n\na,b,\n1,2,\n", [1]), ("# from a logger\na,b\n1,2\n", [1]),
+    ("a ,b\n1 ,2\n", [1])])
 def test_numbers_as_people_write_them_are_read(text, values, tmp_path):
     (tmp_path / "a.csv").write_text(text, encoding="utf-8")
     numbers = duet.read_csv(tmp_path / "a.csv")
     assert numbers["a"].tolist() == values
     assert list(numbers) == ["a", "b"]
+
+
+@pytest.mark.parametrize("cell", ['"0,504"', '"1,50"', '"-0,504"'])
+def test_a_comma_that_separates_no_thousands_is_refused(cell, tmp_path):
+    (tmp_path / "a.csv").write_text(f"a,b\n1,2\n2,3\n{cell},4\n")
+    with pytest.raises(duet.UserError, match="a number is needed"):
+        duet.read_csv(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("mark", [".", "?", "-", "..", "NA", "null", "unavailable", "#DIV/0!", "#NV"])
+def test_marks_of_missing_values_are_no_texts(mark, tmp_path):
+    (tmp_path / "a.csv").write_text(f"a;b\n1,5;2\n{mark};3\n{mark};4\n")
+    assert np.isnan(duet.read_csv(tmp_path / "a.csv")["a"]).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("footer", ["Source: office", "\nSource: office, 2024"])
+def test_a_footer_is_no_row(footer, tmp_path):
+    rows = "".join(f"2024-01-05,0{9 - i}:00,{i},2\n" for i in range(5))
+    (tmp_path / "a.csv").write_text(f"date,time,a,b\n{rows}{footer}\n")
+    assert duet.read_csv(tmp_path / "a.csv")["a"].tolist() == [4, 3, 2, 1, 0]
+
+
+def test_a_low_value_that_repeats_is_noted(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("a,b\n5,1\n-200,2\n-200,3\n")
+    duet.read_csv(tmp_path / "a.csv")
+    assert "the lowest value of 'a' repeats; if it marks missing values, empty these cells" in capsys.readouterr().err
+
+
+def test_a_column_name_in_another_encoding_is_no_obstacle(tmp_path):
+    (tmp_path / "a.csv").write_text("a,W/m²\n1,2\n", encoding="latin-1")
+    assert duet.read_csv(tmp_path / "a.csv").to_numpy().tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("pattern", ["%d/%m/%Y", "%d.%m.%Y", "%m/%d/%Y", "%Y-%m-%d", "%d-%m-%Y %H:%M", "%d %b %Y"])
@@ -624,6 +659,8 @@ def test_ts_files_of_many_kinds_are_read(tmp_path):
     assert duet.accuracy(duet.fit_baselines(data)["logistic regression"], data, "test") == 1
     path.write_text("@classLabel false\n@data\n1,2:3,4\n5,6:7,8\n")
     assert duet.read_archive([path])[1] == ["?", "?"]
+    path.write_text("@timestamps true\n@data\n(2024-01-01 00:00:00,1),(2024-01-02 00:00:00,2.5):a\n")
+    assert duet.read_archive([path])[0].ravel().tolist() == [1, 2.5]
     path.write_text("@classLabel true a\n@data\n1,2:?\n")
     assert duet.read_archive([path])[1] == ["?"]
 
@@ -658,7 +695,7 @@ def test_one_of_two_cases_of_a_class_is_for_validation():
     (["1,2,x:3,4,5:up"], HEADER, "could not convert string to float: 'x'"),
     (["1,2:3,4:up", "1,2:up"], HEADER, "not all with the same number of dimensions"),
     ([], HEADER, "no cases"),
-    (["1,2:up"], "@timeStamps true\n@data\n(0,1),(1,2):up\n", "could not convert string to float: '(0'"),
+    (["1,2:up"], "@timeStamps true\n@data\n(0,1,2):up\n", "could not convert string to float: '(0'"),
     (["1,2:3.5"], "@targetlabel true\n@data\n", "@targetlabel true: a regression file"),
     (["1,2:3:", "1,2:3:up"], HEADER, "cases without a class"),
     (["1,2:3:up", "1,2:3: ?"], HEADER, "cases without a class"),
@@ -1067,7 +1104,7 @@ def test_the_originals_etth1_lacks_five_percent(tmp_path):
     (["--data", "WORDS", "--target", "a"], "needs 1296 rows and a numeric --target a"),
     (["--data", "EMPTY"], "no .ts, .tsv or .txt file in this folder"),
     (["--data", "HEADER", "--target", "a"], "needs 1296 rows and a numeric --target a"),
-    (["--data", "LATIN", "--target", "a"], "'utf-8' codec can't decode"),
+    (["--data", "LATIN", "--target", "a"], "it has 1 rows of aé, b; classes that are texts must be numbered"),
     (["--data", "SEMICOLON", "--target", "a"], "it has 1 rows of a, b"),
     (["--transfer", "x", "--data", "HUGE", "--target", "a"], "--transfer needs two data sets"),
     (["--dataset", "etth1", "--data-dir", "OTHER"], "ETTh1.csv: its checksum is wrong"),

@@ -711,7 +711,12 @@ POINT = "t,wert\n" + "".join(f"{i},{50 + i % 9}.5\n" for i in range(40))
     ("\ufeff" + POINT, "utf-8"), (POINT.replace("t,", "µ,", 1), "latin-1"), (gzip.compress(POINT.encode()), ""),
     (COMMA_ONLY, "utf-8"), (POINT.replace(",", "|"), "utf-8"), (POINT.replace("\n", "\r"), "utf-8"),
     (SEMICOLON.replace("t;", "T, out;", 1), "utf-8"), (SEMICOLON.replace("t;", '"a, b, c";', 1), "utf-8"),
-    (POINT + ",\n,\n", "utf-8"), (SEMICOLON.replace("\n", ";;\n"), "utf-8"),
+    (POINT + ",\n,\n", "utf-8"), (SEMICOLON.replace("\n", ";;\n"), "utf-8"), (POINT.replace(",", " , "), "utf-8"),
+    ("sep=;\n" + SEMICOLON, "utf-8"), ("Category: all\n\n" + POINT, "utf-8"), ("# a\n# b\n" + POINT, "utf-8"),
+    ("Report;;\n" + SEMICOLON, "utf-8"),
+    (POINT.replace(",5", ",$5"), "utf-8"), (POINT.replace(".5", ".5%"), "utf-8"),
+    (SEMICOLON.replace(",5", ",5 €"), "cp1252"),
+    ("wert\n" + "".join(f"{50 + i % 9}.5\n" for i in range(40)), "utf-8"),
 ])
 def test_files_are_read_whatever_their_encoding_delimiter_and_decimal_point(content, encoding):
     series = read(content, encoding=encoding)
@@ -752,6 +757,32 @@ def test_a_number_may_name_a_column_or_a_series():
 def test_times_that_are_not_used_are_noted():
     read("Date,Close\n" + "".join(f"2024-01-{31 - i},{2 * i}\n" for i in range(20)))
     assert forecast.NOTES == ["rows are taken as equally spaced, the newest last; --time-column sorts them"]
+
+
+@pytest.mark.parametrize("column", ["date_time,2024", "dteday,31.12.2024", "Unnamed,2024-01-05", "Month,Jan 2024"])
+def test_times_are_known_by_their_name_or_their_look(column):
+    name, time = column.split(",")
+    read(f"{name},y\n" + "".join(f"{time},{i % 7}\n" for i in range(40)))
+    assert forecast.NOTES == ["rows are taken as equally spaced, the newest last; --time-column sorts them"]
+
+
+@pytest.mark.parametrize("mark", [".", "?", "-", "..", "NA", "null", "unavailable", "#DIV/0!", "#NV"])
+def test_marks_of_missing_values_are_filled(mark):
+    series = read("a,y\n" + "".join(f"0,{mark if i in (0, 5) else 2 * i}\n" for i in range(40)), "--fill", "linear")
+    np.testing.assert_array_equal(series.values, 2 * np.arange(1, 40))  # nothing is known before the first value
+
+
+def test_a_low_value_that_repeats_is_noted():
+    read("a,y\n" + "".join(f"0,{-200 if i in (3, 9) else i % 7}\n" for i in range(40)))
+    assert forecast.NOTES == ["the lowest value, -200, repeats; if it marks missing values, empty these cells and "
+                              "use --fill"]
+
+
+@pytest.mark.parametrize("footer", ["Source: office,\n", "\n(40 rows)\n", "Source: office\n2024-01-01\n"])
+def test_a_footer_is_no_row(footer):
+    write_csv("own.csv", HOURS[:40], WAVE)
+    content = Path("own.csv").read_text() + footer
+    assert len(read(content, "--time-column", "date")) == 40
 
 
 def test_a_column_that_numbers_the_rows_is_noted():
@@ -835,7 +866,8 @@ def test_all_rows_are_taken_without_a_series_column():
     ("h", "%d/%m/%Y %H:%M"), ("7D", "%d.%m.%Y"), ("D", "%Y%m%d"), ("MS", "%Y%m%d"), ("B", "%Y%m%d"), ("MS", "%Y%m"),
     ("D", "%Y/%m/%d"), ("MS", "%Y/%m/%d"), ("D", "%d.%m.%y"), ("D", "%d/%m/%y"), ("MS", "%b %Y"), ("0.5s", "ISO"),
     ("MS", "%b-%y"), ("MS", "%y-%b"), ("MS", "%Y.%m"), ("MS", "%m.%Y"), ("h", "%Y%m%d%H"), ("h", "%Y%m%d%H%M"),
-    ("h", "%Y%m%d%H%M%S"), ("D", "%Y%m%d.0"), ("h", "%Y-%m-%d %H:%M:%S"),
+    ("h", "%Y%m%d%H%M%S"), ("D", "%Y%m%d.0"), ("h", "%Y-%m-%d %H:%M:%S"), ("h", "%d.%m.%Y %H:%M - 01.01.2020 01:00"),
+    ("min", "%Y/%m/%d %H:%M"), ("h", "%Y-%m-%d %H:%M:%S UTC"),
 ])
 def test_dates_are_read_whether_day_month_or_year_comes_first(frequency, pattern):
     times = pd.date_range("2020-01-01", periods=60, freq=frequency)
@@ -882,7 +914,6 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("1.5E-05\n2.5E-05\n", [], "must hold names of columns"),
     ("2024-01-01 00:00, 50.13\n2024-01-02 00:00, 51.13\n", [], "must hold names of columns"),
     (".5\n.7\n.6\n", [], "must hold names of columns"),
-    ("sep=;\n" + SEMICOLON, [], "Unable to parse string"),
     ("", [], "No columns to parse"),
     ("t,a\n", ["--time-column", "t"], "is empty"),
     ("PK\x03\x04\x00\x00", [], "not a CSV file"),
@@ -893,6 +924,7 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n0,1\n1,1\n2,1\n2.05,4\n3,2\n", ["--time-column", "t"], "not equally spaced"),
     ("v,t\n" + LONG, ["--time-column", "t"], "'t' is the time column"),
     ("t,a\n" + LONG, [], "has 20 values and is left out with --time-steps 2, which needs 65"),
+    ("Entity,y\nA,1\nA,2\nB,3\nB,4\n", [], "column 'Entity' seems to name several series"),
     ("unique_id,y\nA,1\nB,2\nA,3\nB,4\n", [], "column 'unique_id' seems to name several series"),
     ("region,y\nA,1\nB,2\nA,3\nB,4\n", [], "all rows with --series-column none"),
     ("u,y\nA,1\nB,2\n", ["--series-column", "u", "--series", "C"], "--series must be one of A, B"),
@@ -905,7 +937,7 @@ LONG = "".join(f"{i},{i % 3}\n" for i in range(20))
     ("t,a\n1,1\n2,1\n3,4\n4,4\n5.5,2\n", ["--time-column", "t"], "not equally spaced"),
     ("t,a\n1,1\n2,1\n3,4\n4,4\n11,2\n", ["--time-column", "t", "--fill", "linear"], "most are missing"),
     ("1,5\n2,6\n3,8\n", ["--column", "1"], "must hold names of columns"),
-    ("t,a,\n0,1,\n1,2,\n", [], "'Unnamed: 2' is empty"),
+    ("t,a\n0,\n1,\n", [], "'a' is empty"),
     ("t,a\n0,1\n1700000000,1\n1700000001,4\n1700000002,4\n", ["--time-column", "t"],
      "most are missing"),
     ("t,a\n1970-01-01,1\n" + "".join(f"2024-05-01 00:00:0{i},{i}\n" for i in range(9)), ["--time-column", "t"],
