@@ -39,8 +39,10 @@ Geurts et al. 2006, Ke et al. 2017 (trees).
 # ///
 
 import argparse
+import codecs
 import contextlib
 import copy
+import csv
 import gc
 import hashlib
 import io
@@ -49,6 +51,7 @@ import math
 import os
 import re
 import secrets
+import statistics
 import subprocess
 import sys
 import time
@@ -133,12 +136,15 @@ BLOCK_ROWS = 3600
 LIMITS = np.array([0.17, 1.0])  # of warning and of fire, in the hidden intensity
 
 # Files. A label is compared in lower case; 1 means fire where no label means warning.
-LABELS = {"0": 0, "normal": 0, "no fire": 0, "no": 0, "off": 0, "false": 0, "1": 1, "warning": 1,
-          "2": 2, "fire": 2, "yes": 2, "on": 2, "true": 2}
+LABELS = {"0": 0, "normal": 0, "no fire": 0, "nofire": 0, "not fire": 0, "no": 0, "off": 0,
+          "false": 0, "1": 1, "warning": 1, "2": 2, "fire": 2, "alarm": 2, "anomaly": 2, "yes": 2,
+          "on": 2, "true": 2}
 LABEL_COLUMNS = ("label", "is_anomaly")
-TIME_COLUMNS = ("timestamp", "datetime", "time", "date", "utc")
-DEVICE_COLUMN = re.compile(r"(device|room|area|node|zone|location|sensor)(_?(id|name|no))?", re.I)
+TIME_COLUMNS = ("timestamp", "datetime", "time", "date", "utc", "ts")
+DEVICE_COLUMN = re.compile(
+    r"(device|room|area|node|zone|location|sensor)([ _]?(id|name|no))?", re.I)
 DATA_FILE = re.compile(r"(/[^._/][^/]*)+\.(csv|csv\.gz|tsv|parquet)", re.I)  # nothing hidden
+DIGIT_TIME = r"(19|20)\d\d(0[1-9]|1[0-2])([0-2]\d|3[01])([0-2]\d[0-5]\d([0-5]\d)?)?"
 CO = re.compile(r"(?:^|[^a-z])co(?:[^a-z0-9]|$)|carbon.?monoxide", re.I)
 
 
@@ -161,7 +167,8 @@ def parse_args(argv):
     add("--sample-per-area", type=positive, default=300_000, help="rows of each area to use; for "
         "more than 500,000, --epochs is 60 and --batch-size 1024 by default")
     add("--label-column", help="label column; if unset, label or is_anomaly")
-    add("--time-column", help="time column; if unset, timestamp, date or the like")
+    add("--time-column", help="time column, or none if rows are evenly spaced; if unset, "
+        "timestamp, date or the like")
     add("--area-column", help="column that names the area or the device of a row")
     add("--columns", nargs="+", help="sensor columns; if unset, all that remain")
     add("--na-values", nargs="+", default=[], help="values that mean missing")
@@ -387,19 +394,36 @@ def name_areas(files, split):
 
 
 def read_csv(content):
-    """DataFrame of a CSV file with any usual delimiter and decimal point, in UTF-8 or Latin-1."""
-    head = bytes(content[:65536]).decode(errors="replace")
-    encoding = "latin-1" if "\ufffd" in head[:-1] else "utf-8"  # the end may be cut in two
+    """DataFrame of a CSV file with any usual delimiter and decimal point, in UTF-8, UTF-16 or
+    Latin-1. Its header is the first line with as many cells as most lines have."""
+    try:
+        str(content, "utf-8")
+    except UnicodeDecodeError:
+        encoding = "latin-1"
+        if bytes(content[:2]) == codecs.BOM_UTF16:
+            encoding = "utf-16"
+        content = str(content, encoding).encode()
+    head = bytes(content[:65536]).decode(errors="ignore")
     delimiter = max(",;\t|", key=head.partition("\n")[0].count)
-    decimal = "," if delimiter != "," and re.search(r"\d,\d", head) else "."
+    decimal = "."
+    if delimiter != "," and re.search(r"\d,\d", head):
+        decimal = ","
+    rows = list(csv.reader(head.splitlines(), delimiter=delimiter))
+    widths = [len(row) for row in rows]
+    header = widths.index(statistics.mode(widths))
+    if header == 1 and widths[0] == widths[1] - 1 and rows[1][0] in ("0", "1"):
+        # R does not name the column of row numbers.
+        content = delimiter.encode() + bytes(content)
+        header = 0
     frame = pd.read_csv(pa.BufferReader(content), engine="pyarrow", sep=delimiter, decimal=decimal,
-                        encoding=encoding).dropna(how="all")
-    for name, column in frame.items():
-        if pd.api.types.infer_dtype(column) == "bytes":  # not UTF-8, but `head` did not show it
-            frame[name] = column.str.decode("latin-1")
+                        skiprows=header).dropna(how="all")
+    stripped = frame.columns.str.strip()
+    if stripped.is_unique:
+        frame.columns = stripped
     names = {name.lower(): name for name in frame}
-    if "date" in names and "time" in names:
+    if {"date", "time"} <= names.keys():
         clock = frame[names["time"]].astype(str)
+        clock = clock.str.replace(r"^(\d+)\.(\d+)\.", r"\1:\2:", regex=True)  # 18.00.00
         if clock.str.match(r"\d\d?:\d\d").all():  # a time of day
             frame[names["time"]] = frame.pop(names["date"]).astype(str) + " " + clock
     return frame
@@ -448,28 +472,32 @@ def find_column(frame, chosen, usual_names):
 
 
 def find_sensors(recordings, others):
-    """The sensor columns of recordings: all but `others` and those that give the answer away, which
-    are times, labels and numbers that only rise in all recordings, through more than two values."""
+    """The sensor columns of recordings: all but `others`, empty ones and those that give the answer
+    away, which are times, labels and numbers that only rise or only fall in every recording,
+    through more than two values."""
     columns = recordings[0].columns.difference(others, sort=False)
     left_out = []
     for name in columns:
         known = [frame[name].dropna() for frame in recordings if name in frame]
         kind = known[0].dtype.kind  # M for times, O for text
         is_label = name.lower().startswith(LABEL_COLUMNS)  # pandas calls a second one label.1
-        rises = kind != "O" and all(column.is_monotonic_increasing for column in known)
-        if kind == "M" or is_label or (rises and known[0].nunique() > 2):
+        is_counter = kind != "O" and all(
+            column.is_monotonic_increasing or column.is_monotonic_decreasing for column in known)
+        if kind == "M" or is_label or (is_counter and known[0].nunique() not in (1, 2)):
             left_out.append(name)
     if left_out:
-        note(f"left out {left_out}, since a row index, a clock, a counter or a second label gives "
-             "the answer away; --columns keeps them")
+        note(f"left out {left_out}: empty, or a row index, a clock, a counter or a second label, "
+             "which give the answer away; --columns keeps them")
     return columns.difference(left_out, sort=False)
 
 
 def read_times(column):
     """(order of the rows, usual step [s], rows that follow a gap or begin a recording) of a time
     column, which must rise in each recording; the order is that in which the recordings begin.
-    Times are timestamps, text, or numbers of seconds, which may count milli-, micro- or nanoseconds
-    since 1970."""
+    Times are timestamps, text, digits such as 20241231235959, or numbers of seconds, which may
+    count milli-, micro- or nanoseconds since 1970."""
+    if column.head(1000).astype(str).str.fullmatch(DIGIT_TIME).all():
+        column = column.astype(str)
     if pd.api.types.is_numeric_dtype(column):
         seconds = column.astype(float)
         while seconds.median() > 1e11:
@@ -480,13 +508,14 @@ def read_times(column):
         # The right order of day and month has neither holes nor jumps.
         times = min(candidates, key=lambda times: (times.isna().sum(), times.max() - times.min()))
         seconds = (times - times.min()).dt.total_seconds()
-    refuse(seconds.isna(), column, "is not a date and time")
-    steps = seconds.groupby(level=0).diff().fillna(np.inf)
+    refuse(seconds.isna(), column, "is not a date and time; see --time-column")
+    steps = seconds.groupby(level=0).diff()
     refuse(steps <= 0, column, "is not later than the row above. Sort the file; use UTC after a "
-           "clock change, --area-column for several devices, or another --time-column")
+           "clock change, --area-column for several devices, another --time-column, or none if the "
+           "rows of one device are in order and evenly spaced")
     order = seconds.groupby(level=0).transform("first").argsort(kind="stable")
     step = float(steps.median())
-    return order, step, np.flatnonzero(steps.iloc[order] > 1.5 * step)
+    return order, step, np.flatnonzero(~(steps.iloc[order] <= 1.5 * step))
 
 
 def read_numbers(column, na_values):
@@ -497,7 +526,7 @@ def read_numbers(column, na_values):
     refuse(~texts.isin(na_values), texts,
            "is not a number; see --na-values, --columns, --time-column and --area-column")
     missing = [*pd.to_numeric(na_values, errors="coerce"), np.inf, -np.inf]
-    numbers = numbers.mask(numbers.isin(missing))
+    numbers = numbers.replace(missing, np.nan)
     for extreme in (numbers.min(), numbers.max()):
         repeats = numbers == extreme
         distances = (numbers[~repeats] - extreme).abs()
@@ -517,8 +546,10 @@ def read_area(frames, args):
     label = None
     if not args.predict:
         label = find_column(recordings[0], args.label_column, LABEL_COLUMNS) or "label"
-    clocks = (name for name, column in recordings[0].items() if column.dtype.kind == "M")
-    times = find_column(recordings[0], args.time_column, TIME_COLUMNS) or next(clocks, None)
+    clocks = recordings[0].select_dtypes(["datetime", "datetimetz"]).columns.str.lower()
+    times = find_column(recordings[0], args.time_column, [*TIME_COLUMNS, *clocks])
+    if times == "none":
+        times = None
     sensors = columns or find_sensors(recordings, [label, times, args.area_column])
     sensors = [name for name in sensors if name != label]
     for address, frame in frames.items():
@@ -541,6 +572,7 @@ def read_area(frames, args):
         note(f"column {times!r}: rows {step:g} s apart; stretches without a gap: {len(breaks)}")
     else:
         note("no time column: rows are taken to be 1 s apart, with --predict as far as in training")
+    note(f"sensors: {', '.join(sensors)}")
     readings = np.empty((len(frame), len(sensors)), np.float32)
     for i, name in enumerate(sensors):
         readings[:, i] = read_numbers(frame[name], args.na_values)
@@ -610,7 +642,7 @@ def remove_drift(readings, rows):
     knows nothing of what comes later; only the first block of a sensor is its own baseline. Fire
     standards call this drift compensation (EN 54, UL 268).
     """
-    if rows <= 0:
+    if not rows > 0:  # or if there is one row only
         return
     block = max(1, int(rows) // DRIFT_BLOCKS)
     starts = np.arange(0, len(readings), block)
