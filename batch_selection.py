@@ -634,12 +634,10 @@ def make_data(name, arrays, source):
 # --- Data: CSV and text -------------------------------------------------------------------------
 
 
-PIXELS = r"p0( p\d+)*|( ?pixel[\d_]+)+|( ?\d+x\d+)+"  # names of columns, as in MNIST's CSV files
-
-
 def load_table(path, drop, label="label"):
     """Data of one's own CSV file; a fixed fifth, stratified, is the test part. Columns that are
-    called as the pixels of a square are an image, row by row: x is [n, 1, side, side]."""
+    called p0, p1, … or pixel0, pixel1, … and as many as the pixels of a square are an image, row by
+    row: x is [n, 1, side, side]."""
     try:
         header = ",".join(pd.read_csv(path, nrows=0))
         separator = max(",;\t", key=header.count)
@@ -669,7 +667,8 @@ def load_table(path, drop, label="label"):
             raise ValueError(f"columns {words} are not numbers alone; see --drop")
         x = distinct.to_numpy()
         side = math.isqrt(x.shape[1])
-        if side * side == x.shape[1] and re.fullmatch(PIXELS, " ".join(distinct)):
+        numbers = distinct.columns.str.extract(r"^(?:p|pixel)(\d+)$", expand=False).astype(float)
+        if side * side == x.shape[1] and (np.diff(numbers) == 1).all() and numbers.notna().all():
             x = x.reshape(-1, 1, side, side)
         return make_data(Path(path).stem, split_samples(x, labels.to_numpy()), path)
     except (ValueError, KeyError, pd.errors.ParserWarning) as error:

@@ -130,7 +130,7 @@ SITES = ["roof", "hall", "north", "south", "cellar", "garden", "plant", "office"
 
 CLUTTER = "|".join([  # what is no part of a table
     # Titles: lines of one cell above a line with a name in its second cell or later.
-    r"^(?:[^;\t|,\r\n]*+[;\t|,]*+[\r\n]++)+(?=.*[;\t|,] ?(?:\"|[^\W\d]))",
+    r"^(?:[^;\t|,\r\n]*+[;\t|,]*+[\r\n]++)+(?![-+.]?\d)(?=.*[;\t|,] ?(?:\"|[^\W\d]))",
     r"[;\t|,]+(?=[\r\n]|$)",  # empty cells at the end of a row
     r" +(?=[;\t|,\r\n]|$)",  # blanks at the end of a cell
     r"[$€£](?=-?\.?\d)",  # a sign before a number
@@ -141,6 +141,7 @@ MISSING = [".", "..", "?", "-", "--", ":", "***", "#DIV/0!", "#REF!", "#VALUE!",
            "unavailable", "unknown"]
 DATE = r"\d{1,4}([-/.]\d{1,4})+([ T].*)?$"
 CLOCK = r"\d+(:\d+)+"
+THOUSANDS = r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?"
 ABBREVIATIONS = {
     "temp": "temperature", "hum": "humidity", "avg": "average", "num": "number", "cnt": "count",
     "min": "minimum", "max": "maximum", "mem": "memory", "vol": "volume", "cap": "capital",
@@ -466,14 +467,12 @@ def read_csv(path):
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", "replace")
-    text = re.sub(CLUTTER, "", text)
-    separator = max(",;\t", key=text.partition("\n")[0].count)
+    text = re.sub(CLUTTER, "", text).strip("\r\n")
+    separator = max(",;\t", key=re.split("[\r\n]", text)[0].count)
     decimal = "."
-    thousands = r'(?<!"0)(?<!"-0),(?=\d{3}(,\d{3})*(\.\d+)?")'  # as in "1,504.5", with the quotes
     if separator == ";":
         decimal = ","
-        thousands = r"\.(?=\d{3}(\.\d{3})*,\d)"  # as in 1.504,5
-    text = re.sub(thousands, "", text)
+        text = re.sub(r"\.(?=\d{3}(\.\d{3})*,\d)", "", text)  # thousands, as in 1.504,5
     try:
         with warnings.catch_warnings(action="error"):  # a row is longer than the header
             frame = pd.read_csv(io.StringIO(text), sep=separator, decimal=decimal,
@@ -482,13 +481,16 @@ def read_csv(path):
     except (ValueError, Warning) as error:
         raise UserError(f"{path}: {error}") from None
     frame.index += 2  # row 1 is the header
-    frame = frame.dropna(how="all").rename_axis("row")
+    frame = frame.loc[: frame.last_valid_index()].rename_axis("row")
     numbers = {}
     dates = []
     clocks = []  # times of day
     for name, column in frame.items():
         values = pd.to_numeric(column, errors="coerce")
         texts = column[values.isna() & column.notna()].astype(str)  # cells that are no numbers
+        if len(texts) and texts.str.fullmatch(THOUSANDS).all():
+            values = pd.to_numeric(column.str.replace(",", ""))
+            texts = texts[:0]
         is_text = len(texts) > column.count() / 2
         is_date = is_text and texts.str.match(DATE).mean() > 0.5
         if is_date or re.match("(?i)(date|datetime|timestamp)$", name):
@@ -505,12 +507,11 @@ def read_csv(path):
                 note(f"{path}: the lowest value of {name!r} repeats; if it marks missing values, "
                      "empty these cells")
     numbers = pd.DataFrame(numbers, frame.index)
-    numbers = numbers.loc[: numbers.last_valid_index()]  # without footnotes
     if not dates:
         return numbers
-    if clocks and ":" not in dates[0].iloc[0]:
+    if clocks and not dates[0].str.contains(":").any():
         dates[0] += " " + clocks[0]
-    return sort_rows(path, numbers, dates[0].loc[numbers.index])
+    return sort_rows(path, numbers, dates[0])
 
 
 def sort_rows(path, numbers, dates):
@@ -890,7 +891,7 @@ class MeanHead(nn.Linear):
 
 
 class OrdinalHead(nn.Module):
-    """Log probabilities [batch, classes] of intervals of one column's next value.
+    """Logits [batch, classes]: log probabilities of intervals of one column's next value.
 
     This is the cumulative logit model of McCullagh (1980): it forecasts the value as the last one
     plus a learned step, with a learned spread, and lets the class limits cut that distribution;

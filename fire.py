@@ -395,7 +395,7 @@ def name_areas(files, split):
 
 def read_csv(content):
     """DataFrame of a CSV file with any usual delimiter and decimal point, in UTF-8, UTF-16 or
-    Latin-1. Its header is the first line with as many cells as most lines have."""
+    Latin-1. Lines of one or two cells above a wider table are titles."""
     try:
         str(content, "utf-8")
     except UnicodeDecodeError:
@@ -403,20 +403,22 @@ def read_csv(content):
         if bytes(content[:2]) == codecs.BOM_UTF16:
             encoding = "utf-16"
         content = str(content, encoding).encode()
-    head = bytes(content[:65536]).decode(errors="ignore")
-    delimiter = max(",;\t|", key=head.partition("\n")[0].count)
+    lines = bytes(content[:65536]).decode("utf-8-sig", errors="ignore").splitlines()
+    first = next((line for line in lines if re.search(r"[,;\t|]", line)), "")
+    delimiter = max(",;\t|", key=first.count)
     decimal = "."
-    if delimiter != "," and re.search(r"\d,\d", head):
+    if delimiter != "," and re.search(r"\d,\d", "\n".join(lines)):
         decimal = ","
-    rows = list(csv.reader(head.splitlines(), delimiter=delimiter))
-    widths = [len(row) for row in rows]
-    header = widths.index(statistics.mode(widths))
-    if header == 1 and widths[0] == widths[1] - 1 and rows[1][0] in ("0", "1"):
-        # R does not name the column of row numbers.
-        content = delimiter.encode() + bytes(content)
-        header = 0
+    rows = list(csv.reader(lines, delimiter=delimiter))
+    most = statistics.mode(map(len, rows))
+    numbers = [row[0] for row in rows[1:4] if row]
+    if len(rows[0]) == most - 1 and numbers in (["0", "1", "2"], ["1", "2", "3"]) and rows[1][-1]:
+        content = delimiter.encode() + bytes(content)  # R does not name the row numbers
+        rows[0].append("")
+    header = next(i for i, row in enumerate(rows) if len(row) >= min(most, 3))
     frame = pd.read_csv(pa.BufferReader(content), engine="pyarrow", sep=delimiter, decimal=decimal,
-                        skiprows=header).dropna(how="all")
+                        header=header)
+    frame = frame.loc[: frame.last_valid_index()]
     stripped = frame.columns.str.strip()
     if stripped.is_unique:
         frame.columns = stripped
@@ -424,8 +426,10 @@ def read_csv(content):
     if {"date", "time"} <= names.keys():
         clock = frame[names["time"]].astype(str)
         clock = clock.str.replace(r"^(\d+)\.(\d+)\.", r"\1:\2:", regex=True)  # 18.00.00
-        if clock.str.match(r"\d\d?:\d\d").all():  # a time of day
-            frame[names["time"]] = frame.pop(names["date"]).astype(str) + " " + clock
+        dates = frame[names["date"]].astype(str)
+        if clock.str.match(r"\d\d?:\d\d").all() and not dates.str.contains(":").any():
+            frame[names["time"]] = dates + " " + clock
+            frame = frame.drop(columns=names["date"])
     return frame
 
 
@@ -547,10 +551,11 @@ def read_area(frames, args):
     if not args.predict:
         label = find_column(recordings[0], args.label_column, LABEL_COLUMNS) or "label"
     clocks = recordings[0].select_dtypes(["datetime", "datetimetz"]).columns.str.lower()
-    times = find_column(recordings[0], args.time_column, [*TIME_COLUMNS, *clocks])
+    clock = find_column(recordings[0], None, [*TIME_COLUMNS, *clocks])
+    times = args.time_column or clock
     if times == "none":
         times = None
-    sensors = columns or find_sensors(recordings, [label, times, args.area_column])
+    sensors = columns or find_sensors(recordings, [label, times, clock, args.area_column])
     sensors = [name for name in sensors if name != label]
     for address, frame in frames.items():
         check_columns(frame, [label, times, *sensors], address)

@@ -141,11 +141,11 @@ TIME = r"(?i)date|time|year|month|week|\bds\b|\d{4}-\d\d\b|\b\d\d?[./]\d\d?[./]\
 # Names of columns that tell several series apart.
 SERIES_COLUMN = (
     r"(?i)^((.*[ _])?(id|name|nbr|series|item|store|sensor|device|station|ticker|symbol|region|"
-    r"country|city|location|group|variable|entity|code|geo|area)|"
+    r"country|city|location|group|variable|entity)|geo|country_?code|"
     r"(unique|series|item|store|sensor|device|meter|lcl)id)$")
 CLUTTER = "|".join([  # what is no part of a table
     # Titles: lines of one cell above a line with a name in its second cell or later.
-    r"^(?:[^;\t|,\r\n]*+[;\t|,]*+[\r\n]++)+(?=.*[;\t|,] ?(?:\"|[^\W\d]))",
+    r"^(?:[^;\t|,\r\n]*+[;\t|,]*+[\r\n]++)+(?![-+.]?\d)(?=.*[;\t|,] ?(?:\"|[^\W\d]))",
     r"[;\t|,]+(?=[\r\n]|$)",  # empty cells at the end of a row
     r" +(?=[;\t|,\r\n]|$)",  # blanks at the end of a cell
     r"[$€£](?=-?\.?\d)",  # a sign before a number
@@ -291,7 +291,7 @@ def select_series(table, args):
         names = find_column(table, args.series_column)
         chosen = table[names == args.series]
         if chosen.empty:
-            raise UserError(f"--series must be one of {', '.join(names.unique()[:10])}")
+            raise UserError(f"--series must be one of {', '.join(names.dropna().unique()[:10])}")
         return chosen
     for name, count in table.filter(regex=SERIES_COLUMN).nunique().items():
         if 2 <= count <= len(table) / 2:
@@ -383,7 +383,7 @@ def equally_spaced(values, times):
         tolerance = step / 10  # numbers may have been rounded
     for grid in sorted(grids, key=len):
         placed = values.reindex(grid, method="nearest", tolerance=tolerance)
-        if placed.count() == len(values) and len(grid) <= most:
+        if placed.count() == values.count() and len(grid) <= most:
             return placed.rename_axis(times.name)
     raise UserError(f"the times are not equally spaced, or most are missing; the usual step is "
                     f"{step}; without --time-column the rows are taken as equally spaced")
@@ -405,14 +405,13 @@ def read_series(args):
             times = find_column(table, args.time_column)
             if times.name == values.name:
                 raise UserError(f"{times.name!r} is the time column; choose another --column")
-            # A footnote has neither a time nor a value.
-            values = equally_spaced(values.dropna(), read_times(times[values.notna()]))
+            values = equally_spaced(values, read_times(times))
         elif re.search(TIME, table.head(1).to_csv()):
             note("rows are taken as equally spaced, the newest last; --time-column sorts them")
         if args.fill:
-            note(f"missing values, now filled: {values.isna().sum()}")
-            # Nothing is known before the first value.
-            values = (values.interpolate() if args.fill == "linear" else values.ffill()).dropna()
+            filled = values.interpolate() if args.fill == "linear" else values.ffill()
+            note(f"missing values, now filled: {values.isna().sum() - filled.isna().sum()}")
+            values = filled.dropna()  # nothing is known before the first value
         missing = values.index[values.isna()]
         if len(missing):
             raise UserError(f"missing values: {len(missing)}, the first at "

@@ -413,11 +413,11 @@ def read_table(path, header="infer"):
 def find_dialect(text, delimiter):
     """The first of DIALECTS in which each quote that opens a cell is closed at the end of a cell: a
     quote within quotes is doubled, or escaped by a backslash, or quotes are ordinary characters. In
-    the wrong one a quote at the start of a text would swallow the rows up to the next; where all
-    lines have equally many delimiters, each line is a row."""
+    the wrong one a quote at the start of a text would swallow the rows up to the next; where all of
+    many lines have equally many delimiters, each line is a row."""
     csv.field_size_limit(len(text))
     lines = text.strip("\r\n").split("\n")
-    is_even = len({line.count(delimiter) for line in lines}) == 1
+    is_even = len(lines) > 20 and len({line.count(delimiter) for line in lines}) == 1
     for dialect in DIALECTS:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
                           **dialect)
@@ -431,7 +431,7 @@ def read_texts(path, args):
     """Table [text, label, class] of a file. Toxic is --positive-label, alone or in a list, whatever
     its letter case and the spaces around it, or else a number from --label-threshold on."""
     table = read_table(path)
-    if args.text_column.isdigit() and args.text_column not in table:
+    if args.text_column.isdigit() and not {args.text_column, args.label_column} <= {*table}:
         table = read_table(path, header=None).rename(columns=str)
     table = table.reset_index(drop=True)
     for name in (args.text_column, args.label_column):

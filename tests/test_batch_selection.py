@@ -664,9 +664,9 @@ def test_pixels_of_a_square_are_an_image():
     assert bs.load_table("pixels.csv", []).x_train.shape == (40, 4)
 
 
-@pytest.mark.parametrize("name", ["pixel{0}", "pixel{1}", "pixel_{2}_{3}", "{2}x{3}"])
+@pytest.mark.parametrize("name", ["pixel{0}", "pixel{1}"])
 def test_the_usual_names_of_pixels_are_known(name):
-    names = [name.format(i, i + 1, i // 2, i % 2) for i in range(4)]
+    names = [name.format(i, i + 1) for i in range(4)]
     frame = pd.DataFrame(np.arange(200).reshape(50, 4), columns=names)
     frame.assign(label=np.arange(50) % 2).to_csv("pixels.csv", index=False)
     assert bs.load_table("pixels.csv", []).x_train.shape == (40, 1, 2, 2)

@@ -484,7 +484,7 @@ def test_a_target_of_few_values_is_the_classes(tmp_path, no_hydra):
 
 @pytest.mark.parametrize(("text", "values"), [
     ('a,b\n"1,504",2\n"12,001,000",3\n7,4\n', [1504, 12001000, 7]), ("a;b\n50,13;1\n-2,5;2\n3;3\n", [50.13, -2.5, 3]),
-    ("\ufeffa\tb\n1.5\t2\n3\t4\n", [1.5, 3]), ("a,b\n1,2\n,\n3,4\n,\n", [1, 3]),
+    ("\ufeffa\tb\n1.5\t2\n3\t4\n", [1.5, 3]), ("a,b\n1,2\n3,4\n,\n,\n", [1, 3]),
     ("a;b\n1.504,5;1\n-12.001.000,25;2\n999,5;3\n", [1504.5, -12001000.25, 999.5]), ("a;b\n4.216;1\n", [4.216]),
     ("a,b\n$1.5,2\n-$.5,3\n", [1.5, -0.5]), ("a,b\n12%,2\n7 %,3\n", [12, 7]), ("sep=;\na;b\n1,5 €;2\n", [1.5]),
     ("Report,,\n\na,b,\n1,2,\n", [1]), ("# from a logger\na,b\n1,2\n", [1]),
@@ -509,11 +509,9 @@ def test_marks_of_missing_values_are_no_texts(mark, tmp_path):
     assert np.isnan(duet.read_csv(tmp_path / "a.csv")["a"]).tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("footer", ["Source: office", "\nSource: office, 2024"])
-def test_a_footer_is_no_row(footer, tmp_path):
-    rows = "".join(f"2024-01-05,0{9 - i}:00,{i},2\n" for i in range(5))
-    (tmp_path / "a.csv").write_text(f"date,time,a,b\n{rows}{footer}\n")
-    assert duet.read_csv(tmp_path / "a.csv")["a"].tolist() == [4, 3, 2, 1, 0]
+def test_an_empty_row_between_others_has_missing_values(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n,\n3,4\n")
+    assert np.isnan(duet.read_csv(tmp_path / "a.csv")["a"]).tolist() == [False, True, False]
 
 
 def test_a_low_value_that_repeats_is_noted(tmp_path, capsys):

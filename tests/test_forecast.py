@@ -778,13 +778,6 @@ def test_a_low_value_that_repeats_is_noted():
                               "use --fill"]
 
 
-@pytest.mark.parametrize("footer", ["Source: office,\n", "\n(40 rows)\n", "Source: office\n2024-01-01\n"])
-def test_a_footer_is_no_row(footer):
-    write_csv("own.csv", HOURS[:40], WAVE)
-    content = Path("own.csv").read_text() + footer
-    assert len(read(content, "--time-column", "date")) == 40
-
-
 def test_a_column_that_numbers_the_rows_is_noted():
     read("y,t\n" + "".join(f"{i % 7},{i}\n" for i in range(20)))
     assert forecast.NOTES == ["'t' seems to number the rows; --column chooses another column"]
