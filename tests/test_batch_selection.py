@@ -672,6 +672,12 @@ def test_the_usual_names_of_pixels_are_known(name):
     assert bs.load_table("pixels.csv", []).x_train.shape == (40, 1, 2, 2)
 
 
+def test_pixels_that_are_out_of_order_are_a_table():
+    frame = pd.DataFrame(np.arange(200).reshape(50, 4), columns=["p0", "p2", "p1", "p3"])
+    frame.assign(label=np.arange(50) % 2).to_csv("pixels.csv", index=False)
+    assert bs.load_table("pixels.csv", []).x_train.shape == (40, 4)
+
+
 @pytest.mark.parametrize("separator", [",", ", ", ";", "\t"])
 def test_columns_are_separated_in_any_usual_way(separator):
     text = write_pets().to_csv(index=False)

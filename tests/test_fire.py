@@ -433,6 +433,16 @@ def test_a_date_and_a_time_of_day_may_be_two_columns(tmp_path, clock):
     assert areas["x"].sensors == ["a", "b"]
 
 
+def test_an_empty_row_between_others_keeps_its_place():
+    assert len(fire.read_csv(b"a,b\n1,2\n,\n3,4\n")) == 3
+
+
+def test_a_time_column_that_is_not_used_is_no_sensor(tmp_path):
+    CLEAN.assign(time=np.arange(3000) % 1000).to_csv(tmp_path / "x.csv", index=False)
+    areas, _ = fire.file_areas(fire.parse_args(["--data", str(tmp_path), "--time-column", "none"]))
+    assert areas["x"].sensors == ["a", "b"]
+
+
 def test_latin_1_may_begin_far_down_in_a_file(tmp_path):
     frame = pd.concat([CLEAN.assign(room="attic")] * 3 + [CLEAN.assign(room="küche")])
     frame.to_csv(tmp_path / "x.csv", index=False, encoding="latin-1")

@@ -778,6 +778,12 @@ def test_a_low_value_that_repeats_is_noted():
                               "use --fill"]
 
 
+def test_times_whose_values_are_mostly_missing_keep_their_step():
+    values = [value if i % 3 == 0 else "" for i, value in enumerate(WAVE[:200])]
+    write_csv("own.csv", HOURS[:200], values)
+    assert len(series_of("own.csv", "--time-column", "date", "--fill", "linear")) == 200
+
+
 def test_a_column_that_numbers_the_rows_is_noted():
     read("y,t\n" + "".join(f"{i % 7},{i}\n" for i in range(20)))
     assert forecast.NOTES == ["'t' seems to number the rows; --column chooses another column"]

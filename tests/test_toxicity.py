@@ -194,6 +194,17 @@ def test_columns_of_a_file_without_a_header_are_numbers(tmp_path):
     assert read(tmp_path / "SMSSpamCollection", *flags) == (["buy, buy, buy", "well", "7"] * 20, [1, 0, 0] * 20)
 
 
+def test_without_a_header_a_label_may_look_like_the_number_of_a_column(tmp_path):
+    (tmp_path / "a.tsv").write_text("1\tyou fool\n0\tgood day\n" * 20)
+    flags = ["--text-column", "1", "--label-column", "0", "--positive-label", "1"]
+    assert read(tmp_path / "a.tsv", *flags) == (["you fool", "good day"] * 20, [1, 0] * 20)
+
+
+def test_few_texts_with_line_breaks_in_quotes_stay_whole(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"Hello, you\nfool",toxic\n"Oh, no\nwell",ok\n')
+    assert len(toxicity.read_table(tmp_path / "a.csv")) == 2
+
+
 def test_a_header_may_be_numbers(tmp_path):
     pd.DataFrame([("good", 0), ("bad", 1)] * 20).to_csv(tmp_path / "a.csv", index=False)
     texts, _ = read(tmp_path / "a.csv", "--text-column", "0", "--label-column", "1")
