@@ -468,7 +468,7 @@ def read_csv(path):
     except UnicodeDecodeError:
         text = content.decode("cp1252", "replace")
     text = re.sub(CLUTTER, "", text).strip("\r\n")
-    separator = max(",;\t", key=re.split("[\r\n]", text)[0].count)
+    separator = max(",;\t", key=re.split("[\r\n]", text, maxsplit=1)[0].count)
     decimal = "."
     if separator == ";":
         decimal = ","

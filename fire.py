@@ -409,7 +409,7 @@ def read_csv(content):
     decimal = "."
     if delimiter != "," and re.search(r"\d,\d", "\n".join(lines)):
         decimal = ","
-    rows = list(csv.reader(lines, delimiter=delimiter))
+    rows = list(csv.reader(lines, delimiter=delimiter)) or [[]]
     most = statistics.mode(map(len, rows))
     numbers = [row[0] for row in rows[1:4] if row]
     if len(rows[0]) == most - 1 and numbers in (["0", "1", "2"], ["1", "2", "3"]) and rows[1][-1]:

@@ -262,7 +262,8 @@ def read_table(path):
     if "\0" in text:
         raise UserError("this is not a CSV file")
     text = re.sub(CLUTTER, "", text).strip("\r\n")
-    header = re.sub(r'(?s)"[^"\r\n]*"|[\r\n].*', "", text)  # without quoted names
+    header = re.split("[\r\n]", text, maxsplit=1)[0]
+    header = re.sub('"[^"]*"', "", header)  # without quoted names
     separator = max(";\t|,", key=header.count)
     with warnings.catch_warnings(action="error"):  # a row is longer than the header
         return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, index_col=False,
@@ -381,9 +382,10 @@ def equally_spaced(values, times):
     else:
         grids = [np.linspace(times[0], times[-1], count, dtype=times.dtype)]
         tolerance = step / 10  # numbers may have been rounded
+    grids = [grid for grid in grids if len(grid) <= most]
     for grid in sorted(grids, key=len):
         placed = values.reindex(grid, method="nearest", tolerance=tolerance)
-        if placed.count() == values.count() and len(grid) <= most:
+        if placed.count() == values.count():
             return placed.rename_axis(times.name)
     raise UserError(f"the times are not equally spaced, or most are missing; the usual step is "
                     f"{step}; without --time-column the rows are taken as equally spaced")
@@ -417,7 +419,7 @@ def read_series(args):
             raise UserError(f"missing values: {len(missing)}, the first at "
                             f"{values.index.name or 'row'} {missing[0]}; --fill linear or --fill "
                             "forward fills them")
-        if sorted(values)[1] == values.min() <= -99:
+        if values.nsmallest(2).max() == values.min() <= -99:
             note(f"the lowest value, {values.min():g}, repeats; if it marks missing values, empty "
                  "these cells and use --fill")
         if (values.diff()[1:] == 1).all():

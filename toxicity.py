@@ -399,7 +399,8 @@ def read_table(path, header="infer"):
     if re.search(r"\.(nd)?jsonl?(\.gz)?$", name):
         lines = re.search(r"}\s*\n\s*{", text) is not None
         table = pd.read_json(io.StringIO(text), lines=lines, dtype=False)
-        return pd.json_normalize(table.to_dict("records"))
+        is_nested = table.map(type).eq(dict).any(axis=None)
+        return pd.json_normalize(table.to_dict("records")) if is_nested else table
     first = re.match(r"\s*([^\r\n]*)", text)[1]
     delimiter = "\t" if "\t" in first else max(",;|", key=first.count)
     dialect = find_dialect(text, delimiter)

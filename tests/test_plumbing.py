@@ -45,7 +45,7 @@ def test_going_on_with_a_run_that_is_older_than_the_script_is_noted(begun, notes
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_a_file_that_pyarrow_cannot_read_does_not_abort_the_exit(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text('"a,label\n1,0\n')  # the quote never ends
+    path.write_text('"é,label\n1,0\n', encoding="latin-1")  # the quote never ends
     one_core = f"import os; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}]); "  # there it is sure to happen
     code = one_core + f"import fire; fire.main(['--data', {str(path)!r}])"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
